@@ -1,0 +1,1 @@
+//! The RISC-V guest: decoder, semantics, privileged architecture.

@@ -1,0 +1,1 @@
+//! The translator's typed intermediate representation.

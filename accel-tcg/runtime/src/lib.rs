@@ -1,0 +1,1 @@
+//! Translated vCPUs: TLB, code cache, dispatch, chaining, self-modifying code.

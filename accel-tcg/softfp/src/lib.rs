@@ -1,0 +1,1 @@
+//! Software floating point with per-guest policy.

@@ -1,0 +1,1 @@
+//! The translating accelerator's facade.

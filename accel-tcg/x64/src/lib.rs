@@ -1,0 +1,1 @@
+//! x86-64 code generation for the translator's IR.

@@ -1,0 +1,1 @@
+//! key=value option strings through serde.

@@ -1,0 +1,1 @@
+//! REST, QMP, command line.

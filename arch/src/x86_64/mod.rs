@@ -1,0 +1,128 @@
+//! x86-64: Intel SDM (December 2023) and AMD APM (rev. 3.36).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One CPUID leaf as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidEntry {
+    /// Input EAX.
+    pub function: u32,
+    /// Input ECX, meaningful where `indexed`.
+    pub index: u32,
+    /// Whether ECX selects the entry.
+    pub indexed: bool,
+    /// EAX, EBX, ECX, EDX.
+    pub regs: [u32; 4],
+}
+
+/// A CPU model.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CpuidModel {
+    /// `host`, or the name of a model.
+    pub name: String,
+    /// Entries; empty means all that the accelerator supports.
+    pub entries: Vec<CpuidEntry>,
+}
+
+/// A segment register with its hidden part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Segment {
+    /// Selector.
+    pub selector: u16,
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u32,
+    /// Attributes as in the descriptor's bits 40 to 55: type, S, DPL, P, AVL, L, D/B, G.
+    pub attributes: u16,
+    /// Loaded with a null selector.
+    pub unusable: bool,
+}
+
+/// GDTR or IDTR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Table {
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// Pending events that are part of a vCPU's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Events {
+    /// Exception being delivered: vector and error code.
+    pub exception: Option<(u8, Option<u32>)>,
+    /// Interrupt being delivered: vector, and whether it is a software interrupt.
+    pub interrupt: Option<(u8, bool)>,
+    /// An NMI is pending.
+    pub nmi_pending: bool,
+    /// NMIs are blocked until IRET.
+    pub nmi_masked: bool,
+    /// Interrupt shadow: 1 after STI, 2 after MOV SS.
+    pub shadow: u8,
+    /// SIPI vector that is pending.
+    pub sipi_vector: u32,
+}
+
+/// Whether a vCPU runs, waits or has not been started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MpState {
+    /// Runs.
+    #[default]
+    Runnable,
+    /// Waits for INIT.
+    Uninitialized,
+    /// Waits for SIPI.
+    InitReceived,
+    /// Stopped in HLT.
+    Halted,
+}
+
+/// Architectural state of one vCPU.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// RAX RCX RDX RBX RSP RBP RSI RDI R8 to R15.
+    pub gpr: [u64; 16],
+    /// RIP.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// ES CS SS DS FS GS.
+    pub segments: [Segment; 6],
+    /// Task register.
+    pub tr: Segment,
+    /// LDTR.
+    pub ldt: Segment,
+    /// GDTR.
+    pub gdt: Table,
+    /// IDTR.
+    pub idt: Table,
+    /// CR0, CR2, CR3, CR4, CR8.
+    pub cr: [u64; 5],
+    /// EFER.
+    pub efer: u64,
+    /// IA32_APIC_BASE.
+    pub apic_base: u64,
+    /// DR0 to DR3, DR6, DR7.
+    pub dr: [u64; 6],
+    /// XCR0.
+    pub xcr0: u64,
+    /// XSAVE area in the standard format.
+    pub xsave: Vec<u8>,
+    /// Model-specific registers by number.
+    pub msrs: BTreeMap<u32, u64>,
+    /// Local APIC registers: the 1 KiB page of SDM table 11-1, 32 bits every 16 bytes.
+    pub lapic: Vec<u8>,
+    /// Pending events.
+    pub events: Events,
+    /// Run state.
+    pub mp_state: MpState,
+    /// TSC frequency in kHz; 0 if not known.
+    pub tsc_khz: u32,
+}

@@ -1,0 +1,4 @@
+//! Platform devices: interrupt controllers, PCI, timers, serial, fw_cfg, flash.
+
+pub mod chardev;
+pub mod pci;

@@ -1,0 +1,1 @@
+//! Packet back ends: knows no VM.

@@ -1,0 +1,1 @@
+//! Virtio transports and devices.

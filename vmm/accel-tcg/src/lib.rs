@@ -1,0 +1,1 @@
+//! Translation behind the accelerator traits.

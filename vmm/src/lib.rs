@@ -1,0 +1,1 @@
+//! The VM: machines, lifecycle, snapshot.
