@@ -170,6 +170,12 @@ pub trait Vm: Send + Sync + Debug {
     /// Connects the receiver of EOI broadcasts (the IOAPIC): called with the vector.
     fn connect_eoi(&self, receiver: Arc<dyn Fn(u8) + Send + Sync>);
 
+    /// Tells which message each of the 24 pins of the user-space IOAPIC sends now (`None`: masked), in
+    /// pin order. Accelerators that hold the local APICs derive from it which vectors need an EOI
+    /// broadcast: those of level-triggered messages (bit 15 of the data). Called with the IOAPIC
+    /// locked, so it must not call back into it.
+    fn ioapic_routes_changed(&self, _routes: &[Option<holdfast_device::MsiMessage>; 24]) {}
+
     /// Starts logging writes by vCPUs to RAM.
     ///
     /// # Errors
