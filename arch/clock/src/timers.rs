@@ -44,12 +44,8 @@ impl Timers {
     /// # Errors
     /// The host's error if the thread cannot be started.
     pub fn start(clock: Arc<VmClock>, spawner: &dyn Spawner) -> io::Result<Arc<Self>> {
-        let timers = Arc::new(Self {
-            clock,
-            queue: Mutex::default(),
-            wake: Condvar::new(),
-            thread: Mutex::new(None),
-        });
+        let timers =
+            Arc::new(Self { clock, queue: Mutex::default(), wake: Condvar::new(), thread: Mutex::new(None) });
         let weak = Arc::downgrade(&timers);
         let handle = spawner.spawn("timers", Role::Timer, Box::new(move || fire_loop(&weak)))?;
         *timers.thread.lock() = Some(handle);

@@ -78,7 +78,10 @@ impl RamTracker {
     /// True if the page was written since the bits were last taken.
     #[inline]
     pub fn is_dirty(&self, page: u64) -> bool {
-        self.0.dirty.get((page / 64) as usize).is_some_and(|w| w.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
+        self.0
+            .dirty
+            .get((page / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::Acquire) >> (page % 64) & 1 != 0)
     }
 
     /// Says that bytes of `page` have been translated: writes to it will be reported. To be called
@@ -99,7 +102,10 @@ impl RamTracker {
     /// True if bytes of `page` have been translated.
     #[inline]
     pub fn is_code(&self, page: u64) -> bool {
-        self.0.code.get((page / 64) as usize).is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
+        self.0
+            .code
+            .get((page / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
     }
 
     /// Registers the one observer; `base` is the region's guest-physical start. A second call is

@@ -138,7 +138,13 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusError`] if the window is empty, wraps, or overlaps another.
-    pub fn attach(&self, base: u64, len: u64, name: &str, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
+    pub fn attach(
+        &self,
+        base: u64,
+        len: u64,
+        name: &str,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BusError> {
         let last = match len.checked_sub(1).and_then(|l| base.checked_add(l)) {
             Some(last) => last,
             None => return Err(BusError::Range { base, len }),
@@ -214,9 +220,9 @@ impl Bus {
         let n = data.len().min(8);
         bytes[..n].copy_from_slice(&data[..n]);
         let value = u64::from_le_bytes(bytes);
-        let hit = list.iter().find(|e| {
-            (e.len == 0 || e.len as usize == data.len()) && e.datamatch.is_none_or(|d| d == value)
-        });
+        let hit = list
+            .iter()
+            .find(|e| (e.len == 0 || e.len as usize == data.len()) && e.datamatch.is_none_or(|d| d == value));
         let Some(event) = hit else { return false };
         if let Err(error) = event.fd.write(1) {
             tracing::error!(bus = self.name, address, %error, "ioeventfd cannot be signalled");
@@ -295,7 +301,10 @@ mod tests {
         bus.attach(0x1000, 16, "a", Arc::new(Ram::default())).expect("free");
         let overlap = bus.attach(0xfff, 2, "b", Arc::new(Ram::default()));
         assert!(matches!(overlap, Err(BusError::Overlap { other_base: 0x1000, .. })));
-        assert!(matches!(bus.attach(u64::MAX, 2, "c", Arc::new(Ram::default())), Err(BusError::Range { .. })));
+        assert!(matches!(
+            bus.attach(u64::MAX, 2, "c", Arc::new(Ram::default())),
+            Err(BusError::Range { .. })
+        ));
         bus.attach(u64::MAX, 1, "top", Arc::new(Ram::default())).expect("the last byte can be used");
         bus.detach(0x1000).expect("there");
         bus.attach(0xfff, 2, "b", Arc::new(Ram::default())).expect("free now");

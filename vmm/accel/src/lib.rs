@@ -8,11 +8,11 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
-use holdfast_clock::VmClock;
-use holdfast_device::{Bus, CpuLines, ExtInt, MsiController};
-pub use holdfast_device::SystemEvent;
-use holdfast_memory::GuestMemory;
 use holdfast_arch::{Arch, CpuModel, CpuState};
+use holdfast_clock::VmClock;
+pub use holdfast_device::SystemEvent;
+use holdfast_device::{Bus, CpuLines, ExtInt, MsiController};
+use holdfast_memory::GuestMemory;
 
 /// Why an accelerator cannot serve, or what it failed at.
 #[derive(Debug, thiserror::Error)]

@@ -153,7 +153,11 @@ pub trait MachineModule: Send + Sync + Debug {
     ///
     /// # Errors
     /// [`MachineError`].
-    fn build(&self, request: MachineRequest, context: MachineContext) -> Result<Box<dyn Machine>, MachineError>;
+    fn build(
+        &self,
+        request: MachineRequest,
+        context: MachineContext,
+    ) -> Result<Box<dyn Machine>, MachineError>;
 }
 
 /// A machine with its platform devices, before or while it runs.
