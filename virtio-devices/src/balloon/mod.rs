@@ -1,0 +1,3 @@
+//! The virtio balloon device.
+
+pub mod config;

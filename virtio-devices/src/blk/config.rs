@@ -1,0 +1,177 @@
+//! `--disk` and `DiskConfig`.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Checker, FieldError, MAX_QUEUES, RateLimiterConfig, VirtQueueAffinity, is_false, yes};
+
+/// Largest serial number in bytes (virtio 1.2 section 5.2.6.1: VIRTIO_BLK_T_GET_ID).
+pub const SERIAL_LEN: usize = 20;
+
+/// The format of a disk image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ImageType {
+    /// Fixed VHD.
+    #[serde(alias = "vhd")]
+    FixedVhd,
+    /// QEMU's copy-on-write format.
+    #[serde(alias = "qcow2")]
+    Qcow2,
+    /// The bytes of the disk and nothing else.
+    #[serde(alias = "raw")]
+    Raw,
+    /// VHDX.
+    #[serde(alias = "vhdx")]
+    Vhdx,
+    /// To be found out from the image.
+    #[default]
+    Unknown,
+}
+
+/// What is locked of an image file that is in use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LockGranularity {
+    /// Its bytes.
+    #[default]
+    #[serde(alias = "byte-range")]
+    ByteRange,
+    /// The whole file, however it grows.
+    #[serde(alias = "full")]
+    Full,
+}
+
+/// A virtio block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskConfig {
+    /// Image file or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The guest can read only.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Bypass the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// Behind the virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Number of request queues.
+    #[serde(default = "one_queue")]
+    pub num_queues: u16,
+    /// Descriptors in each queue, a power of two.
+    #[serde(default = "queue_size")]
+    pub queue_size: u16,
+    /// Served by a vhost-user process.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// Socket of the vhost-user process.
+    #[serde(default, alias = "socket", skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<String>,
+    /// Limits of bytes and operations per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Rate limit group that the disk belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
+    /// Name of the device, unique in the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Serial number shown to the guest, at most 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// PCI segment.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// PCI device number on the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Host CPUs for the queues' workers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
+    /// Follow references to backing files in the image.
+    #[serde(default)]
+    pub backing_files: bool,
+    /// Give discarded and zeroed ranges back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// Format of the image; found out if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<ImageType>,
+    /// What is locked of the image file.
+    #[serde(default)]
+    pub lock_granularity: LockGranularity,
+    /// Do not use io_uring.
+    #[serde(default, alias = "_disable_io_uring", skip_serializing_if = "is_false")]
+    pub disable_io_uring: bool,
+    /// Accepted for compatibility: Linux AIO is never used.
+    #[serde(default, alias = "_disable_aio", skip_serializing_if = "is_false")]
+    pub disable_aio: bool,
+}
+
+fn one_queue() -> u16 {
+    1
+}
+
+fn queue_size() -> u16 {
+    128
+}
+
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            readonly: false,
+            direct: false,
+            iommu: false,
+            num_queues: one_queue(),
+            queue_size: queue_size(),
+            vhost_user: false,
+            vhost_socket: None,
+            rate_limiter_config: None,
+            rate_limit_group: None,
+            id: None,
+            serial: None,
+            pci_segment: 0,
+            pci_device_id: None,
+            queue_affinity: None,
+            backing_files: false,
+            sparse: true,
+            image_type: None,
+            lock_granularity: LockGranularity::default(),
+            disable_io_uring: false,
+            disable_aio: false,
+        }
+    }
+}
+
+impl DiskConfig {
+    /// All fields that cannot be used.
+    pub fn validate(&self) -> Vec<FieldError> {
+        let mut check = Checker::default();
+        check.unsupported(self.vhost_user, "vhost_user");
+        check.unsupported(self.vhost_socket.is_some(), "vhost_socket");
+        check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
+        check.unsupported(self.rate_limit_group.is_some(), "rate_limit_group");
+        check.unsupported(self.queue_affinity.as_ref().is_some_and(|a| !a.is_empty()), "queue_affinity");
+        check.unsupported(self.backing_files, "backing_files");
+        if let Some(kind) = self.image_type {
+            let raw = matches!(kind, ImageType::Raw | ImageType::Unknown);
+            check.refuse(!raw, "image_type", format!("{kind:?} images are not supported, only Raw"));
+        }
+        check.pci(self.iommu, self.pci_segment, self.pci_device_id);
+        check.queue_size(self.queue_size);
+        check.refuse(self.path.is_none() && !self.vhost_user, "path", "is missing: name an image file");
+        check.refuse(
+            !(1..=MAX_QUEUES).contains(&self.num_queues),
+            "num_queues",
+            format!("{} is not between 1 and {MAX_QUEUES}", self.num_queues),
+        );
+        if let Some(serial) = &self.serial {
+            let reason = format!("`{serial}` is longer than {SERIAL_LEN} bytes");
+            check.refuse(serial.len() > SERIAL_LEN, "serial", reason);
+        }
+        check.0
+    }
+}

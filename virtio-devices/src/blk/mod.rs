@@ -1,0 +1,3 @@
+//! The virtio blk device.
+
+pub mod config;

@@ -1,0 +1,3 @@
+//! The virtio console device.
+
+pub mod config;

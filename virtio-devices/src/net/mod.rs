@@ -1,0 +1,3 @@
+//! The virtio net device.
+
+pub mod config;

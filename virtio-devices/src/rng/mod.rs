@@ -1,0 +1,3 @@
+//! The virtio rng device.
+
+pub mod config;
