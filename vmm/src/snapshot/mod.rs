@@ -1,0 +1,4 @@
+//! Snapshot and restore.
+
+pub mod ram;
+pub mod uffd;

@@ -1,0 +1,3 @@
+//! A VM: its machine, devices and vCPUs.
+
+pub mod vcpus;
