@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use holdfast_arch::{Arch, CpuModel, CpuState};
-use holdfast_clock::VmClock;
+use holdfast_clock::{Timers, VmClock};
 pub use holdfast_device::SystemEvent;
 use holdfast_device::{Bus, CpuLines, ExtInt, MsiController};
 use holdfast_memory::GuestMemory;
@@ -91,6 +91,8 @@ pub struct VmSpec {
     pub pio: Arc<Bus>,
     /// Guest-virtual time.
     pub clock: Arc<VmClock>,
+    /// Alarms on guest-virtual time (translated CPUs' own timers).
+    pub timers: Arc<Timers>,
     /// Number of vCPUs that will be made.
     pub vcpus: u32,
     /// Where the x86 interrupt controllers live.

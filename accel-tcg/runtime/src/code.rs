@@ -1,0 +1,57 @@
+//! Reading guest code for translation.
+
+use crate::guest::Fault;
+
+/// Where the bytes of a page come from and what is noted of them.
+pub(crate) trait CodeSource {
+    /// Copies 2 bytes at `pc` (2-byte aligned), or the fault of fetching them.
+    fn half(&mut self, pc: u64) -> Result<u16, Fault>;
+    /// One byte at `pc`, or the fault of fetching it.
+    fn byte(&mut self, pc: u64) -> Result<u8, Fault>;
+    /// True if a breakpoint is set at `pc`.
+    fn is_break(&self, pc: u64) -> bool;
+}
+
+/// Reads instruction bytes at guest-virtual addresses. What is read becomes part of the region: a
+/// change of any of these bytes invalidates it.
+pub struct CodeReader<'a, 'b> {
+    source: &'a mut (dyn CodeSource + 'b),
+}
+
+impl<'a, 'b> CodeReader<'a, 'b> {
+    pub(crate) fn new(source: &'a mut (dyn CodeSource + 'b)) -> Self {
+        Self { source }
+    }
+
+    /// The byte at `pc`.
+    ///
+    /// # Errors
+    /// The fault of fetching it.
+    pub fn u8(&mut self, pc: u64) -> Result<u8, Fault> {
+        self.source.byte(pc)
+    }
+
+    /// The two bytes at `pc`, little-endian. `pc` must be even.
+    ///
+    /// # Errors
+    /// The fault of fetching them.
+    pub fn u16(&mut self, pc: u64) -> Result<u16, Fault> {
+        self.source.half(pc)
+    }
+
+    /// The four bytes at `pc`, little-endian. `pc` must be even.
+    ///
+    /// # Errors
+    /// The fault of fetching the first that cannot be.
+    pub fn u32(&mut self, pc: u64) -> Result<u32, Fault> {
+        let low = self.source.half(pc)?;
+        let high = self.source.half(pc.wrapping_add(2))?;
+        Ok(u32::from(low) | u32::from(high) << 16)
+    }
+
+    /// True if a debugger wants to stop before the instruction at `pc`. A region does not go past it;
+    /// one that would start there is never asked for.
+    pub fn is_break(&self, pc: u64) -> bool {
+        self.source.is_break(pc)
+    }
+}
