@@ -1,0 +1,367 @@
+//! The root bus: slots, configuration accesses, BAR windows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use holdfast_device::{Access, Bus, BusDevice, IrqLine};
+use parking_lot::{Mutex, RwLock};
+
+use super::config::Bar;
+use super::intx::SharedLine;
+use super::{BarKind, Bdf, Intx, Msix, PciConfig, PciError, PciInfo, command, reg};
+
+/// One PCI function.
+pub trait PciDevice: Send + Sync + Debug {
+    /// The id by which monitors and logs name it.
+    fn pci_name(&self) -> &str;
+
+    /// Its configuration space.
+    fn config(&self) -> &Arc<PciConfig>;
+
+    /// Its MSI-X table, if it has one. The bus passes enable and mask bits on to it.
+    fn msix(&self) -> Option<&Arc<Msix>> {
+        None
+    }
+
+    /// A read of registers in `bar`; `access.offset` counts from the BAR's start.
+    fn read_bar(&self, bar: u8, access: Access, data: &mut [u8]);
+
+    /// A write to registers in `bar`.
+    fn write_bar(&self, bar: u8, access: Access, data: &[u8]);
+
+    /// A guest's read of configuration space, for devices with registers that have side effects.
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        self.config().read(offset, data);
+    }
+
+    /// A guest's write to configuration space. Must end up in [`PciConfig::write`].
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        self.config().write(offset, data);
+    }
+
+    /// `bar` is now decoded at `base`, or not at all (`None`): the place to move ioeventfds. Called
+    /// with the bus's mapping lock held: no configuration access may be made from here.
+    fn bar_moved(&self, bar: u8, base: Option<u64>) {
+        let _ = (bar, base);
+    }
+}
+
+/// What a root bus is made of.
+#[derive(Debug, Clone)]
+pub struct PciBusSpec {
+    /// PCI segment (domain).
+    pub segment: u16,
+    /// Where memory BARs appear.
+    pub mmio: Arc<Bus>,
+    /// Where port BARs appear.
+    pub pio: Arc<Bus>,
+    /// The wires that interrupt pins are routed to.
+    pub wires: Vec<IrqLine>,
+    /// Which wire (index into `wires`) pin 0 (INTA#) to 3 (INTD#) of a device number goes to.
+    pub swizzle: fn(device: u8, pin: u8) -> usize,
+}
+
+/// Address ranges to hand out to BARs: first address and length in bytes; length 0: nothing there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Windows {
+    /// Ports.
+    pub io: (u64, u64),
+    /// Memory below 4 GiB.
+    pub mem32: (u64, u64),
+    /// Memory above; 64-bit prefetchable BARs go there.
+    pub mem64: (u64, u64),
+}
+
+/// A reserved place on the bus.
+#[derive(Debug)]
+pub struct PciSlot {
+    bdf: Bdf,
+    wires: [Arc<SharedLine>; 4],
+}
+
+impl PciSlot {
+    /// The function's address.
+    pub fn bdf(&self) -> Bdf {
+        self.bdf
+    }
+
+    /// The function's interrupt pin: 1 (INTA#) to 4 (INTD#); others mean INTA#.
+    pub fn intx(&self, pin: u8) -> Intx {
+        let pin = if (1..=4).contains(&pin) { pin } else { 1 };
+        Intx::new(Arc::clone(&self.wires[usize::from(pin - 1)]), self.bdf.devfn(), pin)
+    }
+}
+
+/// A BAR on the memory or port bus.
+#[derive(Debug)]
+struct BarWindow {
+    device: Arc<dyn PciDevice>,
+    bar: u8,
+}
+
+impl BusDevice for BarWindow {
+    fn read(&self, access: Access, data: &mut [u8]) {
+        self.device.read_bar(self.bar, access, data);
+    }
+
+    fn write(&self, access: Access, data: &[u8]) {
+        self.device.write_bar(self.bar, access, data);
+    }
+}
+
+/// A PCI root bus: bus 0 of its segment, without bridges.
+///
+/// Lock order: `mapped`, then `functions`, then a function's registers.
+#[derive(Debug)]
+pub struct PciBus {
+    segment: u16,
+    mmio: Arc<Bus>,
+    pio: Arc<Bus>,
+    wires: Vec<Arc<SharedLine>>,
+    swizzle: fn(u8, u8) -> usize,
+    reserved: Mutex<BTreeSet<u8>>,
+    functions: RwLock<BTreeMap<u8, Arc<dyn PciDevice>>>,
+    /// Where each (devfn, BAR) is attached.
+    mapped: Mutex<BTreeMap<(u8, u8), u64>>,
+}
+
+impl PciBus {
+    /// An empty bus.
+    pub fn new(spec: PciBusSpec) -> Arc<Self> {
+        let mut wires: Vec<_> = spec.wires.into_iter().map(SharedLine::new).collect();
+        if wires.is_empty() {
+            wires.push(SharedLine::new(IrqLine::unconnected()));
+        }
+        Arc::new(Self {
+            segment: spec.segment,
+            mmio: spec.mmio,
+            pio: spec.pio,
+            wires,
+            swizzle: spec.swizzle,
+            reserved: Mutex::default(),
+            functions: RwLock::default(),
+            mapped: Mutex::default(),
+        })
+    }
+
+    /// The segment (domain) number.
+    pub fn segment(&self) -> u16 {
+        self.segment
+    }
+
+    /// Reserves function 0 of the wanted device number (0 to 31), or of the lowest free one.
+    ///
+    /// # Errors
+    /// [`PciError`] if it is taken, does not exist, or none is free.
+    pub fn reserve(&self, device: Option<u8>) -> Result<PciSlot, PciError> {
+        if let Some(device) = device {
+            return self.reserve_function(device, 0);
+        }
+        let device = {
+            let reserved = self.reserved.lock();
+            (0..32u8).find(|d| !reserved.iter().any(|f| f >> 3 == *d)).ok_or(PciError::Full)?
+        };
+        self.reserve_function(device, 0)
+    }
+
+    /// Reserves one function of a multi-function device.
+    ///
+    /// # Errors
+    /// [`PciError`] if it is taken or does not exist.
+    pub fn reserve_function(&self, device: u8, function: u8) -> Result<PciSlot, PciError> {
+        if device > 31 || function > 7 {
+            return Err(PciError::NoSuchSlot { device, function });
+        }
+        let devfn = device << 3 | function;
+        if !self.reserved.lock().insert(devfn) {
+            return Err(PciError::SlotTaken { device, function });
+        }
+        let wire = |pin| {
+            let index = (self.swizzle)(device, pin) % self.wires.len();
+            Arc::clone(&self.wires[index])
+        };
+        let bdf = Bdf::new(self.segment, 0, devfn);
+        Ok(PciSlot { bdf, wires: [wire(0), wire(1), wire(2), wire(3)] })
+    }
+
+    /// Gives a slot back that no device was plugged into.
+    pub fn release(&self, slot: &PciSlot) {
+        if !self.functions.read().contains_key(&slot.bdf.devfn()) {
+            self.reserved.lock().remove(&slot.bdf.devfn());
+        }
+    }
+
+    /// Plugs a device into its slot.
+    ///
+    /// # Errors
+    /// [`PciError::SlotTaken`] if the slot holds a device already.
+    pub fn plug(self: &Arc<Self>, slot: &PciSlot, device: Arc<dyn PciDevice>) -> Result<(), PciError> {
+        let devfn = slot.bdf.devfn();
+        let mut functions = self.functions.write();
+        if functions.contains_key(&devfn) {
+            return Err(PciError::SlotTaken { device: slot.bdf.device(), function: slot.bdf.function() });
+        }
+        device.config().plugged_into(Arc::downgrade(self));
+        functions.insert(devfn, device);
+        Ok(())
+    }
+
+    /// Takes a device out and frees its slot; its BARs are unmapped.
+    pub fn unplug(&self, bdf: Bdf) -> Option<Arc<dyn PciDevice>> {
+        let mut mapped = self.mapped.lock();
+        let device = self.functions.write().remove(&bdf.devfn())?;
+        for bar in device.config().bars() {
+            self.unmap(&mut mapped, bdf.devfn(), &device, bar);
+        }
+        self.reserved.lock().remove(&bdf.devfn());
+        Some(device)
+    }
+
+    fn function(&self, bus: u8, devfn: u8) -> Option<Arc<dyn PciDevice>> {
+        if bus != 0 {
+            return None;
+        }
+        self.functions.read().get(&devfn).cloned()
+    }
+
+    /// A configuration read: all ones where no function is.
+    pub fn read_config(&self, bus: u8, devfn: u8, offset: u16, data: &mut [u8]) {
+        match self.function(bus, devfn) {
+            Some(device) => device.read_config(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// A configuration write: dropped where no function is.
+    pub fn write_config(&self, bus: u8, devfn: u8, offset: u16, data: &[u8]) {
+        let Some(device) = self.function(bus, devfn) else { return };
+        device.write_config(offset, data);
+        let end = usize::from(offset) + data.len();
+        let touches = |from: u16, to: u16| end > usize::from(from) && offset < to;
+        // Only the Command register and the BARs change what is decoded.
+        if touches(reg::COMMAND, reg::COMMAND + 2) || touches(reg::BAR0, reg::BAR0 + 24) {
+            self.remap();
+        }
+        if let Some(msix) = device.msix() {
+            msix.config_changed(device.config());
+        }
+    }
+
+    /// Attaches and detaches BAR windows until they are where the guest wants them. A window that
+    /// collides stays unmapped and is tried again at the next change.
+    pub(super) fn remap(&self) {
+        let mut mapped = self.mapped.lock();
+        let functions: Vec<_> = self.functions.read().iter().map(|(&d, f)| (d, Arc::clone(f))).collect();
+        for (devfn, device) in &functions {
+            for bar in device.config().bars() {
+                let now = mapped.get(&(*devfn, bar.index)).copied();
+                if now.is_some() && device.config().decoded(bar) != now {
+                    self.unmap(&mut mapped, *devfn, device, bar);
+                }
+            }
+        }
+        for (devfn, device) in &functions {
+            for bar in device.config().bars() {
+                if mapped.contains_key(&(*devfn, bar.index)) {
+                    continue;
+                }
+                if let Some(base) = device.config().decoded(bar) {
+                    self.map(&mut mapped, *devfn, device, (bar, base));
+                }
+            }
+        }
+    }
+
+    fn bus_of(&self, bar: &Bar) -> &Arc<Bus> {
+        if bar.kind == BarKind::Io { &self.pio } else { &self.mmio }
+    }
+
+    fn map(
+        &self,
+        mapped: &mut BTreeMap<(u8, u8), u64>,
+        devfn: u8,
+        device: &Arc<dyn PciDevice>,
+        (bar, base): (&Bar, u64),
+    ) {
+        let name = format!("{} bar{}", device.pci_name(), bar.index);
+        let window = Arc::new(BarWindow { device: Arc::clone(device), bar: bar.index });
+        match self.bus_of(bar).attach(base, bar.size, &name, window) {
+            Ok(()) => {
+                mapped.insert((devfn, bar.index), base);
+                device.bar_moved(bar.index, Some(base));
+            }
+            Err(error) => tracing::debug!(%error, "{name} is not mapped"),
+        }
+    }
+
+    fn unmap(&self, mapped: &mut BTreeMap<(u8, u8), u64>, devfn: u8, device: &Arc<dyn PciDevice>, bar: &Bar) {
+        let Some(base) = mapped.remove(&(devfn, bar.index)) else { return };
+        device.bar_moved(bar.index, None);
+        if let Err(error) = self.bus_of(bar).detach(base) {
+            tracing::error!(%error, "BAR {} of {} was not attached", bar.index, device.pci_name());
+        }
+    }
+
+    /// Gives every BAR an address, largest first, and enables decoding, as firmware would.
+    ///
+    /// # Errors
+    /// [`PciError::NoRoom`] naming the first BAR that does not fit.
+    pub fn assign_resources(&self, windows: Windows) -> Result<(), PciError> {
+        let functions: Vec<_> = self.functions.read().iter().map(|(&d, f)| (d, Arc::clone(f))).collect();
+        let mut wanted: Vec<_> = functions
+            .iter()
+            .flat_map(|(devfn, f)| f.config().bars().iter().map(move |bar| (*devfn, f, *bar)))
+            .collect();
+        wanted.sort_by_key(|(devfn, _, bar)| (std::cmp::Reverse(bar.size), *devfn, bar.index));
+        let mut io = Cursor::new(windows.io);
+        let mut mem32 = Cursor::new(windows.mem32);
+        let mut mem64 = Cursor::new(windows.mem64);
+        for (devfn, function, bar) in wanted {
+            let address = match bar.kind {
+                BarKind::Io => io.take(bar.size),
+                BarKind::Mem32 | BarKind::Mem64 { prefetchable: false } => mem32.take(bar.size),
+                BarKind::Mem64 { prefetchable: true } => {
+                    mem64.take(bar.size).or_else(|| mem32.take(bar.size))
+                }
+            };
+            let bdf = Bdf::new(self.segment, 0, devfn);
+            let address = address.ok_or(PciError::NoRoom { bdf, bar: bar.index, size: bar.size })?;
+            function.config().set_bar(&bar, address);
+            let decode = if bar.kind == BarKind::Io { command::IO } else { command::MEMORY };
+            let enabled = function.config().command() | decode;
+            function.config().write(reg::COMMAND, &enabled.to_le_bytes());
+        }
+        self.remap();
+        Ok(())
+    }
+
+    /// All functions, for `query-pci` and `info qtree`.
+    pub fn info(&self) -> Vec<PciInfo> {
+        let functions = self.functions.read();
+        functions
+            .iter()
+            .map(|(&devfn, f)| PciInfo::of(Bdf::new(self.segment, 0, devfn), f.as_ref()))
+            .collect()
+    }
+}
+
+/// Hands out naturally aligned pieces of a window, upwards.
+struct Cursor {
+    next: u64,
+    end: u64,
+}
+
+impl Cursor {
+    fn new((base, len): (u64, u64)) -> Self {
+        Self { next: base, end: base.saturating_add(len) }
+    }
+
+    fn take(&mut self, size: u64) -> Option<u64> {
+        // Address 0 is never decoded: it means "not assigned".
+        let at = self.next.max(1).checked_next_multiple_of(size)?;
+        let end = at.checked_add(size).filter(|&e| e <= self.end)?;
+        self.next = end;
+        Some(at)
+    }
+}
