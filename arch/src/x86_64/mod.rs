@@ -1,5 +1,7 @@
 //! x86-64: Intel SDM (December 2023) and AMD APM (rev. 3.36).
 
+pub mod cpuid;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,63 @@ pub struct CpuidModel {
     pub name: String,
     /// Entries; empty means all that the accelerator supports.
     pub entries: Vec<CpuidEntry>,
+    /// How vCPUs are arranged in packages; `None`: one package of single-threaded cores.
+    #[serde(default)]
+    pub topology: Option<CpuTopology>,
+}
+
+/// How the vCPUs of one package are arranged. APIC ids follow from it: see [`CpuTopology::apic_id`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuTopology {
+    /// Threads in a core, at least 1.
+    pub threads: u32,
+    /// Cores in a die, at least 1.
+    pub cores: u32,
+    /// Dies in a package, at least 1.
+    pub dies: u32,
+}
+
+impl CpuTopology {
+    /// The arrangement used when none is given: `vcpus` cores in one package.
+    pub fn flat(vcpus: u32) -> Self {
+        Self { threads: 1, cores: vcpus.max(1), dies: 1 }
+    }
+
+    /// APIC id bits below the core number.
+    pub fn core_shift(self) -> u32 {
+        bits_for(self.threads)
+    }
+
+    /// APIC id bits below the die number.
+    pub fn die_shift(self) -> u32 {
+        self.core_shift() + bits_for(self.cores)
+    }
+
+    /// APIC id bits below the package number.
+    pub fn package_shift(self) -> u32 {
+        self.die_shift() + bits_for(self.dies)
+    }
+
+    /// Threads in a package.
+    pub fn per_package(self) -> u32 {
+        self.threads.max(1).saturating_mul(self.cores.max(1)).saturating_mul(self.dies.max(1))
+    }
+
+    /// The APIC id of vCPU `index` (SDM volume 3, section 9.9): each level has a power of two of ids,
+    /// so there are gaps when a count is none.
+    pub fn apic_id(self, index: u32) -> u32 {
+        let (threads, cores, dies) = (self.threads.max(1), self.cores.max(1), self.dies.max(1));
+        let thread = index % threads;
+        let core = index / threads % cores;
+        let die = index / threads / cores % dies;
+        let package = index / threads / cores / dies;
+        package << self.package_shift() | die << self.die_shift() | core << self.core_shift() | thread
+    }
+}
+
+/// Bits that number `count` things.
+fn bits_for(count: u32) -> u32 {
+    count.max(1).saturating_sub(1).checked_ilog2().map_or(0, |b| b + 1)
 }
 
 /// A segment register with its hidden part.
@@ -35,7 +94,8 @@ pub struct Segment {
     pub base: u64,
     /// Limit in bytes.
     pub limit: u32,
-    /// Attributes as in the descriptor's bits 40 to 55: type, S, DPL, P, AVL, L, D/B, G.
+    /// Attributes as in the descriptor's bits 40 to 55: type (bits 0 to 3), S (4), DPL (5, 6), P (7),
+    /// AVL (12), L (13), D/B (14), G (15). Bits 8 to 11, the limit's in the descriptor, are zero.
     pub attributes: u16,
     /// Loaded with a null selector.
     pub unusable: bool,

@@ -114,6 +114,12 @@ pub trait Accelerator: Send + Sync + Debug {
     /// [`AccelError::Unavailable`].
     fn probe(&self, arch: Arch) -> Result<(), AccelError>;
 
+    /// True if guests of `arch` run about as fast as the host does, so that `--accel auto` should
+    /// prefer this accelerator. False for an accelerator that interprets or translates.
+    fn at_speed(&self, _arch: Arch) -> bool {
+        false
+    }
+
     /// Makes a VM with all of `spec.memory` mapped.
     ///
     /// # Errors
