@@ -1,1 +1,3 @@
 //! The RISC-V guest: decoder, semantics, privileged architecture.
+
+pub mod decode;
