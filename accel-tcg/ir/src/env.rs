@@ -140,7 +140,7 @@ pub struct Env<G> {
 }
 
 const _: () = assert!(size_of::<EnvHeader>() == 128);
-const _: () = assert!(size_of::<EnvTables>() % 64 == 0);
+const _: () = assert!(size_of::<EnvTables>().is_multiple_of(64));
 const _: () = assert!(size_of::<IbtcEntry>() == 32 && size_of::<TlbEntry>() == 16);
 
 /// Offsets from the environment pointer.

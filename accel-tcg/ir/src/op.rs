@@ -658,8 +658,20 @@ impl RmwKind {
             RmwKind::Xor => old ^ x,
             RmwKind::MinS => (if so < sx { so } else { sx }) as u64,
             RmwKind::MaxS => (if so > sx { so } else { sx }) as u64,
-            RmwKind::MinU => (if uo < ux { uo } else { ux }) as u64,
-            RmwKind::MaxU => (if uo > ux { uo } else { ux }) as u64,
+            RmwKind::MinU => {
+                if uo < ux {
+                    uo
+                } else {
+                    ux
+                }
+            }
+            RmwKind::MaxU => {
+                if uo > ux {
+                    uo
+                } else {
+                    ux
+                }
+            }
         };
         r << sh >> sh
     }
