@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use holdfast_tcg_ir::env::exit;
+use holdfast_tcg_ir::helper::HelperRet;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
 use crate::guest::{Fault, Flush};
@@ -105,13 +107,101 @@ impl<'a> Cpu<'a> {
         self.core.flush_others(what);
     }
 
-    /// Fails the helper that is running: the runtime then raises `fault` at the instruction's pc.
-    pub fn fail(&mut self, fault: Fault) {
-        self.core.pending_fault = Some(fault);
+    /// The guest's floating-point rounding mode and sticky flags as the host's MXCSR has them. Valid in
+    /// helpers with `Effects::USES_FP` and outside translated code.
+    pub fn mxcsr(&self) -> u32 {
+        self.core.shared.env().mxcsr()
+    }
+
+    /// Sets them; all exceptions stay masked.
+    pub fn set_mxcsr(&mut self, value: u32) {
+        self.core.shared.env().set_mxcsr(value & 0xffc0 | 0x1f80 | value & 0x3f);
     }
 
     /// Ends the VM's run: the vCPU can do no more (x86 triple fault).
     pub fn shut_down(&mut self) {
         self.core.stop = Some(crate::vcpu::Stop::Shutdown);
     }
+}
+
+/// Why a helper leaves the region instead of returning a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// An exception at the instruction that called it.
+    Fault(Fault),
+    /// One of [`holdfast_tcg_ir::env::exit`]'s codes. [`Cpu::set_pc`] says where to go on; it is the pc of the
+    /// instruction itself otherwise.
+    Exit(u32),
+}
+
+impl From<Fault> for Leave {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// What a helper that may fault gives.
+pub type HelperResult = Result<u64, Leave>;
+
+/// Runs `body` on the vCPU that `env` belongs to. For [`plain_helper!`] only.
+///
+/// # Safety
+/// `env` is the environment pointer that translated code or the interpreter passed to a helper.
+#[doc(hidden)]
+#[inline]
+pub unsafe fn enter_plain(env: *mut u8, body: impl FnOnce(&mut Cpu<'_>) -> u64) -> u64 {
+    // SAFETY: by this function's contract; the vCPU's thread uses its core through no other reference while
+    // translated code runs.
+    let core = unsafe { VcpuCore::from_env(env) };
+    body(&mut Cpu::new(core))
+}
+
+/// As [`enter_plain`] for helpers that may fault.
+///
+/// # Safety
+/// As for [`enter_plain`].
+#[doc(hidden)]
+#[inline]
+pub unsafe fn enter_faulting(env: *mut u8, body: impl FnOnce(&mut Cpu<'_>) -> HelperResult) -> HelperRet {
+    // SAFETY: as in `enter_plain`.
+    let core = unsafe { VcpuCore::from_env(env) };
+    match body(&mut Cpu::new(core)) {
+        Ok(value) => HelperRet::ok(value),
+        Err(Leave::Exit(code)) => HelperRet::exit(code),
+        Err(Leave::Fault(fault)) => {
+            core.pending_fault = Some(fault);
+            HelperRet::exit(exit::FAULT)
+        }
+    }
+}
+
+/// `plain_helper!(name, function)`: the C function `name` for a `HelperTable`, from a
+/// `fn(&mut Cpu<'_>, args: [u64; 5]) -> u64`.
+#[macro_export]
+macro_rules! plain_helper {
+    ($name:ident, $function:path) => {
+        unsafe extern "C" fn $name(env: *mut u8, a: u64, b: u64, c: u64, d: u64, e: u64) -> u64 {
+            // SAFETY: called by translated code or the interpreter, with their environment pointer.
+            unsafe { $crate::enter_plain(env, |cpu| $function(cpu, [a, b, c, d, e])) }
+        }
+    };
+}
+
+/// `faulting_helper!(name, function)`: the C function `name` for a `HelperTable`, from a
+/// `fn(&mut Cpu<'_>, args: [u64; 5]) -> HelperResult`.
+#[macro_export]
+macro_rules! faulting_helper {
+    ($name:ident, $function:path) => {
+        unsafe extern "C" fn $name(
+            env: *mut u8,
+            a: u64,
+            b: u64,
+            c: u64,
+            d: u64,
+            e: u64,
+        ) -> $crate::ir::helper::HelperRet {
+            // SAFETY: called by translated code or the interpreter, with their environment pointer.
+            unsafe { $crate::enter_faulting(env, |cpu| $function(cpu, [a, b, c, d, e])) }
+        }
+    };
 }

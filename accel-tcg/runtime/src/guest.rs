@@ -7,6 +7,7 @@
 use std::fmt::Debug;
 
 use holdfast_arch::{Arch, CpuModel, CpuState};
+use holdfast_tcg_ir::{Builder, HelperTable};
 
 use crate::code::CodeReader;
 use crate::cpu::Cpu;
@@ -99,8 +100,8 @@ pub struct GuestSpec {
     pub arch: Arch,
     /// Bytes of the guest's `#[repr(C)]` state behind the generic header; see [`Cpu::state`].
     pub state_size: usize,
-    /// Slots of the IR, with their offsets in the state and the pinned ones first by heat.
-    // pub slots: &'static [holdfast_tcg_ir::SlotDesc], (with the IR)
+    /// What the back end needs: pinned slots, pc alignment.
+    pub ir: holdfast_tcg_ir::GuestSpec,
     /// Number of MMU indexes, 1 to 8.
     pub mmu_modes: u8,
     /// Smallest instruction and alignment of the pc, in bytes.
@@ -120,7 +121,7 @@ pub struct TranslateRequest {
     pub key: u32,
     /// At most this many instructions; 1 for single step.
     pub max_insns: u32,
-    /// If true (single step), the region must end by leaving to the dispatcher and not be chained.
+    /// If true (single step), the region must end with `exit(exit::RESUME, ..)` or the like, not with a jump.
     pub no_chain: bool,
 }
 
@@ -138,6 +139,10 @@ pub trait Guest: Send + Sync + Debug + 'static {
     /// Static facts.
     fn spec(&self) -> &GuestSpec;
 
+    /// The helpers that its IR calls. Write them as safe functions over [`Cpu`] and wrap them with
+    /// [`crate::plain_helper!`] and [`crate::faulting_helper!`].
+    fn helpers(&self) -> &HelperTable;
+
     /// Takes over the CPU model and puts the state as the architecture has it after reset. Called
     /// when the vCPU is made and at every reset.
     ///
@@ -148,11 +153,11 @@ pub trait Guest: Send + Sync + Debug + 'static {
     /// The current modes. Called often; must be cheap.
     fn mode(&self, cpu: &mut Cpu<'_>) -> Mode;
 
-    /// The program counter and the means to set it live in the generic header ([`Cpu::pc`]).
-    ///
     /// Decodes from `request.pc` and builds one region: blocks of the one page that `request.pc` is
     /// in, ending at the page's end at the latest (an instruction that starts in the page may run
-    /// into the next). Breakpoints end a region before the instruction ([`CodeReader::is_break`]).
+    /// into the next). An instruction that runs into the next page has to be the only one of its region;
+    /// a region that comes to one ends before it with `goto_reg` to its constant pc, for direct links
+    /// would not notice that the second page is mapped elsewhere. Breakpoints end a region before the instruction ([`CodeReader::is_break`]).
     ///
     /// # Errors
     /// The fault of fetching the *first* instruction; a later one ends the region before it.
@@ -160,7 +165,7 @@ pub trait Guest: Send + Sync + Debug + 'static {
         &self,
         request: &TranslateRequest,
         code: &mut CodeReader<'_, '_>,
-        // builder: &mut holdfast_tcg_ir::RegionBuilder, (with the IR)
+        builder: &mut Builder,
     ) -> Result<Translated, Fault>;
 
     /// Translates an address, setting accessed and dirty bits as the access needs. Page tables are read

@@ -34,6 +34,20 @@ pub(crate) struct VcpuCore {
 }
 
 impl VcpuCore {
+    /// The vCPU whose environment this is.
+    ///
+    /// # Safety
+    /// `env` is the environment pointer of a vCPU whose thread is the caller, and no other reference to its
+    /// core is in use.
+    #[inline]
+    pub unsafe fn from_env<'a>(env: *mut u8) -> &'a mut Self {
+        // SAFETY: the owner is set before any translated code runs and stays valid while it does.
+        unsafe {
+            let owner = (*holdfast_tcg_ir::env::header(env)).owner.load(std::sync::atomic::Ordering::Relaxed);
+            &mut *std::ptr::with_exposed_provenance_mut::<Self>(owner as usize)
+        }
+    }
+
     pub fn set_deadline(&mut self, deadline: Option<u64>) {
         match deadline {
             Some(at) => self.timer.arm(at),

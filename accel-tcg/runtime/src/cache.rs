@@ -1,0 +1,279 @@
+//! Memory for translated code: one memfd, mapped once writable and once executable.
+//!
+//! It is cut into segments. A vCPU fills one segment at a time; when none is free the oldest full one
+//! is evicted. A segment is used again only when every vCPU has passed a safe point since (see
+//! [`crate::epoch`]), so no vCPU runs freed code.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+/// Smallest size of a segment in bytes. One region always fits in.
+const MIN_SEGMENT: usize = 128 << 10;
+/// Largest size of a segment in bytes.
+const MAX_SEGMENT: usize = 2 << 20;
+/// Smallest cache: two segments for each vCPU and some to age.
+pub const MIN_CACHE: usize = 4 * MIN_SEGMENT;
+/// Largest cache: jumps within it have 32-bit displacements.
+pub const MAX_CACHE: usize = 1 << 30;
+/// Cache size when none is asked for.
+pub const DEFAULT_CACHE: usize = 64 << 20;
+
+/// Number of a segment.
+pub type SegmentId = u32;
+
+#[derive(Debug, Default)]
+struct Segments {
+    free: Vec<SegmentId>,
+    /// In use, oldest first.
+    used: VecDeque<SegmentId>,
+    /// Evicted, with the epoch that every vCPU has to have passed.
+    retired: Vec<(SegmentId, u64)>,
+}
+
+/// What [`CodeCache::acquire`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acquired {
+    /// An empty segment.
+    Segment(SegmentId),
+    /// None is free: evict this one (it is no longer in use then), retire it, and come back.
+    Evict(SegmentId),
+    /// None is free and all are retired: wait for the other vCPUs' safe points.
+    Wait,
+}
+
+/// The code cache of one VM.
+#[derive(Debug)]
+pub struct CodeCache {
+    rw: *mut u8,
+    rx: *mut u8,
+    len: usize,
+    segment: usize,
+    state: Mutex<Segments>,
+    used_bytes: AtomicU64,
+    evictions: AtomicU64,
+    _fd: OwnedFd,
+}
+
+// SAFETY: the mappings are plain memory; segments have one writer at a time and code is published by
+// atomic stores.
+unsafe impl Send for CodeCache {}
+// SAFETY: as above.
+unsafe impl Sync for CodeCache {}
+
+fn map(fd: &OwnedFd, len: usize, prot: libc::c_int) -> io::Result<*mut u8> {
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let p = unsafe { libc::mmap(ptr::null_mut(), len, prot, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
+    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
+}
+
+impl CodeCache {
+    /// A cache of about `bytes` (0: the default), at least two segments for each of `vcpus`.
+    ///
+    /// # Errors
+    /// The host's error if the memory cannot be mapped.
+    pub fn new(bytes: usize, vcpus: usize) -> io::Result<Self> {
+        let wanted = if bytes == 0 { DEFAULT_CACHE } else { bytes };
+        let needed = MIN_SEGMENT * (2 * vcpus + 2);
+        let wanted = wanted.max(needed).clamp(MIN_CACHE, MAX_CACHE);
+        let segment = (wanted / 32).next_power_of_two().clamp(MIN_SEGMENT, MAX_SEGMENT);
+        let segment = if wanted / segment < 2 * vcpus + 2 { MIN_SEGMENT } else { segment };
+        let count = wanted / segment;
+        let len = count * segment;
+        // SAFETY: a valid, terminated name and known flags.
+        let fd = unsafe { libc::memfd_create(c"holdfast-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: the descriptor is open; the length is positive.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let rw = map(&fd, len, libc::PROT_READ | libc::PROT_WRITE)?;
+        let rx = match map(&fd, len, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(p) => p,
+            Err(e) => {
+                // SAFETY: mapped above with this length.
+                unsafe { libc::munmap(rw.cast(), len) };
+                return Err(e);
+            }
+        };
+        // Translated code is spread over the cache: huge pages spare the host's instruction TLB.
+        // SAFETY: advice on our own mapping; failure does not matter.
+        unsafe { libc::madvise(rx.cast(), len, libc::MADV_HUGEPAGE) };
+        let state = Segments { free: (1..count as u32).rev().collect(), ..Segments::default() };
+        Ok(Self {
+            rw,
+            rx,
+            len,
+            segment,
+            state: Mutex::new(state),
+            used_bytes: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            _fd: fd,
+        })
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Bytes of one segment.
+    pub fn segment_len(&self) -> usize {
+        self.segment
+    }
+
+    /// Host address at which `offset` is executed.
+    pub fn exec_addr(&self, offset: usize) -> *const u8 {
+        debug_assert!(offset <= self.len);
+        self.rx.wrapping_add(offset)
+    }
+
+    /// Offset of a host code address, if it lies in the cache.
+    pub fn offset_of(&self, exec: *const u8) -> Option<usize> {
+        let offset = exec.addr().wrapping_sub(self.rx.addr());
+        (offset < self.len).then_some(offset)
+    }
+
+    /// Offset of the first byte of `segment`. Segment 0 holds the stubs and is never evicted.
+    pub fn start_of(&self, segment: SegmentId) -> usize {
+        segment as usize * self.segment
+    }
+
+    /// Copies code to `offset`. The caller owns that part: it lies in a segment that it acquired and
+    /// nothing executes it yet.
+    pub fn write(&self, offset: usize, code: &[u8]) -> bool {
+        if offset > self.len || self.len - offset < code.len() {
+            return false;
+        }
+        // SAFETY: in bounds of the writable mapping, which overlaps no Rust object.
+        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(offset), code.len()) };
+        self.used_bytes.fetch_add(code.len() as u64, Ordering::Relaxed);
+        true
+    }
+
+    /// Replaces the aligned eight bytes around `offset`'s instruction: `patch` gets the old word and
+    /// gives the new one. Executing vCPUs see either.
+    pub fn patch(&self, offset: usize, patch: impl Fn(u64) -> u64) -> bool {
+        if offset % 8 != 0 || offset + 8 > self.len {
+            return false;
+        }
+        // SAFETY: aligned and in bounds; concurrent access is by other atomics or instruction fetch.
+        let word = unsafe { AtomicU64::from_ptr(self.rw.add(offset).cast()) };
+        word.store(patch(word.load(Ordering::Relaxed)), Ordering::Release);
+        true
+    }
+
+    /// Replaces the four bytes of a displacement that does not cross eight aligned bytes.
+    pub fn patch_rel32(&self, offset: usize, value: i32) -> bool {
+        let (base, shift) = (offset & !7, (offset & 7) * 8);
+        if shift > 32 {
+            return false;
+        }
+        let mask = 0xffff_ffff_u64 << shift;
+        self.patch(base, |old| old & !mask | u64::from(value as u32) << shift)
+    }
+
+    /// Looks for an empty segment. `passed` is the epoch that every vCPU has passed.
+    pub fn acquire(&self, passed: u64) -> Acquired {
+        let mut s = self.state.lock();
+        let s = &mut *s;
+        s.retired.retain(|&(id, epoch)| {
+            let waits = epoch >= passed;
+            if !waits {
+                s.free.push(id);
+            }
+            waits
+        });
+        if let Some(id) = s.free.pop() {
+            s.used.push_back(id);
+            return Acquired::Segment(id);
+        }
+        // Enough is on its way already: evicting more would only lose code.
+        if s.retired.len() > s.used.len() / 4 {
+            return Acquired::Wait;
+        }
+        match s.used.pop_front() {
+            Some(id) => Acquired::Evict(id),
+            None => Acquired::Wait,
+        }
+    }
+
+    /// Hands back an evicted segment; `epoch` is the one in which the last pointer to it was removed.
+    pub fn retire(&self, segment: SegmentId, epoch: u64) {
+        self.evictions.fetch_add(1, Ordering::Relaxed);
+        self.state.lock().retired.push((segment, epoch));
+    }
+
+    /// True if so little is free that the oldest segment should be evicted ahead of need.
+    pub fn is_low(&self) -> bool {
+        let s = self.state.lock();
+        s.free.is_empty() && s.retired.is_empty()
+    }
+
+    /// Takes the oldest segment out of use, to be evicted and retired by the caller. The newest
+    /// `keep` stay.
+    pub fn oldest(&self, keep: usize) -> Option<SegmentId> {
+        let mut s = self.state.lock();
+        if s.used.len() > keep { s.used.pop_front() } else { None }
+    }
+
+    /// Code bytes written so far, evictions so far.
+    pub fn counters(&self) -> (u64, u64) {
+        (self.used_bytes.load(Ordering::Relaxed), self.evictions.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        // SAFETY: both were mapped in `new` with this length and no vCPU is left to run code.
+        unsafe {
+            libc::munmap(self.rw.cast(), self.len);
+            libc::munmap(self.rx.cast(), self.len);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_written_through_one_mapping_shows_in_the_other() {
+        let cache = CodeCache::new(MIN_CACHE, 1).expect("mapping");
+        assert!(cache.write(64, &[0xc3; 16]));
+        // SAFETY: mapped and readable.
+        assert_eq!(unsafe { cache.exec_addr(64).read() }, 0xc3);
+        assert!(cache.patch_rel32(66, 0x1234_5678));
+        // SAFETY: mapped and readable.
+        assert_eq!(unsafe { cache.exec_addr(66).cast::<u32>().read_unaligned() }, 0x1234_5678);
+        // SAFETY: mapped and readable.
+        assert_eq!(unsafe { cache.exec_addr(70).read() }, 0xc3);
+        assert!(!cache.patch_rel32(70, 1), "would tear");
+        assert!(!cache.write(cache.len() - 4, &[0; 5]));
+    }
+
+    #[test]
+    fn segments_come_back_only_when_their_epoch_has_passed() {
+        let cache = CodeCache::new(MIN_CACHE, 1).expect("mapping");
+        let mut mine = Vec::new();
+        let oldest = loop {
+            match cache.acquire(1) {
+                Acquired::Segment(id) => mine.push(id),
+                Acquired::Evict(id) => break id,
+                Acquired::Wait => unreachable!("nothing is retired"),
+            }
+        };
+        assert_eq!(mine.first(), Some(&oldest));
+        cache.retire(oldest, 5);
+        assert_eq!(cache.acquire(5), Acquired::Wait);
+        assert_eq!(cache.acquire(6), Acquired::Segment(oldest));
+    }
+}
