@@ -1,1 +1,39 @@
 //! The one config tree.
+//!
+//! [`VmConfig`] is what a VM is made from, whoever asks: REST bodies, command-line options and QMP
+//! arguments all become this. Names, defaults and JSON shapes are Cloud Hypervisor's where it has the
+//! field. Schemas (for OpenAPI, `--help` and introspection) are derived from the same structs.
+//!
+//! Two schema extensions carry what only the command line needs: `x-cli` is the sub-key's short name
+//! (`boot` for `boot_vcpus`) and `x-positional` marks the key that a bare first word sets.
+
+mod console;
+mod cpus;
+mod error;
+mod ids;
+mod machine;
+mod memory;
+mod platform;
+mod requests;
+mod unsupported;
+mod validate;
+mod vm;
+
+pub use console::{DebugConsoleConfig, SerialConfig};
+pub use cpus::{CpuAffinity, CpuTopology, CpusConfig};
+pub use error::{ConfigError, Problem, Problems};
+pub use holdfast_virtio::balloon::BalloonConfig;
+pub use holdfast_virtio::blk::DiskConfig;
+pub use holdfast_virtio::console::{ConsoleConfig, ConsoleMode};
+pub use holdfast_virtio::net::NetConfig;
+pub use holdfast_virtio::rng::RngConfig;
+pub use ids::IdAllocator;
+pub use machine::{AccelChoice, AccelKind, IrqChipMode, MachineConfig, UnknownAccel};
+pub use memory::MemoryConfig;
+pub use platform::{LandlockAccess, LandlockRule, PlatformConfig};
+pub use requests::{
+    MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNet, VmRemoveDevice, VmResize, VmSnapshotConfig,
+};
+pub use unsupported::{Cli, UNSUPPORTED_OPTIONS, unsupported_cli_key};
+pub use validate::{check_id, validate_disk, validate_net};
+pub use vm::{PayloadConfig, VmConfig, parse_json};

@@ -1,0 +1,138 @@
+//! Machine and accelerator: Holdfast's own fields.
+
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Where the x86 interrupt controllers live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum IrqChipMode {
+    /// Local APIC with the accelerator; IOAPIC, PIC and PIT in user space.
+    #[default]
+    Split,
+    /// All with the accelerator.
+    On,
+    /// All in user space.
+    Off,
+}
+
+/// The machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct MachineConfig {
+    /// Name of the machine; the default is `q35` for x86_64 guests and `virt` for others.
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-positional" = true))]
+    pub kind: Option<String>,
+    /// Where the x86 interrupt controllers live.
+    #[serde(default)]
+    pub kernel_irqchip: IrqChipMode,
+}
+
+/// An accelerator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AccelKind {
+    /// The host's hardware virtualisation.
+    Kvm,
+    /// Translation.
+    Tcg,
+}
+
+impl AccelKind {
+    /// The name in options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+impl fmt::Display for AccelKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Which accelerators to try, in order. Text: `auto`, or names joined by colons.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum AccelChoice {
+    /// KVM if it can run this guest at speed, else translation.
+    #[default]
+    Auto,
+    /// These, in order; never empty.
+    Try(Vec<AccelKind>),
+}
+
+/// Text that is no choice of accelerators.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no accelerator; kvm, tcg, auto and lists like kvm:tcg are")]
+pub struct UnknownAccel(pub String);
+
+impl FromStr for AccelChoice {
+    type Err = UnknownAccel;
+
+    fn from_str(s: &str) -> Result<Self, UnknownAccel> {
+        if s == "auto" {
+            return Ok(Self::Auto);
+        }
+        let mut kinds = Vec::new();
+        for word in s.split(':') {
+            let kind = match word {
+                "kvm" => AccelKind::Kvm,
+                "tcg" => AccelKind::Tcg,
+                _ => return Err(UnknownAccel(word.to_owned())),
+            };
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        Ok(Self::Try(kinds))
+    }
+}
+
+impl fmt::Display for AccelChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Try(kinds) => {
+                for (i, kind) in kinds.iter().enumerate() {
+                    if i > 0 {
+                        f.write_str(":")?;
+                    }
+                    f.write_str(kind.name())?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Serialize for AccelChoice {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for AccelChoice {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl JsonSchema for AccelChoice {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "AccelChoice".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "pattern": "^(auto|(kvm|tcg)(:(kvm|tcg))*)$",
+            "description": "Accelerators to try, in order: kvm, tcg, auto or a list like kvm:tcg",
+        })
+    }
+}

@@ -1,0 +1,250 @@
+//! What a configuration must satisfy. All problems are found at once.
+
+use std::collections::HashSet;
+
+use holdfast_virtio::FieldError;
+use holdfast_virtio::blk::DiskConfig;
+use holdfast_virtio::console::ConsoleMode;
+use holdfast_virtio::net::NetConfig;
+
+use crate::{ConfigError, IrqChipMode, Problems, VmConfig};
+
+/// Most vCPUs of any machine; each machine has its own, lower limit.
+const MAX_VCPUS: u32 = 8192;
+/// Page size of guest RAM.
+const PAGE: u64 = 4096;
+/// Longest identifier of a device.
+const MAX_ID: usize = 64;
+
+impl VmConfig {
+    /// Checks everything that can be checked without opening anything. What the guest boots from is
+    /// not looked at: see [`VmConfig::validate_for_boot`].
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with all problems.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let mut problems = Problems::default();
+        self.check_cpus(&mut problems);
+        self.check_memory(&mut problems);
+        self.check_devices(&mut problems);
+        self.check_consoles(&mut problems);
+        self.check_platform(&mut problems);
+        problems.into_result()
+    }
+
+    /// [`VmConfig::validate`], and there is something to boot.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with all problems.
+    pub fn validate_for_boot(&self) -> Result<(), ConfigError> {
+        let mut problems = match self.validate() {
+            Err(ConfigError::Invalid(problems)) => problems,
+            other => {
+                other?;
+                Problems::default()
+            }
+        };
+        let payload = self.payload.clone().unwrap_or_default();
+        if !payload.is_bootable() {
+            problems.add("payload", "names neither a kernel nor a firmware to boot");
+        }
+        if payload.initramfs.is_some() && payload.kernel.is_none() {
+            problems.add("payload.initramfs", "needs a kernel that takes it");
+        }
+        problems.into_result()
+    }
+
+    fn check_cpus(&self, problems: &mut Problems) {
+        let cpus = &self.cpus;
+        let max = cpus.max();
+        if cpus.boot_vcpus == 0 {
+            problems.add("cpus.boot_vcpus", "is 0; a VM needs at least one");
+        }
+        if max < cpus.boot_vcpus {
+            let reason = format!("is {max}, less than boot_vcpus, which is {}", cpus.boot_vcpus);
+            problems.add("cpus.max_vcpus", reason);
+        }
+        if max > MAX_VCPUS {
+            problems.add("cpus.max_vcpus", format!("is {max}; at most {MAX_VCPUS} are possible"));
+        }
+        if let Some(topology) = &cpus.topology
+            && topology.vcpus() != u64::from(max)
+        {
+            let product = topology.vcpus();
+            let reason = format!("makes {product} vCPUs of its four factors; max_vcpus is {max}");
+            problems.add("cpus.topology", reason);
+        }
+        let mut seen = HashSet::new();
+        for (i, affinity) in cpus.affinity.iter().flatten().enumerate() {
+            if affinity.vcpu >= max {
+                let reason = format!("is {}; the last vCPU is {}", affinity.vcpu, max.saturating_sub(1));
+                problems.add(format!("cpus.affinity[{i}].vcpu"), reason);
+            }
+            if !seen.insert(affinity.vcpu) {
+                problems.add(format!("cpus.affinity[{i}].vcpu"), "is named twice");
+            }
+            if affinity.host_cpus.is_empty() {
+                problems.add(format!("cpus.affinity[{i}].host_cpus"), "is empty; name at least one CPU");
+            }
+        }
+    }
+
+    fn check_memory(&self, problems: &mut Problems) {
+        let memory = &self.memory;
+        if memory.size == 0 || !memory.size.is_multiple_of(PAGE) {
+            let reason = format!("is {}; it must be a multiple of {PAGE} above 0", memory.size);
+            problems.add("memory.size", reason);
+        }
+        let Some(page) = memory.hugepage_size else { return };
+        if !memory.hugepages {
+            problems.add("memory.hugepage_size", "needs hugepages=on");
+        }
+        if !page.is_power_of_two() || page <= PAGE {
+            problems.add("memory.hugepage_size", format!("is {page}; try 2M or 1G"));
+        } else if !memory.size.is_multiple_of(page) {
+            problems.add("memory.size", format!("is not a multiple of hugepage_size, which is {page}"));
+        }
+    }
+
+    fn check_devices(&self, problems: &mut Problems) {
+        for (i, disk) in self.disks().iter().enumerate() {
+            note(&format!("disks[{i}]"), disk.validate(), problems);
+        }
+        for (i, net) in self.net().iter().enumerate() {
+            note(&format!("net[{i}]"), net.validate(), problems);
+        }
+        note("rng", self.rng.validate(), problems);
+        note("console", self.console.validate(), problems);
+        if let Some(balloon) = &self.balloon {
+            note("balloon", balloon.validate(), problems);
+            if balloon.size > self.memory.size {
+                problems.add("balloon.size", format!("is {}, more than memory.size", balloon.size));
+            }
+        }
+        let mut seen = HashSet::new();
+        for (field, id) in self.named_devices() {
+            // A configuration that was read back carries the names that Holdfast gave itself.
+            let own = matches!(
+                (field.as_str(), id),
+                ("console.id", "__console") | ("rng.id", "__rng") | ("balloon.id", "__balloon")
+            );
+            if !own && let Err(reason) = check_id(id) {
+                problems.add(field.clone(), reason);
+            }
+            if !seen.insert(id) {
+                problems.add(field, format!("is `{id}`, which another device has"));
+            }
+        }
+    }
+
+    fn named_devices(&self) -> Vec<(String, &str)> {
+        let disks = self.disks().iter().enumerate().map(|(i, disk)| (format!("disks[{i}].id"), &disk.id));
+        let nets = self.net().iter().enumerate().map(|(i, net)| (format!("net[{i}].id"), &net.id));
+        let single = [
+            Some(("rng.id".to_owned(), &self.rng.id)),
+            Some(("console.id".to_owned(), &self.console.id)),
+            self.balloon.as_ref().map(|balloon| ("balloon.id".to_owned(), &balloon.id)),
+        ];
+        disks
+            .chain(nets)
+            .chain(single.into_iter().flatten())
+            .filter_map(|(field, id)| id.as_deref().map(|id| (field, id)))
+            .collect()
+    }
+
+    fn check_consoles(&self, problems: &mut Problems) {
+        let serial = &self.serial;
+        if serial.mode == ConsoleMode::File && serial.file.is_none() {
+            problems.add("serial.file", "is missing; mode File needs it");
+        }
+        if serial.mode == ConsoleMode::Socket && serial.socket.is_none() {
+            problems.add("serial.socket", "is missing; mode Socket needs it");
+        }
+        let debug = &self.debug_console;
+        if debug.mode == ConsoleMode::File && debug.file.is_none() {
+            problems.add("debug_console.file", "is missing; mode File needs it");
+        }
+        if matches!(debug.mode, ConsoleMode::Socket | ConsoleMode::Null) {
+            problems.add("debug_console.mode", "is not one of Off, Pty, Tty and File");
+        }
+        if debug.mode != ConsoleMode::Off && self.guest_arch() != holdfast_arch::Arch::X86_64 {
+            problems.add("debug_console.mode", "needs an x86_64 guest; use Off");
+        }
+        let terminals = [serial.mode, self.console.mode, debug.mode];
+        if terminals.iter().filter(|mode| **mode == ConsoleMode::Tty).count() > 1 {
+            problems.add("console.mode", "is Tty, and another console has the terminal already; use Off");
+        }
+    }
+
+    fn check_platform(&self, problems: &mut Problems) {
+        if let Some(platform) = &self.platform {
+            if platform.num_pci_segments != 1 {
+                let reason = format!("is {}; only 1 is supported by this version", platform.num_pci_segments);
+                problems.add("platform.num_pci_segments", reason);
+            }
+            if let Some(text) = &platform.system_uuid
+                && text.parse::<uuid::Uuid>().is_err()
+            {
+                problems.add("platform.system_uuid", format!("is `{text}`, which is no UUID"));
+            }
+        }
+        for (i, rule) in self.landlock_rules.iter().flatten().enumerate() {
+            if !matches!(rule.access.as_str(), "r" | "w" | "rw" | "wr") {
+                let reason = format!("is `{}`; use r, w or rw", rule.access);
+                problems.add(format!("landlock_rules[{i}].access"), reason);
+            }
+        }
+        let x86 = self.guest_arch() == holdfast_arch::Arch::X86_64;
+        if self.machine.kernel_irqchip != IrqChipMode::Split && !x86 {
+            problems.add("machine.kernel_irqchip", "is for x86_64 guests only");
+        }
+    }
+}
+
+fn note(parent: &str, errors: Vec<FieldError>, problems: &mut Problems) {
+    for error in errors {
+        problems.add(format!("{parent}.{}", error.field), error.reason);
+    }
+}
+
+/// Checks a name that a user gives a device.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_id(id: &str) -> Result<(), String> {
+    if id.is_empty() {
+        return Err("is empty; leave it out or give it a name".to_owned());
+    }
+    if id.starts_with("__") {
+        return Err(format!("is `{id}`; names that begin with `__` are Holdfast's own"));
+    }
+    if id.len() > MAX_ID || id.chars().any(|c| c.is_control() || c == '/') {
+        return Err(format!("must have at most {MAX_ID} bytes without `/` and control characters"));
+    }
+    Ok(())
+}
+
+/// Checks a disk that is to be added to a VM.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] with all problems.
+pub fn validate_disk(disk: &DiskConfig) -> Result<(), ConfigError> {
+    added("disk", disk.validate(), disk.id.as_deref())
+}
+
+/// Checks a network device that is to be added to a VM.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] with all problems.
+pub fn validate_net(net: &NetConfig) -> Result<(), ConfigError> {
+    added("net", net.validate(), net.id.as_deref())
+}
+
+fn added(kind: &str, errors: Vec<FieldError>, id: Option<&str>) -> Result<(), ConfigError> {
+    let mut problems = Problems::default();
+    note(kind, errors, &mut problems);
+    if let Some(Err(reason)) = id.map(check_id) {
+        problems.add(format!("{kind}.id"), reason);
+    }
+    problems.into_result()
+}

@@ -1,0 +1,197 @@
+//! The root of the tree.
+
+use std::path::PathBuf;
+
+use holdfast_arch::Arch;
+use holdfast_virtio::balloon::BalloonConfig;
+use holdfast_virtio::blk::DiskConfig;
+use holdfast_virtio::console::{ConsoleConfig, ConsoleMode};
+use holdfast_virtio::net::NetConfig;
+use holdfast_virtio::rng::RngConfig;
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    AccelChoice, ConfigError, CpusConfig, DebugConsoleConfig, LandlockRule, MachineConfig, MemoryConfig,
+    PlatformConfig, Problems, SerialConfig,
+};
+
+/// What the guest boots from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct PayloadConfig {
+    /// Firmware image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
+    /// Kernel image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+}
+
+impl PayloadConfig {
+    /// Whether there is something to boot.
+    pub fn is_bootable(&self) -> bool {
+        self.kernel.is_some() || self.firmware.is_some()
+    }
+}
+
+/// Virtual machine configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmConfig {
+    /// vCPUs.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What the guest boots from; looked at when the VM boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<PayloadConfig>,
+    /// Block devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
+    /// Entropy device; always there.
+    #[serde(default)]
+    pub rng: RngConfig,
+    /// Memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// First serial port.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// virtio console.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// x86 debug console.
+    #[serde(default)]
+    pub debug_console: DebugConsoleConfig,
+    /// What identifies the platform to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformConfig>,
+    /// Let Holdfast open only the paths that this configuration names.
+    #[serde(default)]
+    pub landlock_enable: bool,
+    /// More paths that it may open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub landlock_rules: Option<Vec<LandlockRule>>,
+    /// Name of the VM, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The guest's architecture; the host's by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "arch_schema")]
+    pub arch: Option<Arch>,
+    /// The machine.
+    #[serde(default)]
+    pub machine: MachineConfig,
+    /// Accelerators to try, in order.
+    #[serde(default)]
+    pub accel: AccelChoice,
+}
+
+fn arch_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    let names: Vec<&str> = Arch::ALL.iter().map(|arch| arch.name()).collect();
+    schemars::json_schema!({ "type": "string", "enum": names })
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            payload: None,
+            disks: None,
+            net: None,
+            rng: RngConfig::default(),
+            balloon: None,
+            serial: SerialConfig::default(),
+            console: ConsoleConfig::default(),
+            debug_console: DebugConsoleConfig::default(),
+            platform: None,
+            landlock_enable: false,
+            landlock_rules: None,
+            name: None,
+            arch: None,
+            machine: MachineConfig::default(),
+            accel: AccelChoice::Auto,
+        }
+    }
+}
+
+impl VmConfig {
+    /// Reads a `vm.create` body. Fields that nobody knows are ignored, as Cloud Hypervisor does;
+    /// fields of its features that Holdfast does not have are refused unless they hold their default.
+    ///
+    /// # Errors
+    /// [`ConfigError`]; it does not [validate](Self::validate).
+    pub fn from_json(body: &[u8]) -> Result<Self, ConfigError> {
+        let value: serde_json::Value = parse_json(body)?;
+        let mut problems = Problems::default();
+        crate::unsupported::check_vm(&value, &mut problems);
+        problems.into_result()?;
+        from_value(value)
+    }
+
+    /// The guest's architecture, the default resolved.
+    pub fn guest_arch(&self) -> Arch {
+        self.arch.or(Arch::HOST).unwrap_or(Arch::X86_64)
+    }
+
+    /// The machine's name, the default resolved.
+    pub fn machine_name(&self) -> &str {
+        match (&self.machine.kind, self.guest_arch()) {
+            (Some(name), _) => name,
+            (None, Arch::X86_64) => "q35",
+            (None, _) => "virt",
+        }
+    }
+
+    /// All disks.
+    pub fn disks(&self) -> &[DiskConfig] {
+        self.disks.as_deref().unwrap_or_default()
+    }
+
+    /// All network devices.
+    pub fn net(&self) -> &[NetConfig] {
+        self.net.as_deref().unwrap_or_default()
+    }
+
+    /// Whether there is a virtio console.
+    pub fn has_console(&self) -> bool {
+        self.console.mode != ConsoleMode::Off
+    }
+
+    /// The machine's UUID, if one is set and [valid](Self::validate).
+    pub fn uuid(&self) -> Option<uuid::Uuid> {
+        self.platform.as_ref()?.system_uuid.as_ref()?.parse().ok()
+    }
+}
+
+/// Reads JSON into `T`; the error names the field.
+///
+/// # Errors
+/// [`ConfigError::Syntax`].
+pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ConfigError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(syntax)?;
+    deserializer.end().map_err(|source| ConfigError::Syntax { field: ".".to_owned(), source })?;
+    Ok(value)
+}
+
+fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ConfigError> {
+    serde_path_to_error::deserialize(value).map_err(syntax)
+}
+
+fn syntax(error: serde_path_to_error::Error<serde_json::Error>) -> ConfigError {
+    let field = error.path().to_string();
+    ConfigError::Syntax { field, source: error.into_inner() }
+}
