@@ -1,5 +1,6 @@
 //! The VM: machines, lifecycle, snapshot.
 
+pub mod control;
 pub mod ram;
 pub mod snapshot;
 pub mod vm;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use holdfast_virtio::console::ConsoleMode;
+use holdfast_virtio::console::config::ConsoleMode;
 
 /// The first serial port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use holdfast_virtio::FieldError;
-use holdfast_virtio::blk::DiskConfig;
-use holdfast_virtio::console::ConsoleMode;
-use holdfast_virtio::net::NetConfig;
+use holdfast_virtio::blk::config::DiskConfig;
+use holdfast_virtio::console::config::ConsoleMode;
+use holdfast_virtio::net::config::NetConfig;
 
 use crate::{ConfigError, IrqChipMode, Problems, VmConfig};
 

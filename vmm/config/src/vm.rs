@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use holdfast_arch::Arch;
-use holdfast_virtio::balloon::BalloonConfig;
-use holdfast_virtio::blk::DiskConfig;
-use holdfast_virtio::console::{ConsoleConfig, ConsoleMode};
-use holdfast_virtio::net::NetConfig;
-use holdfast_virtio::rng::RngConfig;
+use holdfast_virtio::balloon::config::BalloonConfig;
+use holdfast_virtio::blk::config::DiskConfig;
+use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
+use holdfast_virtio::net::config::NetConfig;
+use holdfast_virtio::rng::config::RngConfig;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,250 @@
+//! What the VM tells everyone.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+
+/// Who caused a shutdown or reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The guest asked its machine for it.
+    Guest,
+    /// The guest panicked or faulted.
+    GuestPanic,
+    /// Somebody asked over an API.
+    Host,
+    /// Somebody quit the process (`quit`, `vmm.shutdown`, Ctrl-A x).
+    HostQuit,
+    /// A signal (SIGTERM, SIGINT).
+    HostSignal,
+    /// Holdfast itself failed.
+    HostError,
+}
+
+impl Origin {
+    /// Whether the guest did it.
+    pub fn is_guest(self) -> bool {
+        matches!(self, Self::Guest | Self::GuestPanic)
+    }
+
+    fn shutdown_cause(self) -> &'static str {
+        match self {
+            Self::Guest => "guest-shutdown",
+            Self::GuestPanic => "guest-panic",
+            Self::Host => "host-qmp-system-reset",
+            Self::HostQuit => "host-qmp-quit",
+            Self::HostSignal => "host-signal",
+            Self::HostError => "host-error",
+        }
+    }
+
+    fn reset_cause(self) -> &'static str {
+        match self {
+            Self::Guest => "guest-reset",
+            other => other.shutdown_cause(),
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The process is up.
+    VmmStarting,
+    /// The process is about to end.
+    VmmShutdown,
+    /// The VM is being built.
+    Booting,
+    /// vCPUs run.
+    Booted,
+    /// The VM is about to pause.
+    Pausing,
+    /// No vCPU runs. QMP `STOP`.
+    Paused,
+    /// The VM is about to run again.
+    Resuming,
+    /// vCPUs run again. QMP `RESUME`.
+    Resumed,
+    /// The VM is off. QMP `SHUTDOWN`.
+    Shutdown(Origin),
+    /// The VM is about to restart.
+    Rebooting,
+    /// The VM has restarted. QMP `RESET`.
+    Rebooted(Origin),
+    /// The VM is gone.
+    Deleted,
+    /// A resize has begun.
+    Resizing,
+    /// A resize has ended.
+    Resized,
+    /// A snapshot has begun.
+    Snapshotting,
+    /// A snapshot is complete.
+    Snapshotted,
+    /// A restore has begun.
+    Restoring,
+    /// A restore is complete.
+    Restored,
+    /// The power button was pressed. QMP `POWERDOWN`.
+    PowerButton,
+    /// The guest's driver has started a virtio device.
+    DeviceActivated {
+        /// Identifier of the device.
+        id: String,
+    },
+    /// The guest's driver has reset a virtio device.
+    DeviceReset {
+        /// Identifier of the device.
+        id: String,
+    },
+    /// The guest's kernel has panicked.
+    GuestPanic,
+    /// A vCPU's thread has been made.
+    CreateVcpu {
+        /// The vCPU.
+        id: u32,
+    },
+}
+
+impl Event {
+    /// `source`, `event` and `properties` in Cloud Hypervisor's event monitor, if it is one there.
+    pub fn monitor(&self) -> Option<(&'static str, &'static str, Option<Value>)> {
+        let vm = |event| Some(("vm", event, None));
+        match self {
+            Self::VmmStarting => Some(("vmm", "starting", None)),
+            Self::VmmShutdown => Some(("vmm", "shutdown", None)),
+            Self::Booting => vm("booting"),
+            Self::Booted => vm("booted"),
+            Self::Pausing => vm("pausing"),
+            Self::Paused => vm("paused"),
+            Self::Resuming => vm("resuming"),
+            Self::Resumed => vm("resumed"),
+            Self::Shutdown(_) => vm("shutdown"),
+            Self::Rebooting => vm("rebooting"),
+            Self::Rebooted(_) => vm("rebooted"),
+            Self::Deleted => vm("deleted"),
+            Self::Resizing => vm("resizing"),
+            Self::Resized => vm("resized"),
+            Self::Snapshotting => vm("snapshotting"),
+            Self::Snapshotted => vm("snapshotted"),
+            Self::Restoring => vm("restoring"),
+            Self::Restored => vm("restored"),
+            Self::PowerButton => None,
+            Self::DeviceActivated { id } => Some(("virtio-device", "activated", Some(json!({ "id": id })))),
+            Self::DeviceReset { id } => Some(("virtio-device", "reset", Some(json!({ "id": id })))),
+            Self::GuestPanic => Some(("guest", "panic", None)),
+            Self::CreateVcpu { id } => {
+                Some(("cpu_manager", "create_vcpu", Some(json!({ "id": id.to_string() }))))
+            }
+        }
+    }
+
+    /// Name and data of the QMP event, if it is one.
+    pub fn qmp(&self) -> Option<(&'static str, Option<Value>)> {
+        let caused = |origin: Origin, reason| json!({ "guest": origin.is_guest(), "reason": reason });
+        match self {
+            Self::Paused => Some(("STOP", None)),
+            Self::Resumed => Some(("RESUME", None)),
+            Self::Shutdown(origin) => Some(("SHUTDOWN", Some(caused(*origin, origin.shutdown_cause())))),
+            Self::Rebooted(origin) => Some(("RESET", Some(caused(*origin, origin.reset_cause())))),
+            Self::PowerButton => Some(("POWERDOWN", None)),
+            Self::GuestPanic => Some(("GUEST_PANICKED", Some(json!({ "action": "pause" })))),
+            _ => None,
+        }
+    }
+}
+
+/// An event and when it happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TimedEvent {
+    /// What happened.
+    pub event: Event,
+    /// When, since the process started.
+    pub since_start: Duration,
+    /// When, since 1970-01-01 UTC.
+    pub wall: Duration,
+}
+
+impl TimedEvent {
+    /// The object of Cloud Hypervisor's event monitor.
+    pub fn to_monitor(&self) -> Option<Value> {
+        let (source, event, properties) = self.event.monitor()?;
+        let since = self.since_start;
+        let mut object = Map::new();
+        object.insert(
+            "timestamp".to_owned(),
+            json!({ "secs": since.as_secs(), "nanos": since.subsec_nanos() }),
+        );
+        object.insert("source".to_owned(), source.into());
+        object.insert("event".to_owned(), event.into());
+        object.insert("properties".to_owned(), properties.unwrap_or(Value::Null));
+        Some(Value::Object(object))
+    }
+
+    /// The QMP event message.
+    pub fn to_qmp(&self) -> Option<Value> {
+        let (name, data) = self.event.qmp()?;
+        let mut object = Map::new();
+        let timestamp = json!({ "seconds": self.wall.as_secs(), "microseconds": self.wall.subsec_micros() });
+        object.insert("timestamp".to_owned(), timestamp);
+        object.insert("event".to_owned(), name.into());
+        if let Some(data) = data {
+            object.insert("data".to_owned(), data);
+        }
+        Some(Value::Object(object))
+    }
+}
+
+type Listener = Box<dyn FnMut(&Arc<TimedEvent>) -> bool + Send>;
+
+/// Carries events from the manager to everyone who listens. Clones share the listeners.
+#[derive(Clone)]
+pub struct EventBus {
+    start: Instant,
+    listeners: Arc<Mutex<Vec<Listener>>>,
+}
+
+impl fmt::Debug for EventBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventBus").finish_non_exhaustive()
+    }
+}
+
+impl Default for EventBus {
+    fn default() -> Self {
+        Self { start: Instant::now(), listeners: Arc::default() }
+    }
+}
+
+impl EventBus {
+    /// A bus without listeners; time starts now.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Tells everyone. Listeners must not block.
+    pub fn publish(&self, event: Event) {
+        // Events are stamped with the host's time: they are for people and logs, not for the guest.
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timed = Arc::new(TimedEvent { event, since_start: self.start.elapsed(), wall });
+        tracing::debug!(event = ?timed.event, "event");
+        self.listeners.lock().retain_mut(|listener| listener(&timed));
+    }
+
+    /// Calls `listener` for every event until it returns false. It runs on the publisher's thread and
+    /// must neither block nor publish.
+    pub fn listen(&self, listener: impl FnMut(&Arc<TimedEvent>) -> bool + Send + 'static) {
+        self.listeners.lock().push(Box::new(listener));
+    }
+
+    /// A channel that gets every event from now on.
+    pub fn subscribe(&self) -> mpsc::Receiver<Arc<TimedEvent>> {
+        let (sender, receiver) = mpsc::channel();
+        self.listen(move |event| sender.send(event.clone()).is_ok());
+        receiver
+    }
+}

@@ -1,0 +1,118 @@
+//! What the VM's manager can do.
+
+use std::os::fd::OwnedFd;
+
+use holdfast_config::{
+    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+};
+
+use super::reply::*;
+use super::{ControlError, MemoryRead, Responder};
+
+/// Serves all operations, on one thread. A method that returns a value answers at once; one that takes
+/// a [`Responder`] may answer later from another thread, and must not keep this one waiting.
+///
+/// The states, as Cloud Hypervisor has them: nothing, `Created` by create and by shutdown, `Running`
+/// by boot and resume, `Paused` by pause and restore. An operation in the wrong state fails with
+/// [`ControlError::not_created`] if there is no VM and [`super::ErrorKind::Failed`] otherwise.
+pub trait VmManager {
+    /// Takes a configuration. It has been [read](VmConfig::from_json), not validated.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Invalid`], or `Failed` if there is a VM.
+    fn create(&mut self, config: Box<VmConfig>) -> Result<(), ControlError>;
+    /// Shuts the VM down if it runs and forgets it. Succeeds if there is none.
+    fn delete(&mut self, reply: Responder<()>);
+    /// Builds the VM and runs it.
+    fn boot(&mut self, reply: Responder<()>);
+    /// Stops all vCPUs. A second pause fails.
+    fn pause(&mut self, reply: Responder<()>);
+    /// Runs them again. Fails unless paused.
+    fn resume(&mut self, reply: Responder<()>);
+    /// Switches the VM off and goes back to `Created`.
+    fn shutdown(&mut self, reply: Responder<()>);
+    /// Resets a running VM.
+    fn reboot(&mut self, reply: Responder<()>);
+    /// Presses the power button; publishes [`super::Event::PowerButton`].
+    ///
+    /// # Errors
+    /// Without a running VM, or when its machine has no button.
+    fn power_button(&mut self) -> Result<(), ControlError>;
+    /// Injects a non-maskable interrupt into every vCPU.
+    ///
+    /// # Errors
+    /// Without a running VM, or when its CPUs have none.
+    fn nmi(&mut self) -> Result<(), ControlError>;
+    /// Configuration and state.
+    ///
+    /// # Errors
+    /// Without a VM.
+    fn info(&mut self) -> Result<VmInfo, ControlError>;
+    /// Counters of the devices of a booted VM.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Failed`], never `NotCreated`, without a booted VM.
+    fn counters(&mut self) -> Result<Counters, ControlError>;
+    /// Changes sizes; refuses those that cannot change by name.
+    ///
+    /// # Errors
+    /// Without a running VM, or when a size cannot be changed.
+    fn resize(&mut self, resize: VmResize) -> Result<(), ControlError>;
+    /// Adds a disk. Before boot the answer is `None`.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Invalid`], [`super::ErrorKind::Conflict`], `NotCreated`.
+    fn add_disk(&mut self, disk: DiskConfig) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Adds a network device that uses `fds` as its tap, in place of `net.fds`. Before boot the answer
+    /// is `None`.
+    ///
+    /// # Errors
+    /// Like [`VmManager::add_disk`].
+    fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Removes a device.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::DeviceNotFound`], `NotCreated`.
+    fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError>;
+    /// Saves a paused VM.
+    fn snapshot(&mut self, config: VmSnapshotConfig, reply: Responder<()>);
+    /// Makes a VM from a snapshot. `fds` are the tap devices of `config.net_fds`, in that order; their
+    /// number has been checked.
+    fn restore(&mut self, config: RestoreConfig, fds: Vec<OwnedFd>, reply: Responder<()>);
+    /// Ends the process in order: answer first, then shut down the VM and leave the manager's loop.
+    fn vmm_shutdown(&mut self, origin: super::Origin, reply: Responder<()>);
+
+    /// What `query-status` shows. Without a VM: `prelaunch`.
+    fn run_state(&mut self) -> RunState;
+    /// The accelerators.
+    fn kvm(&mut self) -> KvmInfo;
+    /// The vCPUs; none without a booted VM.
+    fn cpus(&mut self) -> Vec<CpuInfoFast>;
+    /// All machines.
+    fn machines(&mut self) -> Vec<MachineInfo>;
+    /// The character back ends of a booted VM.
+    fn chardevs(&mut self) -> Vec<ChardevInfo>;
+    /// The block devices.
+    fn block(&mut self) -> Vec<BlockInfo>;
+    /// The PCI buses of a booted VM.
+    fn pci(&mut self) -> Vec<PciInfo>;
+    /// `info registers`, of all vCPUs or of one.
+    fn registers(&mut self, vcpu: Option<u32>, reply: Responder<String>);
+    /// `info mtree`: the address spaces.
+    ///
+    /// # Errors
+    /// Without a booted VM.
+    fn memory_tree(&mut self) -> Result<String, ControlError>;
+    /// `info qtree`: the devices.
+    ///
+    /// # Errors
+    /// Without a booted VM.
+    fn device_tree(&mut self) -> Result<String, ControlError>;
+    /// `info jit`: the translator's figures.
+    ///
+    /// # Errors
+    /// Without a booted VM, or when nothing is translated.
+    fn jit(&mut self) -> Result<String, ControlError>;
+    /// Reads guest memory for `x` and `xp`.
+    fn read_memory(&mut self, read: MemoryRead, reply: Responder<Vec<u8>>);
+}

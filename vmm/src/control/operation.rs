@@ -1,0 +1,162 @@
+//! The operations: one request type, one reply type each.
+
+use std::os::fd::OwnedFd;
+
+use holdfast_config::{
+    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+};
+
+use super::reply::*;
+use super::{ControlError, Origin, Responder, VmManager};
+
+/// Something that can be asked of the manager.
+pub trait Operation: Send + 'static {
+    /// What comes back.
+    type Reply: Send + 'static;
+    /// For logs.
+    const NAME: &'static str;
+    /// Lets `manager` do it.
+    fn serve(self, manager: &mut dyn VmManager, reply: Responder<Self::Reply>);
+}
+
+/// Operations that the manager answers at once.
+macro_rules! quick {
+    ($($(#[$doc:meta])* $name:ident $(($($field:ident: $ty:ty),*))? -> $reply:ty = $method:ident;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name $(($(pub $ty),*))?;
+        impl Operation for $name {
+            type Reply = $reply;
+            const NAME: &'static str = stringify!($name);
+            fn serve(self, manager: &mut dyn VmManager, reply: Responder<$reply>) {
+                let Self $(($($field),*))? = self;
+                reply.respond(manager.$method($($($field),*)?).into_reply());
+            }
+        }
+    )*};
+}
+
+/// Operations that may be answered later.
+macro_rules! deferred {
+    ($($(#[$doc:meta])* $name:ident $(($($field:ident: $ty:ty),*))? -> $reply:ty = $method:ident;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name $(($(pub $ty),*))?;
+        impl Operation for $name {
+            type Reply = $reply;
+            const NAME: &'static str = stringify!($name);
+            fn serve(self, manager: &mut dyn VmManager, reply: Responder<$reply>) {
+                let Self $(($($field),*))? = self;
+                manager.$method($($($field,)*)? reply);
+            }
+        }
+    )*};
+}
+
+/// Lets methods that cannot fail be served like those that can.
+trait IntoReply<T> {
+    fn into_reply(self) -> Result<T, ControlError>;
+}
+
+impl<T> IntoReply<T> for Result<T, ControlError> {
+    fn into_reply(self) -> Self {
+        self
+    }
+}
+
+macro_rules! infallible {
+    ($($ty:ty),*) => {$(
+        impl IntoReply<$ty> for $ty {
+            fn into_reply(self) -> Result<$ty, ControlError> {
+                Ok(self)
+            }
+        }
+    )*};
+}
+
+infallible!(
+    RunState,
+    KvmInfo,
+    Vec<CpuInfoFast>,
+    Vec<MachineInfo>,
+    Vec<ChardevInfo>,
+    Vec<BlockInfo>,
+    Vec<PciInfo>
+);
+
+quick! {
+    /// Takes a configuration.
+    Create(config: Box<VmConfig>) -> () = create;
+    /// Presses the power button.
+    PowerButton -> () = power_button;
+    /// Injects a non-maskable interrupt.
+    Nmi -> () = nmi;
+    /// Configuration and state.
+    Info -> VmInfo = info;
+    /// Counters of the devices.
+    GetCounters -> Counters = counters;
+    /// Changes sizes.
+    Resize(resize: VmResize) -> () = resize;
+    /// Adds a disk.
+    AddDisk(disk: DiskConfig) -> Option<PciDeviceInfo> = add_disk;
+    /// Adds a network device, with its tap file descriptors.
+    AddNet(net: NetConfig, fds: Vec<OwnedFd>) -> Option<PciDeviceInfo> = add_net;
+    /// Removes a device.
+    RemoveDevice(device: VmRemoveDevice) -> () = remove_device;
+    /// Run state as QEMU names it.
+    QueryStatus -> RunState = run_state;
+    /// Whether KVM is there and used.
+    QueryKvm -> KvmInfo = kvm;
+    /// The vCPUs.
+    QueryCpus -> Vec<CpuInfoFast> = cpus;
+    /// The machines.
+    QueryMachines -> Vec<MachineInfo> = machines;
+    /// The character back ends.
+    QueryChardev -> Vec<ChardevInfo> = chardevs;
+    /// The block devices.
+    QueryBlock -> Vec<BlockInfo> = block;
+    /// The PCI buses.
+    QueryPci -> Vec<PciInfo> = pci;
+    /// The address spaces, as text.
+    MemoryTree -> String = memory_tree;
+    /// The devices, as text.
+    DeviceTree -> String = device_tree;
+    /// The translator's figures, as text.
+    Jit -> String = jit;
+}
+
+deferred! {
+    /// Forgets the VM.
+    Delete -> () = delete;
+    /// Builds the VM and runs it.
+    Boot -> () = boot;
+    /// Stops all vCPUs.
+    Pause -> () = pause;
+    /// Runs them again.
+    Resume -> () = resume;
+    /// Switches the VM off.
+    Shutdown -> () = shutdown;
+    /// Resets the VM.
+    Reboot -> () = reboot;
+    /// Saves the VM.
+    Snapshot(config: VmSnapshotConfig) -> () = snapshot;
+    /// Makes a VM from a snapshot, with the tap file descriptors of its network devices.
+    Restore(config: RestoreConfig, fds: Vec<OwnedFd>) -> () = restore;
+    /// Ends the process.
+    VmmShutdown(origin: Origin) -> () = vmm_shutdown;
+    /// Registers of all vCPUs or of one, as text.
+    Registers(vcpu: Option<u32>) -> String = registers;
+    /// Reads guest memory.
+    ReadMemory(read: MemoryRead) -> Vec<u8> = read_memory;
+}
+
+/// A piece of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryRead {
+    /// First address.
+    pub address: u64,
+    /// Bytes; the codecs ask for at most 1 MiB.
+    pub len: usize,
+    /// The vCPU whose virtual addresses are meant; `None` for guest-physical ones.
+    pub vcpu: Option<u32>,
+}
