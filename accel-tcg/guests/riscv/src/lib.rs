@@ -1,3 +1,8 @@
 //! The RISC-V guest: decoder, semantics, privileged architecture.
 
+pub mod csr;
 pub mod decode;
+pub mod hart;
+pub mod isa;
+pub mod pmp;
+pub mod trap;
