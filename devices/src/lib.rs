@@ -2,3 +2,4 @@
 
 pub mod chardev;
 pub mod pci;
+pub mod x86;
