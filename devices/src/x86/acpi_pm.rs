@@ -325,12 +325,8 @@ mod tests {
     fn rig() -> Rig {
         let (context, requests) = context();
         let pins = Arc::new(Pins::default());
-        let config = AcpiPmConfig {
-            sci: pins.line(9),
-            sleep: SleepTypes { s5: 0 },
-            acpi_enable: 2,
-            acpi_disable: 3,
-        };
+        let config =
+            AcpiPmConfig { sci: pins.line(9), sleep: SleepTypes { s5: 0 }, acpi_enable: 2, acpi_disable: 3 };
         let pm = AcpiPm::build(config, &context).expect("build");
         pm.set_base(Some(PM_BASE));
         Rig { pm, context, pins, requests }

@@ -24,7 +24,8 @@ const KIND: &str = "hpet";
 const TIMERS: usize = 3;
 const HZ: u64 = 100_000_000;
 /// Period in femtoseconds; Intel; three timers; 64 bits; legacy replacement; revision 1.
-const CAPABILITIES: u64 = (1_000_000_000_000_000 / HZ) << 32 | 0x8086_0000 | 0xa000 | (TIMERS as u64 - 1) << 8 | 1;
+const CAPABILITIES: u64 =
+    (1_000_000_000_000_000 / HZ) << 32 | 0x8086_0000 | 0xa000 | (TIMERS as u64 - 1) << 8 | 1;
 /// IOAPIC inputs to which every timer can be routed: 2, 8 and 16 to 23.
 const ROUTES: u64 = 0x00ff_0104;
 

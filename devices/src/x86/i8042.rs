@@ -8,7 +8,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use holdfast_device::{
-    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, IrqLine, StateError, SystemEvent, SystemSink,
+    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, IrqLine, StateError, SystemEvent,
+    SystemSink,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};

@@ -9,7 +9,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use holdfast_device::{
-    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, IrqSink, MsiController, MsiMessage, StateError,
+    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, IrqSink, MsiController, MsiMessage,
+    StateError,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -113,11 +114,7 @@ fn message(entry: u64) -> MsiMessage {
     let level = u64::from(is_level(entry));
     // Bit 14 is "assert", which level-triggered messages need; it means nothing for edges.
     let data = entry & VECTOR | mode << 8 | 1 << 14 | level << 15;
-    MsiMessage {
-        address: 0xfee0_0000 | destination << 12 | logical << 2,
-        data: data as u32,
-        device: 0,
-    }
+    MsiMessage { address: 0xfee0_0000 | destination << 12 | logical << 2, data: data as u32, device: 0 }
 }
 
 impl IoApic {
@@ -301,7 +298,8 @@ mod tests {
 
     fn ioapic(version: u8) -> (Arc<IoApic>, Arc<Messages>) {
         let msi = Arc::new(Messages::default());
-        let config = IoApicConfig { version, id: 0, msi: Arc::clone(&msi) as Arc<dyn MsiController>, routes: None };
+        let config =
+            IoApicConfig { version, id: 0, msi: Arc::clone(&msi) as Arc<dyn MsiController>, routes: None };
         (IoApic::build(config, &context().0).expect("build"), msi)
     }
 
@@ -392,7 +390,8 @@ mod tests {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&seen);
         let routes: IoApicRoutes = Arc::new(move |r| told.lock().push(r[3]));
-        let config = IoApicConfig { version: 0x20, id: 0, msi: Arc::new(Messages::default()), routes: Some(routes) };
+        let config =
+            IoApicConfig { version: 0x20, id: 0, msi: Arc::new(Messages::default()), routes: Some(routes) };
         let io = IoApic::build(config, &context().0).expect("build");
         set(&io, 0x16, 0x8033);
         assert_eq!(seen.lock().pop().flatten().map(|m| m.data), Some(0xc033));

@@ -17,7 +17,7 @@ mod rtc;
 
 use std::sync::Arc;
 
-use holdfast_device::{Bus, BuildError, BusDevice};
+use holdfast_device::{BuildError, Bus, BusDevice};
 
 pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_BASE, SleepTypes};
 pub use debug::{DebugConsole, DebugExit};
@@ -83,8 +83,8 @@ pub(crate) mod testing {
 
     use holdfast_clock::{HostRandom, Timers, VmClock};
     use holdfast_device::{
-        Access, BuildContext, Bus, BusDevice, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector, SystemEvent,
-        SystemSink,
+        Access, BuildContext, Bus, BusDevice, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector,
+        SystemEvent, SystemSink,
     };
     use holdfast_memory::GuestMemory;
     use holdfast_threads::PlainSpawner;

@@ -385,7 +385,9 @@ impl Pit {
             }
             _ => {
                 let at = port.wrapping_sub(BASE);
-                let Some(channel) = usize::try_from(at).ok().and_then(|i| s.channels.get_mut(i)) else { return };
+                let Some(channel) = usize::try_from(at).ok().and_then(|i| s.channels.get_mut(i)) else {
+                    return;
+                };
                 let loaded = channel.write(value, now);
                 if at == 0 && (loaded || channel.mode == 0) {
                     if channel.mode == 0 {
@@ -404,7 +406,7 @@ impl Pit {
             CONTROL => 0xff,
             PORT_B => {
                 let [_, _, speaker] = &s.channels;
-                let refresh = (now / REFRESH_NS & 1) as u8;
+                let refresh = ((now / REFRESH_NS) & 1) as u8;
                 s.port_b | u8::from(speaker.gate) | refresh << 4 | u8::from(speaker.output(now)) << 5
             }
             _ => {
@@ -531,7 +533,7 @@ mod tests {
         assert_eq!(inb(&c.pio, 0x61) & 0x21, 0, "closed gate: nothing counts");
         outb(&c.pio, 0x61, 0x03);
         assert_eq!(inb(&c.pio, 0x61) & 0x23, 0x03);
-        at_tick(&c, 1050);
+        at_tick(&c, 1051);
         assert_eq!(inb(&c.pio, 0x61) & 0x20, 0x20);
         c.clock.set(REFRESH_NS * 2);
         let before = inb(&c.pio, 0x61) & 0x10;

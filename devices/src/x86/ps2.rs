@@ -202,7 +202,8 @@ impl Mouse {
             0xf0 => self.remote = true,
             0xf4 | 0xf5 => self.reporting = value == 0xf4,
             0xf6 => {
-                *self = Self { out: std::mem::take(&mut self.out), device_id: self.device_id, ..Self::default() }
+                *self =
+                    Self { out: std::mem::take(&mut self.out), device_id: self.device_id, ..Self::default() }
             }
             0xe9 => {
                 let modes = u8::from(self.remote) << 6 | u8::from(self.reporting) << 5;

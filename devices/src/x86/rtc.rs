@@ -103,7 +103,7 @@ impl State {
 
     fn encode(&self, v: i64) -> u8 {
         let v = v.rem_euclid(100) as u8;
-        if self.reg(REG_B) & B_BINARY != 0 { v } else { v / 10 << 4 | v % 10 }
+        if self.reg(REG_B) & B_BINARY != 0 { v } else { ((v / 10) << 4) | (v % 10) }
     }
 
     fn decode(&self, v: u8) -> i64 {
@@ -129,14 +129,14 @@ impl State {
     fn show(&mut self, t: i64) {
         let (days, of_day) = (t.div_euclid(DAY), t.rem_euclid(DAY));
         let (year, month, day) = date_from_days(days);
-        self.set_reg(0, self.encode(of_day % 60));
-        self.set_reg(2, self.encode(of_day / 60 % 60));
-        self.set_reg(4, self.encode_hour(of_day / 3600));
-        self.set_reg(6, self.encode((days + 4).rem_euclid(7) + 1));
-        self.set_reg(7, self.encode(day));
-        self.set_reg(8, self.encode(month));
-        self.set_reg(9, self.encode(year));
-        self.set_reg(CENTURY, self.encode(year / 100));
+        let hour = self.encode_hour(of_day / 3600);
+        self.set_reg(4, hour);
+        let weekday = (days + 4).rem_euclid(7) + 1;
+        let fields = [(0, of_day % 60), (2, of_day / 60 % 60), (6, weekday), (7, day), (8, month), (9, year)];
+        for (reg, v) in fields.into_iter().chain([(CENTURY, year / 100)]) {
+            let byte = self.encode(v);
+            self.set_reg(reg, byte);
+        }
     }
 
     /// The time of day that the registers hold. Nonsense gives some time, not an error.
@@ -181,7 +181,8 @@ impl State {
             }
         }
         self.periodic = now;
-        self.set_reg(REG_C, self.reg(REG_C) | flags);
+        let flags = self.reg(REG_C) | flags;
+        self.set_reg(REG_C, flags);
     }
 
     fn raised(&self) -> bool {
@@ -242,7 +243,8 @@ impl Rtc {
         s.notice(t, now);
         let raised = s.raised();
         if raised {
-            s.set_reg(REG_C, s.reg(REG_C) | 0x80);
+            let flags = s.reg(REG_C) | 0x80;
+            s.set_reg(REG_C, flags);
         }
         self.config.irq.set(raised);
         // Nothing new can happen to the line before the guest has read register C.
@@ -401,7 +403,8 @@ impl Device for Rtc {
     fn reset(&self) {
         // The RESET pin disables interrupts; time and RAM are on the battery.
         let mut s = self.state.lock();
-        s.set_reg(REG_B, s.reg(REG_B) & !(INTERRUPTS | 0x08));
+        let enables = s.reg(REG_B) & !(INTERRUPTS | 0x08);
+        s.set_reg(REG_B, enables);
         s.set_reg(REG_C, 0);
         s.index = 0;
         self.update(&mut s);
@@ -415,7 +418,10 @@ impl Device for Rtc {
         let new: State = state.parse(KIND, 1)?;
         let limit = 1 << 40;
         if new.cmos.len() != 128 || new.offset.abs() > limit || new.noticed.abs() > limit {
-            return Err(StateError::Invalid { kind: KIND, reason: "CMOS is not 128 bytes or its time is absurd".into() });
+            return Err(StateError::Invalid {
+                kind: KIND,
+                reason: "CMOS is not 128 bytes or its time is absurd".into(),
+            });
         }
         let mut s = self.state.lock();
         *s = new;

@@ -60,6 +60,9 @@ pub struct MachineRequest {
     pub uuid: Option<[u8; 16]>,
     /// Where the x86 debug console listens, if anywhere.
     pub debug_console_port: Option<u16>,
+    /// Where the x86 debug exit port is, if anywhere: a guest's write of `v` there asks for
+    /// `SystemEvent::Exit(v * 2 + 1)`.
+    pub debug_exit_port: Option<u16>,
     /// Connected to the first serial port; `None`: the port exists and its output is dropped.
     pub serial: Option<Arc<dyn holdfast_devices::chardev::CharBackend>>,
     /// Connected to the debug console, likewise.
