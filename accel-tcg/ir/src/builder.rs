@@ -456,11 +456,9 @@ impl Builder {
         self.push(Inst::with_imm(Op::GotoPc, Type::Void, 0, pc));
     }
 
-    /// Ends with a jump to the guest pc in `pc`.
+    /// Ends with a jump to the guest pc in `pc`: looked up under the mode that holds then, never linked. So a constant
+    /// stays an indirect jump here; where the mode is the same and links may be made, use [`Builder::goto_pc`].
     pub fn goto_reg(&mut self, pc: Val, hint: JumpHint) {
-        if let Some(c) = self.as_const(pc) {
-            return self.goto_pc(c);
-        }
         self.push_op(Op::GotoReg, Type::Void, hint as u16, (pc.0, 0, 0));
     }
 
