@@ -81,3 +81,53 @@ pub enum CpuState {
     /// RISC-V.
     Riscv64(Box<riscv64::State>),
 }
+
+/// Registers by number, as `#[serde(with)]` for maps inside [`CpuState`]: JSON keys are strings, and inside a
+/// tagged enum serde does not turn them back into numbers by itself.
+pub mod numbered {
+    use std::collections::BTreeMap;
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// Writes the map with its keys as they are.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<K: Serialize, S: Serializer>(map: &BTreeMap<K, u64>, s: S) -> Result<S::Ok, S::Error> {
+        map.serialize(s)
+    }
+
+    /// Reads a map with decimal keys.
+    ///
+    /// # Errors
+    /// The deserializer's, or that a key is no number.
+    pub fn deserialize<'de, K, D>(d: D) -> Result<BTreeMap<K, u64>, D::Error>
+    where
+        K: FromStr + Ord,
+        K::Err: Display,
+        D: Deserializer<'de>,
+    {
+        let map = BTreeMap::<String, u64>::deserialize(d)?;
+        map.into_iter().map(|(k, v)| Ok((k.parse().map_err(D::Error::custom)?, v))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_survive_json_with_their_numbered_registers() {
+        let x86 = x86_64::State { msrs: [(0x10, 5), (0xc000_0080, 6)].into(), ..Default::default() };
+        let riscv = riscv64::State { csrs: [(0x300, 7)].into(), ..Default::default() };
+        for state in [CpuState::X86_64(Box::new(x86)), CpuState::Riscv64(Box::new(riscv))] {
+            let text = serde_json::to_string(&state).expect("json");
+            assert_eq!(serde_json::from_str::<CpuState>(&text).expect("json"), state);
+            let value = serde_json::to_value(&state).expect("json");
+            assert_eq!(serde_json::from_value::<CpuState>(value).expect("json"), state);
+        }
+    }
+}

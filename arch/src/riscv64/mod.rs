@@ -43,6 +43,7 @@ pub struct State {
     /// Privilege: 0 user, 1 supervisor, 3 machine.
     pub privilege: u8,
     /// CSRs by number, machine-level views only (`mstatus`, not `sstatus`).
+    #[serde(with = "crate::numbered")]
     pub csrs: BTreeMap<u16, u64>,
     /// Address and size of the reservation made by LR, if one is held.
     pub reservation: Option<(u64, u8)>,

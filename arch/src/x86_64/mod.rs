@@ -176,6 +176,7 @@ pub struct State {
     /// XSAVE area in the standard format.
     pub xsave: Vec<u8>,
     /// Model-specific registers by number.
+    #[serde(with = "crate::numbered")]
     pub msrs: BTreeMap<u32, u64>,
     /// Local APIC registers: the 1 KiB page of SDM table 11-1, 32 bits every 16 bytes.
     pub lapic: Vec<u8>,
