@@ -1,5 +1,9 @@
 //! Platform devices: interrupt controllers, PCI, timers, serial, fw_cfg, flash.
 
 pub mod chardev;
+pub mod goldfish_rtc;
 pub mod pci;
+pub mod riscv;
+pub mod serial;
+pub mod syscon;
 pub mod x86;
