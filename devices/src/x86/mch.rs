@@ -1,0 +1,206 @@
+//! The memory controller hub of a Q35 (PCI function 00:00.0): Intel 3 Series Express Chipset
+//! Family data sheet, section 5.1, as far as firmware and kernels use it.
+//!
+//! The PAM and SMRAM registers keep what firmware writes, but 0xc0000 to 0xfffff always is RAM: the
+//! machine puts the firmware's copy there at every reset, so a guest cannot tell, except by writing
+//! to what it has locked itself.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use holdfast_device::{Access, BuildContext, BuildError, Bus, BusDevice, Device, DeviceState, StateError};
+use parking_lot::Mutex;
+
+use crate::pci::{ConfigBuilder, Ecam, Identity, PciBus, PciConfig, PciConfigState, PciDevice, PciError};
+
+const KIND: &str = "q35-mch";
+const PCIEXBAR: u16 = 0x60;
+const PAM0: u16 = 0x90;
+const SMRAM: u16 = 0x9d;
+
+/// Where firmware and tables put the configuration window: base and length in bytes.
+pub const ECAM_WINDOW: (u64, u64) = (0xb000_0000, 256 << 20);
+
+/// The host bridge.
+pub struct Mch {
+    config: Arc<PciConfig>,
+    mmio: Arc<Bus>,
+    ecam: OnceLock<Arc<Ecam>>,
+    /// Where the configuration window is attached.
+    window: Mutex<Option<u64>>,
+}
+
+impl fmt::Debug for Mch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mch").field("window", &*self.window.lock()).finish_non_exhaustive()
+    }
+}
+
+/// A chipset function that cannot be put on its bus.
+pub(super) fn pci_error(id: &str, error: &PciError) -> BuildError {
+    BuildError::Config { id: id.to_owned(), reason: error.to_string() }
+}
+
+impl Mch {
+    /// Builds the bridge as 00:00.0 of `bus`.
+    ///
+    /// # Errors
+    /// [`BuildError::Config`] if the slot is taken.
+    pub fn build(bus: &Arc<PciBus>, context: &BuildContext) -> Result<Arc<Self>, BuildError> {
+        let slot = bus.reserve(Some(0)).map_err(|e| pci_error(KIND, &e))?;
+        let identity = Identity {
+            vendor: 0x8086,
+            device: 0x29c0,
+            class: 0x06_0000,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+            ..Identity::default()
+        };
+        let mut builder = ConfigBuilder::new(identity);
+        builder
+            // Enable, length, base bits 26 to 35.
+            .writable(PCIEXBAR, &0x0000_000f_fc00_0007u64.to_le_bytes())
+            .writable(PAM0, &[0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33])
+            .set(SMRAM, &[0x02])
+            .writable(SMRAM, &[0x78]);
+        let mch = Arc::new(Self {
+            config: builder.build(),
+            mmio: Arc::clone(&context.mmio),
+            ecam: OnceLock::new(),
+            window: Mutex::new(None),
+        });
+        // Set once, here.
+        let _ = mch.ecam.set(Ecam::new(Arc::clone(bus)));
+        bus.plug(&slot, Arc::clone(&mch) as Arc<dyn PciDevice>).map_err(|e| pci_error(KIND, &e))?;
+        Ok(mch)
+    }
+
+    /// Programs PCIEXBAR as firmware does, for kernels that start without any.
+    pub fn enable_ecam(&self) {
+        self.write_config(PCIEXBAR, &(ECAM_WINDOW.0 | 1).to_le_bytes());
+    }
+
+    /// Attaches the window where PCIEXBAR says.
+    fn remap(&self) {
+        let mut raw = [0; 8];
+        self.config.read(PCIEXBAR, &mut raw);
+        let value = u64::from_le_bytes(raw);
+        // Length: 256, 128 or 64 MiB; 3 is reserved.
+        let len = match value >> 1 & 3 {
+            0 => 256 << 20,
+            1 => 128 << 20,
+            2 => 64u64 << 20,
+            _ => 0,
+        };
+        let wanted = (value & 1 != 0 && len != 0).then(|| value & 0xf_fc00_0000 & !(len - 1));
+        let mut window = self.window.lock();
+        // A change of length alone is a move, too.
+        if let Some(old) = window.take()
+            && let Err(error) = self.mmio.detach(old)
+        {
+            tracing::error!(%error, "ECAM window was not attached");
+        }
+        let (Some(base), Some(ecam)) = (wanted, self.ecam.get()) else { return };
+        match self.mmio.attach(base, len, "ecam", Arc::clone(ecam) as Arc<dyn BusDevice>) {
+            Ok(()) => *window = Some(base),
+            Err(error) => tracing::warn!(%error, "guest moves the ECAM window into the way"),
+        }
+    }
+}
+
+impl PciDevice for Mch {
+    fn pci_name(&self) -> &str {
+        KIND
+    }
+
+    fn config(&self) -> &Arc<PciConfig> {
+        &self.config
+    }
+
+    fn read_bar(&self, _bar: u8, _access: Access, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write_bar(&self, _bar: u8, _access: Access, _data: &[u8]) {}
+
+    fn write_config(&self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+        let end = usize::from(offset) + data.len();
+        if offset < PCIEXBAR + 8 && end > usize::from(PCIEXBAR) {
+            self.remap();
+        }
+    }
+}
+
+impl Device for Mch {
+    fn id(&self) -> &str {
+        KIND
+    }
+
+    fn reset(&self) {
+        self.config.reset();
+        self.remap();
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        DeviceState::new(KIND, 1, &self.config.save())
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let new: PciConfigState = state.parse(KIND, 1)?;
+        self.config.restore(&new)?;
+        self.remap();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lpc::tests::root_bus;
+    use super::*;
+
+    fn mch() -> (Arc<Mch>, Arc<PciBus>, BuildContext) {
+        let (bus, context, _) = root_bus();
+        (Mch::build(&bus, &context).expect("build"), bus, context)
+    }
+
+    #[test]
+    fn the_configuration_window_moves_with_pciexbar() {
+        let (mch, _, c) = mch();
+        let mut id = [0; 4];
+        assert!(!c.mmio.read(None, ECAM_WINDOW.0, &mut id));
+        mch.enable_ecam();
+        assert!(c.mmio.read(None, ECAM_WINDOW.0, &mut id));
+        assert_eq!(id, [0x86, 0x80, 0xc0, 0x29]);
+        // Through the window itself: 64 MiB at 0xe0000000.
+        c.mmio.write(Some(0), ECAM_WINDOW.0 + 0x60, &0xe000_0005u32.to_le_bytes());
+        assert!(!c.mmio.read(None, ECAM_WINDOW.0, &mut id));
+        assert!(c.mmio.read(None, 0xe000_0000, &mut id));
+        assert!(!c.mmio.read(None, 0xe400_0000, &mut id));
+        let state = mch.save().expect("saves");
+        mch.reset();
+        assert!(!c.mmio.read(None, 0xe000_0000, &mut id));
+        mch.restore(&state).expect("restores");
+        assert!(c.mmio.read(None, 0xe000_0000, &mut id));
+    }
+
+    #[test]
+    fn pam_registers_keep_what_firmware_writes() {
+        let (_, bus, _) = mch();
+        bus.write_config(0, 0, 0x90, &[0xff; 4]);
+        let mut pam = [0; 4];
+        bus.read_config(0, 0, 0x90, &mut pam);
+        assert_eq!(pam, [0x30, 0x33, 0x33, 0x33]);
+    }
+
+    #[test]
+    fn hostile_configuration_writes() {
+        let (mch, bus, _) = mch();
+        for at in 0..4096 {
+            for value in [0u64, 1, 7, u64::MAX, 0xffff_ffff_0000_0001] {
+                bus.write_config(0, 0, at, &value.to_le_bytes());
+            }
+        }
+        mch.reset();
+    }
+}
