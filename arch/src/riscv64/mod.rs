@@ -1,5 +1,7 @@
 //! RISC-V: unprivileged specification 20240411, privileged specification 20240411.
 
+pub mod boot;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};

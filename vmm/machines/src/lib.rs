@@ -5,6 +5,8 @@
 //! devices on its PCI bus or its virtio-mmio slots, loads firmware and kernel at every power-on,
 //! and says how each vCPU starts.
 
+pub mod virt;
+
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -190,5 +192,5 @@ pub trait Machine: Send + Sync + Debug {
 
 /// All machines.
 pub fn registry() -> &'static [&'static dyn MachineModule] {
-    &[]
+    &[&virt::VirtModule]
 }
