@@ -2,8 +2,17 @@
 
 pub mod csr;
 pub mod decode;
+pub mod fcsr;
+mod guest;
 pub mod hart;
+mod helpers;
 pub mod isa;
+pub mod key;
 pub mod mmu;
 pub mod pmp;
+mod timer;
+mod state;
+mod translate;
 pub mod trap;
+
+pub use guest::RiscvGuest;

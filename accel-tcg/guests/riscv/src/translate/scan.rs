@@ -1,0 +1,141 @@
+//! Which instructions make a region.
+
+use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest};
+
+use crate::decode::{Insn, decode16, decode32, is_compressed};
+
+/// More instructions than this are not worth translating before it is known that they run.
+const MAX_INSNS: u32 = 96;
+
+/// A region goes on behind an unconditional jump if an earlier branch goes there, over a gap of at most
+/// this many bytes (padding).
+const MAX_GAP: u64 = 8;
+
+const PAGE: u64 = 0xfff;
+
+/// An instruction of the region.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Line {
+    pub pc: u64,
+    pub insn: Option<Insn>,
+    pub raw: u32,
+    pub len: u8,
+    /// Some branch of the region goes here.
+    pub target: bool,
+}
+
+/// The instructions of a region, by rising pc.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    pub lines: Vec<Line>,
+    /// Behind the last byte.
+    pub end: u64,
+    /// What follows is an instruction across two pages: it has to be looked up.
+    pub end_indirect: bool,
+}
+
+impl Scan {
+    /// The instruction that starts at `pc`.
+    pub fn index_of(&self, pc: u64) -> Option<usize> {
+        self.lines.binary_search_by_key(&pc, |l| l.pc).ok()
+    }
+}
+
+/// How an instruction passes control on.
+enum Flow {
+    /// To the next.
+    Next,
+    /// To the next or to a constant.
+    Branch(u64),
+    /// To a constant only.
+    Jump(u64),
+    /// Elsewhere.
+    Away,
+    /// To the next, but the region ends.
+    Stop,
+}
+
+fn flow(line: &Line) -> Flow {
+    let to = |imm: i32| line.pc.wrapping_add_signed(i64::from(imm));
+    let Some(insn) = line.insn else { return Flow::Away };
+    match insn {
+        Insn::Beq(b) | Insn::Bne(b) | Insn::Blt(b) | Insn::Bge(b) | Insn::Bltu(b) | Insn::Bgeu(b) => {
+            Flow::Branch(to(b.imm))
+        }
+        Insn::Jal(j) if j.rd == 0 => Flow::Jump(to(j.imm)),
+        Insn::Jal(_) | Insn::Jalr(_) | Insn::Ecall(_) | Insn::Ebreak(_) | Insn::Mret(_) | Insn::Sret(_) => {
+            Flow::Away
+        }
+        Insn::FenceI(_) | Insn::SfenceVma(_) | Insn::Wfi(_) => Flow::Stop,
+        _ if super::sys::ends_region(insn) => Flow::Stop,
+        _ => Flow::Next,
+    }
+}
+
+/// Reads one instruction. `Ok(None)`: it runs into the next page and is not the first.
+fn read(code: &mut CodeReader<'_, '_>, pc: u64, first: bool) -> Result<Option<Line>, Fault> {
+    let low = code.u16(pc)?;
+    if is_compressed(low) {
+        return Ok(Some(Line { pc, insn: decode16(low), raw: u32::from(low), len: 2, target: false }));
+    }
+    if !first && pc & PAGE == PAGE - 1 {
+        return Ok(None);
+    }
+    let raw = u32::from(low) | u32::from(code.u16(pc.wrapping_add(2))?) << 16;
+    Ok(Some(Line { pc, insn: decode32(raw), raw, len: 4, target: false }))
+}
+
+/// Collects the region at `request.pc`.
+///
+/// # Errors
+/// The fault of fetching the first instruction.
+pub(crate) fn run(request: &TranslateRequest, code: &mut CodeReader<'_, '_>) -> Result<Scan, Fault> {
+    let limit = request.max_insns.clamp(1, MAX_INSNS) as usize;
+    let mut scan = Scan { lines: Vec::with_capacity(limit.min(32)), end: request.pc, end_indirect: false };
+    let mut targets: Vec<u64> = Vec::new();
+    let mut pc = request.pc;
+    loop {
+        let first = scan.lines.is_empty();
+        if !first && ((pc ^ request.pc) & !PAGE != 0 || code.is_break(pc) || scan.lines.len() >= limit) {
+            break;
+        }
+        let line = match read(code, pc, first) {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                scan.end_indirect = true;
+                break;
+            }
+            Err(fault) if first => return Err(fault),
+            Err(_) => break,
+        };
+        let next = pc.wrapping_add(u64::from(line.len));
+        scan.lines.push(line);
+        scan.end = next;
+        if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 {
+            break; // it ran into the next page: alone
+        }
+        pc = match flow(&line) {
+            Flow::Next => next,
+            Flow::Branch(to) => {
+                targets.push(to);
+                next
+            }
+            Flow::Stop => break,
+            ended => {
+                if let Flow::Jump(to) = ended {
+                    targets.push(to);
+                }
+                match targets.iter().copied().filter(|t| *t >= next && *t - next <= MAX_GAP).min() {
+                    Some(target) => target,
+                    None => break,
+                }
+            }
+        };
+    }
+    for target in targets {
+        if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
+            line.target = true;
+        }
+    }
+    Ok(scan)
+}
