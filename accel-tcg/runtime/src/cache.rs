@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use holdfast_tcg_x64::LinkSite;
 use parking_lot::Mutex;
 
 /// Smallest size of a segment in bytes. One region always fits in.
@@ -29,7 +30,7 @@ pub type SegmentId = u32;
 #[derive(Debug, Default)]
 struct Segments {
     free: Vec<SegmentId>,
-    /// In use, oldest first.
+    /// Filled, oldest first. The segments that vCPUs are filling are in no list.
     used: VecDeque<SegmentId>,
     /// Evicted, with the epoch that every vCPU has to have passed.
     retired: Vec<(SegmentId, u64)>,
@@ -147,38 +148,28 @@ impl CodeCache {
         segment as usize * self.segment
     }
 
-    /// Copies code to `offset`. The caller owns that part: it lies in a segment that it acquired and
-    /// nothing executes it yet.
-    pub fn write(&self, offset: usize, code: &[u8]) -> bool {
-        if offset > self.len || self.len - offset < code.len() {
-            return false;
-        }
-        // SAFETY: in bounds of the writable mapping, which overlaps no Rust object.
-        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(offset), code.len()) };
-        self.used_bytes.fetch_add(code.len() as u64, Ordering::Relaxed);
-        true
+    /// Patches `site` of the region whose code is at `offset` to jump to code `distance` bytes from there.
+    /// One thread at a time patches a region's sites; others may execute them.
+    pub fn link(&self, site: &LinkSite, offset: usize, distance: i64, mapping_id: u32) -> bool {
+        // SAFETY: the site lies in a region's code, which lies in the mapping; the caller serialises.
+        offset < self.len && unsafe { site.link(self.rw.add(offset), distance, mapping_id) }
     }
 
-    /// Replaces the aligned eight bytes around `offset`'s instruction: `patch` gets the old word and
-    /// gives the new one. Executing vCPUs see either.
-    pub fn patch(&self, offset: usize, patch: impl Fn(u64) -> u64) -> bool {
-        if offset % 8 != 0 || offset + 8 > self.len {
-            return false;
+    /// Takes a link away. As for [`CodeCache::link`].
+    pub fn unlink(&self, site: &LinkSite, offset: usize) {
+        if offset < self.len {
+            // SAFETY: as in `link`.
+            unsafe { site.unlink(self.rw.add(offset)) };
         }
-        // SAFETY: aligned and in bounds; concurrent access is by other atomics or instruction fetch.
-        let word = unsafe { AtomicU64::from_ptr(self.rw.add(offset).cast()) };
-        word.store(patch(word.load(Ordering::Relaxed)), Ordering::Release);
-        true
     }
 
-    /// Replaces the four bytes of a displacement that does not cross eight aligned bytes.
-    pub fn patch_rel32(&self, offset: usize, value: i32) -> bool {
-        let (base, shift) = (offset & !7, (offset & 7) * 8);
-        if shift > 32 {
-            return false;
-        }
-        let mask = 0xffff_ffff_u64 << shift;
-        self.patch(base, |old| old & !mask | u64::from(value as u32) << shift)
+    /// The writable bytes of a part that the caller owns: in a segment that it acquired, executed by nobody
+    /// yet.
+    #[allow(clippy::mut_from_ref, reason = "segments have one owner, who writes each byte of it once")]
+    pub(crate) fn writable(&self, offset: usize, len: usize) -> &mut [u8] {
+        let len = len.min(self.len.saturating_sub(offset));
+        // SAFETY: in bounds; disjoint parts belong to different owners.
+        unsafe { std::slice::from_raw_parts_mut(self.rw.add(offset.min(self.len)), len) }
     }
 
     /// Looks for an empty segment. `passed` is the epoch that every vCPU has passed.
@@ -193,7 +184,6 @@ impl CodeCache {
             waits
         });
         if let Some(id) = s.free.pop() {
-            s.used.push_back(id);
             return Acquired::Segment(id);
         }
         // Enough is on its way already: evicting more would only lose code.
@@ -206,23 +196,16 @@ impl CodeCache {
         }
     }
 
+    /// The owner has filled `segment`: from now on it may be evicted.
+    pub fn filled(&self, segment: SegmentId, bytes: usize) {
+        self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.state.lock().used.push_back(segment);
+    }
+
     /// Hands back an evicted segment; `epoch` is the one in which the last pointer to it was removed.
     pub fn retire(&self, segment: SegmentId, epoch: u64) {
         self.evictions.fetch_add(1, Ordering::Relaxed);
         self.state.lock().retired.push((segment, epoch));
-    }
-
-    /// True if so little is free that the oldest segment should be evicted ahead of need.
-    pub fn is_low(&self) -> bool {
-        let s = self.state.lock();
-        s.free.is_empty() && s.retired.is_empty()
-    }
-
-    /// Takes the oldest segment out of use, to be evicted and retired by the caller. The newest
-    /// `keep` stay.
-    pub fn oldest(&self, keep: usize) -> Option<SegmentId> {
-        let mut s = self.state.lock();
-        if s.used.len() > keep { s.used.pop_front() } else { None }
     }
 
     /// Code bytes written so far, evictions so far.
@@ -248,16 +231,10 @@ mod tests {
     #[test]
     fn code_written_through_one_mapping_shows_in_the_other() {
         let cache = CodeCache::new(MIN_CACHE, 1).expect("mapping");
-        assert!(cache.write(64, &[0xc3; 16]));
+        cache.writable(64, 16).fill(0xc3);
         // SAFETY: mapped and readable.
         assert_eq!(unsafe { cache.exec_addr(64).read() }, 0xc3);
-        assert!(cache.patch_rel32(66, 0x1234_5678));
-        // SAFETY: mapped and readable.
-        assert_eq!(unsafe { cache.exec_addr(66).cast::<u32>().read_unaligned() }, 0x1234_5678);
-        // SAFETY: mapped and readable.
-        assert_eq!(unsafe { cache.exec_addr(70).read() }, 0xc3);
-        assert!(!cache.patch_rel32(70, 1), "would tear");
-        assert!(!cache.write(cache.len() - 4, &[0; 5]));
+        assert_eq!(cache.writable(cache.len() - 4, 5).len(), 4);
     }
 
     #[test]
@@ -266,7 +243,10 @@ mod tests {
         let mut mine = Vec::new();
         let oldest = loop {
             match cache.acquire(1) {
-                Acquired::Segment(id) => mine.push(id),
+                Acquired::Segment(id) => {
+                    cache.filled(id, 1);
+                    mine.push(id);
+                }
                 Acquired::Evict(id) => break id,
                 Acquired::Wait => unreachable!("nothing is retired"),
             }

@@ -1,14 +1,27 @@
 //! Translated vCPUs: TLB, code cache, dispatch, chaining, self-modifying code.
+//!
+//! A [`TcgVm`] holds what the vCPUs of a VM share: guest memory, translations, code cache. A [`TcgVcpu`] runs
+//! one vCPU on its own thread. The instruction set is a [`Guest`]; what is not RAM is an [`Io`].
 
 mod cache;
 mod code;
 mod cpu;
+mod engine;
 mod env;
 mod epoch;
+mod fpenv;
 mod guest;
+mod hash;
+mod info;
 mod phys;
+mod regions;
 mod shared;
+mod slow;
+mod table;
+mod tlb;
+mod translate;
 mod vcpu;
+mod vm;
 
 pub use code::CodeReader;
 pub use cpu::{Cpu, HelperResult, Leave};
@@ -18,8 +31,9 @@ pub use env::EnvBox;
 pub use guest::{
     Access, AccessKind, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,
 };
-/// The translator's intermediate representation, for guests.
-pub use holdfast_tcg_ir as ir;
 pub use phys::{HostRef, Io, PhysMemory, RamBlock};
 pub use shared::{VcpuShared, request};
-pub use vcpu::Stop;
+pub use vcpu::{Stop, TcgVcpu};
+pub use vm::{Engine, RuntimeError, TcgVm, VmParts};
+/// The translator's intermediate representation, for guests.
+pub use holdfast_tcg_ir as ir;

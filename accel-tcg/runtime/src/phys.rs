@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use holdfast_memory::{GuestMemory, PAGE_SIZE, RamTracker, Tracked};
+use holdfast_memory::{GuestMemory, GuestRegion, PAGE_SIZE, RamTracker, Tracked};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -28,8 +28,52 @@ pub struct RamBlock {
     pub host: *mut u8,
     /// Dirty and code bits.
     pub tracker: RamTracker,
+    /// Pages that some vCPU may write without being noticed.
+    pub hot: Arc<HotPages>,
     /// ROM: reads and fetches only.
     pub rom: bool,
+}
+
+/// The pages of a block that vCPUs have write entries for in their TLBs, or had since the set was last
+/// taken. Two sets take turns, so that taking one loses nothing: see [`HotPages::take`].
+#[derive(Debug)]
+pub struct HotPages([Box<[AtomicU64]>; 2]);
+
+impl HotPages {
+    fn new(pages: u64) -> Arc<Self> {
+        let bits = || (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self([bits(), bits()]))
+    }
+
+    /// Notes in set `side` that `page` of the block can be written from now on.
+    #[inline]
+    pub fn set(&self, side: usize, page: u64) {
+        if let Some(word) = self.0[side & 1].get((page / 64) as usize)
+            && word.load(Ordering::Relaxed) >> (page % 64) & 1 == 0
+        {
+            word.fetch_or(1 << (page % 64), Ordering::SeqCst);
+        }
+    }
+
+    /// True if `page` is in either set.
+    #[inline]
+    pub fn is_hot(&self, page: u64) -> bool {
+        let at = |set: &[AtomicU64]| {
+            set.get((page / 64) as usize).is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
+        };
+        at(&self.0[0]) || at(&self.0[1])
+    }
+
+    /// Empties set `side`, which no vCPU uses any more, and calls `each` with its pages.
+    pub fn take(&self, side: usize, mut each: impl FnMut(u64)) {
+        for (n, word) in self.0[side & 1].iter().enumerate() {
+            let mut bits = word.swap(0, Ordering::SeqCst);
+            while bits != 0 {
+                each(n as u64 * 64 + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+    }
 }
 
 // SAFETY: the mapping is shared guest memory that lives as long as the `PhysMemory` that holds its
@@ -44,8 +88,7 @@ pub struct PhysMemory {
     blocks: Vec<RamBlock>,
     /// Keeps the mappings alive.
     _memory: GuestMemory,
-    /// Keeps ROM mappings alive.
-    _roms: Vec<Arc<holdfast_memory::GuestRegion>>,
+    roms: Vec<(u64, Arc<GuestRegion>)>,
 }
 
 /// A host address found for a guest-physical one.
@@ -60,13 +103,36 @@ pub struct HostRef<'a> {
 }
 
 impl PhysMemory {
-    /// All of `memory`, with `roms` (start, region) laid over the rest of the address space.
-    pub fn new(memory: &GuestMemory, roms: &[(u64, Arc<holdfast_memory::GuestRegion>)]) -> Self {
-        let mut blocks: Vec<_> = memory.iter().map(|r| block(r.start_addr().raw_value(), r, false)).collect();
-        blocks.extend(roms.iter().map(|(gpa, r)| block(*gpa, r, true)));
+    /// All of `memory`.
+    pub fn new(memory: &GuestMemory) -> Self {
+        let blocks = memory.iter().map(|r| block(r.start_addr().raw_value(), r, false)).collect();
+        Self { blocks, _memory: memory.clone(), roms: Vec::new() }.sorted()
+    }
+
+    /// The same with a ROM window more. Reads and fetches come from it, writes go to the bus.
+    pub fn with_rom(&self, gpa: u64, region: &Arc<GuestRegion>) -> Self {
+        let mut new = self.without_rom(gpa);
+        new.blocks.push(block(gpa, region, true));
+        new.roms.push((gpa, Arc::clone(region)));
+        new.sorted()
+    }
+
+    /// The same without the ROM window that starts at `gpa`.
+    pub fn without_rom(&self, gpa: u64) -> Self {
+        let blocks = self.blocks.iter().filter(|b| !(b.rom && b.gpa == gpa)).cloned().collect();
+        let roms = self.roms.iter().filter(|(at, _)| *at != gpa).cloned().collect();
+        Self { blocks, _memory: self._memory.clone(), roms }
+    }
+
+    /// True if a ROM window starts at `gpa`.
+    pub fn has_rom(&self, gpa: u64) -> bool {
+        self.roms.iter().any(|(at, _)| *at == gpa)
+    }
+
+    fn sorted(mut self) -> Self {
         // The largest first: it is found at once.
-        blocks.sort_by_key(|b| std::cmp::Reverse(b.len));
-        Self { blocks, _memory: memory.clone(), _roms: roms.iter().map(|(_, r)| Arc::clone(r)).collect() }
+        self.blocks.sort_by_key(|b| std::cmp::Reverse(b.len));
+        self
     }
 
     /// All blocks.
@@ -131,10 +197,11 @@ impl PhysMemory {
     }
 }
 
-fn block(gpa: u64, region: &holdfast_memory::GuestRegion, rom: bool) -> RamBlock {
+fn block(gpa: u64, region: &GuestRegion, rom: bool) -> RamBlock {
     // The last bytes of a region that is no whole number of pages are left to the bus.
     let len = region.len() & !(PAGE_SIZE - 1);
-    RamBlock { gpa, len, host: region.as_ptr(), tracker: region.bitmap_tracker(), rom }
+    let hot = HotPages::new(len / PAGE_SIZE);
+    RamBlock { gpa, len, host: region.as_ptr(), tracker: region.bitmap_tracker(), hot, rom }
 }
 
 #[cfg(test)]
@@ -148,7 +215,7 @@ mod tests {
             GuestMemory::from_ranges(&[(GuestAddress(0x1000), 0x1000), (GuestAddress(0x8000_0000), 0x4000)])
                 .expect("RAM");
         mem.write_obj(0x1122_3344_5566_7788_u64, GuestAddress(0x8000_3ff8)).expect("write");
-        let phys = PhysMemory::new(&mem, &[]);
+        let phys = PhysMemory::new(&mem);
         assert_eq!(phys.read_u64(0x8000_3ff8), Some(0x1122_3344_5566_7788));
         assert_eq!(phys.read_u64(0x8000_4000), None);
         assert_eq!(phys.read_u64(u64::MAX - 7), None);

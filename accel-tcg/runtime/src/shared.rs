@@ -7,7 +7,35 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use holdfast_tcg_ir::env::{MMU_MODES, TLB_ENTRIES, TLB_SLOW};
+
 use crate::env::EnvBox;
+use crate::guest::Flush;
+use crate::regions::Killed;
+use crate::tlb::TlbCounts;
+
+/// What one vCPU counted.
+#[derive(Debug, Default)]
+pub struct VcpuCounts {
+    /// The TLB's part.
+    pub tlb: TlbCounts,
+    /// Accesses to the bus.
+    pub mmio: AtomicU64,
+    /// Stores to pages with code.
+    pub code_stores: AtomicU64,
+    /// Times translated code was entered.
+    pub entries: AtomicU64,
+    /// Indirect jumps that the inline cache did not know.
+    pub lookups: AtomicU64,
+    /// Direct jumps that were linked.
+    pub links: AtomicU64,
+    /// Exceptions.
+    pub faults: AtomicU64,
+    /// Interrupts.
+    pub interrupts: AtomicU64,
+    /// Times the vCPU slept.
+    pub sleeps: AtomicU64,
+}
 
 /// Reasons to leave translated code, in [`VcpuShared::requests`].
 pub mod request {
@@ -31,6 +59,13 @@ pub struct VcpuShared {
     pins: AtomicU64,
     requests: AtomicU32,
     env: EnvBox,
+    /// Held while a write entry is made or cleared.
+    pub(crate) tlb_lock: Mutex<()>,
+    /// MMU indexes that may have write entries, a bit each.
+    tlb_used: AtomicU32,
+    killed: Mutex<Vec<Killed>>,
+    flushes: Mutex<Vec<Flush>>,
+    pub(crate) counts: VcpuCounts,
     asleep: Mutex<bool>,
     wake: Condvar,
 }
@@ -53,6 +88,11 @@ impl VcpuShared {
             pins: AtomicU64::new(0),
             requests: AtomicU32::new(0),
             env,
+            tlb_lock: Mutex::new(()),
+            tlb_used: AtomicU32::new(0),
+            killed: Mutex::default(),
+            flushes: Mutex::default(),
+            counts: VcpuCounts::default(),
             asleep: Mutex::new(false),
             wake: Condvar::new(),
         })
@@ -100,10 +140,58 @@ impl VcpuShared {
         }
     }
 
+    /// Makes the vCPU forget regions that are no more.
+    pub(crate) fn forget(&self, killed: &[Killed]) {
+        self.killed.lock().extend_from_slice(killed);
+        self.request(request::INVALIDATE);
+    }
+
+    pub(crate) fn take_killed(&self) -> Vec<Killed> {
+        std::mem::take(&mut *self.killed.lock())
+    }
+
+    /// Makes the vCPU flush its TLB at its next safe point.
+    pub(crate) fn post_flush(&self, what: Flush) {
+        self.flushes.lock().push(what);
+        self.request(request::WORK);
+    }
+
+    pub(crate) fn take_flushes(&self) -> Vec<Flush> {
+        std::mem::take(&mut *self.flushes.lock())
+    }
+
+    pub(crate) fn set_tlb_used(&self, used: u8) {
+        self.tlb_used.store(u32::from(used), Ordering::Relaxed);
+    }
+
+    /// Clears the write entries that lead to the host page at `host`.
+    pub(crate) fn clear_write_entries(&self, host: u64) {
+        let _clearing = self.tlb_lock.lock();
+        let used = self.tlb_used.load(Ordering::Relaxed);
+        for idx in (0..MMU_MODES as u8).filter(|i| used >> i & 1 != 0) {
+            for n in 0..TLB_ENTRIES {
+                let (tag, addend) = self.env.tlb(idx, true, n);
+                let t = tag.load(Ordering::Relaxed);
+                if t != 0
+                    && t & TLB_SLOW == 0
+                    && (t & !0xfff).wrapping_add(addend.load(Ordering::Relaxed)) == host
+                {
+                    tag.store(0, Ordering::SeqCst);
+                }
+            }
+        }
+    }
+
     /// Takes all requests.
     pub fn take_requests(&self) -> u32 {
         self.env.exit_request().store(0, Ordering::SeqCst);
         self.requests.swap(0, Ordering::SeqCst)
+    }
+
+    /// Takes one request, if it was made.
+    pub(crate) fn take_request(&self, what: u32) -> bool {
+        self.requests.load(Ordering::Relaxed) & what != 0
+            && self.requests.fetch_and(!what, Ordering::SeqCst) & what != 0
     }
 
     /// True while there are requests.

@@ -1,12 +1,32 @@
-//! One translated vCPU.
+//! One translated vCPU: the loop that runs it.
 
+use std::fmt;
+use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use holdfast_arch::{CpuModel, CpuState};
 use holdfast_clock::{Timer, VmClock};
+use holdfast_memory::PAGE_SIZE;
+use holdfast_tcg_ir::env::exit;
 
-use crate::guest::{Fault, Flush, Guest, Mode};
-use crate::phys::PhysMemory;
-use crate::shared::VcpuShared;
+use crate::cpu::Cpu;
+use crate::engine::VcpuEngine;
+use crate::env::EnvBox;
+use crate::guest::{Access, AccessKind, Fault, Flush, Guest, Mode};
+use crate::phys::{Io, PhysMemory};
+use crate::shared::{VcpuShared, request};
+use crate::table::{Key, NO_PAGE, Region};
+use crate::tlb::{Tlb, count};
+use crate::vm::{RuntimeError, TcgVm};
+
+/// Mode key bit of regions for single step.
+pub(crate) const KEY_STEP: u32 = 1 << 31;
+
+thread_local! {
+    /// This thread is inside [`TcgVcpu::run`].
+    pub(crate) static IN_RUN: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
 
 /// Why the vCPU's run ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,18 +39,52 @@ pub enum Stop {
     Debug(u64),
 }
 
+/// What a debugger wants.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Debug {
+    pub single_step: bool,
+    pub breakpoints: Vec<u64>,
+    /// The breakpoint at this pc has been reported: go past it.
+    pub passed: Option<u64>,
+}
+
 /// Everything of a vCPU but its `Env`.
-#[derive(Debug)]
 pub(crate) struct VcpuCore {
     pub shared: Arc<VcpuShared>,
+    pub vm: Arc<TcgVm>,
     pub guest: Arc<dyn Guest>,
+    pub io: Arc<dyn Io>,
     pub phys: Arc<PhysMemory>,
     pub clock: Arc<VmClock>,
     pub timer: Timer,
+    pub tlb: Tlb,
     pub mode: Mode,
+    pub key: u32,
+    pub hot_side: usize,
     pub halted: bool,
     pub pending_fault: Option<Fault>,
     pub stop: Option<Stop>,
+    /// The direct jump that led here: (region, link).
+    pub from: Option<(u32, u32)>,
+    pub engine: VcpuEngine,
+    pub debug: Debug,
+    pub model: CpuModel,
+}
+
+impl fmt::Debug for VcpuCore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuCore").field("shared", &self.shared).field("mode", &self.mode).finish_non_exhaustive()
+    }
+}
+
+/// What the loop does next.
+enum Next {
+    /// Enter this region.
+    Enter(*const Region),
+    /// Look again.
+    Again,
+    /// Return.
+    Stop(Stop),
 }
 
 impl VcpuCore {
@@ -43,13 +97,17 @@ impl VcpuCore {
     pub unsafe fn from_env<'a>(env: *mut u8) -> &'a mut Self {
         // SAFETY: the owner is set before any translated code runs and stays valid while it does.
         unsafe {
-            let owner = (*holdfast_tcg_ir::env::header(env)).owner.load(std::sync::atomic::Ordering::Relaxed);
-            &mut *std::ptr::with_exposed_provenance_mut::<Self>(owner as usize)
+            let owner = (*holdfast_tcg_ir::env::header(env)).owner.load(Ordering::Relaxed);
+            &mut *ptr::with_exposed_provenance_mut::<Self>(owner as usize)
         }
     }
 
     pub fn set_deadline(&mut self, deadline: Option<u64>) {
         match deadline {
+            Some(at) if at <= self.clock.now() => {
+                self.timer.disarm();
+                self.shared.request(request::INTERRUPT);
+            }
             Some(at) => self.timer.arm(at),
             None => self.timer.disarm(),
         }
@@ -57,10 +115,402 @@ impl VcpuCore {
 
     pub fn update_mode(&mut self) {
         let guest = Arc::clone(&self.guest);
-        self.mode = guest.mode(&mut crate::cpu::Cpu::new(self));
+        self.mode = guest.mode(&mut Cpu::new(self));
+        self.key = self.mode.key | if self.debug.single_step { KEY_STEP } else { 0 };
+        self.tlb.set_mode(self.shared.env(), self.mode, self.key, &self.shared.counts.tlb);
     }
 
-    pub fn flush(&mut self, _what: Flush) {}
+    pub fn flush(&mut self, what: Flush) {
+        self.tlb.flush(self.shared.env(), what, &self.shared.counts.tlb);
+    }
 
-    pub fn flush_others(&mut self, _what: Flush) {}
+    pub fn flush_others(&mut self, what: Flush) {
+        self.vm.flush_others(self.shared.index(), what);
+    }
+
+    fn raise(&mut self, fault: &Fault) {
+        count(&self.shared.counts.faults);
+        let guest = Arc::clone(&self.guest);
+        guest.raise(&mut Cpu::new(self), fault);
+        self.update_mode();
+    }
+
+    fn take_interrupt(&mut self) {
+        let guest = Arc::clone(&self.guest);
+        if guest.take_interrupt(&mut Cpu::new(self)) {
+            count(&self.shared.counts.interrupts);
+            self.halted = false;
+            self.from = None;
+        }
+        self.update_mode();
+    }
+
+    /// Takes over new mappings, with an empty TLB.
+    pub(crate) fn remap(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        self.phys = self.vm.phys();
+        self.hot_side = self.vm.hot_side.load(Ordering::SeqCst);
+        let _entering = shared.tlb_lock.lock();
+        self.tlb.reset(shared.env(), &shared.counts.tlb);
+    }
+
+    /// Serves what other threads asked for. Holds no region.
+    fn serve(&mut self) -> Option<Stop> {
+        let what = self.shared.take_requests();
+        let shared = Arc::clone(&self.shared);
+        if what & request::REMAP != 0 {
+            self.remap();
+        }
+        if what & request::INVALIDATE != 0 {
+            self.tlb.forget_regions(shared.env(), &shared.take_killed());
+            self.from = None;
+        }
+        if what & request::WORK != 0 {
+            for flush in shared.take_flushes() {
+                self.flush(flush);
+            }
+        }
+        if what & request::KICK != 0 {
+            // Whatever else was asked is looked at in the next run.
+            shared.request(what & request::INTERRUPT);
+            return Some(Stop::Kicked);
+        }
+        if what & request::INTERRUPT != 0 {
+            self.take_interrupt();
+        }
+        None
+    }
+
+    /// A safe point: requests, interrupts, sleep.
+    fn safe_point(&mut self) -> Option<Stop> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            self.vm.regions.epochs.enter(shared.index());
+            if shared.requested() || shared.env().exit_request().load(Ordering::Relaxed) != 0 {
+                if let Some(stop) = self.serve() {
+                    return Some(stop);
+                }
+            }
+            if let Some(stop) = self.stop.take() {
+                return Some(stop);
+            }
+            if !self.halted {
+                return None;
+            }
+            let guest = Arc::clone(&self.guest);
+            if guest.wakes(&mut Cpu::new(self)) {
+                self.halted = false;
+                self.take_interrupt();
+                continue;
+            }
+            count(&shared.counts.sleeps);
+            self.vm.regions.epochs.leave(shared.index());
+            shared.sleep(None);
+        }
+    }
+
+    /// Guest-physical address of the code at `pc`.
+    pub(crate) fn fetch(&mut self, pc: u64) -> Result<u64, Fault> {
+        let idx = self.mode.fetch_idx;
+        if let Some(entry) = self.tlb.code(pc, idx) {
+            return Ok(entry.gpa | pc & (PAGE_SIZE - 1));
+        }
+        let guest = Arc::clone(&self.guest);
+        let size = guest.spec().insn_align;
+        let access = Access { gva: pc, size, kind: AccessKind::Fetch, mmu_idx: idx };
+        let t = guest.fill(&mut Cpu::new(self), &access)?;
+        if t.cacheable {
+            self.tlb.set_code(pc, idx, t.gpa, t.page_bits);
+        }
+        Ok(t.gpa)
+    }
+
+    /// True if the second page of `region`, if it has one, is still mapped where it was.
+    fn second_fits(&mut self, region: &Region) -> Result<bool, Fault> {
+        if region.second == NO_PAGE {
+            return Ok(true);
+        }
+        let next = (region.key.pc & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
+        Ok(self.fetch(next)? / PAGE_SIZE == region.second)
+    }
+
+    /// Makes `region` known to indirect jumps and guarded links.
+    fn remember(&mut self, region: &Region) {
+        if !region.chain || region.entry() == 0 {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let (env, pc) = (shared.env(), region.key.pc);
+        self.tlb.remember_branch(env, pc, region.entry(), region.second != NO_PAGE);
+        // The filter of flushes that the line above feeds covers the mapping id too.
+        self.tlb.set_page_id(env, pc, region.page_id);
+    }
+
+    /// For indirect jumps in translated code: the code at `pc`, 0 if there is none yet.
+    pub(crate) fn lookup(&mut self, pc: u64) -> u64 {
+        count(&self.shared.counts.lookups);
+        if self.key & KEY_STEP != 0 || self.shared.requested() {
+            return 0;
+        }
+        let Ok(phys) = self.fetch(pc) else { return 0 };
+        let vm = Arc::clone(&self.vm);
+        // SAFETY: this thread entered an epoch before it entered translated code.
+        let Some(region) = (unsafe { vm.regions.find(&Key { phys, pc, mode: self.key }) }) else { return 0 };
+        if !region.chain || !matches!(self.second_fits(region), Ok(true)) {
+            return 0;
+        }
+        self.remember(region);
+        region.entry()
+    }
+
+    /// True if the debugger wants to stop here.
+    fn breaks(&mut self, pc: u64) -> bool {
+        if self.debug.passed.take() == Some(pc) {
+            return false;
+        }
+        self.debug.breakpoints.binary_search(&pc).is_ok()
+    }
+
+    fn next(&mut self) -> Next {
+        if let Some(stop) = self.safe_point() {
+            return Next::Stop(stop);
+        }
+        let pc = self.shared.env().pc();
+        if !self.debug.breakpoints.is_empty() && self.breaks(pc) {
+            return Next::Stop(Stop::Debug(pc));
+        }
+        match self.region_at(pc) {
+            Ok(Some(region)) => Next::Enter(region),
+            Ok(None) => Next::Again,
+            Err(fault) => {
+                self.from = None;
+                self.raise(&fault);
+                if self.debug.single_step { Next::Stop(Stop::Debug(self.shared.env().pc())) } else { Next::Again }
+            }
+        }
+    }
+
+    /// The region to enter at `pc`; `None` to start over.
+    fn region_at(&mut self, pc: u64) -> Result<Option<*const Region>, Fault> {
+        let from = self.from.take();
+        let phys = self.fetch(pc)?;
+        let key = Key { phys, pc, mode: self.key };
+        let vm = Arc::clone(&self.vm);
+        // SAFETY: `safe_point` entered an epoch and nothing has left it since.
+        let region = match unsafe { vm.regions.find(&key) } {
+            Some(region) => region,
+            None => match self.translate(key)? {
+                // SAFETY: published regions live until every vCPU has passed a safe point.
+                Some(region) => unsafe { &*region },
+                None => return Ok(None),
+            },
+        };
+        if !self.second_fits(region)? {
+            // Mapped elsewhere by now: this translation serves nobody here.
+            vm.code_written(region.key.phys, 1);
+            return Ok(None);
+        }
+        self.remember(region);
+        if let Some((source, link)) = from
+            && vm.regions.link(source, link, region)
+        {
+            count(&self.shared.counts.links);
+        }
+        Ok(Some(region))
+    }
+
+    /// Acts on why translated code was left.
+    fn left(&mut self, code: u32) -> Result<(), RuntimeError> {
+        match code {
+            exit::POLL | exit::LOOKUP | exit::NONE => {}
+            exit::LINK => {
+                let arg = self.shared.env().exit_arg();
+                self.from = Some(((arg >> 32) as u32, arg as u32));
+            }
+            exit::FAULT => match self.pending_fault.take() {
+                Some(fault) => self.raise(&fault),
+                None => return Err(RuntimeError::Exit { code, pc: self.shared.env().pc() }),
+            },
+            exit::HALT => {
+                self.halted = true;
+                self.update_mode();
+            }
+            exit::RESUME => self.take_interrupt(),
+            code => return Err(RuntimeError::Exit { code, pc: self.shared.env().pc() }),
+        }
+        Ok(())
+    }
+}
+
+/// A translated vCPU. It is made on any thread and then lives on one.
+pub struct TcgVcpu {
+    core: Box<VcpuCore>,
+}
+
+impl fmt::Debug for TcgVcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+impl TcgVcpu {
+    /// Makes vCPU `index` in its reset state.
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub fn new(vm: &Arc<TcgVm>, index: u32, model: &CpuModel) -> Result<Self, RuntimeError> {
+        let spec = vm.guest.spec();
+        let env = EnvBox::new(spec.state_size).map_err(|e| RuntimeError::Memory("a vCPU", e))?;
+        let shared = VcpuShared::new(index, env);
+        vm.add_vcpu(&shared)?;
+        let waker = Arc::downgrade(&shared);
+        let timer = vm.timers.timer(move || {
+            if let Some(shared) = waker.upgrade() {
+                shared.request(request::INTERRUPT);
+            }
+        });
+        let core = Box::new(VcpuCore {
+            engine: vm.engine.vcpu(&*vm.guest)?,
+            guest: Arc::clone(&vm.guest),
+            io: Arc::clone(&vm.io),
+            phys: vm.phys(),
+            clock: Arc::clone(&vm.clock),
+            timer,
+            tlb: Tlb::new(spec.ir.pc_shift),
+            mode: Mode::default(),
+            key: 0,
+            hot_side: vm.hot_side.load(Ordering::SeqCst),
+            halted: false,
+            pending_fault: None,
+            stop: None,
+            from: None,
+            debug: Debug::default(),
+            model: model.clone(),
+            vm: Arc::clone(vm),
+            shared,
+        });
+        let mut this = Self { core };
+        let owner = ptr::from_mut(&mut *this.core).expose_provenance() as u64;
+        this.core.shared.env().set_owner(owner);
+        // Mappings may have changed since they were read above.
+        this.core.shared.request(request::REMAP);
+        this.reset()?;
+        Ok(this)
+    }
+
+    /// What other threads use of it.
+    pub fn shared(&self) -> &Arc<VcpuShared> {
+        &self.core.shared
+    }
+
+    /// Runs guest code until something needs the caller.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Exit`] if translated code left in a way that nobody knows: a bug.
+    pub fn run(&mut self) -> Result<Stop, RuntimeError> {
+        IN_RUN.set(true);
+        let result = self.run_inner();
+        IN_RUN.set(false);
+        self.core.vm.regions.epochs.leave(self.core.shared.index());
+        result
+    }
+
+    fn run_inner(&mut self) -> Result<Stop, RuntimeError> {
+        let env = self.core.shared.env().ptr();
+        loop {
+            let region = match self.core.next() {
+                Next::Enter(region) => region,
+                Next::Again => continue,
+                Next::Stop(stop) => {
+                    if let Stop::Debug(pc) = stop {
+                        self.core.debug.passed = Some(pc);
+                    }
+                    return Ok(stop);
+                }
+            };
+            count(&self.core.shared.counts.entries);
+            let stepping = self.core.debug.single_step;
+            // SAFETY: the region is alive for this epoch; helpers and slow paths reach the core through its
+            // owner pointer, while this function uses it through `self` only before and after.
+            let code = unsafe { VcpuEngine::enter(&raw mut self.core.engine, env, region) };
+            self.core.left(code)?;
+            if stepping {
+                return Ok(Stop::Debug(self.core.shared.env().pc()));
+            }
+        }
+    }
+
+    /// Back to the reset state.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Model`].
+    pub fn reset(&mut self) -> Result<(), RuntimeError> {
+        let core = &mut *self.core;
+        core.halted = false;
+        core.pending_fault = None;
+        core.stop = None;
+        core.from = None;
+        core.set_deadline(None);
+        let (guest, model) = (Arc::clone(&core.guest), core.model.clone());
+        guest.reset(&mut Cpu::new(core), &model).map_err(RuntimeError::Model)?;
+        self.state_changed();
+        Ok(())
+    }
+
+    fn state_changed(&mut self) {
+        self.core.update_mode();
+        self.core.flush(Flush::All);
+        self.core.shared.request(request::INTERRUPT);
+    }
+
+    /// The architectural state.
+    pub fn export(&mut self) -> CpuState {
+        let guest = Arc::clone(&self.core.guest);
+        guest.export(&mut Cpu::new(&mut self.core))
+    }
+
+    /// Replaces the architectural state.
+    ///
+    /// # Errors
+    /// [`RuntimeError::State`].
+    pub fn import(&mut self, state: &CpuState) -> Result<(), RuntimeError> {
+        let core = &mut *self.core;
+        core.pending_fault = None;
+        core.from = None;
+        let guest = Arc::clone(&core.guest);
+        guest.import(&mut Cpu::new(core), state).map_err(RuntimeError::State)?;
+        self.state_changed();
+        Ok(())
+    }
+
+    /// Text of all registers.
+    pub fn describe(&mut self) -> String {
+        let guest = Arc::clone(&self.core.guest);
+        guest.describe(&mut Cpu::new(&mut self.core))
+    }
+
+    /// Guest-virtual to guest-physical for a debugger.
+    pub fn probe(&mut self, gva: u64) -> Option<u64> {
+        let guest = Arc::clone(&self.core.guest);
+        guest.probe(&mut Cpu::new(&mut self.core), gva)
+    }
+
+    /// Sets single step and breakpoints. Breakpoints end regions on every vCPU, but stop this one only.
+    pub fn set_debug(&mut self, single_step: bool, breakpoints: &[u64]) {
+        let mut wanted = breakpoints.to_vec();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let core = &mut *self.core;
+        core.debug.single_step = single_step;
+        if core.debug.breakpoints != wanted {
+            let mut all = Vec::clone(&core.vm.breakpoints.read());
+            all.retain(|b| core.debug.breakpoints.binary_search(b).is_err());
+            all.extend_from_slice(&wanted);
+            all.sort_unstable();
+            all.dedup();
+            core.debug.breakpoints = wanted;
+            core.vm.set_breakpoints(all);
+        }
+        core.update_mode();
+    }
 }

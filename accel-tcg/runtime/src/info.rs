@@ -1,0 +1,65 @@
+//! The text of `info jit`.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::shared::VcpuShared;
+use crate::vm::TcgVm;
+
+fn sum(vcpus: &[std::sync::Arc<VcpuShared>], field: impl Fn(&VcpuShared) -> &AtomicU64) -> u64 {
+    vcpus.iter().map(|v| field(v).load(Ordering::Relaxed)).sum()
+}
+
+fn ratio(a: u64, b: u64) -> f64 {
+    if b == 0 { 0.0 } else { a as f64 / b as f64 }
+}
+
+impl TcgVm {
+    /// What was translated, what it cost, and how well it is linked.
+    pub fn info(&self) -> String {
+        let vcpus = self.vcpus();
+        let regions = self.regions.counts();
+        let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let c = &self.counts;
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "{name:<28}{value}");
+        };
+        line("guest", self.guest.spec().name.to_owned());
+        line("engine", self.engine.name().to_owned());
+        if let Some(cache) = self.cache() {
+            let (used, evictions) = cache.counters();
+            let sizes = (cache.len() >> 10, cache.segment_len() >> 10);
+            line("code cache", format!("{} KiB in segments of {} KiB", sizes.0, sizes.1));
+            line("code generated", format!("{used} bytes"));
+            line("segments evicted", evictions.to_string());
+        }
+        line("blocks live", format!("{} on {} pages", regions.live, regions.pages));
+        line("block average guest size", format!("{:.1} bytes", ratio(regions.guest_bytes, regions.live)));
+        line("block average insns", format!("{:.1}", ratio(regions.insns, regions.live)));
+        line("block average host size", format!("{:.1} bytes", ratio(regions.host_bytes, regions.live)));
+        line("expansion", format!("{:.1}", ratio(regions.host_bytes, regions.guest_bytes)));
+        line("direct jumps", format!("{} linked of {}", regions.linked, regions.links));
+        line("blocks translated", get(&c.translated).to_string());
+        line("translation ns per block", format!("{:.0}", ratio(get(&c.translate_ns), get(&c.translated))));
+        line("blocks invalidated", get(&c.invalidated).to_string());
+        line("blocks evicted", get(&c.evicted).to_string());
+        line("blocks stale when made", get(&c.stale).to_string());
+        line("pages protected", get(&c.protections).to_string());
+        line("stores to code pages", sum(&vcpus, |v| &v.counts.code_stores).to_string());
+        line("TLB fills", sum(&vcpus, |v| &v.counts.tlb.fills).to_string());
+        line("TLB victim hits", sum(&vcpus, |v| &v.counts.tlb.victims).to_string());
+        line("TLB full flushes", sum(&vcpus, |v| &v.counts.tlb.flushes).to_string());
+        line("TLB page flushes", sum(&vcpus, |v| &v.counts.tlb.page_flushes).to_string());
+        line("TLB generation wraps", sum(&vcpus, |v| &v.counts.tlb.wraps).to_string());
+        line("entries", sum(&vcpus, |v| &v.counts.entries).to_string());
+        line("indirect lookups", sum(&vcpus, |v| &v.counts.lookups).to_string());
+        line("links made", sum(&vcpus, |v| &v.counts.links).to_string());
+        line("bus accesses", sum(&vcpus, |v| &v.counts.mmio).to_string());
+        line("exceptions", sum(&vcpus, |v| &v.counts.faults).to_string());
+        line("interrupts", sum(&vcpus, |v| &v.counts.interrupts).to_string());
+        line("sleeps", sum(&vcpus, |v| &v.counts.sleeps).to_string());
+        text
+    }
+}

@@ -1,0 +1,371 @@
+//! The data base of translations: by page, by segment, and who jumps to whom.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use holdfast_memory::PAGE_SIZE;
+use holdfast_tcg_ir::env::MAX_MAPPING_ID;
+use parking_lot::Mutex;
+
+use crate::cache::{CodeCache, SegmentId};
+use crate::epoch::Epochs;
+use crate::hash::Map;
+use crate::phys::PhysMemory;
+use crate::table::{GRANULE, Key, Region, Table};
+
+/// No region.
+const NONE: u32 = u32::MAX;
+
+/// A region that was taken out: what vCPUs have to forget.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Killed {
+    /// Guest-virtual address of its entry.
+    pub pc: u64,
+    /// Its code, or 0.
+    pub entry: u64,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    region: Option<Arc<Region>>,
+    /// Target of each link, or [`NONE`].
+    out: Vec<u32>,
+    /// (region, link) that jumps here.
+    incoming: Vec<(u32, u32)>,
+}
+
+#[derive(Debug, Default)]
+struct Page {
+    regions: Vec<u32>,
+    /// Union of the regions' granules; may hold bits of regions that are gone.
+    granules: u64,
+    /// Granules written while something is being translated from the page.
+    written: u64,
+    /// Translations under way.
+    busy: u32,
+}
+
+#[derive(Debug, Default)]
+struct Db {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    pages: Map<u64, Page>,
+    segments: Map<u32, Vec<u32>>,
+    ids: Map<(u64, u64, u32), u32>,
+    limbo: VecDeque<(u64, u32)>,
+    live: u64,
+}
+
+/// Counters for `info jit`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct RegionCounts {
+    /// Regions that can run.
+    pub live: u64,
+    /// Their direct jumps.
+    pub links: u64,
+    /// Those that are linked.
+    pub linked: u64,
+    /// Guest bytes of the live regions.
+    pub guest_bytes: u64,
+    /// Guest instructions of the live regions.
+    pub insns: u64,
+    /// Host bytes of the live regions.
+    pub host_bytes: u64,
+    /// Guest pages with translations.
+    pub pages: u64,
+}
+
+/// All translations of a VM.
+#[derive(Debug)]
+pub struct Regions {
+    table: Table,
+    db: Mutex<Db>,
+    /// Safe points of the vCPUs.
+    pub epochs: Epochs,
+    /// Where host code lives; `None` when everything is interpreted.
+    pub cache: Option<CodeCache>,
+}
+
+impl Regions {
+    /// Empty, for `vcpus` vCPUs.
+    pub fn new(vcpus: usize, cache: Option<CodeCache>) -> Self {
+        Self { table: Table::new(), db: Mutex::default(), epochs: Epochs::new(vcpus), cache }
+    }
+
+    /// The region for `key`.
+    ///
+    /// # Safety
+    /// As for [`Table::find`].
+    #[inline]
+    pub unsafe fn find<'a>(&self, key: &Key) -> Option<&'a Region> {
+        // SAFETY: by this function's contract.
+        unsafe { self.table.find(key) }
+    }
+
+    /// Announces that bytes of `page` are about to be read for translation. True if it had no code so far: then
+    /// the vCPUs' fast write entries for it have to go before the bytes are read. Must be paired with
+    /// [`Regions::end_page`].
+    pub fn begin_page(&self, phys: &PhysMemory, page: u64) -> bool {
+        let mut db = self.db.lock();
+        let info = db.pages.entry(page).or_default();
+        if info.busy == 0 {
+            info.written = 0;
+        }
+        info.busy += 1;
+        phys.find(page * PAGE_SIZE, PAGE_SIZE).is_some_and(|at| {
+            let was = at.block.tracker.is_code(at.offset / PAGE_SIZE);
+            at.block.tracker.set_code(at.offset / PAGE_SIZE);
+            !was
+        })
+    }
+
+    /// The translation that [`Regions::begin_page`] announced is over.
+    pub fn end_page(&self, phys: &PhysMemory, page: u64) {
+        let db = &mut *self.db.lock();
+        if let Some(info) = db.pages.get_mut(&page) {
+            info.busy = info.busy.saturating_sub(1);
+        }
+        forget_page_if_empty(db, phys, page);
+    }
+
+    /// A number for a region to be.
+    pub fn reserve_id(&self) -> u32 {
+        let db = &mut *self.db.lock();
+        let passed = self.epochs.passed();
+        while let Some(&(epoch, id)) = db.limbo.front()
+            && epoch < passed
+        {
+            db.limbo.pop_front();
+            if let Some(slot) = db.slots.get_mut(id as usize) {
+                *slot = Slot::default();
+            }
+            db.free.push(id);
+        }
+        db.free.pop().unwrap_or_else(|| {
+            db.slots.push(Slot::default());
+            db.slots.len() as u32 - 1
+        })
+    }
+
+    /// Gives back a number that no region was made with.
+    pub fn release_id(&self, id: u32) {
+        self.db.lock().free.push(id);
+    }
+
+    /// Publishes a region unless its bytes were written since [`Regions::begin_page`]: then it is dropped.
+    pub fn publish(&self, mut region: Region) -> Option<Arc<Region>> {
+        let db = &mut *self.db.lock();
+        let written = |page: &u64| db.pages.get(page).map_or(u64::MAX, |p| p.written);
+        let stale = region.pages().any(|(page, granules)| written(&page) & granules != 0);
+        if stale {
+            db.free.push(region.id);
+            return None;
+        }
+        let id = region.id;
+        region.page_id = mapping_id(db, &region.key);
+        let region = Arc::new(region);
+        for (page, granules) in region.pages() {
+            let info = db.pages.entry(page).or_default();
+            info.regions.push(id);
+            info.granules |= granules;
+        }
+        if let Some(code) = region.host() {
+            db.segments.entry(code.segment).or_default().push(id);
+        }
+        let links = region.host().map_or(0, |c| c.links.len());
+        if let Some(slot) = db.slots.get_mut(id as usize) {
+            *slot = Slot { region: Some(Arc::clone(&region)), out: vec![NONE; links], incoming: Vec::new() };
+        }
+        db.live += 1;
+        self.table.insert(&region);
+        Some(region)
+    }
+
+    /// Makes link `index` of region `source` jump to `target`, if both are alive and it may.
+    pub fn link(&self, source: u32, index: u32, target: &Region) -> bool {
+        let Some(cache) = &self.cache else { return false };
+        let db = &mut *self.db.lock();
+        if !target.chain || target.dead.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Some(from) = db.slots.get(source as usize).and_then(|s| s.region.clone()) else { return false };
+        let (Some(code), Some(to)) = (from.host(), target.host()) else { return false };
+        let Some(site) = code.links.get(index as usize).filter(|s| s.target_pc == target.key.pc) else {
+            return false;
+        };
+        // A link to a region that needs two pages would not notice that the second one is mapped elsewhere.
+        let dead = from.dead.load(Ordering::Relaxed);
+        if dead || target.second != crate::table::NO_PAGE || from.key.mode != target.key.mode {
+            return false;
+        }
+        let distance = to.offset as i64 - code.offset as i64;
+        if !cache.link(site, code.offset, distance, target.page_id) {
+            return false;
+        }
+        let old = db.slots.get_mut(source as usize).and_then(|s| s.out.get_mut(index as usize));
+        if let Some(old) = old.map(|o| std::mem::replace(o, target.id))
+            && old != target.id
+            && let Some(slot) = db.slots.get_mut(target.id as usize)
+        {
+            slot.incoming.push((source, index));
+            if let Some(slot) = db.slots.get_mut(old as usize) {
+                slot.incoming.retain(|i| *i != (source, index));
+            }
+        }
+        true
+    }
+
+    /// Takes out the regions that were made from any of `len` bytes at `gpa`.
+    pub fn invalidate(&self, phys: &PhysMemory, gpa: u64, len: u64) -> Vec<Killed> {
+        let db = &mut *self.db.lock();
+        let mut killed = Vec::new();
+        let last = gpa.saturating_add(len.max(1) - 1);
+        for page in gpa / PAGE_SIZE..=last / PAGE_SIZE {
+            let first_byte = gpa.max(page * PAGE_SIZE) % PAGE_SIZE;
+            let last_byte = last.min(page * PAGE_SIZE + (PAGE_SIZE - 1)) % PAGE_SIZE;
+            let touched = (u64::MAX << (first_byte / GRANULE)) & (u64::MAX >> (63 - last_byte / GRANULE));
+            let Some(info) = db.pages.get_mut(&page) else {
+                forget_page_if_empty(db, phys, page);
+                continue;
+            };
+            info.written |= touched;
+            if info.granules & touched != 0 {
+                let hit: Vec<u32> = info.regions.clone();
+                for id in hit {
+                    self.kill_if(db, id, |r| r.pages().any(|(p, g)| p == page && g & touched != 0), &mut killed);
+                }
+                recompute(db, page);
+            }
+            forget_page_if_empty(db, phys, page);
+        }
+        self.bury(db, &killed);
+        killed
+    }
+
+    /// Takes out all regions of `segment`.
+    pub fn evict(&self, phys: &PhysMemory, segment: SegmentId) -> Vec<Killed> {
+        let db = &mut *self.db.lock();
+        let mut killed = Vec::new();
+        for id in db.segments.remove(&segment).unwrap_or_default() {
+            let region = db.slots.get(id as usize).and_then(|s| s.region.clone());
+            let in_segment = |r: &Region| r.host().is_some_and(|c| c.segment == segment);
+            self.kill_if(db, id, in_segment, &mut killed);
+            for (page, _) in region.iter().flat_map(|r| r.pages()) {
+                forget_page_if_empty(db, phys, page);
+            }
+        }
+        self.bury(db, &killed);
+        killed
+    }
+
+    /// Takes out every region.
+    pub fn clear(&self, phys: &PhysMemory) -> Vec<Killed> {
+        let db = &mut *self.db.lock();
+        let mut killed = Vec::new();
+        for id in 0..db.slots.len() as u32 {
+            self.kill_if(db, id, |_| true, &mut killed);
+        }
+        let pages: Vec<u64> = db.pages.keys().copied().collect();
+        for page in pages {
+            recompute(db, page);
+            forget_page_if_empty(db, phys, page);
+        }
+        db.ids.clear();
+        self.bury(db, &killed);
+        killed
+    }
+
+    fn kill_if(&self, db: &mut Db, id: u32, wanted: impl Fn(&Region) -> bool, killed: &mut Vec<Killed>) {
+        let Some(slot) = db.slots.get_mut(id as usize) else { return };
+        let Some(region) = slot.region.clone().filter(|r| !r.dead.load(Ordering::Relaxed) && wanted(r)) else {
+            return;
+        };
+        region.dead.store(true, Ordering::SeqCst);
+        self.table.remove(&region);
+        let (out, incoming) = (std::mem::take(&mut slot.out), std::mem::take(&mut slot.incoming));
+        for (source, index) in incoming {
+            let Some(from) = db.slots.get_mut(source as usize) else { continue };
+            if let Some(target) = from.out.get_mut(index as usize) {
+                *target = NONE;
+            }
+            if let (Some(cache), Some(code)) = (&self.cache, from.region.as_ref().and_then(|r| r.host()))
+                && let Some(site) = code.links.get(index as usize)
+            {
+                cache.unlink(site, code.offset);
+            }
+        }
+        for target in out {
+            if let Some(to) = db.slots.get_mut(target as usize) {
+                to.incoming.retain(|(source, _)| *source != id);
+            }
+        }
+        for (page, _) in region.pages() {
+            if let Some(info) = db.pages.get_mut(&page) {
+                info.regions.retain(|r| *r != id);
+            }
+        }
+        killed.push(Killed { pc: region.key.pc, entry: region.entry() });
+        db.live -= 1;
+        // The epoch is filled in when all of the batch are unlinked.
+        db.limbo.push_back((u64::MAX, id));
+    }
+
+    /// Dates the regions that were just taken out.
+    fn bury(&self, db: &mut Db, killed: &[Killed]) {
+        if killed.is_empty() {
+            return;
+        }
+        let epoch = self.epochs.advance();
+        for entry in db.limbo.iter_mut().rev().take_while(|(e, _)| *e == u64::MAX) {
+            entry.0 = epoch;
+        }
+    }
+
+    /// Counts what is there. Walks everything: for humans.
+    pub fn counts(&self) -> RegionCounts {
+        let db = self.db.lock();
+        let mut c = RegionCounts { live: db.live, pages: db.pages.len() as u64, ..RegionCounts::default() };
+        for slot in &db.slots {
+            let Some(region) = slot.region.as_ref().filter(|r| !r.dead.load(Ordering::Relaxed)) else { continue };
+            c.links += slot.out.len() as u64;
+            c.linked += slot.out.iter().filter(|t| **t != NONE).count() as u64;
+            c.guest_bytes += u64::from(region.guest_len);
+            c.insns += u64::from(region.insns);
+            c.host_bytes += region.host().map_or(0, |h| u64::from(h.len));
+        }
+        c
+    }
+
+    /// True when mapping ids have run out: everything has to be taken out once.
+    pub fn ids_exhausted(&self) -> bool {
+        self.db.lock().ids.len() as u64 >= u64::from(MAX_MAPPING_ID) - 1
+    }
+}
+
+/// The mapping id of the page that `key` lies in; 0 when they have run out.
+fn mapping_id(db: &mut Db, key: &Key) -> u32 {
+    let next = db.ids.len() as u32 + 1;
+    if next > MAX_MAPPING_ID {
+        return 0;
+    }
+    *db.ids.entry((key.pc >> 12, key.phys >> 12, key.mode)).or_insert(next)
+}
+
+fn recompute(db: &mut Db, page: u64) {
+    let Some(info) = db.pages.get(&page) else { return };
+    let regions = info.regions.iter().filter_map(|id| db.slots.get(*id as usize)?.region.as_ref());
+    let granules = regions.flat_map(|r| r.pages()).filter(|(p, _)| *p == page).fold(0, |all, (_, g)| all | g);
+    if let Some(info) = db.pages.get_mut(&page) {
+        info.granules = granules;
+    }
+}
+
+fn forget_page_if_empty(db: &mut Db, phys: &PhysMemory, page: u64) {
+    if db.pages.get(&page).is_none_or(|p| p.regions.is_empty() && p.busy == 0) {
+        db.pages.remove(&page);
+        if let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) {
+            at.block.tracker.clear_code(at.offset / PAGE_SIZE);
+        }
+    }
+}

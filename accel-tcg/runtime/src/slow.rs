@@ -1,0 +1,390 @@
+//! What inline probes fall back to: refills, accesses that cross pages, MMIO, ROM, stores to code.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use holdfast_memory::PAGE_SIZE;
+use holdfast_tcg_ir::env::{SlowPaths, TLB_SLOW, exit};
+use holdfast_tcg_ir::helper::HelperRet;
+use holdfast_tcg_ir::{MemOp, RmwKind};
+
+use crate::cpu::Cpu;
+use crate::fpenv::with_host_fp;
+use crate::guest::{Access, AccessKind, Fault};
+use crate::shared::request;
+use crate::tlb::count;
+use crate::vcpu::VcpuCore;
+
+/// The functions that translated code calls.
+pub fn slow_paths() -> SlowPaths {
+    SlowPaths { load, store, rmw, cas, lookup }
+}
+
+/// Where an access goes.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// RAM or ROM at this host address; the guest-physical address if a store has to be reported.
+    Host(*mut u8, Option<u64>),
+    /// The bus.
+    Bus(u64),
+}
+
+fn finish(core: &mut VcpuCore, pc: u64, result: Result<u64, Fault>) -> HelperRet {
+    match result {
+        Ok(value) => HelperRet::ok(value),
+        Err(fault) => {
+            core.shared.env().set_pc(pc);
+            core.pending_fault = Some(fault);
+            HelperRet::exit(exit::FAULT)
+        }
+    }
+}
+
+unsafe extern "C" fn load(env: *mut u8, va: u64, desc: u32, pc: u64) -> HelperRet {
+    // SAFETY: called by translated code or the interpreter on the vCPU's thread.
+    let core = unsafe { VcpuCore::from_env(env) };
+    let result = core.load(va, MemOp(desc as u16 & MemOp::MASK));
+    finish(core, pc, result)
+}
+
+unsafe extern "C" fn store(env: *mut u8, va: u64, desc: u32, pc: u64, value: u64) -> HelperRet {
+    // SAFETY: as in `load`.
+    let core = unsafe { VcpuCore::from_env(env) };
+    let result = core.store(va, MemOp(desc as u16 & MemOp::MASK), value).map(|()| 0);
+    finish(core, pc, result)
+}
+
+unsafe extern "C" fn rmw(env: *mut u8, va: u64, desc: u32, pc: u64, value: u64) -> HelperRet {
+    // SAFETY: as in `load`.
+    let core = unsafe { VcpuCore::from_env(env) };
+    let kind = RmwKind::from_index((desc >> MemOp::BITS) as u16);
+    let mem = MemOp(desc as u16 & MemOp::MASK);
+    let result = core.atomic(va, mem, |old| Some(kind.apply(old, value, mem.bytes())));
+    finish(core, pc, result)
+}
+
+unsafe extern "C" fn cas(env: *mut u8, va: u64, desc: u32, pc: u64, expected: u64, new: u64) -> HelperRet {
+    // SAFETY: as in `load`.
+    let core = unsafe { VcpuCore::from_env(env) };
+    let mem = MemOp(desc as u16 & MemOp::MASK);
+    let mask = low_mask(mem.bytes());
+    let result = core.atomic(va, mem, |old| (old & mask == expected & mask).then_some(new));
+    finish(core, pc, result)
+}
+
+unsafe extern "C" fn lookup(env: *mut u8, pc: u64) -> u64 {
+    // SAFETY: as in `load`.
+    let core = unsafe { VcpuCore::from_env(env) };
+    core.lookup(pc)
+}
+
+fn low_mask(bytes: u32) -> u64 {
+    if bytes >= 8 { u64::MAX } else { (1 << (bytes * 8)) - 1 }
+}
+
+/// Extends the low bytes of `value` as `mem` says.
+fn extend(value: u64, mem: MemOp) -> u64 {
+    let value = if mem.is_big_endian() && mem.bytes() <= 8 {
+        value.swap_bytes() >> (64 - mem.bytes() * 8)
+    } else {
+        value & low_mask(mem.bytes())
+    };
+    match (mem.is_signed(), mem.bytes()) {
+        (true, 1) => value as i8 as u64,
+        (true, 2) => value as i16 as u64,
+        (true, 4) => value as i32 as u64,
+        _ => value,
+    }
+}
+
+/// Brings the low bytes of `value` into memory order.
+fn to_memory(value: u64, mem: MemOp) -> u64 {
+    if mem.is_big_endian() && mem.bytes() <= 8 { value.swap_bytes() >> (64 - mem.bytes() * 8) } else { value }
+}
+
+/// # Safety
+/// `host` is valid for reads of `bytes` (1, 2, 4, 8).
+unsafe fn host_load(host: *const u8, bytes: u32) -> u64 {
+    // SAFETY: by contract; volatile, because other vCPUs and devices write the same memory. Aligned
+    // accesses are single on the host; misaligned ones promise nothing.
+    unsafe {
+        match bytes {
+            1 => u64::from(host.read_volatile()),
+            2 if host.addr() % 2 == 0 => u64::from(host.cast::<u16>().read_volatile()),
+            4 if host.addr() % 4 == 0 => u64::from(host.cast::<u32>().read_volatile()),
+            8 if host.addr() % 8 == 0 => host.cast::<u64>().read_volatile(),
+            2 => u64::from(host.cast::<u16>().read_unaligned()),
+            4 => u64::from(host.cast::<u32>().read_unaligned()),
+            _ => host.cast::<u64>().read_unaligned(),
+        }
+    }
+}
+
+/// # Safety
+/// `host` is valid for writes of `bytes` (1, 2, 4, 8).
+unsafe fn host_store(host: *mut u8, bytes: u32, value: u64) {
+    // SAFETY: as in `host_load`.
+    unsafe {
+        match bytes {
+            1 => host.write_volatile(value as u8),
+            2 if host.addr() % 2 == 0 => host.cast::<u16>().write_volatile(value as u16),
+            4 if host.addr() % 4 == 0 => host.cast::<u32>().write_volatile(value as u32),
+            8 if host.addr() % 8 == 0 => host.cast::<u64>().write_volatile(value),
+            2 => host.cast::<u16>().write_unaligned(value as u16),
+            4 => host.cast::<u32>().write_unaligned(value as u32),
+            _ => host.cast::<u64>().write_unaligned(value),
+        }
+    }
+}
+
+/// Replaces the value at `host` by what `next` makes of it, if anything; gives the old one.
+///
+/// # Safety
+/// `host` is valid for `bytes` (1, 2, 4, 8) and aligned to it.
+unsafe fn host_atomic(host: *mut u8, bytes: u32, next: impl Fn(u64) -> Option<u64>) -> u64 {
+    macro_rules! update {
+        ($atomic:ident, $int:ident) => {{
+            // SAFETY: by contract.
+            let cell = unsafe { $atomic::from_ptr(host.cast()) };
+            let step = |old: $int| next(u64::from(old)).map(|new| new as $int);
+            match cell.fetch_update(Ordering::SeqCst, Ordering::SeqCst, step) {
+                Ok(old) | Err(old) => u64::from(old),
+            }
+        }};
+    }
+    match bytes {
+        1 => update!(AtomicU8, u8),
+        2 => update!(AtomicU16, u16),
+        4 => update!(AtomicU32, u32),
+        _ => update!(AtomicU64, u64),
+    }
+}
+
+impl VcpuCore {
+    fn access(va: u64, mem: MemOp, kind: AccessKind) -> Access {
+        Access { gva: va, size: mem.bytes() as u8, kind, mmu_idx: mem.mmu_idx() as u8 }
+    }
+
+    /// Finds where an access that crosses no page goes, refilling the TLB.
+    fn place(&mut self, access: &Access) -> Result<Place, Fault> {
+        let (va, write) = (access.gva, access.kind == AccessKind::Write);
+        let shared = Arc::clone(&self.shared);
+        let env = shared.env();
+        if let Some(entry) = self.tlb.find(env, va, access.mmu_idx, write, &shared.counts.tlb) {
+            if entry.tag & TLB_SLOW == 0 {
+                let host = (va as usize).wrapping_add(entry.addend as usize);
+                return Ok(Place::Host(std::ptr::with_exposed_provenance_mut(host), None));
+            }
+            return Ok(self.slow_place(access, va.wrapping_add(entry.addend)));
+        }
+        count(&shared.counts.tlb.fills);
+        let guest = Arc::clone(&self.guest);
+        let t = guest.fill(&mut Cpu::new(self), access)?;
+        if t.cacheable {
+            self.tlb.note_large(va, t.page_bits);
+        }
+        Ok(self.enter(access, t.gpa, t.cacheable))
+    }
+
+    /// A place behind a slow entry: MMIO, ROM, or a page that had code when it was entered.
+    fn slow_place(&mut self, access: &Access, gpa: u64) -> Place {
+        self.enter(access, gpa, true)
+    }
+
+    /// Makes a TLB entry for `access` to `gpa` and says where it goes.
+    fn enter(&mut self, access: &Access, gpa: u64, cacheable: bool) -> Place {
+        let (va, write, idx) = (access.gva, access.kind == AccessKind::Write, access.mmu_idx);
+        let shared = Arc::clone(&self.shared);
+        let env = shared.env();
+        let phys = Arc::clone(&self.phys);
+        let page = gpa & !(PAGE_SIZE - 1);
+        let Some(at) = phys.find(page, PAGE_SIZE).filter(|at| !(write && at.block.rom)) else {
+            if cacheable {
+                self.tlb.insert(env, va, idx, write, true, gpa.wrapping_sub(va));
+            }
+            return Place::Bus(gpa);
+        };
+        let host = at.host.wrapping_add((gpa - page) as usize);
+        let addend = (host.expose_provenance() as u64).wrapping_sub(va);
+        if !write {
+            if cacheable {
+                self.tlb.insert(env, va, idx, false, false, addend);
+            }
+            return Place::Host(host, None);
+        }
+        let n = at.offset / PAGE_SIZE;
+        // Whoever translates the page sets its code bit, then looks at `hot`, then takes this lock to clear
+        // tags: one of both sees the other.
+        let _entering = shared.tlb_lock.lock();
+        at.block.hot.set(self.hot_side, n);
+        let code = at.block.tracker.is_code(n);
+        if cacheable {
+            let addend = if code { gpa.wrapping_sub(va) } else { addend };
+            self.tlb.insert(env, va, idx, true, code, addend);
+            shared.set_tlb_used(self.tlb.used());
+        }
+        Place::Host(host, code.then_some(gpa))
+    }
+
+    /// A load by translated code.
+    pub(crate) fn load(&mut self, va: u64, mem: MemOp) -> Result<u64, Fault> {
+        let access = Self::access(va, mem, AccessKind::Read);
+        self.check_alignment(&access, mem)?;
+        let bytes = mem.bytes();
+        if mem.bytes() == 16 {
+            let low = self.load_part(va, 8, &access)?;
+            let high = self.load_part(va.wrapping_add(8), 8, &access)?;
+            self.shared.env().set_scratch(high);
+            return Ok(low);
+        }
+        Ok(extend(self.load_part(va, bytes, &access)?, mem))
+    }
+
+    fn check_alignment(&self, access: &Access, mem: MemOp) -> Result<(), Fault> {
+        let misaligned = access.gva % u64::from(mem.bytes()) != 0;
+        if misaligned && (mem.is_aligned() || !self.guest.spec().misaligned_ok) {
+            return Err(self.guest.misaligned_fault(access, false));
+        }
+        Ok(())
+    }
+
+    /// Loads `bytes` (1 to 8) little-endian, across pages if need be.
+    fn load_part(&mut self, va: u64, bytes: u32, whole: &Access) -> Result<u64, Fault> {
+        let room = PAGE_SIZE - va % PAGE_SIZE;
+        if room < u64::from(bytes) {
+            let first = room as u32;
+            let low = self.load_bytes(va, first, whole)?;
+            let high = self.load_bytes(va.wrapping_add(room), bytes - first, whole)?;
+            return Ok(low | high << (first * 8));
+        }
+        let access = Access { gva: va, size: bytes as u8, ..*whole };
+        match self.place(&access)? {
+            // SAFETY: the place is valid for the access, which crosses no page.
+            Place::Host(host, _) => Ok(unsafe { host_load(host, bytes) }),
+            Place::Bus(gpa) => self.bus_read(&access, gpa),
+        }
+    }
+
+    fn load_bytes(&mut self, va: u64, bytes: u32, whole: &Access) -> Result<u64, Fault> {
+        let mut value = 0;
+        for n in 0..bytes {
+            let access = Access { gva: va.wrapping_add(u64::from(n)), size: 1, ..*whole };
+            let byte = match self.place(&access)? {
+                // SAFETY: one byte at a valid place.
+                Place::Host(host, _) => unsafe { host_load(host, 1) },
+                Place::Bus(gpa) => self.bus_read(&access, gpa)? & 0xff,
+            };
+            value |= byte << (n * 8);
+        }
+        Ok(value)
+    }
+
+    fn bus_read(&mut self, access: &Access, gpa: u64) -> Result<u64, Fault> {
+        count(&self.shared.counts.mmio);
+        let (io, index) = (Arc::clone(&self.io), self.shared.index());
+        let read = with_host_fp(|| io.read(index, gpa, access.size));
+        self.after_bus();
+        match read {
+            Some(value) => Ok(value),
+            None => match self.guest.bus_fault(access, gpa) {
+                Some(fault) => Err(fault),
+                None => Ok(u64::MAX),
+            },
+        }
+    }
+
+    fn bus_write(&mut self, access: &Access, gpa: u64, value: u64) -> Result<(), Fault> {
+        count(&self.shared.counts.mmio);
+        let (io, index) = (Arc::clone(&self.io), self.shared.index());
+        let value = value & low_mask(u32::from(access.size));
+        let done = with_host_fp(|| io.write(index, gpa, access.size, value));
+        self.after_bus();
+        if !done && let Some(fault) = self.guest.bus_fault(access, gpa) {
+            return Err(fault);
+        }
+        Ok(())
+    }
+
+    /// A device may have changed mappings (flash that leaves array mode): the next access sees that.
+    fn after_bus(&mut self) {
+        if self.shared.take_request(request::REMAP) {
+            self.remap();
+        }
+    }
+
+    /// A store by translated code.
+    pub(crate) fn store(&mut self, va: u64, mem: MemOp, value: u64) -> Result<(), Fault> {
+        let access = Self::access(va, mem, AccessKind::Write);
+        self.check_alignment(&access, mem)?;
+        let value = to_memory(value, mem);
+        if mem.bytes() == 16 {
+            let high = self.shared.env().scratch();
+            // Both halves have to be writable before either is written.
+            self.place(&Access { gva: va.wrapping_add(15), size: 1, ..access })?;
+            self.store_part(va, 8, value, &access)?;
+            return self.store_part(va.wrapping_add(8), 8, high, &access);
+        }
+        self.store_part(va, mem.bytes(), value, &access)
+    }
+
+    fn store_part(&mut self, va: u64, bytes: u32, value: u64, whole: &Access) -> Result<(), Fault> {
+        let room = PAGE_SIZE - va % PAGE_SIZE;
+        if room >= u64::from(bytes) {
+            return self.store_within(va, bytes, value, whole);
+        }
+        // The first page's fault comes first, and nothing is written unless both pages can be.
+        self.place(&Access { gva: va, size: 1, ..*whole })?;
+        self.place(&Access { gva: va.wrapping_add(room), size: 1, ..*whole })?;
+        for n in 0..bytes {
+            self.store_within(va.wrapping_add(u64::from(n)), 1, value >> (n * 8), whole)?;
+        }
+        Ok(())
+    }
+
+    fn store_within(&mut self, va: u64, bytes: u32, value: u64, whole: &Access) -> Result<(), Fault> {
+        let access = Access { gva: va, size: bytes as u8, ..*whole };
+        match self.place(&access)? {
+            Place::Host(host, report) => {
+                // SAFETY: the place is valid for the access, which crosses no page.
+                unsafe { host_store(host, bytes, value) };
+                self.report(report, bytes);
+                Ok(())
+            }
+            Place::Bus(gpa) => self.bus_write(&access, gpa, value),
+        }
+    }
+
+    /// Invalidates what was translated from bytes that were just stored.
+    fn report(&mut self, gpa: Option<u64>, bytes: u32) {
+        if let Some(gpa) = gpa {
+            count(&self.shared.counts.code_stores);
+            self.vm.code_written(gpa, u64::from(bytes));
+        }
+    }
+
+    /// An atomic read-modify-write: `next` gives what to store, `None` to leave it. Gives the old value.
+    fn atomic(&mut self, va: u64, mem: MemOp, next: impl Fn(u64) -> Option<u64>) -> Result<u64, Fault> {
+        let access = Self::access(va, mem, AccessKind::Write);
+        let bytes = mem.bytes().min(8);
+        if va % u64::from(bytes) != 0 {
+            return Err(self.guest.misaligned_fault(&access, true));
+        }
+        let swapped = |old: u64| next(extend(old, mem) & low_mask(bytes)).map(|new| to_memory(new, mem));
+        let old = match self.place(&access)? {
+            Place::Host(host, report) => {
+                // SAFETY: the place is valid, and aligned as the address is.
+                let old = unsafe { host_atomic(host, bytes, swapped) };
+                self.report(report, bytes);
+                old
+            }
+            Place::Bus(gpa) => {
+                let old = self.bus_read(&access, gpa)?;
+                if let Some(new) = swapped(old) {
+                    self.bus_write(&access, gpa, new)?;
+                }
+                old
+            }
+        };
+        Ok(extend(old, mem))
+    }
+}

@@ -1,0 +1,422 @@
+//! The soft TLB behind the inline probes.
+//!
+//! The arrays that translated code probes live in the `Env`. Here are what fills and flushes them, a
+//! victim array behind each, and the translations of code pages. Flushing everything or one address space
+//! is a new generation number; entries of other address spaces keep theirs and match again later.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use holdfast_tcg_ir::env::{
+    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, TLB_SLOW, ibtc_index, page_id_entry, page_id_index,
+    tlb_index, tlb_tag,
+};
+
+use crate::env::EnvBox;
+use crate::guest::{Flush, Mode};
+use crate::hash::{Map, mix};
+use crate::regions::Killed;
+
+/// Entries of each victim array.
+const VICTIMS: usize = 8;
+/// Entries of the code TLB.
+const CODE_ENTRIES: usize = 512;
+/// Large pages that are remembered one by one.
+const LARGE: usize = 16;
+/// Words of the filter of pages with entries in the indirect-branch cache.
+const FILTER: usize = 64;
+/// Bits of a page offset, with generation and flags, in a tag.
+const LOW: u64 = 0xfff;
+/// Counts of invalidation in the key of the indirect-branch cache before it is emptied.
+const IBTC_EPOCHS: u64 = 1 << 20;
+
+/// A translated code page.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CodeEntry {
+    /// Guest-virtual page with the generation in its low bits; 0: empty.
+    tag: u64,
+    /// MMU index it was fetched with.
+    idx: u8,
+    /// Guest-physical page address.
+    pub gpa: u64,
+}
+
+/// A TLB entry as the runtime handles it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// As in [`holdfast_tcg_ir::env::TlbEntry`].
+    pub tag: u64,
+    /// Host address minus guest-virtual, or, in slow entries, guest-physical minus guest-virtual.
+    pub addend: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Victims {
+    entries: [Entry; VICTIMS],
+    next: usize,
+}
+
+/// What the TLB counted, for `info jit`.
+#[derive(Debug, Default)]
+pub struct TlbCounts {
+    /// Refills by page walk.
+    pub fills: AtomicU64,
+    /// Refills from a victim array.
+    pub victims: AtomicU64,
+    /// Flushes of everything or an address space.
+    pub flushes: AtomicU64,
+    /// Flushes of one page.
+    pub page_flushes: AtomicU64,
+    /// Times the generation numbers ran out.
+    pub wraps: AtomicU64,
+}
+
+/// Adds to a counter that one thread writes.
+#[inline]
+pub fn count(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
+
+/// One vCPU's TLB state outside its `Env`.
+#[derive(Debug)]
+pub struct Tlb {
+    generation: u64,
+    next_generation: u64,
+    space: u64,
+    spaces: Map<u64, u64>,
+    mode_key: u32,
+    ibtc_epoch: u64,
+    filter: [u64; FILTER],
+    victims: Vec<Victims>,
+    code: Box<[CodeEntry]>,
+    /// MMU indexes that have had entries.
+    used: u8,
+    /// (page address, bits) of large pages since the last full flush.
+    large: Vec<(u64, u8)>,
+    large_overflow: bool,
+    pc_shift: u32,
+}
+
+impl Tlb {
+    /// An empty TLB.
+    pub fn new(pc_shift: u32) -> Self {
+        Self {
+            generation: 1,
+            next_generation: 2,
+            space: 0,
+            spaces: [(0, 1)].into_iter().collect(),
+            mode_key: 0,
+            ibtc_epoch: 0,
+            filter: [0; FILTER],
+            victims: vec![Victims::default(); MMU_MODES],
+            code: vec![CodeEntry::default(); CODE_ENTRIES].into_boxed_slice(),
+            used: 0,
+            large: Vec::with_capacity(LARGE),
+            large_overflow: false,
+            pc_shift,
+        }
+    }
+
+    /// The current generation as tags have it.
+    #[inline]
+    pub fn gen_tag(&self) -> u64 {
+        self.generation << GEN_SHIFT
+    }
+
+    fn publish(&self, env: &EnvBox) {
+        let key = self.generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
+        env.set_keys(self.gen_tag(), key);
+    }
+
+    /// Switches to `mode` with the mode key `key`.
+    #[inline]
+    pub fn set_mode(&mut self, env: &EnvBox, mode: Mode, key: u32, counts: &TlbCounts) {
+        self.mode_key = key;
+        if mode.space != self.space {
+            self.space = mode.space;
+            self.generation = match self.spaces.get(&mode.space) {
+                Some(known) => *known,
+                None => self.fresh(env, counts),
+            };
+        }
+        self.publish(env);
+    }
+
+    /// A new generation for the current space.
+    fn fresh(&mut self, env: &EnvBox, counts: &TlbCounts) -> u64 {
+        if self.next_generation > GEN_MAX {
+            count(&counts.wraps);
+            self.wipe(env);
+        }
+        let fresh = self.next_generation;
+        self.next_generation += 1;
+        self.generation = fresh;
+        self.spaces.insert(self.space, fresh);
+        fresh
+    }
+
+    /// Empties all arrays and starts counting generations again.
+    fn wipe(&mut self, env: &EnvBox) {
+        env.clear_tables();
+        self.victims.fill(Victims::default());
+        self.code.fill(CodeEntry::default());
+        self.spaces.clear();
+        self.filter = [0; FILTER];
+        self.next_generation = 1;
+        self.large.clear();
+        self.large_overflow = false;
+    }
+
+    /// Forgets entries.
+    pub fn flush(&mut self, env: &EnvBox, what: Flush, counts: &TlbCounts) {
+        match what {
+            Flush::All => self.flush_all(env, counts),
+            Flush::Space(space) => self.flush_space(env, space, counts),
+            Flush::Page(va) => self.flush_page(env, va, None, counts),
+            Flush::PageInSpace(va, space) => self.flush_page(env, va, Some(space), counts),
+        }
+    }
+
+    fn flush_all(&mut self, env: &EnvBox, counts: &TlbCounts) {
+        count(&counts.flushes);
+        self.spaces.clear();
+        self.large.clear();
+        self.large_overflow = false;
+        self.fresh(env, counts);
+        self.publish(env);
+    }
+
+    fn flush_space(&mut self, env: &EnvBox, space: u64, counts: &TlbCounts) {
+        count(&counts.flushes);
+        if space == self.space {
+            self.fresh(env, counts);
+            self.publish(env);
+        } else {
+            self.spaces.remove(&space);
+        }
+    }
+
+    fn flush_page(&mut self, env: &EnvBox, va: u64, space: Option<u64>, counts: &TlbCounts) {
+        if self.large_overflow || self.large.iter().any(|(base, bits)| (va ^ base) >> bits == 0) {
+            return match space {
+                Some(space) => self.flush_space(env, space, counts),
+                None => self.flush_all(env, counts),
+            };
+        }
+        count(&counts.page_flushes);
+        let page = va & !LOW;
+        for idx in (0..MMU_MODES as u8).filter(|i| self.used >> i & 1 != 0) {
+            for write in [false, true] {
+                let (tag, _) = env.tlb(idx, write, tlb_index(va));
+                let old = tag.load(Ordering::Relaxed);
+                if old != 0 && old & !LOW == page {
+                    tag.store(0, Ordering::Relaxed);
+                }
+            }
+            for victim in &mut self.victims[idx as usize % MMU_MODES].entries {
+                if victim.tag & !LOW == page {
+                    *victim = Entry::default();
+                }
+            }
+        }
+        self.code[(va >> 12) as usize % CODE_ENTRIES] = CodeEntry::default();
+        env.set_page_id(page_id_index(va), 0);
+        let (word, bit) = filter_bit(page);
+        if self.filter[word] & bit != 0 {
+            self.forget_branches(env);
+        }
+    }
+
+    /// Makes all entries of the indirect-branch cache miss.
+    pub fn forget_branches(&mut self, env: &EnvBox) {
+        self.ibtc_epoch += 1;
+        self.filter = [0; FILTER];
+        if self.ibtc_epoch == IBTC_EPOCHS {
+            self.ibtc_epoch = 0;
+            for n in 0..IBTC_ENTRIES {
+                env.set_ibtc(n, IbtcEntry::default());
+            }
+        }
+        self.publish(env);
+    }
+
+    /// Takes regions that are no more out of the indirect-branch cache.
+    pub fn forget_regions(&mut self, env: &EnvBox, killed: &[Killed]) {
+        if killed.len() > 256 {
+            return self.forget_branches(env);
+        }
+        for k in killed {
+            let index = ibtc_index(k.pc, self.pc_shift);
+            if env.ibtc(index).code == k.entry {
+                env.set_ibtc(index, IbtcEntry::default());
+            }
+        }
+    }
+
+    /// Enters a region in the indirect-branch cache. `second`: it runs into the next page.
+    pub fn remember_branch(&mut self, env: &EnvBox, pc: u64, code: u64, second: bool) {
+        let key = self.generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
+        env.set_ibtc(ibtc_index(pc, self.pc_shift), IbtcEntry { pc, key, code, pad: 0 });
+        self.filter_page(pc & !LOW);
+        if second {
+            self.filter_page((pc & !LOW).wrapping_add(0x1000));
+        }
+    }
+
+    fn filter_page(&mut self, page: u64) {
+        let (word, bit) = filter_bit(page);
+        self.filter[word] |= bit;
+    }
+
+    /// Says which mapping the code page of `pc` has now.
+    #[inline]
+    pub fn set_page_id(&self, env: &EnvBox, pc: u64, id: u32) {
+        env.set_page_id(page_id_index(pc), page_id_entry(id, self.gen_tag()));
+    }
+
+    /// The translation of the code page of `pc`, if known.
+    #[inline]
+    pub fn code(&self, pc: u64, idx: u8) -> Option<CodeEntry> {
+        let entry = self.code[(pc >> 12) as usize % CODE_ENTRIES];
+        (entry.tag == tlb_tag(pc, self.gen_tag()) && entry.idx == idx).then_some(entry)
+    }
+
+    /// Enters the translation of a code page.
+    pub fn set_code(&mut self, pc: u64, idx: u8, gpa: u64, page_bits: u8) {
+        self.note_large(pc, page_bits);
+        let entry = CodeEntry { tag: tlb_tag(pc, self.gen_tag()), idx, gpa: gpa & !LOW };
+        self.code[(pc >> 12) as usize % CODE_ENTRIES] = entry;
+    }
+
+    /// Notes that `va` lies in a page of `1 << bits` bytes.
+    pub fn note_large(&mut self, va: u64, bits: u8) {
+        if bits <= 12 || self.large_overflow || self.large.iter().any(|(base, b)| (va ^ base) >> b == 0 && *b >= bits)
+        {
+            return;
+        }
+        if self.large.len() < LARGE && bits < 64 {
+            self.large.push((va, bits));
+        } else {
+            self.large_overflow = true;
+        }
+    }
+
+    /// Looks for an entry of the current generation in the array and then among the victims, from where it
+    /// returns to the array. The entry may be slow.
+    #[inline]
+    pub fn find(&mut self, env: &EnvBox, va: u64, idx: u8, write: bool, counts: &TlbCounts) -> Option<Entry> {
+        let wanted = tlb_tag(va, self.gen_tag());
+        let (tag, addend) = env.tlb(idx, write, tlb_index(va));
+        let current = tag.load(Ordering::Relaxed);
+        if current & !TLB_SLOW == wanted {
+            return Some(Entry { tag: current, addend: addend.load(Ordering::Relaxed) });
+        }
+        // Write entries have no victims: a page may have become code meanwhile.
+        if write {
+            return None;
+        }
+        let set = self.victims.get_mut(idx as usize % MMU_MODES)?;
+        let n = set.entries.iter().position(|e| e.tag & !TLB_SLOW == wanted)?;
+        count(&counts.victims);
+        let old = Entry { tag: current, addend: addend.load(Ordering::Relaxed) };
+        let found = std::mem::replace(&mut set.entries[n], old);
+        addend.store(found.addend, Ordering::Relaxed);
+        tag.store(found.tag, Ordering::Relaxed);
+        Some(found)
+    }
+
+    /// Enters a translation, moving what was there to the victims.
+    pub fn insert(&mut self, env: &EnvBox, va: u64, idx: u8, write: bool, slow: bool, addend: u64) {
+        self.used |= 1 << (idx % 8);
+        let (tag, place) = env.tlb(idx, write, tlb_index(va));
+        let old = Entry { tag: tag.load(Ordering::Relaxed), addend: place.load(Ordering::Relaxed) };
+        let new = tlb_tag(va, self.gen_tag()) | if slow { TLB_SLOW } else { 0 };
+        if !write && old.tag != 0 && old.tag & !TLB_SLOW != new & !TLB_SLOW {
+            let set = &mut self.victims[idx as usize % MMU_MODES];
+            set.entries[set.next % VICTIMS] = old;
+            set.next = set.next.wrapping_add(1);
+        }
+        // No probe of this thread is under way; other threads only clear tags.
+        tag.store(0, Ordering::Relaxed);
+        place.store(addend, Ordering::Relaxed);
+        tag.store(new, Ordering::Release);
+    }
+
+    /// Empties everything: mappings changed.
+    pub fn reset(&mut self, env: &EnvBox, counts: &TlbCounts) {
+        self.wipe(env);
+        self.fresh(env, counts);
+        self.publish(env);
+    }
+
+    /// The MMU indexes in use.
+    pub fn used(&self) -> u8 {
+        self.used
+    }
+}
+
+fn filter_bit(page: u64) -> (usize, u64) {
+    let hash = mix(0, page >> 12);
+    ((hash >> 32) as usize % FILTER, 1 << (hash >> 58))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup() -> (EnvBox, Tlb, TlbCounts) {
+        (EnvBox::new(64).expect("memory"), Tlb::new(1), TlbCounts::default())
+    }
+
+    fn mode(space: u64) -> Mode {
+        Mode { space, ..Mode::default() }
+    }
+
+    #[test]
+    fn an_address_space_finds_its_entries_again_until_it_is_flushed() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        tlb.insert(&env, 0x1234, 0, false, false, 77);
+        tlb.set_mode(&env, mode(2), 0, &counts);
+        assert_eq!(tlb.find(&env, 0x1234, 0, false, &counts), None);
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        assert_eq!(tlb.find(&env, 0x1234, 0, false, &counts).map(|e| e.addend), Some(77));
+        tlb.flush(&env, Flush::Space(1), &counts);
+        assert_eq!(tlb.find(&env, 0x1234, 0, false, &counts), None);
+    }
+
+    #[test]
+    fn conflicting_entries_survive_among_the_victims() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        let other = 0x1000 + ((holdfast_tcg_ir::env::TLB_ENTRIES as u64) << 12);
+        tlb.insert(&env, 0x1000, 0, false, false, 1);
+        tlb.insert(&env, other, 0, false, true, 2);
+        assert_eq!(tlb.find(&env, 0x1000, 0, false, &counts).map(|e| e.addend), Some(1));
+        assert_eq!(tlb.find(&env, other, 0, false, &counts).map(|e| e.addend), Some(2));
+        tlb.flush(&env, Flush::Page(0x1008), &counts);
+        assert_eq!(tlb.find(&env, 0x1000, 0, false, &counts), None);
+        assert_eq!(tlb.find(&env, other, 0, false, &counts).map(|e| e.addend), Some(2));
+    }
+
+    #[test]
+    fn flushing_an_address_in_a_large_page_flushes_all_of_it() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        tlb.note_large(0x20_0000, 21);
+        tlb.insert(&env, 0x20_5000, 0, false, false, 1);
+        tlb.flush(&env, Flush::PageInSpace(0x20_0000, 1), &counts);
+        assert_eq!(tlb.find(&env, 0x20_5000, 0, false, &counts), None);
+    }
+
+    #[test]
+    fn generations_wrap_without_reviving_old_entries() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        tlb.insert(&env, 0x1000, 0, true, false, 1);
+        for _ in 0..3 * GEN_MAX {
+            tlb.flush(&env, Flush::All, &counts);
+            assert_eq!(tlb.find(&env, 0x1000, 0, true, &counts), None);
+        }
+        assert!(counts.wraps.load(Ordering::Relaxed) >= 2);
+    }
+}

@@ -1,0 +1,181 @@
+//! Making regions from guest code.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use holdfast_clock::host_monotonic;
+use holdfast_memory::PAGE_SIZE;
+
+use crate::code::{CodeReader, CodeSource};
+use crate::guest::{Access, AccessKind, Fault, TranslateRequest};
+use crate::phys::PhysMemory;
+use crate::table::{GRANULE, Key, Region};
+use crate::vcpu::{KEY_STEP, VcpuCore};
+
+/// Guest instructions in one region at most.
+const MAX_INSNS: u32 = 64;
+
+/// A page that code is read from.
+#[derive(Debug, Clone, Copy)]
+struct SourcePage {
+    /// Guest-virtual page address.
+    va: u64,
+    /// Guest-physical page number.
+    page: u64,
+    /// Host address of the page.
+    host: *const u8,
+    /// Granules read so far.
+    granules: u64,
+}
+
+/// Reads code for one region and notes what was read.
+struct Source<'a> {
+    core: &'a mut VcpuCore,
+    phys: Arc<PhysMemory>,
+    breakpoints: Arc<Vec<u64>>,
+    first: SourcePage,
+    second: Option<SourcePage>,
+}
+
+impl VcpuCore {
+    /// Begins reading code from the page of `gpa`. The fault if there is neither RAM nor ROM.
+    fn open_page(&mut self, phys: &PhysMemory, va: u64, gpa: u64) -> Result<SourcePage, Fault> {
+        let page = gpa / PAGE_SIZE;
+        let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) else {
+            let access = Access {
+                gva: va,
+                size: self.guest.spec().insn_align,
+                kind: AccessKind::Fetch,
+                mmu_idx: self.mode.fetch_idx,
+            };
+            // Code is never fetched from devices; where reads of nothing give all ones, so does this.
+            let fault = Fault { cause: 0, value: va, aux: 0 };
+            return Err(self.guest.bus_fault(&access, gpa).unwrap_or(fault));
+        };
+        let vm = Arc::clone(&self.vm);
+        if vm.regions.begin_page(phys, page) {
+            vm.protect(phys, page);
+        }
+        Ok(SourcePage { va: va & !(PAGE_SIZE - 1), page, host: at.host, granules: 0 })
+    }
+
+    /// Translates the code at `key` and publishes it. `None` if it has to be tried again.
+    pub(crate) fn translate(&mut self, key: Key) -> Result<Option<*const Region>, Fault> {
+        let started = host_monotonic();
+        let vm = Arc::clone(&self.vm);
+        if vm.regions.ids_exhausted() {
+            vm.forget_all();
+            return Ok(None);
+        }
+        let phys = Arc::clone(&self.phys);
+        let first = self.open_page(&phys, key.pc, key.phys)?;
+        let mut source = Source {
+            phys: Arc::clone(&phys),
+            breakpoints: Arc::clone(&vm.breakpoints.read()),
+            core: self,
+            first,
+            second: None,
+        };
+        let made = make(&mut source, key);
+        let second = source.second;
+        let region = made.map(|made| made.and_then(|region| vm.regions.publish(region)));
+        for page in [Some(first), second].into_iter().flatten() {
+            vm.regions.end_page(&phys, page.page);
+        }
+        vm.counts.translate_ns.fetch_add(host_monotonic().saturating_sub(started), Ordering::Relaxed);
+        match region? {
+            Some(region) => {
+                vm.counts.translated.fetch_add(1, Ordering::Relaxed);
+                Ok(Some(Arc::as_ptr(&region)))
+            }
+            None => {
+                vm.counts.stale.fetch_add(1, Ordering::Relaxed);
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Decodes, builds and compiles; the region is not published yet.
+fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
+    let guest = Arc::clone(&source.core.guest);
+    let step = key.mode & KEY_STEP != 0;
+    let request = TranslateRequest {
+        pc: key.pc,
+        key: key.mode & !KEY_STEP,
+        max_insns: if step { 1 } else { MAX_INSNS },
+        no_chain: step,
+    };
+    let mut builder = source.core.engine.take_builder();
+    builder.start(key.pc);
+    let translated = guest.translate(&request, &mut CodeReader::new(source), &mut builder);
+    let result = match translated {
+        Ok(t) => {
+            let id = source.core.vm.regions.reserve_id();
+            match source.core.compile(&mut builder, id) {
+                Some(body) => {
+                    let mut region = Region::new(id, key, body);
+                    region.insns = t.insns;
+                    region.guest_len = t.end.wrapping_sub(key.pc) as u32;
+                    region.granules[0] = source.first.granules;
+                    if let Some(second) = source.second {
+                        region.second = second.page;
+                        region.granules[1] = second.granules;
+                    }
+                    let cached = source.core.tlb.code(key.pc, source.core.mode.fetch_idx).is_some();
+                    region.chain = !step && cached && source.breakpoints.binary_search(&key.pc).is_err();
+                    Ok(Some(region))
+                }
+                None => {
+                    source.core.vm.regions.release_id(id);
+                    Ok(None)
+                }
+            }
+        }
+        Err(fault) => Err(fault),
+    };
+    source.core.engine.return_builder(builder);
+    result
+}
+
+impl Source<'_> {
+    /// The page of `pc` and the offset in it, opening the second page when it is reached.
+    fn page(&mut self, pc: u64, len: u64) -> Result<(*const u8, u64), Fault> {
+        let offset = pc % PAGE_SIZE;
+        let granules = 1 << (offset / GRANULE) | 1 << ((offset + len - 1).min(PAGE_SIZE - 1) / GRANULE);
+        let va = pc - offset;
+        if va == self.first.va {
+            self.first.granules |= granules;
+            return Ok((self.first.host, offset));
+        }
+        if self.second.is_none_or(|p| p.va != va) {
+            let gpa = self.core.fetch(pc)?;
+            let phys = Arc::clone(&self.phys);
+            let opened = self.core.open_page(&phys, pc, gpa)?;
+            if let Some(old) = self.second.replace(opened) {
+                self.core.vm.regions.end_page(&phys, old.page);
+            }
+        }
+        let second = self.second.get_or_insert(self.first);
+        second.granules |= granules;
+        Ok((second.host, offset))
+    }
+}
+
+impl CodeSource for Source<'_> {
+    fn half(&mut self, pc: u64) -> Result<u16, Fault> {
+        let (host, offset) = self.page(pc, 2)?;
+        // SAFETY: inside the page (`pc` is even), which is mapped; volatile because others may write it.
+        Ok(u16::from_le(unsafe { host.add((offset & !1) as usize).cast::<u16>().read_volatile() }))
+    }
+
+    fn byte(&mut self, pc: u64) -> Result<u8, Fault> {
+        let (host, offset) = self.page(pc, 1)?;
+        // SAFETY: inside the page, which is mapped.
+        Ok(unsafe { host.add(offset as usize).read_volatile() })
+    }
+
+    fn is_break(&self, pc: u64) -> bool {
+        self.breakpoints.binary_search(&pc).is_ok()
+    }
+}

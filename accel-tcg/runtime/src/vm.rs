@@ -1,0 +1,323 @@
+//! What the vCPUs of one VM share.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use holdfast_clock::{Timers, VmClock};
+use holdfast_memory::{CodeObserver, GuestMemory, GuestRegion, PAGE_SIZE};
+use parking_lot::{Mutex, RwLock};
+
+use crate::cache::CodeCache;
+use crate::engine::EngineKind;
+use crate::guest::{Flush, Guest};
+use crate::phys::{Io, PhysMemory};
+use crate::regions::{Killed, Regions};
+use crate::shared::{VcpuShared, request};
+
+/// A VM or vCPU that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The host gave no memory for translated code or a vCPU.
+    #[error("no memory for {0}")]
+    Memory(&'static str, #[source] io::Error),
+    /// The back end refused.
+    #[error("no code can be generated")]
+    Codegen(#[source] holdfast_tcg_x64::CodegenError),
+    /// The CPU model is not one this guest has.
+    #[error("CPU model: {0}")]
+    Model(String),
+    /// There is no such vCPU, or it was made already.
+    #[error("vCPU {0} cannot be made")]
+    Vcpu(u32),
+    /// The ROM window does not fit.
+    #[error("ROM at {gpa:#x}: {reason}")]
+    Rom {
+        /// Its start.
+        gpa: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A state that does not fit.
+    #[error("state: {0}")]
+    State(String),
+    /// The guest left translated code in a way that nobody knows.
+    #[error("unknown exit {code} at {pc:#x}")]
+    Exit {
+        /// The code.
+        code: u32,
+        /// Guest-virtual program counter.
+        pc: u64,
+    },
+}
+
+/// How to run guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Generate host code if there is a back end for this host, else interpret.
+    #[default]
+    Auto,
+    /// Interpret the IR: the oracle of tests.
+    Interpreter,
+}
+
+/// What a VM is made from.
+#[derive(Debug)]
+pub struct VmParts {
+    /// The architecture.
+    pub guest: Arc<dyn Guest>,
+    /// RAM.
+    pub memory: GuestMemory,
+    /// Everything that is not RAM.
+    pub io: Arc<dyn Io>,
+    /// Guest-virtual time.
+    pub clock: Arc<VmClock>,
+    /// Alarms on it.
+    pub timers: Arc<Timers>,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Bytes for translated code; 0 for the default.
+    pub code_cache: usize,
+    /// How to run guest code.
+    pub engine: Engine,
+}
+
+/// Translations that were made, and what they cost.
+#[derive(Debug, Default)]
+pub struct VmCounts {
+    /// Regions translated.
+    pub translated: AtomicU64,
+    /// Nanoseconds of the host that it took.
+    pub translate_ns: AtomicU64,
+    /// Regions dropped because their bytes were written meanwhile.
+    pub stale: AtomicU64,
+    /// Regions invalidated by writes.
+    pub invalidated: AtomicU64,
+    /// Regions evicted for space.
+    pub evicted: AtomicU64,
+    /// Times a page became a code page while a vCPU could write it.
+    pub protections: AtomicU64,
+}
+
+/// A VM as its vCPUs see it.
+pub struct TcgVm {
+    pub(crate) guest: Arc<dyn Guest>,
+    phys: RwLock<Arc<PhysMemory>>,
+    pub(crate) io: Arc<dyn Io>,
+    pub(crate) clock: Arc<VmClock>,
+    pub(crate) timers: Arc<Timers>,
+    pub(crate) regions: Regions,
+    pub(crate) engine: EngineKind,
+    vcpus: RwLock<Vec<Arc<VcpuShared>>>,
+    pub(crate) limit: u32,
+    /// The set of hot pages that vCPUs have to use from their next remap on.
+    pub(crate) hot_side: AtomicUsize,
+    pub(crate) counts: VmCounts,
+    /// Addresses at which some vCPU stops; regions end before them.
+    pub(crate) breakpoints: RwLock<Arc<Vec<u64>>>,
+    /// One dirty log synchronisation or mapping change at a time.
+    changing: Mutex<()>,
+}
+
+impl fmt::Debug for TcgVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcgVm").field("guest", &self.guest.spec().name).finish_non_exhaustive()
+    }
+}
+
+/// Tells the VM of writes by others.
+struct Observer(Weak<TcgVm>);
+
+impl CodeObserver for Observer {
+    fn code_written(&self, gpa: u64, len: u64) {
+        if let Some(vm) = self.0.upgrade() {
+            vm.code_written(gpa, len);
+        }
+    }
+}
+
+impl TcgVm {
+    /// Makes the VM and starts watching its RAM.
+    ///
+    /// # Errors
+    /// [`RuntimeError`] if the host has no memory for code or the back end refuses.
+    pub fn new(parts: VmParts) -> Result<Arc<Self>, RuntimeError> {
+        let vcpus = parts.vcpus as usize;
+        let (engine, cache) = EngineKind::new(&*parts.guest, parts.engine, parts.code_cache, vcpus)?;
+        let vm = Arc::new(Self {
+            guest: parts.guest,
+            phys: RwLock::new(Arc::new(PhysMemory::new(&parts.memory))),
+            io: parts.io,
+            clock: parts.clock,
+            timers: parts.timers,
+            regions: Regions::new(vcpus, cache),
+            engine,
+            vcpus: RwLock::default(),
+            limit: parts.vcpus,
+            hot_side: AtomicUsize::new(0),
+            counts: VmCounts::default(),
+            breakpoints: RwLock::default(),
+            changing: Mutex::new(()),
+        });
+        let observer: Arc<dyn CodeObserver> = Arc::new(Observer(Arc::downgrade(&vm)));
+        holdfast_memory::observe_code(&parts.memory, &observer);
+        Ok(vm)
+    }
+
+    /// RAM and ROM as they are now.
+    pub fn phys(&self) -> Arc<PhysMemory> {
+        Arc::clone(&self.phys.read())
+    }
+
+    /// The code cache, if host code is generated.
+    pub fn cache(&self) -> Option<&CodeCache> {
+        self.regions.cache.as_ref()
+    }
+
+    /// The vCPUs made so far.
+    pub fn vcpus(&self) -> Vec<Arc<VcpuShared>> {
+        self.vcpus.read().clone()
+    }
+
+    pub(crate) fn add_vcpu(&self, vcpu: &Arc<VcpuShared>) -> Result<(), RuntimeError> {
+        let mut vcpus = self.vcpus.write();
+        if vcpu.index() >= self.limit || vcpus.iter().any(|v| v.index() == vcpu.index()) {
+            return Err(RuntimeError::Vcpu(vcpu.index()));
+        }
+        vcpus.push(Arc::clone(vcpu));
+        Ok(())
+    }
+
+    /// Sets pin `pin` of vCPU `index`; unknown ones are ignored.
+    pub fn set_pin(&self, index: u32, pin: u32, level: bool) {
+        if let Some(vcpu) = self.vcpus.read().iter().find(|v| v.index() == index) {
+            vcpu.set_pin(pin, level);
+        }
+    }
+
+    /// Bytes that may have been translated were written.
+    pub fn code_written(&self, gpa: u64, len: u64) {
+        let phys = self.phys();
+        let killed = self.regions.invalidate(&phys, gpa, len);
+        self.counts.invalidated.fetch_add(killed.len() as u64, Ordering::Relaxed);
+        self.bury(&killed);
+    }
+
+    /// Tells all vCPUs to forget regions that were taken out.
+    pub(crate) fn bury(&self, killed: &[Killed]) {
+        if killed.is_empty() {
+            return;
+        }
+        for vcpu in self.vcpus.read().iter() {
+            vcpu.forget(killed);
+        }
+    }
+
+    /// Takes out everything that was translated.
+    pub(crate) fn forget_all(&self) {
+        let phys = self.phys();
+        let killed = self.regions.clear(&phys);
+        self.bury(&killed);
+    }
+
+    /// Code is about to be read from `page` for the first time: no vCPU may write it unnoticed any more.
+    pub(crate) fn protect(&self, phys: &PhysMemory, page: u64) {
+        let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) else { return };
+        if !at.block.hot.is_hot(at.offset / PAGE_SIZE) {
+            return;
+        }
+        self.counts.protections.fetch_add(1, Ordering::Relaxed);
+        let host = at.host.expose_provenance() as u64;
+        for vcpu in self.vcpus.read().iter() {
+            vcpu.clear_write_entries(host);
+        }
+    }
+
+    /// Asks all vCPUs but `except` to flush.
+    pub(crate) fn flush_others(&self, except: u32, what: Flush) {
+        for vcpu in self.vcpus.read().iter().filter(|v| v.index() != except) {
+            vcpu.post_flush(what);
+        }
+    }
+
+    /// Makes all vCPUs start over with an empty TLB and waits until each has, or runs nothing. A device that
+    /// changes mappings on a vCPU's thread does not wait: that vCPU sees the change at once, the others
+    /// at their next safe point, and until then the old mapping is kept alive by them.
+    fn remap_all(&self) {
+        for vcpu in self.vcpus.read().iter() {
+            vcpu.request(request::REMAP);
+        }
+        let epoch = self.regions.epochs.advance();
+        if crate::vcpu::IN_RUN.get() {
+            return;
+        }
+        while self.regions.epochs.passed() <= epoch {
+            std::thread::sleep(std::time::Duration::from_micros(20));
+        }
+    }
+
+    /// Adds a ROM window.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Rom`] if it is not page aligned, empty, or overlaps RAM or another window.
+    pub fn map_rom(&self, gpa: u64, region: &Arc<GuestRegion>) -> Result<(), RuntimeError> {
+        use vm_memory::GuestMemoryRegion;
+        let _one = self.changing.lock();
+        let old = self.phys();
+        let len = region.len() & !(PAGE_SIZE - 1);
+        if gpa % PAGE_SIZE != 0 || len == 0 || gpa.checked_add(len).is_none() {
+            return Err(RuntimeError::Rom { gpa, reason: "is no whole number of pages" });
+        }
+        if old.blocks().iter().any(|b| gpa < b.gpa + b.len && b.gpa < gpa + len) {
+            return Err(RuntimeError::Rom { gpa, reason: "overlaps RAM or another ROM" });
+        }
+        *self.phys.write() = Arc::new(old.with_rom(gpa, region));
+        self.remap_all();
+        Ok(())
+    }
+
+    /// Removes the ROM window that starts at `gpa`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Rom`] if there is none.
+    pub fn unmap_rom(&self, gpa: u64) -> Result<(), RuntimeError> {
+        let _one = self.changing.lock();
+        let old = self.phys();
+        if !old.has_rom(gpa) {
+            return Err(RuntimeError::Rom { gpa, reason: "is not mapped" });
+        }
+        *self.phys.write() = Arc::new(old.without_rom(gpa));
+        // Code translated from it goes too.
+        self.bury(&self.regions.clear(&old));
+        self.remap_all();
+        Ok(())
+    }
+
+    /// Marks the pages that vCPUs wrote since the last call dirty in the RAM's own trackers.
+    pub fn sync_dirty_log(&self) {
+        let _one = self.changing.lock();
+        let old = self.hot_side.fetch_xor(1, Ordering::SeqCst) & 1;
+        self.remap_all();
+        let phys = self.phys();
+        for block in phys.blocks() {
+            block.hot.take(old, |page| block.tracker.set_dirty(page));
+        }
+    }
+
+    /// Forgets which pages vCPUs wrote so far: logging starts.
+    pub fn start_dirty_log(&self) {
+        let _one = self.changing.lock();
+        let old = self.hot_side.fetch_xor(1, Ordering::SeqCst) & 1;
+        self.remap_all();
+        for block in self.phys().blocks() {
+            block.hot.take(old, |_| {});
+        }
+    }
+
+    /// Sets the addresses at which regions end.
+    pub(crate) fn set_breakpoints(&self, all: Vec<u64>) {
+        *self.breakpoints.write() = Arc::new(all);
+        self.forget_all();
+    }
+}
