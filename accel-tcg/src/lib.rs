@@ -1,1 +1,25 @@
-//! The translating accelerator's facade.
+//! The translator, as the rest of Holdfast sees it: which guests there are, and the runtime that runs them.
+
+use std::sync::Arc;
+
+use holdfast_arch::Arch;
+
+pub use holdfast_tcg_runtime::{
+    Cpu, Engine, Guest, Io, RuntimeError, Stop, TcgVcpu, TcgVm, VcpuShared, VmParts, request,
+};
+
+/// There is no translator for this architecture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("there is no translator for {0} guests")]
+pub struct NoGuest(pub Arch);
+
+/// The guest architecture `arch`.
+///
+/// # Errors
+/// [`NoGuest`] if it cannot be translated.
+pub fn guest(arch: Arch) -> Result<Arc<dyn Guest>, NoGuest> {
+    match arch {
+        Arch::Riscv64 => Ok(Arc::new(holdfast_guest_riscv::RiscvGuest::new())),
+        Arch::X86_64 => Err(NoGuest(arch)),
+    }
+}

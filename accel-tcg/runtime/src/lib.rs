@@ -31,9 +31,9 @@ pub use env::EnvBox;
 pub use guest::{
     Access, AccessKind, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,
 };
+/// The translator's intermediate representation, for guests.
+pub use holdfast_tcg_ir as ir;
 pub use phys::{HostRef, Io, PhysMemory, RamBlock};
 pub use shared::{VcpuShared, request};
 pub use vcpu::{Stop, TcgVcpu};
 pub use vm::{Engine, RuntimeError, TcgVm, VmParts};
-/// The translator's intermediate representation, for guests.
-pub use holdfast_tcg_ir as ir;

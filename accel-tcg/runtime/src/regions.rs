@@ -233,7 +233,12 @@ impl Regions {
             if info.granules & touched != 0 {
                 let hit: Vec<u32> = info.regions.clone();
                 for id in hit {
-                    self.kill_if(db, id, |r| r.pages().any(|(p, g)| p == page && g & touched != 0), &mut killed);
+                    self.kill_if(
+                        db,
+                        id,
+                        |r| r.pages().any(|(p, g)| p == page && g & touched != 0),
+                        &mut killed,
+                    );
                 }
                 recompute(db, page);
             }
@@ -278,7 +283,8 @@ impl Regions {
 
     fn kill_if(&self, db: &mut Db, id: u32, wanted: impl Fn(&Region) -> bool, killed: &mut Vec<Killed>) {
         let Some(slot) = db.slots.get_mut(id as usize) else { return };
-        let Some(region) = slot.region.clone().filter(|r| !r.dead.load(Ordering::Relaxed) && wanted(r)) else {
+        let Some(region) = slot.region.clone().filter(|r| !r.dead.load(Ordering::Relaxed) && wanted(r))
+        else {
             return;
         };
         region.dead.store(true, Ordering::SeqCst);
@@ -327,7 +333,9 @@ impl Regions {
         let db = self.db.lock();
         let mut c = RegionCounts { live: db.live, pages: db.pages.len() as u64, ..RegionCounts::default() };
         for slot in &db.slots {
-            let Some(region) = slot.region.as_ref().filter(|r| !r.dead.load(Ordering::Relaxed)) else { continue };
+            let Some(region) = slot.region.as_ref().filter(|r| !r.dead.load(Ordering::Relaxed)) else {
+                continue;
+            };
             c.links += slot.out.len() as u64;
             c.linked += slot.out.iter().filter(|t| **t != NONE).count() as u64;
             c.guest_bytes += u64::from(region.guest_len);

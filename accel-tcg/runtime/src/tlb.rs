@@ -7,8 +7,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use holdfast_tcg_ir::env::{
-    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, TLB_SLOW, ibtc_index, page_id_entry, page_id_index,
-    tlb_index, tlb_tag,
+    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, TLB_SLOW, ibtc_index, page_id_entry,
+    page_id_index, tlb_index, tlb_tag,
 };
 
 use crate::env::EnvBox;
@@ -289,7 +289,9 @@ impl Tlb {
 
     /// Notes that `va` lies in a page of `1 << bits` bytes.
     pub fn note_large(&mut self, va: u64, bits: u8) {
-        if bits <= 12 || self.large_overflow || self.large.iter().any(|(base, b)| (va ^ base) >> b == 0 && *b >= bits)
+        if bits <= 12
+            || self.large_overflow
+            || self.large.iter().any(|(base, b)| (va ^ base) >> b == 0 && *b >= bits)
         {
             return;
         }

@@ -73,7 +73,10 @@ pub(crate) struct VcpuCore {
 
 impl fmt::Debug for VcpuCore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VcpuCore").field("shared", &self.shared).field("mode", &self.mode).finish_non_exhaustive()
+        f.debug_struct("VcpuCore")
+            .field("shared", &self.shared)
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
     }
 }
 
@@ -285,7 +288,11 @@ impl VcpuCore {
             Err(fault) => {
                 self.from = None;
                 self.raise(&fault);
-                if self.debug.single_step { Next::Stop(Stop::Debug(self.shared.env().pc())) } else { Next::Again }
+                if self.debug.single_step {
+                    Next::Stop(Stop::Debug(self.shared.env().pc()))
+                } else {
+                    Next::Again
+                }
             }
         }
     }

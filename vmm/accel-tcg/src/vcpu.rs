@@ -1,0 +1,81 @@
+//! A vCPU behind [`holdfast_accel::Vcpu`].
+
+use std::sync::Arc;
+
+use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, Vcpu};
+use holdfast_arch::CpuState;
+use holdfast_tcg::{Stop, TcgVcpu, VcpuShared, request};
+
+use crate::{explain, unsupported};
+
+/// A translated vCPU.
+#[derive(Debug)]
+pub struct TcgVcpuHandle {
+    vcpu: TcgVcpu,
+}
+
+/// Interrupts a run.
+#[derive(Debug)]
+struct TcgKicker(Arc<VcpuShared>);
+
+impl Kicker for TcgKicker {
+    fn kick(&self) {
+        self.0.request(request::KICK);
+    }
+}
+
+impl TcgVcpuHandle {
+    /// Around `vcpu`.
+    pub fn new(vcpu: TcgVcpu) -> Self {
+        Self { vcpu }
+    }
+
+    fn index(&self) -> u32 {
+        self.vcpu.shared().index()
+    }
+}
+
+impl Vcpu for TcgVcpuHandle {
+    fn run(&mut self) -> Result<Exit, AccelError> {
+        match self.vcpu.run() {
+            Ok(Stop::Kicked) => Ok(Exit::Kicked),
+            Ok(Stop::Shutdown) => Ok(Exit::Shutdown),
+            Ok(Stop::Debug(pc)) => Ok(Exit::Debug(pc)),
+            Err(e) => {
+                tracing::error!(vcpu = self.index(), "{e}\n{}", self.vcpu.describe());
+                Err(explain(Some(self.index()), e))
+            }
+        }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        Arc::new(TcgKicker(Arc::clone(self.vcpu.shared())))
+    }
+
+    fn state(&mut self) -> Result<CpuState, AccelError> {
+        Ok(self.vcpu.export())
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), AccelError> {
+        let index = self.index();
+        self.vcpu.import(state).map_err(|e| explain(Some(index), e))
+    }
+
+    fn reset(&mut self) -> Result<(), AccelError> {
+        let index = self.index();
+        self.vcpu.reset().map_err(|e| explain(Some(index), e))
+    }
+
+    fn inject_nmi(&mut self) -> Result<(), AccelError> {
+        Err(unsupported("a non-maskable interrupt for this guest"))
+    }
+
+    fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
+        self.vcpu.set_debug(control.single_step, &control.breakpoints);
+        Ok(())
+    }
+
+    fn translate(&mut self, gva: u64) -> Result<Option<u64>, AccelError> {
+        Ok(self.vcpu.probe(gva))
+    }
+}
