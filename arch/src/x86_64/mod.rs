@@ -1,6 +1,9 @@
 //! x86-64: Intel SDM (December 2023) and AMD APM (rev. 3.36).
 
+pub mod acpi;
+pub mod boot;
 pub mod cpuid;
+pub mod smbios;
 
 use std::collections::BTreeMap;
 
