@@ -1,0 +1,226 @@
+//! Raw images: the bytes of the disk in a file or block device.
+
+mod job;
+mod lock;
+mod pool;
+#[cfg(test)]
+mod tests;
+mod uring;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use holdfast_threads::Spawner;
+
+use crate::{BlockBackend, BlockError, BlockQueue, Geometry, SECTOR};
+pub use lock::LockRange;
+use pool::{Pool, PoolQueue};
+use uring::UringQueue;
+
+/// How to open a raw image.
+#[derive(Debug, Clone)]
+pub struct RawOptions {
+    /// The image.
+    pub path: PathBuf,
+    /// Open it for reading only.
+    pub readonly: bool,
+    /// Bypass the page cache.
+    pub direct: bool,
+    /// Give discarded and zeroed ranges back to the host.
+    pub sparse: bool,
+    /// Use io_uring if the host has it.
+    pub io_uring: bool,
+    /// What to lock.
+    pub lock: LockRange,
+    /// Name of the threads of the fallback engine (the device's id).
+    pub name: String,
+}
+
+impl RawOptions {
+    /// The usual options for `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            readonly: false,
+            direct: false,
+            sparse: true,
+            io_uring: true,
+            lock: LockRange::Bytes,
+            name: "block".to_owned(),
+        }
+    }
+}
+
+/// An open raw image.
+#[derive(Debug)]
+pub struct RawImage {
+    pub(crate) file: File,
+    options: RawOptions,
+    size: AtomicU64,
+    is_device: bool,
+    align: Alignment,
+    /// Threads of the fallback engine, once a queue has asked for it.
+    pool: OnceLock<Arc<Pool>>,
+    uring: bool,
+    spawner: Arc<dyn Spawner>,
+}
+
+/// What direct I/O asks of a request; all 1 for buffered I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Of addresses in memory.
+    pub(crate) memory: usize,
+    /// Of offsets and lengths on the disk.
+    pub(crate) offset: u64,
+}
+
+impl RawImage {
+    /// Opens and locks an image.
+    ///
+    /// # Errors
+    /// [`BlockError`] naming the image and what is wrong.
+    pub fn open(options: RawOptions, spawner: Arc<dyn Spawner>) -> Result<Arc<Self>, BlockError> {
+        let path = options.path.as_path();
+        let fail = |source| BlockError::Open { path: path.to_owned(), source };
+        let mut flags = libc::O_CLOEXEC;
+        if options.direct {
+            flags |= libc::O_DIRECT;
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!options.readonly)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(fail)?;
+        let kind = file.metadata().map_err(fail)?.file_type();
+        let is_device = kind.is_block_device();
+        if !is_device && !kind.is_file() {
+            return Err(BlockError::Kind { path: path.to_owned() });
+        }
+        let size = size_of(&file, is_device).map_err(fail)?;
+        lock::lock(&file, path, options.readonly, options.lock, size)?;
+        let align = if options.direct { direct_alignment(&file, is_device) } else { Alignment::NONE };
+        let uring = options.io_uring && uring::available();
+        tracing::debug!(path = %path.display(), size, uring, ?align, "raw image opened");
+        let size = AtomicU64::new(size);
+        let pool = OnceLock::new();
+        Ok(Arc::new(Self { file, options, size, is_device, align, pool, uring, spawner }))
+    }
+
+    fn host_error(&self, what: &'static str, source: io::Error) -> BlockError {
+        BlockError::Host { path: self.path().to_owned(), what, source }
+    }
+
+    /// The image's path.
+    pub fn path(&self) -> &Path {
+        &self.options.path
+    }
+
+    pub(crate) fn alignment(&self) -> Alignment {
+        self.align
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn pool(&self) -> io::Result<Arc<Pool>> {
+        if let Some(pool) = self.pool.get() {
+            return Ok(Arc::clone(pool));
+        }
+        let pool = Pool::start(&self.options.name, &*self.spawner)?;
+        Ok(Arc::clone(self.pool.get_or_init(|| pool)))
+    }
+}
+
+impl BlockBackend for RawImage {
+    fn geometry(&self) -> Geometry {
+        let logical = u32::try_from(self.align.offset).unwrap_or(512).max(SECTOR as u32);
+        Geometry {
+            size: self.size(),
+            logical_block: logical,
+            physical_block: logical.max(4096),
+            can_discard: self.options.sparse && !self.options.readonly,
+        }
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.options.readonly
+    }
+
+    fn queue(self: Arc<Self>, depth: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
+        if self.uring {
+            match UringQueue::new(Arc::clone(&self), depth) {
+                Ok(queue) => return Ok(Box::new(queue)),
+                Err(error) => {
+                    tracing::warn!(path = %self.path().display(), %error, "no io_uring: using threads");
+                }
+            }
+        }
+        let pool = self.pool().map_err(|e| self.host_error("cannot start I/O threads", e))?;
+        let queue = PoolQueue::new(Arc::clone(&self), pool);
+        Ok(Box::new(queue.map_err(|e| self.host_error("cannot make an eventfd", e))?))
+    }
+
+    fn refresh(&self) -> Result<bool, BlockError> {
+        let size =
+            size_of(&self.file, self.is_device).map_err(|e| self.host_error("cannot get its size", e))?;
+        Ok(self.size.swap(size, Ordering::AcqRel) != size)
+    }
+
+    fn engine(&self) -> &'static str {
+        if self.uring { "io_uring" } else { "threads" }
+    }
+}
+
+fn size_of(file: &File, is_device: bool) -> io::Result<u64> {
+    if !is_device {
+        return Ok(file.metadata()?.len());
+    }
+    /// `_IOR(0x12, 114, size_t)` of linux/fs.h.
+    const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 stores one u64, for which `size` has room.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(size)
+}
+
+impl Alignment {
+    const NONE: Self = Self { memory: 1, offset: 1 };
+    /// Fits every device whose logical blocks are no larger than a page.
+    const SAFE: Self = Self { memory: 4096, offset: 4096 };
+}
+
+/// What direct I/O on `file` needs: `statx` knows on Linux 6.1 and later, block devices always do.
+fn direct_alignment(file: &File, is_device: bool) -> Alignment {
+    /// `STATX_DIOALIGN` of linux/stat.h.
+    const STATX_DIOALIGN: u32 = 0x2000;
+    /// `_IO(0x12, 104)` of linux/fs.h.
+    const BLKSSZGET: libc::Ioctl = 0x1268;
+    // SAFETY: all-zero bytes are a valid `statx`.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty C string, allowed with AT_EMPTY_PATH; `stat` has room for the answer.
+    let rc = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, STATX_DIOALIGN, &mut stat)
+    };
+    if rc == 0 && stat.stx_mask & STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0 {
+        let memory = stat.stx_dio_mem_align.max(1).next_power_of_two() as usize;
+        return Alignment { memory, offset: u64::from(stat.stx_dio_offset_align.next_power_of_two()) };
+    }
+    if is_device {
+        let mut block: libc::c_int = 0;
+        // SAFETY: BLKSSZGET stores one int, for which `block` has room.
+        let rc = unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut block) };
+        if rc == 0 && block >= 512 && (block as u32).is_power_of_two() {
+            return Alignment { memory: block as usize, offset: block as u64 };
+        }
+    }
+    Alignment::SAFE
+}

@@ -1,0 +1,195 @@
+//! The fallback engine: a few threads that make blocking calls.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use holdfast_threads::{Role, Spawner};
+use parking_lot::{Condvar, Mutex};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::RawImage;
+use super::job::{Call, Job};
+use crate::{BlockQueue, Completion, Request};
+
+/// Threads of one image.
+const THREADS: usize = 4;
+
+#[derive(Debug, Default)]
+struct Todo {
+    jobs: VecDeque<Work>,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    todo: Mutex<Todo>,
+    more: Condvar,
+}
+
+#[derive(Debug)]
+struct Work {
+    job: Box<Job>,
+    image: Arc<RawImage>,
+    sink: Arc<Sink>,
+}
+
+/// Where the completions of a queue go.
+#[derive(Debug)]
+struct Sink {
+    done: Mutex<Vec<Completion>>,
+    event: EventFd,
+}
+
+impl Sink {
+    fn push(&self, completion: Completion) {
+        self.done.lock().push(completion);
+        // An eventfd can be written unless its counter is full, and then it is readable already.
+        let _ = self.event.write(1);
+    }
+}
+
+/// The threads of one image.
+#[derive(Debug)]
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    pub(super) fn start(name: &str, spawner: &dyn Spawner) -> io::Result<Arc<Self>> {
+        let mut pool = Self { shared: Arc::default(), threads: Vec::new() };
+        for n in 0..THREADS {
+            let shared = Arc::clone(&pool.shared);
+            let body = Box::new(move || work(&shared));
+            pool.threads.push(spawner.spawn(&format!("{name}_io{n}"), Role::Block, body)?);
+        }
+        Ok(Arc::new(pool))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.todo.lock().stop = true;
+        self.shared.more.notify_all();
+        for thread in self.threads.drain(..) {
+            // The last reference may go away on one of the threads themselves.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn work(shared: &Shared) {
+    loop {
+        let work = {
+            let mut todo = shared.todo.lock();
+            loop {
+                if let Some(work) = todo.jobs.pop_front() {
+                    break work;
+                }
+                if todo.stop {
+                    return;
+                }
+                shared.more.wait(&mut todo);
+            }
+        };
+        let Work { mut job, image, sink } = work;
+        let result = run(&mut job, &image);
+        // The image may own this pool: it is let go before the completion can be seen.
+        drop(image);
+        sink.push(job.complete(result));
+    }
+}
+
+fn run(job: &mut Job, image: &RawImage) -> io::Result<()> {
+    let mut call = job.begin(image)?;
+    while let Some(now) = call {
+        let result = make(now, job, image.file.as_raw_fd());
+        call = job.advance(image, result)?;
+    }
+    Ok(())
+}
+
+/// Makes a call and returns what it returned, or the negated error.
+fn make(call: Call, job: &Job, fd: RawFd) -> i64 {
+    let vectors = job.vectors();
+    // `IoVec` is a transparent `iovec`.
+    let (base, count) = (vectors.as_ptr().cast::<libc::iovec>(), vectors.len() as libc::c_int);
+    let result = match call {
+        // SAFETY: `base` points to `count` iovecs whose ranges are valid by `IoVec`'s contract.
+        Call::Read(offset) => unsafe { libc::preadv(fd, base, count, offset as i64) as i64 },
+        // SAFETY: as above.
+        Call::Write(offset) => unsafe { libc::pwritev(fd, base, count, offset as i64) as i64 },
+        // SAFETY: no memory is passed.
+        Call::Sync => i64::from(unsafe { libc::fdatasync(fd) }),
+        Call::Allocate { mode, offset, len } => {
+            // SAFETY: no memory is passed.
+            i64::from(unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) })
+        }
+    };
+    if result >= 0 {
+        return result;
+    }
+    -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// A queue served by the pool.
+#[derive(Debug)]
+pub(super) struct PoolQueue {
+    image: Arc<RawImage>,
+    pool: Arc<Pool>,
+    sink: Arc<Sink>,
+    in_flight: usize,
+}
+
+impl PoolQueue {
+    pub(super) fn new(image: Arc<RawImage>, pool: Arc<Pool>) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { image, pool, sink: Arc::new(Sink { done: Mutex::default(), event }), in_flight: 0 })
+    }
+}
+
+impl BlockQueue for PoolQueue {
+    fn submit(&mut self, request: Request) {
+        let work = Work {
+            job: Box::new(Job::new(request)),
+            image: Arc::clone(&self.image),
+            sink: Arc::clone(&self.sink),
+        };
+        self.in_flight += 1;
+        self.pool.shared.todo.lock().jobs.push_back(work);
+        self.pool.shared.more.notify_one();
+    }
+
+    fn kick(&mut self) {}
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let _ = self.sink.event.read();
+        let mut done = self.sink.done.lock();
+        self.in_flight -= done.len();
+        out.append(&mut done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.sink.event
+    }
+}
+
+impl Drop for PoolQueue {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        self.reap(&mut done);
+        while self.in_flight != 0 {
+            self.wait();
+            self.reap(&mut done);
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! One queue of a disk, on its worker.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use holdfast_block::{BlockQueue, Completion, Op, Request};
+use holdfast_clock::host_monotonic;
+use vm_memory::Bytes;
+
+use super::request::{Action, Range, Status, parse};
+use super::{Shared, bit};
+use crate::device::Interrupt;
+use crate::dma;
+use crate::queue::{Chain, HandlerError, QueueError, Segment, VirtQueue, total_len};
+use crate::worker::{Activation, Handler, Watch};
+
+const KICK: u64 = 0;
+const DONE: u64 = 1;
+
+/// A request at the back end.
+#[derive(Debug)]
+struct Pending {
+    head: u16,
+    op: Op,
+    /// What a read fills.
+    fills: Vec<Segment>,
+    status: Vec<Segment>,
+    bytes: u64,
+    started: u64,
+    /// Back-end requests that are not done.
+    parts: u32,
+    failed: bool,
+    /// To be made durable before it completes.
+    sync: bool,
+}
+
+/// Serves one queue.
+pub(super) struct BlkHandler {
+    // Dropped first: it waits for requests that use the guest's RAM.
+    requests: Box<dyn BlockQueue>,
+    shared: Arc<Shared>,
+    live: Option<Live>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<usize>,
+    done: Vec<Completion>,
+}
+
+struct Live {
+    queue: VirtQueue,
+    interrupt: Arc<dyn Interrupt>,
+    flush: bool,
+}
+
+impl BlkHandler {
+    pub(super) fn new(shared: Arc<Shared>, requests: Box<dyn BlockQueue>) -> Self {
+        Self { requests, shared, live: None, pending: Vec::new(), free: Vec::new(), done: Vec::new() }
+    }
+
+    /// Takes all chains that wait.
+    fn serve(&mut self) -> Result<(), HandlerError> {
+        let Some(mut live) = self.live.take() else { return Ok(()) };
+        let result = self.serve_queue(&mut live);
+        self.live = Some(live);
+        self.requests.kick();
+        result
+    }
+
+    fn serve_queue(&mut self, live: &mut Live) -> Result<(), HandlerError> {
+        loop {
+            live.queue.disable_kicks()?;
+            while let Some(chain) = live.queue.pop()? {
+                self.start(live, &chain)?;
+            }
+            if !live.queue.enable_kicks()? {
+                break;
+            }
+        }
+        interrupt_if_wanted(live)?;
+        Ok(())
+    }
+
+    fn start(&mut self, live: &mut Live, chain: &Chain) -> Result<(), QueueError> {
+        let parsed = parse(&live.queue, chain, self.shared.backend.geometry().sectors())?;
+        let readonly = self.shared.backend.is_readonly();
+        let refused = |status| (Err(status), Vec::new());
+        let (work, data) = match parsed.action {
+            Action::Refuse(status) => refused(status),
+            Action::GetId { data } => {
+                let n = self.get_id(live, &data)?;
+                return finish(live, chain.head, &parsed.status, Status::Ok, n);
+            }
+            Action::Read { offset, data } => (Ok((Op::Read, vec![whole(offset, &data)])), data),
+            Action::Flush => (Ok((Op::Flush, vec![whole(0, &[])])), Vec::new()),
+            _ if readonly => refused(Status::IoError),
+            Action::Write { offset, data } => (Ok((Op::Write, vec![whole(offset, &data)])), data),
+            Action::Discard(ranges) => (Ok((Op::Discard, ranges)), Vec::new()),
+            Action::WriteZeroes(ranges) => (Ok((Op::WriteZeroes { unmap: false }, ranges)), Vec::new()),
+        };
+        let (op, ranges) = match work {
+            Ok(work) => work,
+            Err(status) => {
+                self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
+                return finish(live, chain.head, &parsed.status, status, 0);
+            }
+        };
+        // SAFETY: the queue holds a clone of the memory, and the queue is not let go before all
+        // requests are done: `stop` waits for them, and so does dropping `requests`, the first field.
+        let buffers = unsafe { dma::iovecs(live.queue.memory(), &data) };
+        let mut buffers = buffers.ok_or(QueueError::Short { queue: live.queue.index() })?;
+        let writes = matches!(op, Op::Write | Op::WriteZeroes { .. });
+        let pending = Pending {
+            head: chain.head,
+            op,
+            bytes: total_len(&data),
+            fills: if op == Op::Read { data } else { Vec::new() },
+            status: parsed.status,
+            started: host_monotonic(),
+            parts: ranges.len() as u32,
+            failed: false,
+            sync: writes && !(live.flush && self.shared.writeback.load(Ordering::Relaxed)),
+        };
+        let id = self.keep(pending);
+        for Range { offset, len, unmap } in ranges {
+            let op = if let Op::WriteZeroes { .. } = op { Op::WriteZeroes { unmap } } else { op };
+            // Reads and writes have one range; the others have no buffers.
+            let buffers = std::mem::take(&mut buffers);
+            self.requests.submit(Request { id, op, offset, len, buffers });
+        }
+        Ok(())
+    }
+
+    fn get_id(&self, live: &Live, data: &[Segment]) -> Result<u32, QueueError> {
+        let mut from = self.shared.serial.as_slice();
+        let mut written = 0;
+        for s in data {
+            let (now, rest) = from.split_at(from.len().min(s.len as usize));
+            let short = |_| QueueError::Short { queue: live.queue.index() };
+            live.queue.memory().write_slice(now, s.addr).map_err(short)?;
+            written += now.len() as u32;
+            from = rest;
+        }
+        Ok(written)
+    }
+
+    fn keep(&mut self, pending: Pending) -> u64 {
+        match self.free.pop() {
+            Some(at) => {
+                if let Some(place) = self.pending.get_mut(at) {
+                    *place = Some(pending);
+                }
+                at as u64
+            }
+            // As many as the queue has descriptors at most.
+            None => {
+                self.pending.push(Some(pending));
+                self.pending.len() as u64 - 1
+            }
+        }
+    }
+
+    /// Answers what the back end has done.
+    fn complete(&mut self) -> Result<(), HandlerError> {
+        let Some(mut live) = self.live.take() else { return Ok(()) };
+        let result = self.complete_queue(&mut live);
+        self.live = Some(live);
+        result
+    }
+
+    fn complete_queue(&mut self, live: &mut Live) -> Result<(), HandlerError> {
+        let mut done = std::mem::take(&mut self.done);
+        self.requests.reap(&mut done);
+        let mut result = Ok(());
+        for completion in done.drain(..) {
+            if let Err(error) = self.complete_one(live, &completion) {
+                result = Err(error.into());
+            }
+        }
+        self.done = done;
+        self.requests.kick();
+        result.and_then(|()| Ok(interrupt_if_wanted(live)?))
+    }
+
+    fn complete_one(&mut self, live: &mut Live, completion: &Completion) -> Result<(), QueueError> {
+        let at = completion.id as usize;
+        let Some(pending) = self.pending.get_mut(at).and_then(Option::as_mut) else { return Ok(()) };
+        if let Err(error) = &completion.result {
+            tracing::warn!(op = ?pending.op, %error, "disk request failed");
+            pending.failed = true;
+        }
+        pending.parts = pending.parts.saturating_sub(1);
+        if pending.parts != 0 {
+            return Ok(());
+        }
+        if pending.sync && !pending.failed {
+            pending.sync = false;
+            pending.parts = 1;
+            let id = completion.id;
+            self.requests.submit(Request { id, op: Op::Flush, offset: 0, len: 0, buffers: Vec::new() });
+            return Ok(());
+        }
+        let Some(pending) = self.pending.get_mut(at).and_then(Option::take) else { return Ok(()) };
+        self.free.push(at);
+        self.account(&pending);
+        // Part of a failed read may have arrived.
+        dma::mark_written(live.queue.memory(), &pending.fills);
+        let (status, filled) = match pending.failed {
+            true => (Status::IoError, 0),
+            false => (Status::Ok, total_len(&pending.fills) as u32),
+        };
+        finish(live, pending.head, &pending.status, status, filled)
+    }
+
+    fn account(&self, pending: &Pending) {
+        let counters = &self.shared.counters;
+        let took = host_monotonic().saturating_sub(pending.started);
+        match pending.op {
+            _ if pending.failed => {
+                counters.errors.fetch_add(1, Ordering::Relaxed);
+            }
+            Op::Read => counters.read.count(pending.bytes, took),
+            Op::Write => counters.write.count(pending.bytes, took),
+            Op::Flush => {
+                counters.flush_ops.fetch_add(1, Ordering::Relaxed);
+            }
+            Op::Discard | Op::WriteZeroes { .. } => {}
+        }
+    }
+}
+
+/// A read or write of one range with all its data; the buffers say how much.
+fn whole(offset: u64, data: &[Segment]) -> Range {
+    Range { offset, len: total_len(data), unmap: false }
+}
+
+/// Gives a request back with its status.
+fn finish(
+    live: &mut Live,
+    head: u16,
+    status_at: &[Segment],
+    status: Status,
+    filled: u32,
+) -> Result<(), QueueError> {
+    if let Some(at) = status_at.first() {
+        let short = |_| QueueError::Short { queue: live.queue.index() };
+        live.queue.memory().write_obj(status as u8, at.addr).map_err(short)?;
+    }
+    live.queue.push(head, filled.saturating_add(1))
+}
+
+fn interrupt_if_wanted(live: &mut Live) -> Result<(), QueueError> {
+    if live.queue.wants_interrupt()? {
+        live.interrupt.queue(live.queue.index());
+    }
+    Ok(())
+}
+
+impl Handler for BlkHandler {
+    fn start(&mut self, activation: Activation, watch: &Watch) -> Result<(), HandlerError> {
+        let Some(queue) = activation.queues.into_iter().next() else { return Ok(()) };
+        let flush = activation.features & bit::FLUSH != 0;
+        watch.add(queue.kick().as_raw_fd(), KICK)?;
+        watch.add(self.requests.event().as_raw_fd(), DONE)?;
+        self.live = Some(Live { queue, interrupt: activation.interrupt, flush });
+        self.serve()
+    }
+
+    fn event(&mut self, token: u64, _watch: &Watch) -> Result<(), HandlerError> {
+        match token {
+            KICK => self.serve(),
+            _ => self.complete(),
+        }
+    }
+
+    fn stop(&mut self, watch: &Watch) -> Vec<VirtQueue> {
+        watch.remove(self.requests.event().as_raw_fd());
+        self.requests.kick();
+        while self.requests.in_flight() != 0 {
+            self.requests.wait();
+            if let Err(error) = self.complete() {
+                tracing::warn!(%error, "a disk request cannot be answered");
+            }
+        }
+        self.pending.clear();
+        self.free.clear();
+        let Some(live) = self.live.take() else { return Vec::new() };
+        watch.remove(live.queue.kick().as_raw_fd());
+        vec![live.queue]
+    }
+}

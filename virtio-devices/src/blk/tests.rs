@@ -1,0 +1,302 @@
+//! The disk, driven through its rings.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use super::config::DiskConfig;
+use super::{MAX_RANGES, bit};
+use crate::device::feature;
+use crate::testing::{DATA, Desc, Rig, WRITE, context, eventually};
+
+const HEADER: u64 = DATA;
+const STATUS: u64 = DATA + 0x100;
+const BUF: u64 = DATA + 0x1000;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+fn image(sectors: usize) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().expect("file");
+    let bytes: Vec<u8> = (0..sectors * 512).map(|i| (i / 512) as u8).collect();
+    file.write_all(&bytes).expect("written");
+    file
+}
+
+fn config(file: &tempfile::NamedTempFile) -> DiskConfig {
+    DiskConfig { path: Some(file.path().to_owned()), ..DiskConfig::default() }
+}
+
+fn rig_with(config: &DiskConfig, features: u64) -> Rig {
+    let context = context();
+    let device = super::build("_disk0", config, &context).expect("builds");
+    let mut rig = Rig::new(context, device);
+    rig.start(features);
+    rig
+}
+
+/// A request with `data` between header and status; returns status and used length.
+fn request(rig: &mut Rig, queue: u16, (kind, sector): (u32, u64), data: &[Desc]) -> (u8, u32) {
+    let mut header = kind.to_le_bytes().to_vec();
+    header.extend([0; 4]);
+    header.extend(sector.to_le_bytes());
+    rig.poke(HEADER, &header);
+    rig.poke(STATUS, &[0xee]);
+    let mut descs = vec![(HEADER, 16, 0)];
+    descs.extend(data);
+    descs.push((STATUS, 1, WRITE));
+    let len = rig.request(queue, &descs);
+    (rig.peek(STATUS, 1)[0], len)
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut out = sector.to_le_bytes().to_vec();
+    out.extend(sectors.to_le_bytes());
+    out.extend(flags.to_le_bytes());
+    out
+}
+
+#[test]
+fn data_is_read_written_flushed_zeroed_and_discarded() {
+    for disable_io_uring in [false, true] {
+        let file = image(64);
+        let config = DiskConfig { disable_io_uring, ..config(&file) };
+        let all = bit::FLUSH | bit::DISCARD | bit::WRITE_ZEROES | feature::EVENT_IDX;
+        let mut rig = rig_with(&config, all);
+        let data = [(BUF, 512, WRITE), (BUF + 0x1000, 1024, WRITE)];
+        assert_eq!(request(&mut rig, 0, (IN, 5), &data), (0, 512 + 1024 + 1));
+        assert_eq!(rig.peek(BUF, 512), [5; 512]);
+        assert_eq!(rig.peek(BUF + 0x1000 + 512, 512), [7; 512]);
+        rig.poke(BUF, &[0xaa; 1024]);
+        assert_eq!(request(&mut rig, 0, (OUT, 10), &[(BUF, 1024, 0)]), (0, 1));
+        assert_eq!(request(&mut rig, 0, (FLUSH, 0), &[]), (0, 1));
+        let mut ranges = range(20, 4, 0);
+        ranges.extend(range(30, 2, 0));
+        rig.poke(BUF, &ranges);
+        assert_eq!(request(&mut rig, 0, (DISCARD, 0), &[(BUF, 32, 0)]), (0, 1));
+        rig.poke(BUF, &range(40, 3, 1));
+        assert_eq!(request(&mut rig, 0, (WRITE_ZEROES, 0), &[(BUF, 16, 0)]), (0, 1));
+        let disk = std::fs::read(file.path()).expect("reads");
+        assert_eq!(disk[10 * 512..12 * 512], [0xaa; 1024]);
+        for sector in (20..24).chain(30..32).chain(40..43) {
+            assert_eq!(disk[sector * 512..sector * 512 + 512], [0; 512], "sector {sector}");
+        }
+        assert_eq!(disk[24 * 512], 24);
+        let counters = rig.device.counters();
+        assert_eq!((counters["read_bytes"], counters["read_ops"]), (1536, 1));
+        assert_eq!((counters["write_bytes"], counters["write_ops"], counters["flush_ops"]), (1024, 1, 1));
+    }
+}
+
+#[test]
+fn errors_are_answered_with_their_status() {
+    let file = image(8);
+    let mut rig = rig_with(&config(&file), bit::FLUSH | bit::DISCARD | bit::WRITE_ZEROES);
+    let sector = [(BUF, 512, WRITE)];
+    assert_eq!(request(&mut rig, 0, (IN, 8), &sector).0, 1, "past the end");
+    assert_eq!(request(&mut rig, 0, (IN, u64::MAX), &sector).0, 1, "overflow");
+    assert_eq!(request(&mut rig, 0, (IN, 0), &[(BUF, 100, WRITE)]).0, 1, "half a sector");
+    assert_eq!(request(&mut rig, 0, (OUT, 7), &[(BUF, 1024, 0)]).0, 1, "past the end");
+    assert_eq!(request(&mut rig, 0, (99, 0), &[]).0, 2, "unknown type");
+    rig.poke(BUF, &range(0, 1, 1));
+    assert_eq!(request(&mut rig, 0, (DISCARD, 0), &[(BUF, 16, 0)]).0, 2, "unmap on a discard");
+    rig.poke(BUF, &range(0, 1, 6));
+    assert_eq!(request(&mut rig, 0, (WRITE_ZEROES, 0), &[(BUF, 16, 0)]).0, 2, "unknown flags");
+    rig.poke(BUF, &range(u64::MAX, u32::MAX, 0));
+    assert_eq!(request(&mut rig, 0, (WRITE_ZEROES, 0), &[(BUF, 16, 0)]).0, 1, "outside");
+    assert_eq!(request(&mut rig, 0, (DISCARD, 0), &[(BUF, 15, 0)]).0, 1, "half a range");
+    assert_eq!(request(&mut rig, 0, (DISCARD, 0), &[]).0, 1, "no range");
+    assert_eq!(request(&mut rig, 0, (DISCARD, 0), &[(BUF, 16 * (MAX_RANGES + 1), 0)]).0, 1, "too many");
+    assert_eq!(rig.status(), 15, "none of it breaks the device");
+    file.as_file().set_len(512).expect("shrinks");
+    assert_eq!(request(&mut rig, 0, (IN, 4), &sector).0, 1, "the host's error");
+    assert!(rig.device.counters()["errors"] >= 10);
+}
+
+#[test]
+fn requests_without_header_or_status_break_the_device() {
+    let file = image(8);
+    let mut rig = rig_with(&config(&file), 0);
+    let bad: &[(&str, &[Desc])] = &[
+        ("short header", &[(HEADER, 15, 0), (STATUS, 1, WRITE)]),
+        ("no header", &[(STATUS, 1, WRITE)]),
+        ("no status", &[(HEADER, 16, 0)]),
+    ];
+    for (why, descs) in bad {
+        let head = rig.rings[0].chain(descs);
+        rig.rings[0].publish(head);
+        rig.kick(0);
+        rig.expect_broken(why);
+        rig.start(0);
+    }
+    assert_eq!(request(&mut rig, 0, (IN, 1), &[(BUF, 512, WRITE)]).0, 0);
+}
+
+#[test]
+fn descriptors_given_twice_are_found_before_they_pile_up() {
+    let file = image(8);
+    let mut rig = rig_with(&config(&file), 0);
+    let mut header = OUT.to_le_bytes().to_vec();
+    header.extend([0; 12]);
+    rig.poke(HEADER, &header);
+    let head = rig.rings[0].chain(&[(HEADER, 16, 0), (BUF, 512, 0), (STATUS, 1, WRITE)]);
+    // The same chain in every slot, and then all of them once more.
+    for _ in 0..16 {
+        rig.rings[0].publish(head);
+    }
+    rig.kick(0);
+    for _ in 0..16 {
+        assert_eq!(rig.rings[0].wait_used().0, head);
+    }
+    assert_eq!(rig.status(), 15);
+}
+
+#[test]
+fn readonly_disks_say_so_and_refuse_writes() {
+    let file = image(8);
+    let readonly = DiskConfig { readonly: true, ..config(&file) };
+    let mut rig = rig_with(&readonly, bit::RO);
+    let offered = rig.offered();
+    assert_eq!(offered & (bit::RO | bit::DISCARD | bit::WRITE_ZEROES), bit::RO);
+    assert_eq!(request(&mut rig, 0, (OUT, 0), &[(BUF, 512, 0)]).0, 1);
+    assert_eq!(request(&mut rig, 0, (IN, 3), &[(BUF, 512, WRITE)]).0, 0);
+    assert_eq!(rig.peek(BUF, 2), [3, 3]);
+}
+
+#[test]
+fn the_config_space_describes_the_disk() {
+    let file = image(64);
+    let many = DiskConfig { num_queues: 3, serial: Some("disk-7".to_owned()), ..config(&file) };
+    let mut rig = rig_with(&many, bit::MQ);
+    assert_eq!(rig.config(0, 8), 64u64.to_le_bytes());
+    assert_eq!(rig.config(12, 4), 126u32.to_le_bytes());
+    assert_eq!(rig.config(20, 4), 512u32.to_le_bytes());
+    assert_eq!(rig.config(24, 1), [3], "eight logical blocks in a physical one");
+    assert_eq!(rig.config(34, 2), 3u16.to_le_bytes());
+    assert_eq!(rig.config(0x80, 8), [0; 8]);
+    assert_ne!(rig.offered() & bit::MQ, 0);
+    for queue in 0..3 {
+        let data = [(BUF, 8, WRITE), (BUF + 8, 12, WRITE)];
+        assert_eq!(request(&mut rig, queue, (GET_ID, 0), &data), (0, 21));
+        assert_eq!(rig.peek(BUF, 20), *b"disk-7\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    }
+    assert_eq!(rig.config(32, 1), [1]);
+    rig.write_config(32, &[0]);
+    assert_eq!(rig.config(32, 1), [0], "write-through");
+    assert_eq!(request(&mut rig, 1, (OUT, 0), &[(BUF, 512, 0)]), (0, 1));
+}
+
+#[test]
+fn the_driver_hears_of_a_new_size() {
+    let file = image(8);
+    let context = context();
+    let disk = super::build("_disk0", &config(&file), &context).expect("builds");
+    let mut rig = Rig::new(context, Arc::clone(&disk) as Arc<dyn crate::VirtioDevice>);
+    rig.start(0);
+    file.as_file().set_len(16 * 512).expect("grows");
+    let generation = rig.read32(0xfc);
+    assert!(disk.refresh_size().expect("asked"));
+    assert_ne!(rig.read32(0xfc), generation);
+    assert_eq!(rig.read32(0x60) & 2, 2);
+    assert_eq!(rig.config(0, 8), 16u64.to_le_bytes());
+    assert_eq!(request(&mut rig, 0, (OUT, 15), &[(BUF, 512, 0)]).0, 0);
+}
+
+#[test]
+fn a_paused_disk_is_saved_and_goes_on_elsewhere() {
+    let file = image(64);
+    let mut rig = rig_with(&config(&file), bit::FLUSH);
+    rig.poke(BUF, &[0x77; 512]);
+    assert_eq!(request(&mut rig, 0, (OUT, 2), &[(BUF, 512, 0)]).0, 0);
+    rig.write_config(32, &[0]);
+    assert!(rig.device.save().is_err());
+    rig.device.pause();
+    let state = rig.device.save().expect("saves");
+    let memory = rig.context.memory.clone();
+    let rings = std::mem::take(&mut rig.rings);
+    drop(rig);
+
+    let mut fresh = context();
+    fresh.memory = memory;
+    let device = super::build("_disk0", &config(&file), &fresh).expect("the lock is free again");
+    let mut copy = Rig::new(fresh, device);
+    copy.rings = rings;
+    copy.device.restore(&state).expect("restores");
+    copy.device.resume();
+    assert_eq!(copy.config(32, 1), [0]);
+    assert_eq!(request(&mut copy, 0, (IN, 2), &[(BUF + 512, 512, WRITE)]), (0, 513));
+    assert_eq!(copy.peek(BUF + 512, 512), [0x77; 512]);
+    copy.device.pause();
+    copy.device.resume();
+    assert_eq!(request(&mut copy, 0, (FLUSH, 0), &[]).0, 0);
+
+    let other = DiskConfig { queue_size: 64, readonly: true, ..config(&file) };
+    let mut rig = {
+        drop(copy);
+        rig_with(&other, 0)
+    };
+    rig.device.reset();
+    let error = rig.device.restore(&state).expect_err("another shape");
+    assert!(error.to_string().contains("queues"), "{error}");
+    assert_eq!(request_after_reset(&mut rig), 0);
+}
+
+fn request_after_reset(rig: &mut Rig) -> u8 {
+    rig.start(0);
+    request(rig, 0, (IN, 0), &[(BUF, 512, WRITE)]).0
+}
+
+#[test]
+fn reads_mark_pages_dirty_for_migration() {
+    let file = image(64);
+    let mut rig = rig_with(&config(&file), 0);
+    let (tracker, offset) = holdfast_memory::tracker_at(&rig.context.memory, BUF).expect("in RAM");
+    let page = offset / 4096;
+    tracker.start_log();
+    assert_eq!(request(&mut rig, 0, (IN, 0), &[(BUF + 4000, 512, WRITE)]).0, 0);
+    assert!(tracker.is_dirty(page) && tracker.is_dirty(page + 1) && !tracker.is_dirty(page + 2));
+}
+
+#[test]
+fn many_requests_at_once_all_complete() {
+    let file = image(64);
+    let mut rig = rig_with(&config(&file), feature::EVENT_IDX);
+    for round in 0..50u64 {
+        let mut heads = Vec::new();
+        for n in 0..5u64 {
+            let at = DATA + 0x10_0000 + n * 0x1000;
+            let mut header = IN.to_le_bytes().to_vec();
+            header.extend([0; 4]);
+            header.extend(((round + n) % 64).to_le_bytes());
+            rig.poke(at, &header);
+            heads.push(rig.rings[0].chain(&[(at, 16, 0), (at + 512, 512, WRITE), (at + 1024, 1, WRITE)]));
+        }
+        for head in &heads {
+            rig.rings[0].publish(*head);
+        }
+        rig.kick(0);
+        for _ in &heads {
+            let (head, len) = rig.rings[0].wait_used();
+            assert!(heads.contains(&head) && len == 513);
+        }
+        for n in 0..5u64 {
+            let at = DATA + 0x10_0000 + n * 0x1000;
+            assert_eq!(rig.peek(at + 512, 1)[0], ((round + n) % 64) as u8);
+        }
+    }
+    eventually("interrupt", || rig.read32(0x60) == 1);
+}
+
+#[test]
+fn a_disk_in_use_or_missing_is_refused_by_name() {
+    let file = image(8);
+    let _rig = rig_with(&config(&file), 0);
+    let error = super::build("_disk1", &config(&file), &context()).expect_err("in use").to_string();
+    assert!(error.contains("_disk1") && error.contains(&file.path().display().to_string()), "{error}");
+    let gone = DiskConfig { path: Some("/nonexistent/disk".into()), ..DiskConfig::default() };
+    let error = super::build("_disk1", &gone, &context()).expect_err("missing").to_string();
+    assert!(error.contains("/nonexistent/disk") && error.contains("No such file"), "{error}");
+}

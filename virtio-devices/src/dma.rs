@@ -1,0 +1,36 @@
+//! Guest RAM as host memory ranges, for system calls that move data themselves.
+
+use holdfast_block::IoVec;
+use holdfast_memory::GuestMemory;
+use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
+
+use crate::queue::Segment;
+
+/// The host memory behind `segments`, in order; `None` if any of it is not RAM.
+///
+/// # Safety
+/// `memory` (or a clone of it) must be kept until the requests that use the ranges are done.
+pub unsafe fn iovecs(memory: &GuestMemory, segments: &[Segment]) -> Option<Vec<IoVec>> {
+    let mut out = Vec::with_capacity(segments.len());
+    for s in segments {
+        for slice in memory.get_slices(s.addr, s.len as usize) {
+            let slice = slice.ok()?;
+            let guard = slice.ptr_guard_mut();
+            // SAFETY: the range is mapped RAM of `memory`, which the caller keeps; guests may change
+            // it meanwhile, which the contract allows.
+            out.push(unsafe { IoVec::new(guard.as_ptr(), slice.len()) });
+        }
+    }
+    Some(out)
+}
+
+/// Reports that `segments` were written by other means than `vm-memory`: dirty tracking and
+/// translated code depend on it. To be called after the write.
+pub fn mark_written(memory: &GuestMemory, segments: &[Segment]) {
+    for s in segments {
+        for slice in memory.get_slices(s.addr, s.len as usize).flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+}

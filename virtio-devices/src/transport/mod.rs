@@ -1,0 +1,6 @@
+//! Transports: how the driver finds and operates a device.
+//!
+//! [`mmio`] and [`pci`] differ in registers and interrupts; what happens behind them is [`common`].
+
+pub(crate) mod common;
+pub mod mmio;
