@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use holdfast_device::{BuildContext, BuildError, Device, IrqLine};
 use holdfast_devices::chardev::CharBackend;
+use holdfast_devices::pci::PciBus;
 use serde::de::DeserializeOwned;
 
 use crate::config::FieldError;
 use crate::device::VirtioDevice;
 use crate::transport::mmio::MmioTransport;
+use crate::transport::pci::PciTransport;
 
 /// What a device is built from, beside the VM's parts.
 #[derive(Debug, Default)]
@@ -87,6 +89,13 @@ pub(crate) fn check(id: &str, errors: Vec<FieldError>) -> Result<(), BuildError>
 /// Where a device is plugged in.
 #[derive(Debug, Clone)]
 pub enum Slot {
+    /// A PCI root bus.
+    Pci {
+        /// The bus.
+        bus: Arc<PciBus>,
+        /// The device number that is wanted; the first free one if absent.
+        device: Option<u8>,
+    },
     /// A virtio-mmio window of [`crate::transport::mmio::WINDOW`] bytes.
     Mmio {
         /// Its first address.
@@ -107,6 +116,7 @@ pub fn plug(
     context: &BuildContext,
 ) -> Result<Arc<dyn Device>, BuildError> {
     match slot {
+        Slot::Pci { bus, device: number } => Ok(PciTransport::plug(id, device, (&bus, number), context)?),
         Slot::Mmio { base, irq } => Ok(MmioTransport::plug(id, device, base, irq, context)?),
     }
 }

@@ -24,9 +24,6 @@ pub(crate) mod status {
     pub(crate) const NEEDS_RESET: u8 = 64;
 }
 
-/// "No vector" of the PCI transport (section 4.1.4.3).
-pub(crate) const NO_VECTOR: u16 = 0xffff;
-
 /// What a transport's interrupt and its registers share without a lock.
 #[derive(Debug, Default)]
 pub(crate) struct Flags {
@@ -47,13 +44,6 @@ pub(crate) struct QueueSetup {
     pub(crate) next_avail: u16,
     #[serde(default)]
     pub(crate) next_used: u16,
-    /// MSI-X vector; only the PCI transport uses it.
-    #[serde(default = "no_vector")]
-    pub(crate) vector: u16,
-}
-
-fn no_vector() -> u16 {
-    NO_VECTOR
 }
 
 impl QueueSetup {
@@ -67,7 +57,6 @@ impl QueueSetup {
             used: 0,
             next_avail: 0,
             next_used: 0,
-            vector: NO_VECTOR,
         }
     }
 
@@ -200,15 +189,6 @@ impl Common {
         }
         if let Some(queue) = inner.registers.queues.get_mut(at) {
             f(queue);
-        }
-    }
-
-    /// Sets the selected queue's MSI-X vector, allowed at any time.
-    pub(crate) fn set_vector(&self, vector: u16) {
-        let mut inner = self.inner.lock();
-        let at = usize::from(inner.registers.queue_select);
-        if let Some(queue) = inner.registers.queues.get_mut(at) {
-            queue.vector = vector;
         }
     }
 

@@ -4,3 +4,4 @@
 
 pub(crate) mod common;
 pub mod mmio;
+pub mod pci;
