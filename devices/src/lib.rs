@@ -1,6 +1,7 @@
 //! Platform devices: interrupt controllers, PCI, timers, serial, fw_cfg, flash.
 
 pub mod chardev;
+pub mod flash;
 pub mod fw_cfg;
 pub mod goldfish_rtc;
 pub mod pci;

@@ -1,0 +1,140 @@
+//! The bytes of a bank.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use holdfast_device::BuildError;
+use holdfast_memory::GuestRegion;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
+
+use super::{BLOCK, Backing};
+
+#[derive(Debug)]
+pub(super) enum Store {
+    /// Programmed blocks by number; all others are erased.
+    Sparse { size: u64, blocks: BTreeMap<u64, Box<[u8]>> },
+    /// A mapped file.
+    File { size: u64, region: Arc<GuestRegion>, readonly: bool },
+}
+
+impl Store {
+    pub(super) fn new(id: &str, gpa: u64, size: u64, backing: Backing) -> Result<Self, BuildError> {
+        let Backing::File { file, readonly } = backing else {
+            return Ok(Self::Sparse { size, blocks: BTreeMap::new() });
+        };
+        let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
+        let len = file.metadata().map_err(|e| host("the flash image cannot be examined", e))?.len();
+        if len != size {
+            let reason = format!("the flash image has {len} bytes, the bank {size}; both must be equal");
+            return Err(BuildError::Config { id: id.to_owned(), reason });
+        }
+        let protection = libc::PROT_READ | if readonly { 0 } else { libc::PROT_WRITE };
+        let sharing = libc::MAP_NORESERVE | if readonly { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+        let mapping = MmapRegion::build(Some(FileOffset::new(file, 0)), size as usize, protection, sharing)
+            .map_err(|e| host("the flash image cannot be mapped", io::Error::other(e)))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(|| {
+            host("the flash bank ends behind the address space", io::ErrorKind::InvalidInput.into())
+        })?;
+        Ok(Self::File { size, region: Arc::new(region), readonly })
+    }
+
+    /// The mapping, if there is a file.
+    pub(super) fn region(&self) -> Option<&Arc<GuestRegion>> {
+        match self {
+            Self::Sparse { .. } => None,
+            Self::File { region, .. } => Some(region),
+        }
+    }
+
+    pub(super) fn readonly(&self) -> bool {
+        matches!(self, Self::File { readonly: true, .. })
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Sparse { size, .. } | Self::File { size, .. } => *size,
+        }
+    }
+
+    /// Reads; bytes behind the end are ones.
+    pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        match self {
+            Self::File { region, .. } => {
+                // A short read at the end leaves ones.
+                let _ = region.read(data, MemoryRegionAddress(offset));
+            }
+            Self::Sparse { blocks, .. } => {
+                for (i, byte) in data.iter_mut().enumerate() {
+                    let at = offset.saturating_add(i as u64);
+                    if let Some(block) = blocks.get(&(at / BLOCK)) {
+                        *byte = block[(at % BLOCK) as usize];
+                    }
+                }
+            }
+        }
+    }
+
+    /// Programs: bits can only go from one to zero. False if the bank is read-only or ends before.
+    pub(super) fn program(&mut self, offset: u64, data: &[u8]) -> bool {
+        let end = offset.checked_add(data.len() as u64);
+        if self.readonly() || end.is_none_or(|end| end > self.size()) {
+            return false;
+        }
+        let mut old = vec![0; data.len()];
+        self.read(offset, &mut old);
+        let new: Vec<u8> = old.iter().zip(data).map(|(old, new)| old & new).collect();
+        match self {
+            Self::File { region, .. } => region.write_slice(&new, MemoryRegionAddress(offset)).is_ok(),
+            Self::Sparse { blocks, .. } => {
+                for (i, &byte) in new.iter().enumerate() {
+                    let at = offset + i as u64;
+                    let block = blocks
+                        .entry(at / BLOCK)
+                        .or_insert_with(|| vec![0xff; BLOCK as usize].into_boxed_slice());
+                    block[(at % BLOCK) as usize] = byte;
+                }
+                true
+            }
+        }
+    }
+
+    /// Sets a block to ones. False if the bank is read-only or has no such block.
+    pub(super) fn erase(&mut self, block: u64) -> bool {
+        if self.readonly() || block >= self.size() / BLOCK {
+            return false;
+        }
+        match self {
+            Self::File { region, .. } => {
+                region.write_slice(&vec![0xff; BLOCK as usize], MemoryRegionAddress(block * BLOCK)).is_ok()
+            }
+            Self::Sparse { blocks, .. } => {
+                blocks.remove(&block);
+                true
+            }
+        }
+    }
+
+    /// What must be saved with the VM: blocks that no file keeps.
+    pub(super) fn blocks(&self) -> BTreeMap<u64, Vec<u8>> {
+        match self {
+            Self::File { .. } => BTreeMap::new(),
+            Self::Sparse { blocks, .. } => blocks.iter().map(|(&n, b)| (n, b.to_vec())).collect(),
+        }
+    }
+
+    /// Takes over saved blocks. False if they do not fit.
+    pub(super) fn set_blocks(&mut self, saved: BTreeMap<u64, Vec<u8>>) -> bool {
+        let count = self.size() / BLOCK;
+        let fit = saved.iter().all(|(&n, b)| n < count && b.len() as u64 == BLOCK);
+        match self {
+            Self::File { .. } => saved.is_empty(),
+            Self::Sparse { blocks, .. } if fit => {
+                *blocks = saved.into_iter().map(|(n, b)| (n, b.into_boxed_slice())).collect();
+                true
+            }
+            Self::Sparse { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Command-level tests.
+
+use std::path::PathBuf;
+
+use super::*;
+
+const SIZE: u64 = 1 << 20;
+
+#[derive(Debug, Default)]
+struct Hook(Mutex<Vec<bool>>);
+impl RomHook for Hook {
+    fn map(&self, gpa: u64, region: &Arc<GuestRegion>) -> bool {
+        use vm_memory::{Address, GuestMemoryRegion};
+        assert_eq!((gpa, region.start_addr().raw_value(), region.len()), (0x2000_0000, 0x2000_0000, SIZE));
+        self.0.lock().push(true);
+        true
+    }
+    fn unmap(&self, _gpa: u64) {
+        self.0.lock().push(false);
+    }
+}
+
+fn bank(backing: Backing, rom: Option<Arc<dyn RomHook>>) -> Arc<Flash> {
+    let spec = FlashSpec { id: "flash0".into(), gpa: 0x2000_0000, size: SIZE, backing, rom };
+    Flash::new(spec).expect("a bank")
+}
+
+fn erased() -> Arc<Flash> {
+    bank(Backing::Erased, None)
+}
+
+fn at(offset: u64) -> Access {
+    Access { offset, address: 0x2000_0000 + offset, vcpu: Some(0) }
+}
+
+fn write(flash: &Flash, offset: u64, value: u32) {
+    flash.write(at(offset), &value.to_le_bytes());
+}
+
+fn read(flash: &Flash, offset: u64) -> u32 {
+    let mut b = [0; 4];
+    flash.read(at(offset), &mut b);
+    u32::from_le_bytes(b)
+}
+
+/// A command goes to both chips.
+fn command(flash: &Flash, offset: u64, command: u32) {
+    write(flash, offset, command << 16 | command);
+}
+
+struct Scratch(PathBuf);
+impl Scratch {
+    fn new(name: &str, size: u64) -> (Self, File) {
+        let path = std::env::temp_dir().join(format!("holdfast-flash-{}-{name}", std::process::id()));
+        let file =
+            File::options().create(true).truncate(true).read(true).write(true).open(&path).expect("file");
+        file.set_len(size).expect("size");
+        (Self(path), file)
+    }
+}
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn identifies_itself() {
+    let flash = erased();
+    assert_eq!(read(&flash, 0), u32::MAX);
+    command(&flash, 0x154, 0x98);
+    let text: Vec<u8> = (0x10..0x13).map(|n| read(&flash, 4 * n) as u8).collect();
+    assert_eq!(text, b"QRY");
+    assert_eq!(read(&flash, 4 * 0x10), 0x0051_0051, "both chips answer");
+    assert_eq!(read(&flash, 4 * 0x27), 0x0013_0013, "512 KiB each");
+    assert_eq!(read(&flash, 4 * 0x2a), 0x000a_000a, "1 KiB write buffer each");
+    assert_eq!((read(&flash, 4 * 0x2d) as u8, read(&flash, 4 * 0x30) as u8), (3, 2), "4 blocks of 128 KiB");
+    command(&flash, 0, 0x90);
+    assert_eq!((read(&flash, 0), read(&flash, 4), read(&flash, 8)), (0x0089_0089, 0x0018_0018, 0));
+    command(&flash, 0, 0xff);
+    assert_eq!(read(&flash, 0), u32::MAX);
+}
+
+#[test]
+fn programs_bits_to_zero_and_erases_blocks() {
+    let flash = erased();
+    command(&flash, 0, 0x40);
+    write(&flash, 0x100, 0xf0f0_1234);
+    assert_eq!(read(&flash, 0x100), 0x0080_0080, "status");
+    command(&flash, 0, 0x40);
+    write(&flash, 0x100, 0x00ff_ffff);
+    command(&flash, 0, 0xff);
+    assert_eq!(read(&flash, 0x100), 0x00f0_1234);
+    command(&flash, 0x100, 0x20);
+    command(&flash, 0x100, 0xd0);
+    assert_eq!(read(&flash, 0), 0x0080_0080);
+    command(&flash, 0, 0xff);
+    assert_eq!(read(&flash, 0x100), u32::MAX);
+    command(&flash, 0, 0x20);
+    command(&flash, 0, 0xff);
+    assert_eq!(read(&flash, 0) & 0xff, 0xb0, "no confirmation: sequence error");
+    command(&flash, 0, 0x50);
+    assert_eq!(read(&flash, 0) & 0xff, 0x80);
+}
+
+#[test]
+fn buffered_writes_take_effect_when_confirmed() {
+    let flash = erased();
+    command(&flash, BLOCK, 0xe8);
+    assert_eq!(read(&flash, BLOCK) & 0x80, 0x80);
+    command(&flash, BLOCK, 2);
+    for n in 0..3 {
+        write(&flash, BLOCK + 4 * n, 0x1111_1111 * (n as u32 + 1));
+    }
+    command(&flash, BLOCK, 0xd0);
+    command(&flash, 0, 0xff);
+    assert_eq!((read(&flash, BLOCK), read(&flash, BLOCK + 8)), (0x1111_1111, 0x3333_3333));
+    command(&flash, BLOCK, 0xe8);
+    command(&flash, BLOCK, 0);
+    write(&flash, BLOCK + 12, 0);
+    command(&flash, BLOCK, 0xff);
+    command(&flash, 0, 0xff);
+    assert_eq!(read(&flash, BLOCK + 12), u32::MAX, "not confirmed");
+    command(&flash, BLOCK, 0xe8);
+    command(&flash, BLOCK, 0xffff);
+    assert_ne!(read(&flash, 0) & 0x30, 0, "more than the buffer holds");
+    command(&flash, 0, 0xff);
+    command(&flash, BLOCK, 0xe8);
+    command(&flash, BLOCK, 1);
+    write(&flash, 0, 0);
+    assert_ne!(read(&flash, 0) & 0x10, 0, "outside of the block");
+}
+
+#[test]
+fn a_file_is_mapped_in_array_mode_and_written_through() {
+    let (scratch, file) = Scratch::new("rw", SIZE);
+    let hook = Arc::new(Hook::default());
+    let rom = Some(Arc::clone(&hook) as Arc<dyn RomHook>);
+    let flash = bank(Backing::File { file, readonly: false }, rom);
+    command(&flash, BLOCK, 0x20);
+    command(&flash, BLOCK, 0xd0);
+    command(&flash, 0, 0x40);
+    write(&flash, BLOCK, 0x6c6c_6548);
+    command(&flash, 0, 0xff);
+    assert_eq!(*hook.0.lock(), [true, false, true]);
+    assert_eq!((read(&flash, BLOCK), read(&flash, 0)), (0x6c6c_6548, 0));
+    let bytes = std::fs::read(&scratch.0).expect("file");
+    assert_eq!(bytes[BLOCK as usize..BLOCK as usize + 5], *b"Hell\xff");
+    drop(flash);
+    assert_eq!(hook.0.lock().last(), Some(&false));
+}
+
+#[test]
+fn read_only_and_misfit_files_are_refused() {
+    let (_scratch, file) = Scratch::new("ro", SIZE);
+    let flash = bank(Backing::File { file, readonly: true }, None);
+    command(&flash, 0, 0x40);
+    write(&flash, 0, 0);
+    assert_eq!(read(&flash, 0) & 0xff, 0x92, "locked");
+    command(&flash, 0, 0x50);
+    command(&flash, 0, 0x20);
+    command(&flash, 0, 0xd0);
+    assert_eq!(read(&flash, 0) & 0xff, 0xa2);
+    let (_scratch, file) = Scratch::new("short", SIZE - 1);
+    let build = |size, backing| {
+        let spec = FlashSpec { id: "f".into(), gpa: 0, size, backing, rom: None };
+        Flash::new(spec).expect_err("refused").to_string()
+    };
+    assert!(build(SIZE, Backing::File { file, readonly: false }).contains("both must be equal"));
+    assert!(build(SIZE + 1, Backing::Erased).contains("power of two"));
+    assert!(build(4096, Backing::Erased).contains("power of two"));
+}
+
+#[test]
+fn state_survives() {
+    let flash = erased();
+    command(&flash, 0, 0x40);
+    write(&flash, 2 * BLOCK + 4, 7);
+    command(&flash, 0, 0x90);
+    let mut state = flash.save().expect("state");
+    let other = erased();
+    other.restore(&state).expect("same size");
+    assert_eq!(read(&other, 0), 0x0089_0089);
+    other.reset();
+    assert_eq!(read(&other, 2 * BLOCK + 4), 7, "contents survive a reset");
+    state.data["blocks"] = serde_json::json!({"9": [1]});
+    assert!(other.restore(&state).is_err());
+}
+
+#[test]
+fn hostile_accesses_do_no_harm() {
+    let flash = erased();
+    let offsets = [0, 1, 2, 3, BLOCK - 1, BLOCK - 2, SIZE - 4, SIZE - 1, SIZE, u64::MAX - 3, u64::MAX];
+    for first in 0..=255u8 {
+        for offset in offsets {
+            for len in [0, 1, 2, 3, 4, 5, 8, 64] {
+                let mut data = vec![first; len];
+                flash.write(at(0), &[first]);
+                flash.write(Access { offset, address: 0, vcpu: None }, &data);
+                flash.read(Access { offset, address: 0, vcpu: None }, &mut data);
+            }
+        }
+    }
+}
