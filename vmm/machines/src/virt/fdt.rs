@@ -64,6 +64,7 @@ pub fn build(plan: &Plan, chosen: &Chosen) -> std::result::Result<Vec<u8>, Error
     memory(&mut fdt, plan)?;
     cpus(&mut fdt, plan)?;
     power(&mut fdt, &handles)?;
+    firmware_devices(&mut fdt)?;
     let soc = fdt.begin_node("soc")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
@@ -163,6 +164,21 @@ fn power(fdt: &mut FdtWriter, handles: &Handles) -> Result {
         fdt.end_node(node)?;
     }
     Ok(())
+}
+
+fn firmware_devices(fdt: &mut FdtWriter) -> Result {
+    let fw_cfg = fdt.begin_node(&format!("fw-cfg@{:x}", plan::FW_CFG.base))?;
+    fdt.property_string("compatible", "qemu,fw-cfg-mmio")?;
+    reg(fdt, plan::FW_CFG)?;
+    fdt.property_null("dma-coherent")?;
+    fdt.end_node(fw_cfg)?;
+
+    let flash = fdt.begin_node(&format!("flash@{:x}", plan::FLASH.base))?;
+    fdt.property_string("compatible", "cfi-flash")?;
+    let banks = [plan::flash_bank(0), plan::flash_bank(1)];
+    fdt.property_array_u64("reg", &banks.map(|w| [w.base, w.len]).concat())?;
+    fdt.property_u32("bank-width", 4)?;
+    fdt.end_node(flash)
 }
 
 fn strings(list: &[&str]) -> Vec<String> {

@@ -7,10 +7,12 @@ pub mod plan;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use holdfast_accel::RomWindow;
+use holdfast_accel::{RomWindow, Vm};
 use holdfast_arch::riscv64::IsaModel;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildError, BusDevice, Device, IrqLine, IrqSink};
+use holdfast_devices::flash::{Backing, Flash, FlashSpec, RomHook};
+use holdfast_devices::fw_cfg::{self, FwCfg};
 use holdfast_devices::goldfish_rtc::GoldfishRtc;
 use holdfast_devices::pci::{
     ConfigBuilder, Ecam, Identity, IoWindow, PciBus, PciBusSpec, PciConfig, PciDevice,
@@ -138,8 +140,22 @@ impl Virt {
         attach(plan::SYSCON, "syscon", Arc::clone(&syscon) as Arc<dyn BusDevice>)?;
         attach(plan::PCI_ECAM, "pci-ecam", Ecam::new(Arc::clone(&pci)))?;
         attach(plan::PCI_IO, "pci-io", IoWindow::new(Arc::clone(&build.pio)))?;
+        let fw_cfg = fw_cfg(&plan, request.uuid, &context);
+        attach(plan::FW_CFG, "fw-cfg", fw_cfg.mmio())?;
         let rom = map_rom(&context)?;
-        let devices: Vec<Arc<dyn Device>> = vec![plic.clone(), aclint, serial, rtc, syscon];
+        let mut devices: Vec<Arc<dyn Device>> = vec![plic.clone(), aclint, serial, rtc, syscon, fw_cfg];
+        for bank in 0..2 {
+            let window = plan::flash_bank(bank);
+            let flash = Flash::new(FlashSpec {
+                id: format!("flash{bank}"),
+                gpa: window.base,
+                size: window.len,
+                backing: Backing::Erased,
+                rom: Some(Arc::new(VmRom(Arc::clone(&context.vm)))),
+            })?;
+            attach(window, "flash", Arc::clone(&flash) as Arc<dyn BusDevice>)?;
+            devices.push(flash);
+        }
         Ok(Self {
             plan,
             payload: request.payload,
@@ -151,6 +167,37 @@ impl Virt {
             context,
         })
     }
+}
+
+/// Maps flash in array mode as ROM.
+#[derive(Debug)]
+struct VmRom(Arc<dyn Vm>);
+
+impl RomHook for VmRom {
+    fn map(&self, gpa: u64, region: &Arc<GuestRegion>) -> bool {
+        let mapped = self.0.map_rom(&RomWindow { gpa, region: Arc::clone(region) });
+        if let Err(error) = &mapped {
+            tracing::warn!(%error, "flash at {gpa:#x} is read through its registers");
+        }
+        mapped.is_ok()
+    }
+
+    fn unmap(&self, gpa: u64) {
+        if let Err(error) = self.0.unmap_rom(gpa) {
+            tracing::error!(%error, "flash at {gpa:#x} stays mapped");
+        }
+    }
+}
+
+fn fw_cfg(plan: &Plan, uuid: Option<[u8; 16]>, context: &MachineContext) -> Arc<FwCfg> {
+    let device = FwCfg::new(context.build.memory.clone());
+    device.add_item(fw_cfg::key::UUID, uuid.unwrap_or_default().to_vec());
+    device.add_item(fw_cfg::key::RAM_SIZE, plan.ram.len.to_le_bytes().to_vec());
+    device.add_item(fw_cfg::key::NO_GRAPHIC, 1u16.to_le_bytes().to_vec());
+    let harts = plan.harts as u16;
+    device.add_item(fw_cfg::key::CPUS, harts.to_le_bytes().to_vec());
+    device.add_item(fw_cfg::key::MAX_CPUS, harts.to_le_bytes().to_vec());
+    device
 }
 
 fn add_host_bridge(pci: &Arc<PciBus>) -> Result<(), BuildError> {

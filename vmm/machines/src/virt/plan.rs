@@ -73,6 +73,11 @@ const MAX_RAM: u64 = 1 << 46;
 /// Firmware, a kernel and a device tree need this much.
 const MIN_RAM: u64 = 16 << 20;
 
+/// The window of flash bank 0 or 1.
+pub const fn flash_bank(index: u64) -> Window {
+    window(FLASH.base + index * (FLASH.len / 2), FLASH.len / 2)
+}
+
 /// The wire (0 to 3) that pin 0 (INTA#) to 3 (INTD#) of a PCI device goes to.
 pub fn pci_wire(device: u8, pin: u8) -> usize {
     (usize::from(device) + usize::from(pin)) % PCI_WIRES as usize

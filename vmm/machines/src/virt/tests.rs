@@ -278,6 +278,11 @@ fn devices_are_where_the_tree_says_and_wired_as_it_says() {
     write(plan::SYSCON.base, 0x7777);
     assert_eq!(*rig.sink.0.lock(), [SystemEvent::Reset]);
     assert_eq!(read(plan::PCI_ECAM.base), 0x0008_1b36);
+    mmio.write(Some(0), plan::FW_CFG.base + 8, &[0, 5]);
+    assert_eq!(read(plan::FW_CFG.base), 2, "number of vCPUs");
+    write(plan::flash_bank(1).base, 0x0098_0098);
+    assert_eq!(read(plan::flash_bank(1).base + 0x40), 0x0051_0051);
+    assert_eq!(read(plan::flash_bank(0).base), u32::MAX);
     // The transmitter-empty interrupt of the 16550, through PLIC source 10 to hart 0 in S mode.
     write(plan::PLIC.base + 4 * 10, 1);
     write(plan::PLIC.base + 0x2080, 1 << 10);
