@@ -5,6 +5,7 @@
 //! devices on its PCI bus or its virtio-mmio slots, loads firmware and kernel at every power-on,
 //! and says how each vCPU starts.
 
+pub mod q35;
 pub mod virt;
 
 use std::fmt::Debug;
@@ -154,6 +155,11 @@ pub trait MachineModule: Send + Sync + Debug {
     /// [`MachineError::Request`] naming what does not fit.
     fn ram_layout(&self, request: &MachineRequest) -> Result<Vec<RamRange>, MachineError>;
 
+    /// Guest-physical base of four pages that an x86 accelerator may use for itself.
+    fn x86_tss_base(&self) -> Option<u64> {
+        None
+    }
+
     /// Builds the platform devices and wires them.
     ///
     /// # Errors
@@ -192,5 +198,5 @@ pub trait Machine: Send + Sync + Debug {
 
 /// All machines.
 pub fn registry() -> &'static [&'static dyn MachineModule] {
-    &[&virt::VirtModule]
+    &[&q35::Q35Module, &virt::VirtModule]
 }
