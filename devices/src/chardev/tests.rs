@@ -130,3 +130,68 @@ fn a_pseudo_terminal_carries_bytes_both_ways() {
     }
     assert_eq!(seen, b"\x03k");
 }
+
+/// How the child of the next test ends.
+const WAYS_OUT: [&str; 6] = ["drop", "exit", "panic", "abort", "term", "hup"];
+const CHILD: &str = "HOLDFAST_TEST_TERMINAL_CHILD";
+
+/// Not a test of its own: what the child process does with its terminal, on standard input.
+#[test]
+fn terminal_child() {
+    let Ok(way) = std::env::var(CHILD) else { return };
+    let raw = terminal::RawTerminal::enter().expect("settings").expect("a terminal");
+    let echo = || sys::get_termios(libc::STDIN_FILENO).expect("settings").c_lflag & libc::ECHO != 0;
+    assert!(!echo(), "raw mode does not echo");
+    match way.as_str() {
+        "drop" => {
+            drop(raw);
+            // SAFETY: ends the process at once, without exit handlers.
+            unsafe { libc::_exit(0) };
+        }
+        "exit" => {
+            std::mem::forget(raw);
+            std::process::exit(0)
+        }
+        "panic" => {
+            std::mem::forget(raw);
+            assert!(std::panic::catch_unwind(|| panic!("on purpose")).is_err());
+            // SAFETY: as above.
+            unsafe { libc::_exit(0) };
+        }
+        "abort" => std::process::abort(),
+        way => {
+            let signal = if way == "term" { libc::SIGTERM } else { libc::SIGHUP };
+            // SAFETY: raise has no memory to get wrong.
+            unsafe { libc::raise(signal) };
+            unreachable!("the signal ends the process");
+        }
+    }
+}
+
+#[test]
+fn the_terminal_comes_back_on_every_way_out() {
+    use std::os::unix::process::ExitStatusExt;
+    for way in WAYS_OUT {
+        let (_master, slave, _) = sys::open_pty().expect("a pty");
+        let before = sys::get_termios(std::os::fd::AsRawFd::as_raw_fd(&slave)).expect("settings");
+        let status = std::process::Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "chardev::tests::terminal_child", "--test-threads=1"])
+            .env(CHILD, way)
+            .stdin(slave.try_clone().expect("a handle"))
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status()
+            .expect("runs");
+        let signal = match way {
+            "abort" => Some(libc::SIGABRT),
+            "term" => Some(libc::SIGTERM),
+            "hup" => Some(libc::SIGHUP),
+            _ => None,
+        };
+        assert_eq!(status.signal(), signal, "{way}: {status}");
+        assert!(signal.is_some() || status.success(), "{way}: {status}");
+        let after = sys::get_termios(std::os::fd::AsRawFd::as_raw_fd(&slave)).expect("settings");
+        assert_eq!((after.c_lflag, after.c_oflag), (before.c_lflag, before.c_oflag), "{way}");
+        assert_ne!(after.c_lflag & libc::ECHO, 0);
+    }
+}

@@ -292,8 +292,8 @@ impl BusDevice for Flash {
 #[serde(default)]
 struct State {
     regs: Regs,
-    /// Blocks that are not erased, for banks without a file.
-    blocks: std::collections::BTreeMap<u64, Vec<u8>>,
+    /// (offset, bytes) of what is not erased, for banks without a file.
+    programmed: Vec<(u64, Vec<u8>)>,
 }
 
 const KIND: &str = "cfi-flash";
@@ -311,7 +311,7 @@ impl Device for Flash {
 
     fn save(&self) -> Result<DeviceState, StateError> {
         let inner = self.inner.lock();
-        DeviceState::new(KIND, 1, &State { regs: inner.regs.clone(), blocks: inner.store.blocks() })
+        DeviceState::new(KIND, 1, &State { regs: inner.regs.clone(), programmed: inner.store.programmed() })
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
@@ -322,8 +322,8 @@ impl Device for Flash {
             return Err(invalid("its write buffer is larger than this device's"));
         }
         let mut inner = self.inner.lock();
-        if !inner.store.set_blocks(state.blocks) {
-            return Err(invalid("it has blocks that this bank does not"));
+        if !inner.store.set_programmed(&state.programmed) {
+            return Err(invalid("it has bytes behind this bank's end"));
         }
         inner.regs = state.regs;
         self.update_mapping(&mut inner);

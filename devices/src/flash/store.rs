@@ -10,6 +10,9 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MemoryRegionAd
 
 use super::{BLOCK, Backing};
 
+/// Saved runs of programmed bytes start and end at multiples of this.
+const RUN: usize = 64;
+
 #[derive(Debug)]
 pub(super) enum Store {
     /// Programmed blocks by number; all others are erased.
@@ -116,25 +119,37 @@ impl Store {
         }
     }
 
-    /// What must be saved with the VM: blocks that no file keeps.
-    pub(super) fn blocks(&self) -> BTreeMap<u64, Vec<u8>> {
-        match self {
-            Self::File { .. } => BTreeMap::new(),
-            Self::Sparse { blocks, .. } => blocks.iter().map(|(&n, b)| (n, b.to_vec())).collect(),
+    /// What must be saved with the VM: (offset, bytes) of what was programmed and no file keeps.
+    pub(super) fn programmed(&self) -> Vec<(u64, Vec<u8>)> {
+        let Self::Sparse { blocks, .. } = self else { return Vec::new() };
+        let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (number, block) in blocks {
+            for (at, piece) in block.chunks(RUN).enumerate() {
+                if piece.iter().all(|&b| b == 0xff) {
+                    continue;
+                }
+                let offset = number * BLOCK + (at * RUN) as u64;
+                match runs.last_mut() {
+                    Some((start, bytes)) if *start + bytes.len() as u64 == offset => bytes.extend(piece),
+                    _ => runs.push((offset, piece.to_vec())),
+                }
+            }
         }
+        runs
     }
 
-    /// Takes over saved blocks. False if they do not fit.
-    pub(super) fn set_blocks(&mut self, saved: BTreeMap<u64, Vec<u8>>) -> bool {
-        let count = self.size() / BLOCK;
-        let fit = saved.iter().all(|(&n, b)| n < count && b.len() as u64 == BLOCK);
-        match self {
-            Self::File { .. } => saved.is_empty(),
-            Self::Sparse { blocks, .. } if fit => {
-                *blocks = saved.into_iter().map(|(n, b)| (n, b.into_boxed_slice())).collect();
-                true
-            }
-            Self::Sparse { .. } => false,
+    /// Takes over what was saved. False if it does not fit; then nothing has changed.
+    pub(super) fn set_programmed(&mut self, runs: &[(u64, Vec<u8>)]) -> bool {
+        let fits = |(at, bytes): &(u64, Vec<u8>)| {
+            at.checked_add(bytes.len() as u64).is_some_and(|end| end <= self.size())
+        };
+        if !runs.iter().all(fits) {
+            return false;
         }
+        match self {
+            Self::File { .. } => return runs.is_empty(),
+            Self::Sparse { blocks, .. } => blocks.clear(),
+        }
+        runs.iter().all(|(at, bytes)| self.program(*at, bytes))
     }
 }

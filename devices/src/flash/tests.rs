@@ -183,7 +183,7 @@ fn state_survives() {
     assert_eq!(read(&other, 0), 0x0089_0089);
     other.reset();
     assert_eq!(read(&other, 2 * BLOCK + 4), 7, "contents survive a reset");
-    state.data["blocks"] = serde_json::json!({"9": [1]});
+    state.data["programmed"] = serde_json::json!([[SIZE - 1, [1, 2]]]);
     assert!(other.restore(&state).is_err());
 }
 

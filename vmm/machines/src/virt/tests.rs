@@ -318,3 +318,45 @@ fn every_topology_gives_a_tree() {
     let nul = fdt::Chosen { bootargs: "a\0b".into(), ..fdt::Chosen::default() };
     assert!(fdt::build(&plan, &nul).is_err());
 }
+
+/// A small generator (xorshift64*), so that a failure can be repeated.
+struct Random(u64);
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+#[test]
+fn random_accesses_to_every_window_do_no_harm() {
+    let rig = rig(Payload::default());
+    let windows = rig.build.mmio.windows();
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for round in 0..100_000 {
+        let window = &windows[random.below(windows.len() as u64) as usize];
+        // Registers are at the start; the rest is tried too.
+        let span = if random.below(4) == 0 { window.len } else { window.len.min(64) };
+        let address = window.base + random.below(span);
+        let len = [1, 2, 4, 4, 4, 8, 3, 16][random.below(8) as usize];
+        let mut data = vec![0; len];
+        if random.below(2) == 0 {
+            rig.build.mmio.read(Some(0), address, &mut data);
+        } else {
+            let value = random.next() >> random.below(64);
+            data.iter_mut().zip(value.to_le_bytes()).for_each(|(d, v)| *d = v);
+            rig.build.mmio.write(Some(0), address, &data);
+        }
+        if round % 10_000 == 0 {
+            for device in rig.machine.devices() {
+                let state = device.save().expect("state");
+                device.restore(&state).unwrap_or_else(|e| panic!("{}: {e}", device.id()));
+            }
+        }
+    }
+}
