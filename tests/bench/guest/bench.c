@@ -1,0 +1,310 @@
+// Benchmarks that run inside a guest. Each prints `BENCH <name> <microseconds> <checksum>`.
+// `bench all` runs every kernel; `bench run NAME CMD...` times a command.
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t now_us(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+static uint32_t rng_state = 12345;
+static uint32_t rng(void) {
+    rng_state ^= rng_state << 13;
+    rng_state ^= rng_state >> 17;
+    rng_state ^= rng_state << 5;
+    return rng_state;
+}
+
+// -- integer ---------------------------------------------------------------------------------------
+struct node { struct node *next; uint64_t value; };
+
+static uint64_t k_list(void) {
+    enum { N = 8192 };
+    static struct node nodes[N];
+    static int order[N];
+    for (int i = 0; i < N; i++) order[i] = i;
+    for (int i = N - 1; i > 0; i--) { int j = rng() % (i + 1), t = order[i]; order[i] = order[j]; order[j] = t; }
+    for (int i = 0; i < N; i++) { nodes[order[i]].next = &nodes[order[(i + 1) % N]]; nodes[i].value = i; }
+    uint64_t sum = 0;
+    struct node *p = nodes;
+    for (int i = 0; i < 40000000; i++) { sum += p->value; p = p->next; }
+    return sum;
+}
+
+static uint64_t k_matrix(void) {
+    enum { N = 96 };
+    static int32_t a[N][N], b[N][N], c[N][N];
+    for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) { a[i][j] = rng() & 255; b[i][j] = rng() & 255; }
+    for (int rep = 0; rep < 60; rep++)
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++) {
+                int32_t s = 0;
+                for (int k = 0; k < N; k++) s += a[i][k] * b[k][j];
+                c[i][j] += s;
+            }
+    uint64_t sum = 0;
+    for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) sum += (uint32_t)c[i][j];
+    return sum;
+}
+
+static uint64_t k_sieve(void) {
+    enum { N = 1 << 20 };
+    static uint8_t composite[N];
+    uint64_t count = 0;
+    for (int rep = 0; rep < 15; rep++) {
+        memset(composite, 0, N);
+        for (int i = 2; i < N; i++) {
+            if (composite[i]) continue;
+            count++;
+            for (long j = (long)i * i; j < N; j += i) composite[j] = 1;
+        }
+    }
+    return count;
+}
+
+static uint64_t k_sort(void) {
+    enum { N = 200000 };
+    static uint32_t v[N];
+    for (int i = 0; i < N; i++) v[i] = rng();
+    for (int gap = N / 2; gap > 0; gap /= 2)
+        for (int i = gap; i < N; i++) {
+            uint32_t x = v[i];
+            int j = i;
+            for (; j >= gap && v[j - gap] > x; j -= gap) v[j] = v[j - gap];
+            v[j] = x;
+        }
+    return v[0] ^ v[N / 2] ^ v[N - 1];
+}
+
+static uint64_t k_hash(void) {
+    enum { N = 1 << 14 };
+    static uint64_t keys[N], values[N];
+    memset(keys, 0, sizeof keys);
+    uint64_t sum = 0;
+    for (int i = 0; i < 12000000; i++) {
+        uint64_t key = (rng() % 10000) + 1, h = (key * 0x9e3779b97f4a7c15u) >> 50;
+        while (keys[h] && keys[h] != key) h = (h + 1) % N;
+        keys[h] = key;
+        sum += values[h]++;
+    }
+    return sum;
+}
+
+static uint64_t k_crc(void) {
+    static uint32_t table[256];
+    static uint8_t data[1 << 16];
+    for (uint32_t i = 0; i < 256; i++) { uint32_t c = i; for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1; table[i] = c; }
+    for (size_t i = 0; i < sizeof data; i++) data[i] = rng();
+    uint32_t crc = ~0u;
+    for (int rep = 0; rep < 500; rep++) for (size_t i = 0; i < sizeof data; i++) crc = table[(crc ^ data[i]) & 255] ^ (crc >> 8);
+    return crc;
+}
+
+static const uint32_t K256[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be,
+    0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa,
+    0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85,
+    0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3,
+    0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
+    0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+#define ROR(x, n) (((x) >> (n)) | ((x) << (32 - (n))))
+static void sha256_block(uint32_t *h, const uint32_t *in) {
+    uint32_t w[64], s[8];
+    for (int i = 0; i < 16; i++) w[i] = in[i];
+    for (int i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + (ROR(a, 7) ^ ROR(a, 18) ^ (a >> 3)) + w[i - 7] + (ROR(b, 17) ^ ROR(b, 19) ^ (b >> 10));
+    }
+    memcpy(s, h, sizeof s);
+    for (int i = 0; i < 64; i++) {
+        uint32_t t1 = s[7] + (ROR(s[4], 6) ^ ROR(s[4], 11) ^ ROR(s[4], 25)) + ((s[4] & s[5]) ^ (~s[4] & s[6])) + K256[i] + w[i];
+        uint32_t t2 = (ROR(s[0], 2) ^ ROR(s[0], 13) ^ ROR(s[0], 22)) + ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+        s[7] = s[6]; s[6] = s[5]; s[5] = s[4]; s[4] = s[3] + t1; s[3] = s[2]; s[2] = s[1]; s[1] = s[0]; s[0] = t1 + t2;
+    }
+    for (int i = 0; i < 8; i++) h[i] += s[i];
+}
+static uint64_t sha256_work(int blocks) {
+    uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, in[16];
+    for (int i = 0; i < 16; i++) in[i] = i * 0x01010101u;
+    for (int i = 0; i < blocks; i++) { sha256_block(h, in); in[i & 15] ^= h[0]; }
+    return h[0] ^ ((uint64_t)h[7] << 32);
+}
+static uint64_t k_sha256(void) { return sha256_work(150000); }
+
+static uint64_t k_interp(void) {
+    static const uint8_t code[] = {0, 1, 2, 3, 1, 4, 2, 5, 6};
+    static void *const ops[] = {&&inc, &&add, &&xor, &&rot, &&mul, &&sub, &&loop};
+    uint64_t a = 1, b = 7;
+    long n = 2500000;
+    const uint8_t *pc = code;
+#define NEXT goto *ops[*pc++]
+    NEXT;
+inc: a++; NEXT;
+add: a += b; NEXT;
+xor: b ^= a; NEXT;
+rot: a = (a << 7) | (a >> 57); NEXT;
+mul: b *= 3; NEXT;
+sub: a -= b >> 3; NEXT;
+loop: if (--n) { pc = code; NEXT; }
+    return a ^ b;
+}
+
+// -- calls -----------------------------------------------------------------------------------------
+static __attribute__((noinline)) uint64_t fib(unsigned n) { return n < 2 ? n : fib(n - 1) + fib(n - 2); }
+static uint64_t k_recursion(void) { return fib(34); }
+#define F(n, e) static __attribute__((noinline)) uint64_t f##n(uint64_t x) { return e; }
+F(0, x + 1) F(1, x * 3) F(2, x ^ 0x55) F(3, x - 7) F(4, x << 1) F(5, x >> 1) F(6, ~x) F(7, x + (x >> 3))
+static uint64_t k_indirect(void) {
+    static uint64_t (*const table[])(uint64_t) = {f0, f1, f2, f3, f4, f5, f6, f7};
+    uint64_t x = 1;
+    for (int i = 0; i < 10000000; i++) x = table[(x ^ i) & 7](x);
+    return x;
+}
+
+// -- floating point --------------------------------------------------------------------------------
+static uint64_t bits(double d) { uint64_t u; memcpy(&u, &d, 8); return u; }
+static uint64_t k_nbody(void) {
+    double p[5][3], v[5][3], m[5] = {39.5, 0.037, 0.011, 0.0017, 0.002};
+    for (int i = 0; i < 5; i++) for (int k = 0; k < 3; k++) { p[i][k] = (i + 1) * (k + 1.5); v[i][k] = 0.1 * (k - i); }
+    for (int step = 0; step < 120000; step++) {
+        for (int i = 0; i < 5; i++)
+            for (int j = i + 1; j < 5; j++) {
+                double d[3], r = 0.01;
+                for (int k = 0; k < 3; k++) { d[k] = p[i][k] - p[j][k]; r += d[k] * d[k]; }
+                double mag = 0.001 / (r * __builtin_sqrt(r));
+                for (int k = 0; k < 3; k++) { v[i][k] -= d[k] * m[j] * mag; v[j][k] += d[k] * m[i] * mag; }
+            }
+        for (int i = 0; i < 5; i++) for (int k = 0; k < 3; k++) p[i][k] += 0.001 * v[i][k];
+    }
+    return bits(p[0][0] + p[4][2]);
+}
+static uint64_t k_mandelbrot(void) {
+    uint64_t total = 0;
+    for (int y = 0; y < 160; y++)
+        for (int x = 0; x < 160; x++) {
+            double cr = x / 80.0 - 1.5, ci = y / 80.0 - 1.0, zr = 0, zi = 0;
+            int n = 0;
+            while (n < 200 && zr * zr + zi * zi < 4) { double t = zr * zr - zi * zi + cr; zi = 2 * zr * zi + ci; zr = t; n++; }
+            total += n;
+        }
+    return total;
+}
+static uint64_t k_matmul(void) {
+    enum { N = 100 };
+    static double a[N][N], b[N][N], c[N][N];
+    for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) { a[i][j] = i + j * 0.5; b[i][j] = i * 0.25 - j; }
+    for (int rep = 0; rep < 20; rep++)
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++) { double s = c[i][j]; for (int k = 0; k < N; k++) s += a[i][k] * b[k][j]; c[i][j] = s; }
+    return bits(c[N - 1][N - 1]);
+}
+static uint64_t k_float(void) {
+    static float x[4096], y[4096];
+    for (int i = 0; i < 4096; i++) { x[i] = i * 0.5f; y[i] = 1.0f / (i + 1); }
+    for (int rep = 0; rep < 800; rep++) for (int i = 0; i < 4096; i++) y[i] = y[i] * 0.999f + x[i] * 0.001f;
+    return bits(y[77] + y[4095]);
+}
+
+// -- memory and strings ----------------------------------------------------------------------------
+static uint64_t k_memcpy(void) {
+    enum { N = 1 << 20 };
+    static char a[N], b[N];
+    for (int i = 0; i < N; i++) a[i] = i;
+    for (int rep = 0; rep < 400; rep++) { memcpy(b, a, N); a[rep] ^= b[N - 1 - rep]; __asm__ volatile("" ::: "memory"); }
+    return b[4711];
+}
+static uint64_t k_strings(void) {
+    enum { N = 1 << 16 };
+    static char s[N], t[N];
+    memset(s, 'x', N - 1);
+    uint64_t sum = 0;
+    for (int rep = 0; rep < 300; rep++) {
+        s[N - 2 - rep] = 'y';
+        sum += strlen(s);
+        sum += (uintptr_t)memchr(s, 'y', N) & 0xffff;
+        strcpy(t, s);
+        sum += strcmp(s, t) == 0;
+    }
+    return sum;
+}
+
+// -- kernel ----------------------------------------------------------------------------------------
+static uint64_t k_syscall(void) { uint64_t s = 0; for (int i = 0; i < 400000; i++) s += getppid(); return s != 0; }
+static uint64_t k_pagefault(void) {
+    enum { N = 16 << 20 };
+    uint64_t sum = 0;
+    for (int rep = 0; rep < 8; rep++) {
+        char *p = mmap(0, N, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        for (int i = 0; i < N; i += 4096) p[i] = 1;
+        sum += p[4096];
+        munmap(p, N);
+    }
+    return sum;
+}
+static uint64_t k_fork(void) {
+    for (int i = 0; i < 400; i++) { pid_t p = fork(); if (!p) _exit(0); waitpid(p, 0, 0); }
+    return 400;
+}
+static uint64_t k_exec(void) {
+    for (int i = 0; i < 200; i++) { pid_t p = vfork(); if (!p) { execl("/bin/busybox", "true", (char *)0); _exit(1); } waitpid(p, 0, 0); }
+    return 200;
+}
+static uint64_t k_pipe(void) {
+    int a[2], b[2];
+    char c = 0;
+    if (pipe(a) || pipe(b)) return 0;
+    pid_t p = fork();
+    if (!p) { for (int i = 0; i < 20000; i++) { if (read(a[0], &c, 1) != 1 || write(b[1], &c, 1) != 1) _exit(1); } _exit(0); }
+    for (int i = 0; i < 20000; i++) { if (write(a[1], &c, 1) != 1 || read(b[0], &c, 1) != 1) break; }
+    waitpid(p, 0, 0);
+    return 20000;
+}
+
+// -- two vCPUs -------------------------------------------------------------------------------------
+static void *half(void *arg) { *(uint64_t *)arg = sha256_work(150000); return 0; }
+static uint64_t k_parallel2(void) {
+    pthread_t t;
+    uint64_t r;
+    pthread_create(&t, 0, half, &r);
+    uint64_t mine = sha256_work(150000);
+    pthread_join(t, 0);
+    return mine == r;
+}
+
+static const struct { const char *name; uint64_t (*f)(void); } kernels[] = {
+    {"list", k_list}, {"matrix", k_matrix}, {"sieve", k_sieve}, {"sort", k_sort}, {"hash", k_hash}, {"crc", k_crc},
+    {"sha256", k_sha256}, {"interp", k_interp}, {"recursion", k_recursion}, {"indirect", k_indirect}, {"nbody", k_nbody},
+    {"mandelbrot", k_mandelbrot}, {"matmul", k_matmul}, {"float", k_float}, {"memcpy", k_memcpy}, {"strings", k_strings},
+    {"syscall", k_syscall}, {"pagefault", k_pagefault}, {"fork", k_fork}, {"exec", k_exec}, {"pipe", k_pipe},
+    {"parallel2", k_parallel2},
+};
+
+int main(int argc, char **argv) {
+    if (argc > 3 && !strcmp(argv[1], "run")) {
+        uint64_t t = now_us();
+        pid_t p = fork();
+        if (!p) { execvp(argv[3], argv + 3); _exit(127); }
+        int status;
+        waitpid(p, &status, 0);
+        printf("BENCH %s %llu %d\n", argv[2], (unsigned long long)(now_us() - t), status);
+        return status != 0;
+    }
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
+        if (argc > 2 && strcmp(argv[2], kernels[i].name)) continue;
+        rng_state = 12345;
+        uint64_t t = now_us(), sum = kernels[i].f();
+        printf("BENCH %s %llu %llx\n", kernels[i].name, (unsigned long long)(now_us() - t), (unsigned long long)sum);
+        fflush(stdout);
+    }
+    return 0;
+}
