@@ -1,3 +1,279 @@
-//! A VM: its machine, devices and vCPUs.
+//! A VM: its machine, devices and vCPUs, and what can be done with them.
 
+mod assemble;
 pub mod vcpus;
+
+use std::fmt;
+use std::sync::Arc;
+
+use holdfast_accel::Vm as AccelVm;
+use holdfast_arch::{Arch, CpuModel, CpuState};
+use holdfast_clock::{Timers, VmClock};
+use holdfast_config::VmConfig;
+use holdfast_device::{BuildError, Bus, Device, StateError};
+use holdfast_machines::{Machine, MachineError, MachineModule};
+use holdfast_memory::GuestMemory;
+
+use crate::accel::NoAccelerator;
+use crate::ram::RamError;
+use crate::snapshot::ram::DemandPager;
+use vcpus::{VcpuError, Vcpus};
+
+pub use assemble::Host;
+
+/// A VM that cannot be built, or an operation on it that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// No machine has that name.
+    #[error("machine `{name}` does not exist for {arch} guests; {known} do")]
+    UnknownMachine {
+        /// What was asked for.
+        name: String,
+        /// The guest's architecture.
+        arch: Arch,
+        /// Machines of that architecture.
+        known: String,
+    },
+    /// The machine refuses.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The host does not provide RAM.
+    #[error("guest RAM cannot be provided")]
+    Ram(#[from] RamError),
+    /// No accelerator.
+    #[error(transparent)]
+    Accel(#[from] NoAccelerator),
+    /// The accelerator failed later.
+    #[error("the accelerator failed")]
+    Operation(#[from] holdfast_accel::AccelError),
+    /// A device cannot be built.
+    #[error("a device cannot be built")]
+    Device(#[from] BuildError),
+    /// A vCPU failed.
+    #[error("a vCPU failed")]
+    Vcpu(#[from] VcpuError),
+    /// A device's state cannot be saved or restored.
+    #[error("state of device `{id}`")]
+    State {
+        /// The device.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: StateError,
+    },
+    /// A saved VM does not fit this one.
+    #[error("the saved VM does not fit: {0}")]
+    Mismatch(String),
+    /// The host refuses something.
+    #[error("{what}")]
+    Host {
+        /// What was asked for.
+        what: String,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The operation makes no sense for this VM.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// A device that was plugged into the machine, with what monitors show of it.
+#[derive(Debug, Clone)]
+pub struct Plugged {
+    /// The device as the VM keeps it.
+    pub device: Arc<dyn Device>,
+    /// PCI address, if it has one.
+    pub bdf: Option<String>,
+}
+
+/// A VM with everything built. vCPUs stand until [`Vm::power_on`] or [`Vm::resume`].
+pub struct Vm {
+    config: VmConfig,
+    arch: Arch,
+    module: &'static dyn MachineModule,
+    memory: GuestMemory,
+    mmio: Arc<Bus>,
+    pio: Arc<Bus>,
+    clock: Arc<VmClock>,
+    timers: Arc<Timers>,
+    accel: Arc<dyn AccelVm>,
+    // vCPUs are dropped, and so stopped, before the devices that they use.
+    vcpus: Vcpus,
+    machine: Box<dyn Machine>,
+    plugged: Vec<Plugged>,
+    balloon: Option<Arc<holdfast_virtio::balloon::Balloon>>,
+    chardevs: Vec<assemble::Chardev>,
+    pager: Option<DemandPager>,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("machine", &self.module.name()).field("accel", &self.accel.accel()).finish()
+    }
+}
+
+impl Vm {
+    /// The config that it was built from, with ids filled in.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// The config, for changes that concern the next boot only.
+    pub fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.config
+    }
+
+    /// The guest's architecture.
+    pub fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    /// The kind of machine.
+    pub fn module(&self) -> &'static dyn MachineModule {
+        self.module
+    }
+
+    /// The accelerator's VM.
+    pub fn accel(&self) -> &Arc<dyn AccelVm> {
+        &self.accel
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &dyn Machine {
+        self.machine.as_ref()
+    }
+
+    /// Guest RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The memory and port buses.
+    pub fn buses(&self) -> [(&'static str, &Arc<Bus>); 2] {
+        [("memory", &self.mmio), ("I/O", &self.pio)]
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
+    }
+
+    /// Guest-virtual time.
+    pub fn clock(&self) -> &Arc<VmClock> {
+        &self.clock
+    }
+
+    /// Devices plugged into the machine, in order.
+    pub fn plugged(&self) -> &[Plugged] {
+        &self.plugged
+    }
+
+    /// Character devices by id, with their labels.
+    pub fn chardevs(&self) -> Vec<(String, String)> {
+        self.chardevs.iter().map(|c| (c.id.clone(), c.backend.label())).collect()
+    }
+
+    /// The balloon, if there is one.
+    pub fn balloon(&self) -> Option<&holdfast_virtio::balloon::Balloon> {
+        self.balloon.as_deref()
+    }
+
+    /// All devices in the order in which they are saved: the machine's, then those plugged in.
+    pub fn devices(&self) -> Vec<Arc<dyn Device>> {
+        let mut all = self.machine.devices();
+        all.extend(self.plugged.iter().map(|p| Arc::clone(&p.device)));
+        all
+    }
+
+    /// Loads the payload, puts every vCPU at its start and lets the guest run.
+    ///
+    /// # Errors
+    /// [`VmError`]; the guest does not run then.
+    pub fn power_on(&self) -> Result<(), VmError> {
+        self.start()?;
+        self.resume()
+    }
+
+    /// Loads the payload and puts every vCPU at its start.
+    fn start(&self) -> Result<(), VmError> {
+        self.machine.load()?;
+        self.vcpus.reset()?;
+        for index in 0..self.vcpus.len() {
+            let state = self.machine.start_state(index as u32, self.vcpus.state(index)?);
+            self.vcpus.set_state(index, state)?;
+        }
+        Ok(())
+    }
+
+    /// Resets the machine as a reset button would. The guest runs afterwards if `run`.
+    ///
+    /// # Errors
+    /// [`VmError`]; the guest stands then.
+    pub fn reset(&self, run: bool) -> Result<(), VmError> {
+        self.vcpus.pause()?;
+        for device in self.devices() {
+            device.reset();
+        }
+        self.start()?;
+        if run { self.resume() } else { Ok(()) }
+    }
+
+    /// Stops the guest: vCPUs, then devices' I/O, then time.
+    ///
+    /// # Errors
+    /// [`VmError`] if a vCPU does not stop.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.vcpus.pause()?;
+        for device in self.devices() {
+            device.pause();
+        }
+        self.clock.pause();
+        Ok(())
+    }
+
+    /// Lets the guest go on: time, devices, then vCPUs.
+    ///
+    /// # Errors
+    /// [`VmError`] if a vCPU does not run.
+    pub fn resume(&self) -> Result<(), VmError> {
+        self.clock.resume();
+        self.timers.clock_changed();
+        for device in self.devices() {
+            device.resume();
+        }
+        self.vcpus.run()?;
+        Ok(())
+    }
+
+    /// The CPU shown to the guest.
+    pub fn cpu_model(&self) -> CpuModel {
+        self.module.default_cpu()
+    }
+
+    /// The states of all vCPUs; the VM must be paused.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn vcpu_states(&self) -> Result<Vec<CpuState>, VmError> {
+        Ok(self.vcpus.states()?)
+    }
+
+    /// Keeps the pager of a VM that is restored on demand for as long as the VM.
+    pub fn attach_pager(&mut self, pager: DemandPager) {
+        self.pager = Some(pager);
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Devices must do no further I/O for a guest that stands; errors have nowhere to go here.
+        if let Err(error) = self.vcpus.pause() {
+            tracing::warn!("{error}");
+        }
+        for device in self.devices() {
+            device.pause();
+        }
+        self.timers.stop();
+    }
+}
