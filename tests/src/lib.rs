@@ -1,1 +1,202 @@
-//! End-to-end tests and benchmarks.
+//! What the end-to-end tests share: the program under test, guests, and talking to both.
+
+pub mod http;
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// The program under test: `HOLDFAST_BIN`, or the newest build in the target directory.
+///
+/// # Panics
+/// If there is none.
+pub fn holdfast() -> PathBuf {
+    if let Some(path) = std::env::var_os("HOLDFAST_BIN") {
+        return path.into();
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
+    let built = ["release", "debug"].map(|profile| target.join(profile).join("holdfast"));
+    let newest = built.into_iter().filter(|p| p.exists()).max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
+    newest.expect("build the program first (cargo build --release), or set HOLDFAST_BIN")
+}
+
+/// The directory with Debian's riscv64 `Image` and `initramfs.cpio`, fetched if it is missing.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn riscv64_guest() -> PathBuf {
+    if let Some(path) = std::env::var_os("HOLDFAST_RISCV64_GUEST") {
+        return path.into();
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/fetch-riscv64");
+    let output = Command::new(script).stderr(Stdio::inherit()).output().expect("fetch-riscv64 runs");
+    assert!(output.status.success(), "the riscv64 guest cannot be fetched");
+    String::from_utf8(output.stdout).expect("a path").trim().into()
+}
+
+/// Arguments that boot the riscv64 guest under translation with its console on the program's
+/// standard output. `test` is what the guest's init is to run; empty for a shell.
+pub fn riscv64_args(vcpus: u32, test: &str) -> Vec<String> {
+    let guest = riscv64_guest();
+    let test = if test.is_empty() { String::new() } else { format!(" holdfast.test={test}") };
+    let args = [
+        ["--arch", "riscv64"],
+        ["--machine", "virt"],
+        ["--accel", "tcg"],
+        ["--cpus", &format!("boot={vcpus}")],
+        ["--memory", "size=512M"],
+        ["--kernel", &format!("{}/Image", guest.display())],
+        ["--initramfs", &format!("{}/initramfs.cpio", guest.display())],
+        ["--cmdline", &format!("console=ttyS0{test}")],
+        ["--serial", "tty"],
+        ["--console", "off"],
+    ];
+    args.into_iter().flatten().map(str::to_owned).collect()
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: Vec<u8>,
+    closed: bool,
+}
+
+/// A running program whose output is collected.
+#[derive(Debug)]
+pub struct Program {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    seen: Arc<(Mutex<Seen>, Condvar)>,
+}
+
+impl Program {
+    /// Starts `holdfast run` with `args`.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn run<S: AsRef<str>>(args: &[S]) -> Self {
+        let mut command = Command::new(holdfast());
+        command.arg("run").args(args.iter().map(AsRef::as_ref));
+        Self::spawn(command)
+    }
+
+    /// Starts `command` with its standard streams connected.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn spawn(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let seen = Arc::new((Mutex::new(Seen::default()), Condvar::new()));
+        let out = child.stdout.take().expect("piped");
+        let err = child.stderr.take().expect("piped");
+        collect(out, Arc::clone(&seen), true);
+        collect(err, Arc::clone(&seen), false);
+        let stdin = child.stdin.take();
+        Self { child, stdin, seen }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All output so far.
+    ///
+    /// # Panics
+    /// If a collecting thread panicked.
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&self.seen.0.lock().expect("not poisoned").bytes).into_owned()
+    }
+
+    /// Waits until the output after byte `from` contains `text`; returns the offset after it.
+    ///
+    /// # Panics
+    /// If the program ends or `limit` passes first; the message shows the output.
+    pub fn wait_for_after(&self, text: &str, from: usize, limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
+        let (lock, changed) = &*self.seen;
+        let mut seen = lock.lock().expect("not poisoned");
+        loop {
+            let at = seen.bytes.get(from..).and_then(|b| b.windows(text.len()).position(|w| w == text.as_bytes()));
+            if let Some(at) = at {
+                return from + at + text.len();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !seen.closed && !left.is_zero(),
+                "`{text}` did not come; the output ends:\n{}",
+                tail(&String::from_utf8_lossy(&seen.bytes))
+            );
+            seen = changed.wait_timeout(seen, left).expect("not poisoned").0;
+        }
+    }
+
+    /// [`Program::wait_for_after`] from the start of the output.
+    pub fn wait_for(&self, text: &str, limit: Duration) -> usize {
+        self.wait_for_after(text, 0, limit)
+    }
+
+    /// Types `text`.
+    ///
+    /// # Panics
+    /// If the program no longer reads.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().expect("standard input is open");
+        stdin.write_all(text.as_bytes()).expect("the program reads");
+        stdin.flush().expect("the program reads");
+    }
+
+    /// Waits for the program to end.
+    ///
+    /// # Panics
+    /// If `limit` passes first.
+    pub fn wait_exit(&mut self, limit: Duration) -> ExitStatus {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("our child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end; the output ends:\n{}", tail(&self.output()));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills it outright.
+    pub fn kill(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn tail(text: &str) -> &str {
+    let start = text.len().saturating_sub(3000);
+    let start = (start..text.len()).find(|&i| text.is_char_boundary(i)).unwrap_or(text.len());
+    &text[start..]
+}
+
+fn collect(mut from: impl Read + Send + 'static, seen: Arc<(Mutex<Seen>, Condvar)>, closes: bool) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        loop {
+            let n = from.read(&mut buffer).unwrap_or(0);
+            let (lock, changed) = &*seen;
+            let mut seen = lock.lock().expect("not poisoned");
+            seen.bytes.extend_from_slice(&buffer[..n]);
+            seen.closed |= n == 0 && closes;
+            changed.notify_all();
+            if n == 0 {
+                return;
+            }
+        }
+    });
+}
