@@ -1,6 +1,8 @@
-//! The VM: machines, lifecycle, snapshot.
+//! The VM: machines, lifecycle, snapshot, and the control handle through which it is driven.
 
+pub mod accel;
 pub mod control;
+pub mod manager;
 pub mod ram;
 pub mod snapshot;
 pub mod vm;

@@ -82,6 +82,10 @@ pub enum VmError {
 /// A device that was plugged into the machine, with what monitors show of it.
 #[derive(Debug, Clone)]
 pub struct Plugged {
+    /// Its id: `_disk0`.
+    pub id: String,
+    /// Its kind: `virtio-blk`.
+    pub kind: &'static str,
     /// The device as the VM keeps it.
     pub device: Arc<dyn Device>,
     /// PCI address, if it has one.
@@ -118,11 +122,6 @@ impl Vm {
     /// The config that it was built from, with ids filled in.
     pub fn config(&self) -> &VmConfig {
         &self.config
-    }
-
-    /// The config, for changes that concern the next boot only.
-    pub fn config_mut(&mut self) -> &mut VmConfig {
-        &mut self.config
     }
 
     /// The guest's architecture.

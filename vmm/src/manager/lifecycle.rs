@@ -1,0 +1,206 @@
+//! Building, running and ending a VM.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use holdfast_config::{MemoryRestoreMode, RestoreConfig, VmConfig};
+
+use super::{Manager, Run, Stage, TapFds};
+use crate::control::{ControlError, ErrorKind, Event, Origin, Responder};
+use crate::snapshot::ram::{self, DemandPager};
+use crate::snapshot::{SavedVm, SnapshotDir};
+use crate::vm::{Host, Vm};
+
+/// Shorthand: the operation failed for this reason.
+fn failed<E: std::error::Error + Send + Sync + 'static>(message: &str) -> impl FnOnce(E) -> ControlError + use<'_, E> {
+    move |error| ControlError::failed(message, error)
+}
+
+impl Manager {
+    /// Builds the VM and lets it run, then answers.
+    pub(super) fn start_boot(&mut self, reply: Responder<()>) {
+        let checked = self.idle().and_then(|()| match self.stage {
+            Stage::Nothing => Err(ControlError::not_created()),
+            Stage::Built { .. } => Err(ControlError::new(ErrorKind::Failed, "VM is already running")),
+            Stage::Created => self.config.validate_for_boot().map_err(ControlError::from),
+        });
+        if let Err(error) = checked {
+            return reply.respond(Err(error));
+        }
+        self.events.publish(Event::Booting);
+        let (config, host) = (self.config.clone(), self.host());
+        let before_guest = Arc::clone(&self.options.before_guest);
+        let work = move || -> Result<Arc<Vm>, ControlError> {
+            let vm = Vm::build(config, host).map_err(failed("The VM could not boot"))?;
+            before_guest(vm.config()).map_err(|e| ControlError::new(ErrorKind::Failed, e))?;
+            vm.power_on().map_err(failed("The VM could not boot"))?;
+            Ok(Arc::new(vm))
+        };
+        let reply = share(reply);
+        let answer = Arc::clone(&reply);
+        let started = self.start_job("boot", work, move |manager, result| {
+            let result = result.map(|vm| manager.adopt(vm, Run::Running, Event::Booted));
+            respond(&answer, result);
+        });
+        if let Err(error) = started {
+            respond(&reply, Err(error));
+        }
+    }
+
+    /// Takes a VM that a job has built.
+    fn adopt(&mut self, vm: Arc<Vm>, run: Run, event: Event) {
+        self.config = vm.config().clone();
+        for id in 0..vm.vcpus().len() {
+            self.events.publish(Event::CreateVcpu { id: id as u32 });
+        }
+        self.stage = Stage::Built { vm, run };
+        self.events.publish(event);
+    }
+
+    pub(super) fn pause_vm(&mut self) -> Result<(), ControlError> {
+        self.idle()?;
+        let vm = self.built_and(Run::Running, "VM is not running")?;
+        self.events.publish(Event::Pausing);
+        vm.pause().map_err(failed("The VM could not be paused"))?;
+        self.set_run(Run::Paused);
+        self.events.publish(Event::Paused);
+        Ok(())
+    }
+
+    pub(super) fn resume_vm(&mut self) -> Result<(), ControlError> {
+        self.idle()?;
+        let vm = self.built_and(Run::Paused, "VM is not paused")?;
+        self.events.publish(Event::Resuming);
+        vm.resume().map_err(failed("The VM could not be resumed"))?;
+        self.set_run(Run::Running);
+        self.events.publish(Event::Resumed);
+        Ok(())
+    }
+
+    pub(super) fn reset(&mut self, origin: Origin) -> Result<(), ControlError> {
+        self.idle()?;
+        let vm = Arc::clone(self.built()?);
+        let run = !matches!(self.stage, Stage::Built { run: Run::Paused, .. });
+        self.events.publish(Event::Rebooting);
+        vm.reset(run).map_err(failed("The VM could not be reset"))?;
+        self.set_run(if run { Run::Running } else { Run::Paused });
+        self.events.publish(Event::Rebooted(origin));
+        Ok(())
+    }
+
+    /// Ends the VM and keeps its config.
+    pub(super) fn switch_off(&mut self, origin: Origin) -> Result<(), ControlError> {
+        self.idle()?;
+        self.built()?;
+        self.stage = Stage::Created;
+        self.events.publish(Event::Shutdown(origin));
+        Ok(())
+    }
+
+    /// Saves the paused VM on a thread of its own, then answers.
+    pub(super) fn start_snapshot(&mut self, directory: Option<&Path>, reply: Responder<()>) {
+        let checked = self.idle().and_then(|()| {
+            let vm = self.built_and(Run::Paused, "VM must be paused before it is snapshotted")?;
+            let invalid = || ControlError::new(ErrorKind::Failed, "destination_url is not file:// and an absolute path");
+            let dir = SnapshotDir::open(directory.ok_or_else(invalid)?).map_err(failed("The VM could not be saved"))?;
+            Ok((vm, dir))
+        });
+        let (vm, dir) = match checked {
+            Ok(checked) => checked,
+            Err(error) => return reply.respond(Err(error)),
+        };
+        self.events.publish(Event::Snapshotting);
+        let work = move || -> Result<(), ControlError> {
+            let saved = vm.save().map_err(failed("The VM could not be saved"))?;
+            let write = |file: &std::fs::File| ram::save(vm.memory(), file);
+            dir.write(vm.config(), &saved, write).map_err(failed("The VM could not be saved"))
+        };
+        let reply = share(reply);
+        let answer = Arc::clone(&reply);
+        let started = self.start_job("snapshot", work, move |manager, result| {
+            if result.is_ok() {
+                manager.events.publish(Event::Snapshotted);
+            }
+            respond(&answer, result);
+        });
+        if let Err(error) = started {
+            respond(&reply, Err(error));
+        }
+    }
+
+    /// Restores a VM on a thread of its own, then answers.
+    pub(super) fn start_restore(&mut self, config: RestoreConfig, fds: Vec<OwnedFd>, reply: Responder<()>) {
+        let checked = self.idle().and_then(|()| match self.stage {
+            Stage::Nothing => Ok(()),
+            _ => Err(ControlError::new(ErrorKind::Failed, "VM is already created")),
+        });
+        if let Err(error) = checked {
+            return reply.respond(Err(error));
+        }
+        self.events.publish(Event::Restoring);
+        self.tap_fds = sort_fds(&config, fds);
+        let host = self.host();
+        let before_guest = Arc::clone(&self.options.before_guest);
+        let resume = config.resume;
+        let work = move || -> Result<Arc<Vm>, ControlError> {
+            let vm = restore(&config, host)?;
+            before_guest(vm.config()).map_err(|e| ControlError::new(ErrorKind::Failed, e))?;
+            if resume {
+                vm.resume().map_err(failed("The VM could not be resumed"))?;
+            }
+            Ok(Arc::new(vm))
+        };
+        let reply = share(reply);
+        let answer = Arc::clone(&reply);
+        let started = self.start_job("restore", work, move |manager, result| {
+            let run = if resume { Run::Running } else { Run::Paused };
+            let result = result.map(|vm| manager.adopt(vm, run, Event::Restored));
+            respond(&answer, result);
+        });
+        if let Err(error) = started {
+            respond(&reply, Err(error));
+        }
+    }
+}
+
+/// A responder that a job may answer, or, if the job cannot start, its starter.
+type Shared = Arc<parking_lot::Mutex<Option<Responder<()>>>>;
+
+fn share(reply: Responder<()>) -> Shared {
+    Arc::new(parking_lot::Mutex::new(Some(reply)))
+}
+
+fn respond(reply: &Shared, result: Result<(), ControlError>) {
+    if let Some(reply) = reply.lock().take() {
+        reply.respond(result);
+    }
+}
+
+/// Which of the message's descriptors belong to which network device.
+fn sort_fds(config: &RestoreConfig, fds: Vec<OwnedFd>) -> TapFds {
+    let mut fds = fds.into_iter();
+    let nets = config.net_fds.iter().flatten();
+    nets.map(|net| (net.id.clone(), fds.by_ref().take(net.num_fds).collect())).collect()
+}
+
+fn restore(config: &RestoreConfig, host: Host) -> Result<Vm, ControlError> {
+    const MESSAGE: &str = "The VM could not be restored";
+    let invalid = || ControlError::new(ErrorKind::Failed, "source_url is not file:// and an absolute path");
+    let dir = SnapshotDir::open(&config.directory().ok_or_else(invalid)?).map_err(failed(MESSAGE))?;
+    let saved: SavedVm = dir.state().map_err(failed(MESSAGE))?;
+    let vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;
+    vm_config.validate_for_boot().map_err(failed(MESSAGE))?;
+    let file = dir.ram().map_err(failed(MESSAGE))?;
+    let spawner = Arc::clone(&host.spawner);
+    let mut vm = Vm::build(vm_config, host).map_err(failed(MESSAGE))?;
+    match config.memory_restore_mode {
+        MemoryRestoreMode::Copy => ram::load(vm.memory(), &file).map_err(failed(MESSAGE))?,
+        MemoryRestoreMode::OnDemand => {
+            let pager = DemandPager::start(vm.memory(), file, true, spawner.as_ref()).map_err(failed(MESSAGE))?;
+            vm.attach_pager(pager);
+        }
+    }
+    vm.restore(&saved).map_err(failed(MESSAGE))?;
+    Ok(vm)
+}

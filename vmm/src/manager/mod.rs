@@ -1,0 +1,334 @@
+//! The VM manager: one thread that owns the VM and serves every operation.
+//!
+//! It never does anything long itself. Building a VM, saving and restoring run as *jobs* on threads of
+//! their own; while one is under way, operations that would change the VM's state are refused as busy
+//! and everything else is answered.
+
+mod lifecycle;
+mod query;
+mod serve;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use holdfast_accel::AccelError;
+use holdfast_config::{IdAllocator, VmConfig};
+use holdfast_device::{SystemEvent, SystemSink};
+use holdfast_threads::{Role, Spawner};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::control::{ControlError, ControlInbox, ErrorKind, Event, EventBus, Origin};
+use crate::vm::vcpus::VcpuEvents;
+use crate::vm::{Host, Vm};
+
+/// How the manager is set up.
+#[derive(Clone)]
+pub struct ManagerOptions {
+    /// Starts all threads.
+    pub spawner: Arc<dyn Spawner>,
+    /// The process goes on when the guest has switched itself off (`--no-shutdown`).
+    pub no_shutdown: bool,
+    /// Runs when a VM is built, before its guest runs: the sandbox closes here.
+    pub before_guest: Arc<dyn Fn(&VmConfig) -> Result<(), String> + Send + Sync>,
+}
+
+impl std::fmt::Debug for ManagerOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManagerOptions").field("no_shutdown", &self.no_shutdown).finish_non_exhaustive()
+    }
+}
+
+/// A message to the manager from a thread of the VM.
+enum Message {
+    /// The guest asks for something.
+    System(SystemEvent),
+    /// The accelerator cannot go on.
+    VcpuFailed(u32, AccelError),
+    /// A vCPU stopped at a breakpoint.
+    Debug(u32, u64),
+    /// The terminal's escape was typed.
+    Quit,
+    /// A job is done; what is left is for the manager's thread.
+    Done(Box<dyn FnOnce(&mut Manager) + Send>),
+}
+
+/// The way for the VM's threads to wake the manager.
+#[derive(Clone)]
+struct Wire {
+    messages: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+impl std::fmt::Debug for Wire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Wire")
+    }
+}
+
+impl Wire {
+    fn send(&self, message: Message) {
+        // Without a manager nobody is left to be told.
+        let _ = self.messages.send(message);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl SystemSink for Wire {
+    fn request(&self, event: SystemEvent) {
+        self.send(Message::System(event));
+    }
+}
+
+impl VcpuEvents for Wire {
+    fn vcpu_failed(&self, index: u32, error: AccelError) {
+        self.send(Message::VcpuFailed(index, error));
+    }
+
+    fn vcpu_debug(&self, index: u32, pc: u64) {
+        self.send(Message::Debug(index, pc));
+    }
+}
+
+/// What a VM that is there does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Run {
+    Running,
+    Paused,
+    /// The guest switched itself off and the process stays.
+    Off,
+    /// The accelerator cannot go on.
+    Failed,
+    Panicked,
+}
+
+/// The VM.
+#[derive(Debug)]
+enum Stage {
+    /// There is none.
+    Nothing,
+    /// It has a config.
+    Created,
+    /// It is built.
+    Built { vm: Arc<Vm>, run: Run },
+}
+
+/// The tap devices that came with a config, by device id.
+type TapFds = BTreeMap<String, Vec<OwnedFd>>;
+
+/// Owns the VM.
+#[derive(Debug)]
+pub struct Manager {
+    inbox: ControlInbox,
+    events: EventBus,
+    options: ManagerOptions,
+    wire: Wire,
+    messages: Receiver<Message>,
+    config: VmConfig,
+    ids: IdAllocator,
+    tap_fds: TapFds,
+    stage: Stage,
+    /// The job under way, by name.
+    job: Option<&'static str>,
+    exit: Option<u8>,
+}
+
+/// Exit status of the process when the VM failed.
+const FAILED: u8 = 1;
+
+impl Manager {
+    /// A manager without a VM that serves `inbox`.
+    ///
+    /// # Errors
+    /// The host's error if it has no eventfd left.
+    pub fn new(inbox: ControlInbox, options: ManagerOptions) -> io::Result<Self> {
+        let (messages_in, messages) = channel();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let events = inbox.events().clone();
+        Ok(Self {
+            inbox,
+            events,
+            options,
+            wire: Wire { messages: messages_in, wake },
+            messages,
+            config: VmConfig::default(),
+            ids: IdAllocator::default(),
+            tap_fds: TapFds::new(),
+            stage: Stage::Nothing,
+            job: None,
+            exit: None,
+        })
+    }
+
+    /// Serves until the process is to end; returns its exit status.
+    ///
+    /// # Errors
+    /// The host's error if it cannot wait for requests.
+    pub fn run(mut self) -> io::Result<u8> {
+        self.events.publish(Event::VmmStarting);
+        let status = loop {
+            if let Some(status) = self.exit {
+                break status;
+            }
+            self.wait()?;
+            while let Ok(message) = self.messages.try_recv() {
+                self.take(message);
+            }
+            while self.exit.is_none()
+                && let Some(request) = self.inbox.next_request()
+            {
+                request.serve(&mut self);
+            }
+        };
+        // The guest stops, and the terminal is as it was, before anyone hears of the end.
+        self.stage = Stage::Nothing;
+        self.events.publish(Event::VmmShutdown);
+        Ok(status)
+    }
+
+    /// Sleeps until there is a request or a message.
+    fn wait(&self) -> io::Result<()> {
+        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = [poll(self.inbox.as_raw_fd()), poll(self.wire.wake.as_raw_fd())];
+        // SAFETY: `fds` are two valid pollfds whose descriptors `self` keeps open.
+        if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        // An error means that nothing was written.
+        let _ = self.wire.wake.read();
+        Ok(())
+    }
+
+    /// Runs `work` on a thread of its own, then `done` with its result here.
+    fn start_job<T: Send + 'static>(
+        &mut self,
+        name: &'static str,
+        work: impl FnOnce() -> T + Send + 'static,
+        done: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) -> Result<(), ControlError> {
+        let wire = self.wire.clone();
+        let body = move || {
+            let result = work();
+            wire.send(Message::Done(Box::new(move |manager| {
+                manager.job = None;
+                done(manager, result);
+            })));
+        };
+        self.options
+            .spawner
+            .spawn(name, Role::Migration, Box::new(body))
+            .map_err(|e| ControlError::failed(format!("No thread for `{name}`"), e))?;
+        self.job = Some(name);
+        Ok(())
+    }
+
+    /// Fails while a job is under way.
+    fn idle(&self) -> Result<(), ControlError> {
+        match self.job {
+            Some(job) => Err(ControlError::new(ErrorKind::Busy, format!("`{job}` is under way"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The VM, if it is built.
+    fn built(&self) -> Result<&Arc<Vm>, ControlError> {
+        match &self.stage {
+            Stage::Nothing => Err(ControlError::not_created()),
+            Stage::Created => Err(ControlError::not_running()),
+            Stage::Built { vm, .. } => Ok(vm),
+        }
+    }
+
+    /// The VM if its state is `wanted`.
+    fn built_and(&self, wanted: Run, otherwise: &str) -> Result<Arc<Vm>, ControlError> {
+        match &self.stage {
+            Stage::Built { vm, run } if *run == wanted => Ok(Arc::clone(vm)),
+            Stage::Built { .. } => Err(ControlError::new(ErrorKind::Failed, otherwise)),
+            _ => self.built().cloned(),
+        }
+    }
+
+    fn set_run(&mut self, to: Run) {
+        if let Stage::Built { run, .. } = &mut self.stage {
+            *run = to;
+        }
+    }
+
+    /// What VMs are built with.
+    fn host(&mut self) -> Host {
+        let quit = self.wire.clone();
+        Host {
+            spawner: Arc::clone(&self.options.spawner),
+            system: Arc::new(self.wire.clone()),
+            vcpu_events: Arc::new(self.wire.clone()),
+            events: self.events.clone(),
+            quit: Arc::new(move || quit.send(Message::Quit)),
+            tap_fds: std::mem::take(&mut self.tap_fds),
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Done(done) => done(self),
+            Message::Quit => {
+                self.events.publish(Event::Shutdown(Origin::HostQuit));
+                self.exit = Some(0);
+            }
+            Message::System(event) => self.guest_asks(event),
+            Message::VcpuFailed(index, error) => {
+                let error = ControlError::failed(format!("vCPU {index} cannot go on"), error);
+                tracing::error!("{}", error.describe());
+                self.stand_still(Run::Failed);
+                self.end_unless_kept(FAILED, Event::Shutdown(Origin::HostError));
+            }
+            Message::Debug(index, pc) => tracing::debug!(index, pc, "vCPU stopped for the debugger"),
+        }
+    }
+
+    fn guest_asks(&mut self, event: SystemEvent) {
+        let Stage::Built { run: Run::Running, .. } = &self.stage else { return };
+        match event {
+            SystemEvent::Shutdown => {
+                self.stand_still(Run::Off);
+                self.end_unless_kept(0, Event::Shutdown(Origin::Guest));
+            }
+            SystemEvent::Exit(status) => {
+                self.stand_still(Run::Off);
+                self.end_unless_kept(status, Event::Shutdown(Origin::Guest));
+            }
+            SystemEvent::Panic => {
+                self.events.publish(Event::GuestPanic);
+                self.stand_still(Run::Panicked);
+            }
+            SystemEvent::Reset => {
+                if let Err(error) = self.reset(Origin::Guest) {
+                    tracing::error!("the guest's reset failed: {}", error.describe());
+                    self.stand_still(Run::Failed);
+                    self.end_unless_kept(FAILED, Event::Shutdown(Origin::HostError));
+                }
+            }
+        }
+    }
+
+    /// Stops the guest for good.
+    fn stand_still(&mut self, run: Run) {
+        if let Stage::Built { vm, .. } = &self.stage
+            && let Err(error) = vm.pause()
+        {
+            tracing::error!("{error}");
+        }
+        self.set_run(run);
+    }
+
+    fn end_unless_kept(&mut self, status: u8, event: Event) {
+        self.events.publish(event);
+        if !self.options.no_shutdown {
+            self.exit = Some(status);
+        }
+    }
+}

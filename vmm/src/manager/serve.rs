@@ -1,0 +1,253 @@
+//! The manager's side of the control handle.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use holdfast_config::{
+    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    check_id, validate_disk, validate_net,
+};
+
+use super::{Manager, Run, Stage, query};
+use crate::control::{
+    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, ErrorKind, Event, KvmInfo, MachineInfo, MemoryRead,
+    Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+};
+
+impl Manager {
+    /// The config, if devices can still be added to it.
+    fn open_config(&mut self) -> Result<&mut VmConfig, ControlError> {
+        self.idle()?;
+        match self.stage {
+            Stage::Nothing => Err(ControlError::not_created()),
+            Stage::Created => Ok(&mut self.config),
+            Stage::Built { .. } => Err(ControlError::unsupported("adding or removing a device of a VM that has booted")),
+        }
+    }
+
+    /// Checks or makes the id of a device that is added.
+    fn name_device(&mut self, id: &mut Option<String>, prefix: &str) -> Result<(), ControlError> {
+        let taken: Vec<String> = self.config.device_ids().into_iter().map(str::to_owned).collect();
+        match id {
+            Some(id) => {
+                check_id(id).map_err(|e| ControlError::new(ErrorKind::Invalid, e))?;
+                if taken.contains(id) {
+                    let text = format!("There is a device `{id}` already");
+                    return Err(ControlError::new(ErrorKind::Conflict, text));
+                }
+            }
+            None => *id = Some(self.ids.allocate(prefix, |id| taken.iter().any(|t| t == id))),
+        }
+        Ok(())
+    }
+}
+
+impl VmManager for Manager {
+    fn create(&mut self, mut config: Box<VmConfig>) -> Result<(), ControlError> {
+        self.idle()?;
+        if !matches!(self.stage, Stage::Nothing) {
+            return Err(ControlError::new(ErrorKind::Failed, "VM is already created"));
+        }
+        config.validate()?;
+        self.ids.assign(&mut config);
+        self.config = *config;
+        self.stage = Stage::Created;
+        Ok(())
+    }
+
+    fn delete(&mut self, reply: Responder<()>) {
+        let result = self.idle().map(|()| {
+            if matches!(self.stage, Stage::Nothing) {
+                return;
+            }
+            if matches!(self.stage, Stage::Built { .. }) {
+                self.events.publish(Event::Shutdown(Origin::Host));
+            }
+            self.stage = Stage::Nothing;
+            self.config = VmConfig::default();
+            self.ids = holdfast_config::IdAllocator::default();
+            self.tap_fds.clear();
+            self.events.publish(Event::Deleted);
+        });
+        reply.respond(result);
+    }
+
+    fn boot(&mut self, reply: Responder<()>) {
+        self.start_boot(reply);
+    }
+
+    fn pause(&mut self, reply: Responder<()>) {
+        reply.respond(self.pause_vm());
+    }
+
+    fn resume(&mut self, reply: Responder<()>) {
+        reply.respond(self.resume_vm());
+    }
+
+    fn shutdown(&mut self, reply: Responder<()>) {
+        reply.respond(self.switch_off(Origin::Host));
+    }
+
+    fn reboot(&mut self, reply: Responder<()>) {
+        reply.respond(self.reset(Origin::Host));
+    }
+
+    fn power_button(&mut self) -> Result<(), ControlError> {
+        let vm = self.built_and(Run::Running, "VM is not running")?;
+        if !vm.machine().power_button() {
+            let machine = vm.module().name();
+            return Err(ControlError::new(ErrorKind::Failed, format!("Machine `{machine}` has no power button")));
+        }
+        self.events.publish(Event::PowerButton);
+        Ok(())
+    }
+
+    fn nmi(&mut self) -> Result<(), ControlError> {
+        let vm = self.built_and(Run::Running, "VM is not running")?;
+        vm.vcpus().nmi().map_err(|e| ControlError::failed("The NMI could not be injected", e))
+    }
+
+    fn info(&mut self) -> Result<VmInfo, ControlError> {
+        match &self.stage {
+            Stage::Nothing => Err(ControlError::not_created()),
+            Stage::Created => Ok(query::info_created(&self.config)),
+            Stage::Built { vm, run } => Ok(query::info(vm, *run)),
+        }
+    }
+
+    fn counters(&mut self) -> Result<Counters, ControlError> {
+        match &self.stage {
+            Stage::Built { vm, .. } => Ok(query::counters(vm)),
+            _ => Err(ControlError::not_running()),
+        }
+    }
+
+    fn resize(&mut self, resize: VmResize) -> Result<(), ControlError> {
+        let vm = Arc::clone(self.built()?);
+        let refuse = |asked: bool, what: &str| {
+            if asked { Err(ControlError::unsupported(format_args!("{what} of a running VM"))) } else { Ok(()) }
+        };
+        refuse(resize.desired_vcpus.is_some_and(|n| n as usize != vm.vcpus().len()), "changing desired_vcpus")?;
+        refuse(resize.desired_ram.is_some_and(|n| n != vm.config().memory.size), "changing desired_ram")?;
+        let Some(size) = resize.desired_balloon else { return Ok(()) };
+        let balloon = vm.balloon().ok_or_else(|| ControlError::new(ErrorKind::Failed, "The VM has no balloon"))?;
+        self.events.publish(Event::Resizing);
+        balloon.resize(size).map_err(|e| ControlError::failed("The balloon could not be resized", e))?;
+        if let Some(config) = &mut self.config.balloon {
+            config.size = size;
+        }
+        self.events.publish(Event::Resized);
+        Ok(())
+    }
+
+    fn add_disk(&mut self, mut disk: DiskConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.open_config()?;
+        validate_disk(&disk)?;
+        self.name_device(&mut disk.id, "_disk")?;
+        self.open_config()?.disks.get_or_insert_default().push(disk);
+        Ok(None)
+    }
+
+    fn add_net(&mut self, mut net: NetConfig, fds: Vec<OwnedFd>) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.open_config()?;
+        validate_net(&net)?;
+        self.name_device(&mut net.id, "_net")?;
+        if !fds.is_empty() {
+            self.tap_fds.insert(net.id.clone().unwrap_or_default(), fds);
+        }
+        self.open_config()?.net.get_or_insert_default().push(net);
+        Ok(None)
+    }
+
+    fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError> {
+        let config = self.open_config()?;
+        if !config.remove_device(&device.id) {
+            let text = format!("There is no device `{}`", device.id);
+            return Err(ControlError::new(ErrorKind::DeviceNotFound, text));
+        }
+        self.tap_fds.remove(&device.id);
+        Ok(())
+    }
+
+    fn snapshot(&mut self, config: VmSnapshotConfig, reply: Responder<()>) {
+        self.start_snapshot(config.directory().as_deref(), reply);
+    }
+
+    fn restore(&mut self, config: RestoreConfig, fds: Vec<OwnedFd>, reply: Responder<()>) {
+        self.start_restore(config, fds, reply);
+    }
+
+    fn vmm_shutdown(&mut self, origin: Origin, reply: Responder<()>) {
+        if matches!(self.stage, Stage::Built { .. }) {
+            self.events.publish(Event::Shutdown(origin));
+        }
+        self.exit = Some(0);
+        reply.respond(Ok(()));
+    }
+
+    fn run_state(&mut self) -> RunState {
+        match (&self.stage, self.job) {
+            (Stage::Nothing | Stage::Created, Some("restore")) => RunState::RestoreVm,
+            (Stage::Nothing | Stage::Created, _) => RunState::Prelaunch,
+            (Stage::Built { .. }, Some("snapshot")) => RunState::SaveVm,
+            (Stage::Built { run, .. }, _) => match run {
+                Run::Running => RunState::Running,
+                Run::Paused => RunState::Paused,
+                Run::Off => RunState::Shutdown,
+                Run::Failed => RunState::InternalError,
+                Run::Panicked => RunState::GuestPanicked,
+            },
+        }
+    }
+
+    fn kvm(&mut self) -> KvmInfo {
+        let enabled = self.built().is_ok_and(|vm| vm.accel().accel() == "kvm");
+        KvmInfo { enabled, present: std::path::Path::new("/dev/kvm").exists() }
+    }
+
+    fn cpus(&mut self) -> Vec<CpuInfoFast> {
+        self.built().map(|vm| query::cpus(vm)).unwrap_or_default()
+    }
+
+    fn machines(&mut self) -> Vec<MachineInfo> {
+        query::machines()
+    }
+
+    fn chardevs(&mut self) -> Vec<ChardevInfo> {
+        self.built().map(|vm| query::chardevs(vm)).unwrap_or_default()
+    }
+
+    fn block(&mut self) -> Vec<BlockInfo> {
+        query::block(&self.config)
+    }
+
+    fn pci(&mut self) -> Vec<PciInfo> {
+        self.built().map(|vm| query::pci(vm)).unwrap_or_default()
+    }
+
+    fn registers(&mut self, vcpu: Option<u32>, reply: Responder<String>) {
+        let running = matches!(self.stage, Stage::Built { run: Run::Running, .. });
+        reply.respond(self.idle().and_then(|()| query::registers(self.built()?, vcpu, running)));
+    }
+
+    fn memory_tree(&mut self) -> Result<String, ControlError> {
+        Ok(query::memory_tree(self.built()?))
+    }
+
+    fn device_tree(&mut self) -> Result<String, ControlError> {
+        Ok(query::device_tree_text(self.built()?))
+    }
+
+    fn jit(&mut self) -> Result<String, ControlError> {
+        let vm = self.built()?;
+        let accel = vm.accel().accel();
+        vm.accel().jit_info().ok_or_else(|| {
+            ControlError::new(ErrorKind::Failed, format!("Nothing is translated under the accelerator `{accel}`"))
+        })
+    }
+
+    fn read_memory(&mut self, read: MemoryRead, reply: Responder<Vec<u8>>) {
+        let running = matches!(self.stage, Stage::Built { run: Run::Running, .. });
+        reply.respond(self.idle().and_then(|()| query::read_memory(self.built()?, read, running)));
+    }
+}
