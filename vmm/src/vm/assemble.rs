@@ -1,0 +1,285 @@
+//! Building a VM from its config: RAM, accelerator, machine, devices, vCPUs.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use holdfast_accel::{IrqChip, VmSpec};
+use holdfast_clock::{HostRandom, Timers, VmClock};
+use holdfast_config::{ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, VmConfig};
+use holdfast_device::{BuildContext, Bus, SystemSink};
+use holdfast_devices::chardev::{self, CharBackend, CharContext, CharSpec};
+use holdfast_machines::{
+    Machine, MachineContext, MachineModule, MachineRequest, Payload, Topology, VirtioSlot, registry,
+};
+use holdfast_threads::Spawner;
+
+use super::plug::{self, Plugs};
+use super::vcpus::{VcpuEvents, VcpuSetup, Vcpus};
+use super::{Vm, VmError};
+use crate::accel;
+use crate::control::EventBus;
+use crate::ram::{self, RamSpec};
+
+/// What a VM is given by the process around it.
+pub struct Host {
+    /// Starts all threads.
+    pub spawner: Arc<dyn Spawner>,
+    /// Takes what the guest asks.
+    pub system: Arc<dyn SystemSink>,
+    /// Hears of vCPU failures.
+    pub vcpu_events: Arc<dyn VcpuEvents>,
+    /// Where events are published.
+    pub events: EventBus,
+    /// Called when the terminal's escape is typed.
+    pub quit: Arc<dyn Fn() + Send + Sync>,
+    /// Tap devices that came with requests, by device id.
+    pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").field("tap_fds", &self.tap_fds).finish_non_exhaustive()
+    }
+}
+
+/// A character device of the VM.
+#[derive(Debug, Clone)]
+pub(super) struct Chardev {
+    /// `serial0`, `console0`, `debugcon0`.
+    pub(super) id: String,
+    /// Its other end.
+    pub(super) backend: Arc<dyn CharBackend>,
+}
+
+/// The character devices of a config.
+#[derive(Debug, Default)]
+struct Chardevs {
+    serial: Option<Arc<dyn CharBackend>>,
+    console: Option<Arc<dyn CharBackend>>,
+    debug: Option<Arc<dyn CharBackend>>,
+}
+
+impl Vm {
+    /// Builds the VM that `config` describes. Nothing runs yet.
+    ///
+    /// # Errors
+    /// [`VmError`]; all that was made is taken down again.
+    pub fn build(mut config: VmConfig, mut host: Host) -> Result<Self, VmError> {
+        let module = find_machine(&config)?;
+        let chardevs = open_chardevs(&mut config, &host)?;
+        let request = machine_request(&config, module, &chardevs);
+        let memory = ram::allocate(&module.ram_layout(&request)?, &ram_spec(&config.memory))?;
+        let clock = VmClock::stopped_at(0);
+        let (mmio, pio) = (Bus::new("memory"), Bus::new("I/O"));
+        let spec = VmSpec {
+            arch: module.arch(),
+            memory: memory.clone(),
+            mmio: Arc::clone(&mmio),
+            pio: Arc::clone(&pio),
+            clock: Arc::clone(&clock),
+            vcpus: config.cpus.boot_vcpus,
+            irqchip: request.irqchip,
+            code_cache: 0,
+            x86_tss_base: None,
+        };
+        let vm = accel::create_vm(&config.accel, &spec)?;
+        if let Some((memory_events, port_events)) = vm.io_events() {
+            mmio.accelerate(memory_events);
+            pio.accelerate(port_events);
+        }
+        let timers = Timers::start(Arc::clone(&clock), host.spawner.as_ref())
+            .map_err(|source| VmError::Host { what: "no timer thread".into(), source })?;
+        let build = BuildContext {
+            memory: memory.clone(),
+            mmio: Arc::clone(&mmio),
+            pio: Arc::clone(&pio),
+            clock: Arc::clone(&clock),
+            timers: Arc::clone(&timers),
+            random: Arc::new(HostRandom),
+            spawner: Arc::clone(&host.spawner),
+            system: Arc::clone(&host.system),
+            msi: vm.msi(),
+        };
+        let cpu = request.cpu.clone();
+        let machine = module.build(request, MachineContext { build: build.clone(), vm: Arc::clone(&vm) })?;
+        let plugs = plug_all(&config, &mut host, &build, machine.as_ref(), chardevs.console.clone())?;
+        let affinity = affinity(&config.cpus);
+        let vcpus = Vcpus::start(&VcpuSetup {
+            vm: &vm,
+            count: config.cpus.boot_vcpus,
+            model: &cpu,
+            affinity: &affinity,
+            spawner: host.spawner.as_ref(),
+            events: Arc::clone(&host.vcpu_events),
+            system: Arc::clone(&host.system),
+        })?;
+        Ok(Self {
+            arch: module.arch(),
+            config,
+            module,
+            memory,
+            mmio,
+            pio,
+            clock,
+            timers,
+            accel: vm,
+            vcpus,
+            machine,
+            plugged: plugs.devices,
+            balloon: plugs.balloon,
+            chardevs: chardevs.list(),
+            pager: None,
+        })
+    }
+}
+
+fn find_machine(config: &VmConfig) -> Result<&'static dyn MachineModule, VmError> {
+    let (name, arch) = (config.machine_name(), config.guest_arch());
+    let of_arch = || registry().iter().filter(|m| m.arch() == arch);
+    let found = of_arch().find(|m| m.name() == name);
+    found.copied().ok_or_else(|| VmError::UnknownMachine {
+        name: name.to_owned(),
+        arch,
+        known: of_arch().map(|m| m.name()).collect::<Vec<_>>().join(", "),
+    })
+}
+
+fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Chardevs) -> MachineRequest {
+    let payload = config.payload.clone().unwrap_or_default();
+    let topology = config.cpus.topology.map(|t| Topology {
+        threads: u32::from(t.threads_per_core),
+        cores: u32::from(t.cores_per_die),
+        dies: u32::from(t.dies_per_package),
+        packages: u32::from(t.packages),
+    });
+    MachineRequest {
+        boot_vcpus: config.cpus.boot_vcpus,
+        max_vcpus: config.cpus.max(),
+        topology,
+        ram_size: config.memory.size,
+        payload: Payload {
+            kernel: payload.kernel,
+            firmware: payload.firmware,
+            initramfs: payload.initramfs,
+            cmdline: payload.cmdline.unwrap_or_default(),
+        },
+        cpu: module.default_cpu(),
+        irqchip: match config.machine.kernel_irqchip {
+            IrqChipMode::Split => IrqChip::Split,
+            IrqChipMode::On => IrqChip::On,
+            IrqChipMode::Off => IrqChip::Off,
+        },
+        uuid: config.uuid().map(uuid::Uuid::into_bytes),
+        debug_console_port: match config.debug_console.mode {
+            ConsoleMode::Off => None,
+            _ => config.debug_console.iobase,
+        },
+        serial: chardevs.serial.clone(),
+        debug_console: chardevs.debug.clone(),
+    }
+}
+
+fn ram_spec(config: &MemoryConfig) -> RamSpec {
+    RamSpec {
+        shared: config.shared,
+        hugepages: config.hugepages,
+        hugepage_size: config.hugepage_size,
+        prefault: config.prefault,
+        thp: config.thp,
+        mergeable: false,
+    }
+}
+
+fn affinity(cpus: &CpusConfig) -> Vec<Vec<usize>> {
+    let mut all = vec![Vec::new(); cpus.boot_vcpus as usize];
+    for entry in cpus.affinity.iter().flatten() {
+        if let Some(slot) = all.get_mut(entry.vcpu as usize) {
+            slot.clone_from(&entry.host_cpus);
+        }
+    }
+    all
+}
+
+impl Chardevs {
+    fn list(self) -> Vec<Chardev> {
+        let named = [("serial0", self.serial), ("console0", self.console), ("debugcon0", self.debug)];
+        let some = |(id, backend): (&str, Option<_>)| backend.map(|backend| Chardev { id: id.to_owned(), backend });
+        named.into_iter().filter_map(some).collect()
+    }
+}
+
+/// Opens the character devices and notes the paths of pseudo-terminals in the config.
+fn open_chardevs(config: &mut VmConfig, host: &Host) -> Result<Chardevs, VmError> {
+    let open = |id: &str, spec: Option<CharSpec>| -> Result<Option<Arc<dyn CharBackend>>, VmError> {
+        let Some(spec) = spec else { return Ok(None) };
+        let context = CharContext { id, spawner: &host.spawner, quit: Arc::clone(&host.quit) };
+        Ok(Some(chardev::open(&spec, &context)?))
+    };
+    let serial = &mut config.serial;
+    let spec = char_spec(serial.mode, serial.file.as_ref(), serial.socket.as_ref());
+    let serial_backend = open("serial", spec)?;
+    let console = &mut config.console;
+    let spec = char_spec(console.mode, console.file.as_ref(), console.socket.as_ref());
+    let console_backend = open("console", spec)?;
+    let debug = &mut config.debug_console;
+    let debug_backend = open("debugcon", char_spec(debug.mode, debug.file.as_ref(), None))?;
+    let published = [
+        (&serial_backend, &mut serial.file),
+        (&console_backend, &mut console.file),
+        (&debug_backend, &mut debug.file),
+    ];
+    for (backend, file) in published {
+        if let Some(path) = backend.as_ref().and_then(|b| b.pty_path()) {
+            *file = Some(path);
+        }
+    }
+    Ok(Chardevs { serial: serial_backend, console: console_backend, debug: debug_backend })
+}
+
+fn char_spec(
+    mode: ConsoleMode,
+    file: Option<&std::path::PathBuf>,
+    socket: Option<&std::path::PathBuf>,
+) -> Option<CharSpec> {
+    match mode {
+        ConsoleMode::Off => None,
+        ConsoleMode::Null => Some(CharSpec::Null),
+        ConsoleMode::Tty => Some(CharSpec::Tty),
+        ConsoleMode::Pty => Some(CharSpec::Pty),
+        // Validation has seen to it that the paths are there.
+        ConsoleMode::File => file.cloned().map(CharSpec::File),
+        ConsoleMode::Socket => socket.cloned().map(CharSpec::Socket),
+    }
+}
+
+/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, balloon.
+fn plug_all(
+    config: &VmConfig,
+    host: &mut Host,
+    build: &BuildContext,
+    machine: &dyn Machine,
+    console: Option<Arc<dyn CharBackend>>,
+) -> Result<Plugs, VmError> {
+    let slot = || -> Result<VirtioSlot, VmError> {
+        let pci = machine.pci_bus().map(VirtioSlot::Pci);
+        pci.or_else(|| machine.take_mmio_slot())
+            .ok_or_else(|| VmError::Unsupported("the machine has no slot left for another virtio device".into()))
+    };
+    let mut plugs = Plugs::new(build, host.events.clone());
+    if let Some(backend) = console {
+        plugs.console(&config.console, backend, slot()?)?;
+    }
+    for disk in config.disks() {
+        plugs.disk(disk, slot()?)?;
+    }
+    for net in config.net() {
+        let fds = net.id.as_ref().and_then(|id| host.tap_fds.remove(id)).unwrap_or_default();
+        plugs.net(net, fds, slot()?)?;
+    }
+    plugs.rng(&config.rng, slot()?)?;
+    if let Some(balloon) = &config.balloon {
+        plugs.balloon(balloon, slot()?)?;
+    }
+    Ok(plugs)
+}
