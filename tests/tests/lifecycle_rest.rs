@@ -1,0 +1,166 @@
+//! A VM's life over REST: made, booted, paused, saved, restored in another process, ended.
+
+use std::path::Path;
+use std::time::Duration;
+
+use holdfast_tests::http::Api;
+use holdfast_tests::{Program, riscv64_args, riscv64_guest};
+use serde_json::{Value, json};
+
+const BOOT: Duration = Duration::from_secs(240);
+
+/// Starts a VMM that waits for its first request.
+fn vmm(dir: &Path) -> (Program, Api) {
+    let socket = dir.join("api");
+    let program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
+    (program, Api::connect(&socket))
+}
+
+fn config(serial: &Path, test: &str) -> Value {
+    let guest = riscv64_guest();
+    json!({
+        "arch": "riscv64",
+        "accel": "tcg",
+        "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+        "memory": { "size": 512u64 << 20 },
+        "payload": {
+            "kernel": guest.join("Image"),
+            "initramfs": guest.join("initramfs.cpio"),
+            "cmdline": format!("console=ttyS0 holdfast.test={test}"),
+        },
+        "serial": { "mode": "File", "file": serial },
+        "console": { "mode": "Off" },
+        "balloon": { "size": 0 },
+    })
+}
+
+fn state(api: &Api) -> String {
+    api.get("vm.info")["state"].as_str().expect("a state").to_owned()
+}
+
+/// Waits until the guest's console, a file, contains `text`.
+fn wait_in(file: &Path, text: &str) -> String {
+    let deadline = std::time::Instant::now() + BOOT;
+    loop {
+        let seen = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
+        if seen.contains(text) {
+            return seen;
+        }
+        assert!(std::time::Instant::now() < deadline, "`{text}` did not come:\n{seen}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The numbered lines of the guest's counter, checked against each other.
+fn counted(console: &str) -> Vec<(u64, u64, f64)> {
+    let lines = console.lines().filter_map(|l| l.trim().strip_prefix("COUNT "));
+    let parse = |line: &str| {
+        let mut words = line.split(' ');
+        let (i, sum) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some((i, sum, words.next()?.parse().ok()?))
+    };
+    lines.filter_map(parse).collect()
+}
+
+fn check_counting(counts: &[(u64, u64, f64)], mut i: u64, mut sum: u64) {
+    for &(got, got_sum, _) in counts {
+        i += 1;
+        sum = (sum * 31 + i) % 1_000_000_007;
+        assert_eq!((got, got_sum), (i, sum));
+    }
+}
+
+#[test]
+fn every_state_is_reached_and_reported() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (mut program, api) = vmm(dir.path());
+    assert_eq!(api.request("GET", "vm.info", &Value::Null).status, 404);
+    let console = dir.path().join("console");
+    api.put("vm.create", &config(&console, "counter"));
+    assert_eq!(state(&api), "Created");
+    api.put("vm.boot", &Value::Null);
+    assert_eq!(state(&api), "Running");
+    wait_in(&console, "COUNT 3 ");
+    api.put("vm.pause", &Value::Null);
+    assert_eq!(state(&api), "Paused");
+    let standing = std::fs::read(&console).expect("console");
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(std::fs::read(&console).expect("console"), standing, "a paused guest says nothing");
+    api.put("vm.resume", &Value::Null);
+    let counts = counted(&wait_in(&console, "COUNT 12 "));
+    check_counting(&counts, 0, 0);
+    api.put("vm.resize", &json!({ "desired_balloon": 64u64 << 20 }));
+    let deadline = std::time::Instant::now() + BOOT;
+    while api.get("vm.info")["memory_actual_size"] != json!((512u64 - 64) << 20) {
+        assert!(std::time::Instant::now() < deadline, "the balloon never filled");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(api.get("vm.counters").is_object());
+    api.put("vm.shutdown", &Value::Null);
+    assert_eq!(state(&api), "Created");
+    api.put("vm.delete", &Value::Null);
+    api.put("vmm.shutdown", &Value::Null);
+    assert!(program.wait_exit(BOOT).success());
+}
+
+fn snapshot_and_restore(mode: &str) {
+    let dir = tempfile::tempdir().expect("directory");
+    let saved = dir.path().join("saved");
+    std::fs::create_dir(&saved).expect("directory");
+    let url = format!("file://{}", saved.display());
+    let console = dir.path().join("console");
+    let (mut first, api) = vmm(dir.path());
+    api.put("vm.create", &config(&console, "counter"));
+    api.put("vm.boot", &Value::Null);
+    wait_in(&console, "COUNT 8 ");
+    api.put("vm.pause", &Value::Null);
+    api.put("vm.snapshot", &json!({ "destination_url": url }));
+    let before = counted(&wait_in(&console, "COUNT 8 "));
+    first.kill();
+    // RAM that the guest never touched takes no room.
+    use std::os::unix::fs::MetadataExt;
+    let ram = std::fs::metadata(saved.join("memory-ranges")).expect("RAM");
+    assert!(ram.len() == 512 << 20 && ram.blocks() * 512 < ram.len(), "the file is sparse");
+
+    std::fs::remove_file(dir.path().join("api")).expect("the dead process's socket");
+    let (_second, api) = vmm(dir.path());
+    std::thread::sleep(Duration::from_secs(1));
+    api.put("vm.restore", &json!({ "source_url": url, "memory_restore_mode": mode }));
+    assert_eq!(state(&api), "Paused");
+    api.put("vm.resume", &Value::Null);
+    let &(last, sum, uptime) = before.last().expect("it counted");
+    let after = counted(&wait_in(&console, &format!("COUNT {} ", last + 10)));
+    let after: Vec<_> = after.into_iter().filter(|c| c.0 > last).collect();
+    check_counting(&after, last, sum);
+    // The guest's clock went on where it stood: neither back, nor past the time it was away.
+    let first_after = after.first().expect("it goes on").2;
+    assert!(first_after >= uptime && first_after < uptime + 0.9, "uptime {uptime} -> {first_after}");
+    api.put("vmm.shutdown", &Value::Null);
+}
+
+#[test]
+fn a_snapshot_goes_on_in_another_process_by_copy() {
+    snapshot_and_restore("Copy");
+}
+
+#[test]
+fn a_snapshot_goes_on_in_another_process_on_demand() {
+    snapshot_and_restore("OnDemand");
+}
+
+#[test]
+fn a_vm_from_the_command_line_is_the_one_rest_sees() {
+    let dir = tempfile::tempdir().expect("directory");
+    let socket = dir.path().join("api");
+    let mut args = riscv64_args(1, "");
+    args.extend(["--api-socket".to_owned(), socket.display().to_string()]);
+    let program = Program::run(&args);
+    program.wait_for("BOOTED", BOOT);
+    let api = Api::connect(&socket);
+    let info = api.get("vm.info");
+    assert_eq!(info["state"], "Running");
+    assert_eq!(info["config"]["cpus"]["boot_vcpus"], 1);
+    let from = program.output().len();
+    api.put("vm.reboot", &Value::Null);
+    program.wait_for_after("BOOTED", from, BOOT);
+}
