@@ -266,7 +266,7 @@ fn plug_all(
         pci.or_else(|| machine.take_mmio_slot())
             .ok_or_else(|| VmError::Unsupported("the machine has no slot left for another virtio device".into()))
     };
-    let mut plugs = Plugs::new(build, host.events.clone());
+    let mut plugs = Plugs::new(build);
     if let Some(backend) = console {
         plugs.console(&config.console, backend, slot()?)?;
     }

@@ -1,0 +1,107 @@
+//! Virtio devices from the config, through the registry, into the machine's slots.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use holdfast_config::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, RngConfig};
+use holdfast_device::{BuildContext, BuildError};
+use holdfast_devices::chardev::CharBackend;
+use holdfast_devices::pci::PciBus;
+use holdfast_machines::VirtioSlot;
+use holdfast_virtio::balloon::Balloon;
+use holdfast_virtio::registry::{self, BuildArgs};
+use holdfast_virtio::{Slot, VirtioDevice};
+use serde::Serialize;
+
+use super::{Plugged, VmError};
+
+/// What has been plugged in so far.
+pub(super) struct Plugs<'a> {
+    build: &'a BuildContext,
+    pub(super) devices: Vec<Plugged>,
+    pub(super) balloon: Option<Arc<Balloon>>,
+}
+
+impl<'a> Plugs<'a> {
+    pub(super) fn new(build: &'a BuildContext) -> Self {
+        Self { build, devices: Vec::new(), balloon: None }
+    }
+
+    pub(super) fn disk(&mut self, config: &DiskConfig, slot: VirtioSlot) -> Result<(), VmError> {
+        let args = arguments(config.id.as_ref(), config)?;
+        self.named("virtio-blk", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>, slot: VirtioSlot) -> Result<(), VmError> {
+        let args = BuildArgs { fds, ..arguments(config.id.as_ref(), config)? };
+        self.named("virtio-net", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn console(
+        &mut self,
+        config: &ConsoleConfig,
+        backend: Arc<dyn CharBackend>,
+        slot: VirtioSlot,
+    ) -> Result<(), VmError> {
+        let args = BuildArgs { chardevs: vec![backend], ..arguments(config.id.as_ref(), config)? };
+        self.named("virtio-console", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn rng(&mut self, config: &RngConfig, slot: VirtioSlot) -> Result<(), VmError> {
+        let args = arguments(config.id.as_ref(), config)?;
+        self.named("virtio-rng", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {
+        let id = config.id.clone().unwrap_or_default();
+        let balloon = holdfast_virtio::balloon::build(&id, config, self.build)?;
+        self.balloon = Some(Arc::clone(&balloon));
+        self.plug("virtio-balloon", &id, balloon, slot, config.pci_device_id)
+    }
+
+    /// Builds a device by its name in the registry and plugs it in.
+    fn named(
+        &mut self,
+        kind: &'static str,
+        args: BuildArgs,
+        slot: VirtioSlot,
+        pci_device: Option<u8>,
+    ) -> Result<(), VmError> {
+        let module = registry::find(kind)
+            .ok_or_else(|| VmError::Unsupported(format!("there is no virtio device `{kind}`")))?;
+        let id = args.id.clone();
+        let device = (module.build)(args, self.build)?;
+        self.plug(kind, &id, device, slot, pci_device)
+    }
+
+    fn plug(
+        &mut self,
+        kind: &'static str,
+        id: &str,
+        device: Arc<dyn VirtioDevice>,
+        slot: VirtioSlot,
+        pci_device: Option<u8>,
+    ) -> Result<(), VmError> {
+        let (slot, bus) = match slot {
+            VirtioSlot::Pci(bus) => (Slot::Pci { bus: Arc::clone(&bus), device: pci_device }, Some(bus)),
+            VirtioSlot::Mmio { base, irq } => (Slot::Mmio { base, irq }, None),
+        };
+        let device = holdfast_virtio::plug(id, device, slot, self.build)?;
+        let bdf = bus.as_deref().and_then(|bus| address_on(bus, id));
+        self.devices.push(Plugged { id: id.to_owned(), kind, device, bdf });
+        Ok(())
+    }
+}
+
+/// The address of the function that carries device `id`.
+fn address_on(bus: &PciBus, id: &str) -> Option<String> {
+    let wrapper = format!("_virtio-pci-{id}");
+    bus.info().into_iter().find(|f| f.name == wrapper || f.name == id).map(|f| f.bdf.to_string())
+}
+
+fn arguments(id: Option<&String>, config: &impl Serialize) -> Result<BuildArgs, VmError> {
+    let id = id.cloned().unwrap_or_default();
+    let config = serde_json::to_value(config)
+        .map_err(|e| BuildError::Config { id: id.clone(), reason: e.to_string() })?;
+    Ok(BuildArgs { id, config, ..BuildArgs::default() })
+}
