@@ -254,13 +254,13 @@ fn char_spec(
 }
 
 /// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, balloon.
-fn plug_all(
+fn plug_all<'a>(
     config: &VmConfig,
     host: &mut Host,
-    build: &BuildContext,
+    build: &'a BuildContext,
     machine: &dyn Machine,
     console: Option<Arc<dyn CharBackend>>,
-) -> Result<Plugs, VmError> {
+) -> Result<Plugs<'a>, VmError> {
     let slot = || -> Result<VirtioSlot, VmError> {
         let pci = machine.pci_bus().map(VirtioSlot::Pci);
         pci.or_else(|| machine.take_mmio_slot())
