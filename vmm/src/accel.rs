@@ -9,8 +9,8 @@ use holdfast_config::{AccelChoice, AccelKind};
 /// The accelerator called `kind`.
 pub fn accelerator(kind: AccelKind) -> Arc<dyn Accelerator> {
     match kind {
-        AccelKind::Kvm => Arc::new(holdfast_accel_kvm::Kvm::default()),
-        AccelKind::Tcg => Arc::new(holdfast_accel_tcg::Tcg::default()),
+        AccelKind::Kvm => Arc::new(holdfast_accel_kvm::KvmAccelerator::default()),
+        AccelKind::Tcg => Arc::new(holdfast_accel_tcg::TcgAccelerator::default()),
     }
 }
 
