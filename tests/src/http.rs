@@ -53,7 +53,9 @@ impl Api {
     pub fn request(&self, method: &str, route: &str, body: &Value) -> Response {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let mut stream = UnixStream::connect(&self.0).expect("the VMM listens");
-        let head = format!("{method} /api/v1/{route} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n");
+        let head = format!(
+            "{method} /api/v1/{route} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n"
+        );
         let length = if body.is_empty() {
             "\r\n".to_owned()
         } else {

@@ -19,7 +19,8 @@ pub fn holdfast() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     let built = ["release", "debug"].map(|profile| target.join(profile).join("holdfast"));
-    let newest = built.into_iter().filter(|p| p.exists()).max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
+    let newest =
+        built.into_iter().filter(|p| p.exists()).max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
     newest.expect("build the program first (cargo build --release), or set HOLDFAST_BIN")
 }
 
@@ -120,7 +121,8 @@ impl Program {
         let (lock, changed) = &*self.seen;
         let mut seen = lock.lock().expect("not poisoned");
         loop {
-            let at = seen.bytes.get(from..).and_then(|b| b.windows(text.len()).position(|w| w == text.as_bytes()));
+            let at =
+                seen.bytes.get(from..).and_then(|b| b.windows(text.len()).position(|w| w == text.as_bytes()));
             if let Some(at) = at {
                 return from + at + text.len();
             }

@@ -27,7 +27,8 @@ fn printed(output: &str, key: &str) -> String {
 fn ext4_image(dir: &Path) -> std::path::PathBuf {
     let tree = dir.join("tree");
     std::fs::create_dir(&tree).expect("directory");
-    let content: Vec<u8> = (0..3_000_000u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 7).to_le_bytes()).collect();
+    let content: Vec<u8> =
+        (0..3_000_000u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 7).to_le_bytes()).collect();
     std::fs::write(tree.join("content"), content).expect("file");
     let sums = run(Command::new("sha256sum").arg("content").current_dir(&tree));
     std::fs::write(tree.join("SUMS"), sums.replace("content", "/mnt/content")).expect("file");

@@ -13,7 +13,9 @@ use crate::snapshot::{SavedVm, SnapshotDir};
 use crate::vm::{Host, Vm};
 
 /// Shorthand: the operation failed for this reason.
-fn failed<E: std::error::Error + Send + Sync + 'static>(message: &str) -> impl FnOnce(E) -> ControlError + use<'_, E> {
+fn failed<E: std::error::Error + Send + Sync + 'static>(
+    message: &str,
+) -> impl FnOnce(E) -> ControlError + use<'_, E> {
     move |error| ControlError::failed(message, error)
 }
 
@@ -102,8 +104,11 @@ impl Manager {
     pub(super) fn start_snapshot(&mut self, directory: Option<&Path>, reply: Responder<()>) {
         let checked = self.idle().and_then(|()| {
             let vm = self.built_and(Run::Paused, "VM must be paused before it is snapshotted")?;
-            let invalid = || ControlError::new(ErrorKind::Failed, "destination_url is not file:// and an absolute path");
-            let dir = SnapshotDir::open(directory.ok_or_else(invalid)?).map_err(failed("The VM could not be saved"))?;
+            let invalid = || {
+                ControlError::new(ErrorKind::Failed, "destination_url is not file:// and an absolute path")
+            };
+            let dir = SnapshotDir::open(directory.ok_or_else(invalid)?)
+                .map_err(failed("The VM could not be saved"))?;
             Ok((vm, dir))
         });
         let (vm, dir) = match checked {
@@ -197,7 +202,8 @@ fn restore(config: &RestoreConfig, host: Host) -> Result<Vm, ControlError> {
     match config.memory_restore_mode {
         MemoryRestoreMode::Copy => ram::load(vm.memory(), &file).map_err(failed(MESSAGE))?,
         MemoryRestoreMode::OnDemand => {
-            let pager = DemandPager::start(vm.memory(), file, true, spawner.as_ref()).map_err(failed(MESSAGE))?;
+            let pager =
+                DemandPager::start(vm.memory(), file, true, spawner.as_ref()).map_err(failed(MESSAGE))?;
             vm.attach_pager(pager);
         }
     }

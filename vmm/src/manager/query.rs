@@ -10,9 +10,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Run;
 use crate::control::{
-    BlockDeviceInfo, BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, CpuInstanceProperties, DeviceNode,
-    ErrorKind, ImageInfo, MachineInfo, MemoryRead, PciDevice, PciDeviceClass, PciDeviceId, PciInfo, PciMemoryRegion,
-    VmInfo, VmState,
+    BlockDeviceInfo, BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, CpuInstanceProperties,
+    DeviceNode, ErrorKind, ImageInfo, MachineInfo, MemoryRead, PciDevice, PciDeviceClass, PciDeviceId,
+    PciInfo, PciMemoryRegion, VmInfo, VmState,
 };
 use crate::vm::Vm;
 
@@ -44,7 +44,12 @@ pub(super) fn info(vm: &Vm, run: Run) -> VmInfo {
 }
 
 fn device_tree(vm: &Vm) -> BTreeMap<String, DeviceNode> {
-    let leaf = |id: &str| DeviceNode { id: id.to_owned(), resources: Vec::new(), children: Vec::new(), pci_bdf: None };
+    let leaf = |id: &str| DeviceNode {
+        id: id.to_owned(),
+        resources: Vec::new(),
+        children: Vec::new(),
+        pci_bdf: None,
+    };
     let mut tree = BTreeMap::new();
     for device in vm.machine().devices() {
         tree.insert(device.id().to_owned(), leaf(device.id()));
@@ -54,7 +59,8 @@ fn device_tree(vm: &Vm) -> BTreeMap<String, DeviceNode> {
         tree.insert(id.to_owned(), leaf(id));
         if let Some(bdf) = &plugged.bdf {
             let wrapper = format!("_virtio-pci-{id}");
-            let node = DeviceNode { children: vec![id.to_owned()], pci_bdf: Some(bdf.clone()), ..leaf(&wrapper) };
+            let node =
+                DeviceNode { children: vec![id.to_owned()], pci_bdf: Some(bdf.clone()), ..leaf(&wrapper) };
             tree.insert(wrapper, node);
         }
     }
@@ -119,7 +125,8 @@ pub(super) fn block(config: &VmConfig) -> Vec<BlockInfo> {
     let disk = |disk: &holdfast_config::DiskConfig| {
         let id = disk.id.clone().unwrap_or_default();
         let file = disk.path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
-        let virtual_size = disk.path.as_ref().and_then(|p| holdfast_block::raw_size(p).ok()).unwrap_or(0);
+        let virtual_size =
+            disk.path.as_ref().and_then(|p| std::fs::metadata(p).map(|m| m.len()).ok()).unwrap_or(0);
         let image = ImageInfo { filename: file.clone(), format: "raw".to_owned(), virtual_size };
         BlockInfo {
             qdev: Some(format!("/machine/peripheral/{id}/virtio-backend")),
@@ -147,7 +154,10 @@ pub(super) fn pci(vm: &Vm) -> Vec<PciInfo> {
         bus: i64::from(info.bdf.bus()),
         slot: i64::from(info.bdf.device()),
         function: i64::from(info.bdf.function()),
-        class_info: PciDeviceClass { desc: Some(class_name(info.class).to_owned()), class: i64::from(info.class) },
+        class_info: PciDeviceClass {
+            desc: Some(class_name(info.class).to_owned()),
+            class: i64::from(info.class),
+        },
         id: PciDeviceId {
             device: i64::from(info.device),
             vendor: i64::from(info.vendor),
@@ -185,7 +195,11 @@ pub(super) fn memory_tree(vm: &Vm) -> String {
         let mut windows: Vec<(u64, u64, String)> =
             bus.windows().into_iter().map(|w| (w.base, w.len, format!("i/o: {}", w.name))).collect();
         if name == "memory" {
-            windows.extend(crate::snapshot::ram::ranges(vm.memory()).into_iter().map(|r| (r.gpa, r.len, "ram: ram".into())));
+            windows.extend(
+                crate::snapshot::ram::ranges(vm.memory())
+                    .into_iter()
+                    .map(|r| (r.gpa, r.len, "ram: ram".into())),
+            );
         } else if windows.is_empty() {
             continue;
         }
@@ -242,7 +256,9 @@ pub(super) fn registers(vm: &Vm, vcpu: Option<u32>, running: bool) -> Result<Str
         Some(index) => return Err(ControlError::new(ErrorKind::Failed, format!("There is no vCPU {index}"))),
         None => 0..count,
     };
-    let states = standing(vm, running, || indexes.clone().map(|i| vm.vcpus().state(i)).collect::<Result<Vec<_>, _>>())?;
+    let states = standing(vm, running, || {
+        indexes.clone().map(|i| vm.vcpus().state(i)).collect::<Result<Vec<_>, _>>()
+    })?;
     let mut text = String::new();
     for (index, state) in indexes.zip(states) {
         // Writing to a String cannot fail.
@@ -258,34 +274,49 @@ pub(super) fn registers(vm: &Vm, vcpu: Option<u32>, running: bool) -> Result<Str
 
 fn x86_registers(text: &mut String, s: &holdfast_arch::x86_64::State) {
     const NAMES: [&str; 16] = [
-        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13", "R14", "R15",
+        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13",
+        "R14", "R15",
     ];
     for (row, names) in NAMES.chunks(4).enumerate() {
         let cells: Vec<_> =
             names.iter().enumerate().map(|(i, name)| format!("{name}={:016x}", s.gpr[row * 4 + i])).collect();
         let _ = writeln!(text, "{}", cells.join(" "));
     }
-    let _ = writeln!(text, "RIP={:016x} RFL={:08x} HLT={}", s.rip, s.rflags, u8::from(s.mp_state != Default::default()));
-    for (name, seg) in ["ES", "CS", "SS", "DS", "FS", "GS", "LDT", "TR"].iter().zip(s.segments.iter().chain([&s.ldt, &s.tr])) {
-        let _ = writeln!(text, "{name:<3}={:04x} {:016x} {:08x} {:04x}", seg.selector, seg.base, seg.limit, seg.attributes);
+    let _ = writeln!(
+        text,
+        "RIP={:016x} RFL={:08x} HLT={}",
+        s.rip,
+        s.rflags,
+        u8::from(s.mp_state != Default::default())
+    );
+    for (name, seg) in
+        ["ES", "CS", "SS", "DS", "FS", "GS", "LDT", "TR"].iter().zip(s.segments.iter().chain([&s.ldt, &s.tr]))
+    {
+        let _ = writeln!(
+            text,
+            "{name:<3}={:04x} {:016x} {:08x} {:04x}",
+            seg.selector, seg.base, seg.limit, seg.attributes
+        );
     }
     let _ = writeln!(text, "GDT=     {:016x} {:08x}", s.gdt.base, s.gdt.limit);
     let _ = writeln!(text, "IDT=     {:016x} {:08x}", s.idt.base, s.idt.limit);
-    let _ = writeln!(text, "CR0={:08x} CR2={:016x} CR3={:016x} CR4={:08x}", s.cr[0], s.cr[1], s.cr[2], s.cr[3]);
+    let _ =
+        writeln!(text, "CR0={:08x} CR2={:016x} CR3={:016x} CR4={:08x}", s.cr[0], s.cr[1], s.cr[2], s.cr[3]);
     let _ = writeln!(text, "EFER={:016x}", s.efer);
 }
 
 fn riscv_registers(text: &mut String, s: &holdfast_arch::riscv64::State) {
     const NAMES: [&str; 32] = [
-        "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7",
-        "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6",
+        "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5",
+        "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6",
     ];
     let _ = writeln!(text, " pc       {:016x}  priv {}", s.pc, s.privilege);
     for (number, value) in &s.csrs {
         let _ = writeln!(text, " csr {number:03x}  {value:016x}");
     }
     for row in 0..8 {
-        let cells: Vec<_> = (row * 4..row * 4 + 4).map(|i| format!("x{i}/{:<5}{:016x}", NAMES[i], s.x[i])).collect();
+        let cells: Vec<_> =
+            (row * 4..row * 4 + 4).map(|i| format!("x{i}/{:<5}{:016x}", NAMES[i], s.x[i])).collect();
         let _ = writeln!(text, " {}", cells.join(" "));
     }
 }
@@ -295,7 +326,8 @@ const PAGE: u64 = 4096;
 
 /// Reads guest memory, page by page if virtual.
 pub(super) fn read_memory(vm: &Vm, read: MemoryRead, running: bool) -> Result<Vec<u8>, ControlError> {
-    let cannot = |at: u64| ControlError::new(ErrorKind::Failed, format!("Cannot access memory at address {at:#x}"));
+    let cannot =
+        |at: u64| ControlError::new(ErrorKind::Failed, format!("Cannot access memory at address {at:#x}"));
     let mut data = vec![0; read.len];
     let mut done = 0;
     while done < data.len() {

@@ -4,14 +4,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
-    check_id, validate_disk, validate_net,
+    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize,
+    VmSnapshotConfig, check_id, validate_disk, validate_net,
 };
 
 use super::{Manager, Run, Stage, query};
 use crate::control::{
-    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, ErrorKind, Event, KvmInfo, MachineInfo, MemoryRead,
-    Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, ErrorKind, Event, KvmInfo, MachineInfo,
+    MemoryRead, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
 
 impl Manager {
@@ -21,7 +21,9 @@ impl Manager {
         match self.stage {
             Stage::Nothing => Err(ControlError::not_created()),
             Stage::Created => Ok(&mut self.config),
-            Stage::Built { .. } => Err(ControlError::unsupported("adding or removing a device of a VM that has booted")),
+            Stage::Built { .. } => {
+                Err(ControlError::unsupported("adding or removing a device of a VM that has booted"))
+            }
         }
     }
 
@@ -96,7 +98,10 @@ impl VmManager for Manager {
         let vm = self.built_and(Run::Running, "VM is not running")?;
         if !vm.machine().power_button() {
             let machine = vm.module().name();
-            return Err(ControlError::new(ErrorKind::Failed, format!("Machine `{machine}` has no power button")));
+            return Err(ControlError::new(
+                ErrorKind::Failed,
+                format!("Machine `{machine}` has no power button"),
+            ));
         }
         self.events.publish(Event::PowerButton);
         Ok(())
@@ -125,12 +130,20 @@ impl VmManager for Manager {
     fn resize(&mut self, resize: VmResize) -> Result<(), ControlError> {
         let vm = Arc::clone(self.built()?);
         let refuse = |asked: bool, what: &str| {
-            if asked { Err(ControlError::unsupported(format_args!("{what} of a running VM"))) } else { Ok(()) }
+            if asked {
+                Err(ControlError::unsupported(format_args!("{what} of a running VM")))
+            } else {
+                Ok(())
+            }
         };
-        refuse(resize.desired_vcpus.is_some_and(|n| n as usize != vm.vcpus().len()), "changing desired_vcpus")?;
+        refuse(
+            resize.desired_vcpus.is_some_and(|n| n as usize != vm.vcpus().len()),
+            "changing desired_vcpus",
+        )?;
         refuse(resize.desired_ram.is_some_and(|n| n != vm.config().memory.size), "changing desired_ram")?;
         let Some(size) = resize.desired_balloon else { return Ok(()) };
-        let balloon = vm.balloon().ok_or_else(|| ControlError::new(ErrorKind::Failed, "The VM has no balloon"))?;
+        let balloon =
+            vm.balloon().ok_or_else(|| ControlError::new(ErrorKind::Failed, "The VM has no balloon"))?;
         self.events.publish(Event::Resizing);
         balloon.resize(size).map_err(|e| ControlError::failed("The balloon could not be resized", e))?;
         if let Some(config) = &mut self.config.balloon {
@@ -148,7 +161,11 @@ impl VmManager for Manager {
         Ok(None)
     }
 
-    fn add_net(&mut self, mut net: NetConfig, fds: Vec<OwnedFd>) -> Result<Option<PciDeviceInfo>, ControlError> {
+    fn add_net(
+        &mut self,
+        mut net: NetConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<PciDeviceInfo>, ControlError> {
         self.open_config()?;
         validate_net(&net)?;
         self.name_device(&mut net.id, "_net")?;
@@ -242,7 +259,10 @@ impl VmManager for Manager {
         let vm = self.built()?;
         let accel = vm.accel().accel();
         vm.accel().jit_info().ok_or_else(|| {
-            ControlError::new(ErrorKind::Failed, format!("Nothing is translated under the accelerator `{accel}`"))
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("Nothing is translated under the accelerator `{accel}`"),
+            )
         })
     }
 

@@ -101,7 +101,11 @@ impl SnapshotDir {
     /// # Errors
     /// [`SnapshotError::NoDirectory`].
     pub fn open(path: &Path) -> Result<Self, SnapshotError> {
-        if path.is_dir() { Ok(Self(path.to_owned())) } else { Err(SnapshotError::NoDirectory(path.to_owned())) }
+        if path.is_dir() {
+            Ok(Self(path.to_owned()))
+        } else {
+            Err(SnapshotError::NoDirectory(path.to_owned()))
+        }
     }
 
     fn error(&self, name: &str) -> impl FnOnce(io::Error) -> SnapshotError + use<> {
@@ -139,7 +143,8 @@ impl SnapshotDir {
         state: &SavedVm,
         write_ram: impl FnOnce(&File) -> io::Result<u64>,
     ) -> Result<(), SnapshotError> {
-        let ram = File::options().read(true).write(true).create(true).truncate(true).open(self.temporary(RAM));
+        let ram =
+            File::options().read(true).write(true).create(true).truncate(true).open(self.temporary(RAM));
         let ram = ram.map_err(self.error(RAM))?;
         write_ram(&ram).and_then(|_| ram.sync_all()).map_err(self.error(RAM))?;
         self.write_json(CONFIG, config)?;
@@ -168,7 +173,8 @@ impl SnapshotDir {
 
     fn read_json<T: for<'a> Deserialize<'a>>(&self, name: &str) -> Result<T, SnapshotError> {
         let text = fs::read(self.0.join(name)).map_err(self.error(name))?;
-        serde_json::from_slice(&text).map_err(|source| SnapshotError::Parse { path: self.0.join(name), source })
+        serde_json::from_slice(&text)
+            .map_err(|source| SnapshotError::Parse { path: self.0.join(name), source })
     }
 
     /// The saved config.
@@ -211,7 +217,8 @@ mod tests {
         let full = |_: &File| Err(io::Error::from_raw_os_error(libc::ENOSPC));
         dir.write(&VmConfig::default(), &state, full).expect_err("disk full");
         assert_eq!(dir.state().expect("the earlier one is whole"), state);
-        let left: Vec<_> = fs::read_dir(temp.path()).expect("list").flatten().map(|e| e.file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(temp.path()).expect("list").flatten().map(|e| e.file_name()).collect();
         assert!(!left.iter().any(|n| n.to_string_lossy().ends_with(".tmp")), "{left:?}");
     }
 

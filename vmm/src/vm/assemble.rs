@@ -14,7 +14,7 @@ use holdfast_machines::{
 };
 use holdfast_threads::Spawner;
 
-use super::plug::{self, Plugs};
+use super::plug::Plugs;
 use super::vcpus::{VcpuEvents, VcpuSetup, Vcpus};
 use super::{Vm, VmError};
 use crate::accel;
@@ -71,6 +71,8 @@ impl Vm {
         let request = machine_request(&config, module, &chardevs);
         let memory = ram::allocate(&module.ram_layout(&request)?, &ram_spec(&config.memory))?;
         let clock = VmClock::stopped_at(0);
+        let timers = Timers::start(Arc::clone(&clock), host.spawner.as_ref())
+            .map_err(|source| VmError::Host { what: "no timer thread".into(), source })?;
         let (mmio, pio) = (Bus::new("memory"), Bus::new("I/O"));
         let spec = VmSpec {
             arch: module.arch(),
@@ -78,6 +80,7 @@ impl Vm {
             mmio: Arc::clone(&mmio),
             pio: Arc::clone(&pio),
             clock: Arc::clone(&clock),
+            timers: Arc::clone(&timers),
             vcpus: config.cpus.boot_vcpus,
             irqchip: request.irqchip,
             code_cache: 0,
@@ -88,8 +91,6 @@ impl Vm {
             mmio.accelerate(memory_events);
             pio.accelerate(port_events);
         }
-        let timers = Timers::start(Arc::clone(&clock), host.spawner.as_ref())
-            .map_err(|source| VmError::Host { what: "no timer thread".into(), source })?;
         let build = BuildContext {
             memory: memory.clone(),
             mmio: Arc::clone(&mmio),
@@ -175,6 +176,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             ConsoleMode::Off => None,
             _ => config.debug_console.iobase,
         },
+        debug_exit_port: None,
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
     }
@@ -204,7 +206,8 @@ fn affinity(cpus: &CpusConfig) -> Vec<Vec<usize>> {
 impl Chardevs {
     fn list(self) -> Vec<Chardev> {
         let named = [("serial0", self.serial), ("console0", self.console), ("debugcon0", self.debug)];
-        let some = |(id, backend): (&str, Option<_>)| backend.map(|backend| Chardev { id: id.to_owned(), backend });
+        let some =
+            |(id, backend): (&str, Option<_>)| backend.map(|backend| Chardev { id: id.to_owned(), backend });
         named.into_iter().filter_map(some).collect()
     }
 }
@@ -263,8 +266,9 @@ fn plug_all<'a>(
 ) -> Result<Plugs<'a>, VmError> {
     let slot = || -> Result<VirtioSlot, VmError> {
         let pci = machine.pci_bus().map(VirtioSlot::Pci);
-        pci.or_else(|| machine.take_mmio_slot())
-            .ok_or_else(|| VmError::Unsupported("the machine has no slot left for another virtio device".into()))
+        pci.or_else(|| machine.take_mmio_slot()).ok_or_else(|| {
+            VmError::Unsupported("the machine has no slot left for another virtio device".into())
+        })
     };
     let mut plugs = Plugs::new(build);
     if let Some(backend) = console {

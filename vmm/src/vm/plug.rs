@@ -8,7 +8,6 @@ use holdfast_device::{BuildContext, BuildError};
 use holdfast_devices::chardev::CharBackend;
 use holdfast_devices::pci::PciBus;
 use holdfast_machines::VirtioSlot;
-use holdfast_virtio::balloon::Balloon;
 use holdfast_virtio::registry::{self, BuildArgs};
 use holdfast_virtio::{Slot, VirtioDevice};
 use serde::Serialize;
@@ -19,7 +18,7 @@ use super::{Plugged, VmError};
 pub(super) struct Plugs<'a> {
     build: &'a BuildContext,
     pub(super) devices: Vec<Plugged>,
-    pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) balloon: Option<Arc<super::Balloon>>,
 }
 
 impl<'a> Plugs<'a> {
@@ -32,7 +31,12 @@ impl<'a> Plugs<'a> {
         self.named("virtio-blk", args, slot, config.pci_device_id)
     }
 
-    pub(super) fn net(&mut self, config: &NetConfig, fds: Vec<OwnedFd>, slot: VirtioSlot) -> Result<(), VmError> {
+    pub(super) fn net(
+        &mut self,
+        config: &NetConfig,
+        fds: Vec<OwnedFd>,
+        slot: VirtioSlot,
+    ) -> Result<(), VmError> {
         let args = BuildArgs { fds, ..arguments(config.id.as_ref(), config)? };
         self.named("virtio-net", args, slot, config.pci_device_id)
     }
@@ -54,9 +58,8 @@ impl<'a> Plugs<'a> {
 
     pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {
         let id = config.id.clone().unwrap_or_default();
-        let balloon = holdfast_virtio::balloon::build(&id, config, self.build)?;
-        self.balloon = Some(Arc::clone(&balloon));
-        self.plug("virtio-balloon", &id, balloon, slot, config.pci_device_id)
+        let _ = (id, slot);
+        Err(VmError::Unsupported("balloon".into()))
     }
 
     /// Builds a device by its name in the registry and plugs it in.
