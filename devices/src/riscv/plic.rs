@@ -31,58 +31,90 @@ pub struct PlicSpec {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-struct Source {
-    priority: u32,
-    level: bool,
-    pending: bool,
-    /// Claimed and not completed.
-    in_service: bool,
-    /// An edge came while the source was in service.
-    missed: bool,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 struct Context {
     threshold: u32,
-    /// Bit n of word m: source `32 * m + n`.
-    enabled: Vec<u32>,
+    enabled: Bits,
     /// What the pin was last driven to.
     #[serde(skip)]
     asserted: bool,
 }
 
+/// A bit a source: bit n of word m stands for source `32 * m + n`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Bits(Vec<u32>);
+
+impl Bits {
+    fn new(sources: u32) -> Self {
+        Self(vec![0; (sources as usize + 1).div_ceil(32)])
+    }
+
+    fn get(&self, n: usize) -> bool {
+        self.0.get(n / 32).is_some_and(|w| w >> (n % 32) & 1 != 0)
+    }
+
+    fn set(&mut self, n: usize, value: bool) {
+        if let Some(word) = self.0.get_mut(n / 32) {
+            *word = *word & !(1 << (n % 32)) | u32::from(value) << (n % 32);
+        }
+    }
+
+    fn word(&self, index: usize) -> u32 {
+        self.0.get(index).copied().unwrap_or(0)
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 struct Regs {
-    sources: Vec<Source>,
+    priority: Vec<u32>,
+    level: Bits,
+    pending: Bits,
+    /// Claimed and not completed.
+    in_service: Bits,
+    /// An edge came while the source was in service.
+    missed: Bits,
     contexts: Vec<Context>,
 }
 
 impl Regs {
     fn new(sources: u32, harts: u32) -> Self {
-        let words = (sources as usize + 1).div_ceil(32);
-        let context = Context { threshold: 0, enabled: vec![0; words], asserted: false };
+        let bits = Bits::new(sources);
+        let context = Context { enabled: bits.clone(), ..Context::default() };
         Self {
-            sources: vec![Source::default(); sources as usize + 1],
+            priority: vec![0; sources as usize + 1],
+            level: bits.clone(),
+            pending: bits.clone(),
+            in_service: bits.clone(),
+            missed: bits,
             contexts: vec![context; 2 * harts as usize],
         }
     }
 
-    fn is_enabled(context: &Context, source: usize) -> bool {
-        context.enabled.get(source / 32).is_some_and(|w| w >> (source % 32) & 1 != 0)
+    /// True if `other` is of the same numbers of sources and contexts.
+    fn same_shape(&self, other: &Self) -> bool {
+        let shape = |r: &Self| {
+            let bits = [&r.level, &r.pending, &r.in_service, &r.missed].map(|b| b.0.len());
+            (r.priority.len(), bits, r.contexts.len())
+        };
+        let contexts = self.contexts.iter().zip(&other.contexts);
+        shape(self) == shape(other)
+            && contexts.into_iter().all(|(a, b)| a.enabled.0.len() == b.enabled.0.len())
     }
 
     /// The pending source with the highest priority that `context` has enabled; the lowest number wins a
     /// tie. Priority 0 never interrupts.
     fn best(&self, context: &Context) -> Option<(usize, u32)> {
         let mut best = None;
-        for (number, source) in self.sources.iter().enumerate().skip(1) {
-            if source.pending
-                && source.priority > best.map_or(0, |(_, p)| p)
-                && Self::is_enabled(context, number)
-            {
-                best = Some((number, source.priority));
+        for (index, (&pending, &enabled)) in self.pending.0.iter().zip(&context.enabled.0).enumerate() {
+            let mut candidates = pending & enabled;
+            while candidates != 0 {
+                let number = 32 * index + candidates.trailing_zeros() as usize;
+                candidates &= candidates - 1;
+                let priority = self.priority.get(number).copied().unwrap_or(0);
+                if priority > best.map_or(0, |(_, p)| p) {
+                    best = Some((number, priority));
+                }
             }
         }
         best
@@ -90,16 +122,15 @@ impl Regs {
 
     /// Gateway: forwards one request at a time.
     fn set_level(&mut self, number: usize, level: bool, edge: bool) {
-        let Some(source) = self.sources.get_mut(number) else { return };
-        let risen = level && !source.level;
-        source.level = level;
+        let risen = level && !self.level.get(number);
+        self.level.set(number, level);
         if !level || (edge && !risen) {
             return;
         }
-        if source.in_service {
-            source.missed |= edge;
-        } else {
-            source.pending = true;
+        if !self.in_service.get(number) {
+            self.pending.set(number, true);
+        } else if edge {
+            self.missed.set(number, true);
         }
     }
 
@@ -107,24 +138,24 @@ impl Regs {
     fn claim(&mut self, context: usize) -> u32 {
         let best = self.contexts.get(context).and_then(|c| self.best(c));
         let Some((number, _)) = best else { return 0 };
-        let source = &mut self.sources[number];
-        source.pending = false;
-        source.in_service = true;
+        self.pending.set(number, false);
+        self.in_service.set(number, true);
         number as u32
     }
 
     fn complete(&mut self, context: usize, number: u32, edge: bool) {
         let number = number as usize;
         // A source that is not enabled for the context is silently ignored (section 10).
-        if !self.contexts.get(context).is_some_and(|c| Self::is_enabled(c, number)) {
+        if !self.contexts.get(context).is_some_and(|c| c.enabled.get(number)) || !self.in_service.get(number)
+        {
             return;
         }
-        let Some(source) = self.sources.get_mut(number) else { return };
-        if !source.in_service {
-            return;
+        self.in_service.set(number, false);
+        let again = if edge { self.missed.get(number) } else { self.level.get(number) };
+        self.missed.set(number, false);
+        if again {
+            self.pending.set(number, true);
         }
-        source.in_service = false;
-        source.pending |= if edge { std::mem::take(&mut source.missed) } else { source.level };
     }
 }
 
@@ -174,17 +205,13 @@ impl Plic {
 
     fn read_word(&self, regs: &mut Regs, offset: u64) -> u32 {
         match offset {
-            0..PENDING => regs.sources.get((offset / 4) as usize).map_or(0, |s| s.priority),
-            PENDING..ENABLE => {
-                let first = ((offset - PENDING) / 4 * 32) as usize;
-                let bit = |n: usize| u32::from(regs.sources.get(first + n).is_some_and(|s| s.pending)) << n;
-                (0..32).map(bit).sum()
-            }
+            0..PENDING => regs.priority.get((offset / 4) as usize).copied().unwrap_or(0),
+            PENDING..ENABLE => regs.pending.word(((offset - PENDING) / 4) as usize),
             ENABLE..CONTEXT => {
                 let at = offset - ENABLE;
                 let context = regs.contexts.get((at / ENABLE_STRIDE) as usize);
                 let word = (at % ENABLE_STRIDE / 4) as usize;
-                context.and_then(|c| c.enabled.get(word)).copied().unwrap_or(0)
+                context.map_or(0, |c| c.enabled.word(word))
             }
             _ => {
                 let context = ((offset - CONTEXT) / CONTEXT_STRIDE) as usize;
@@ -205,8 +232,8 @@ impl Plic {
         match offset {
             // Source 0 does not exist.
             4..PENDING => {
-                if let Some(source) = regs.sources.get_mut((offset / 4) as usize) {
-                    source.priority = value & PRIORITY_MASK;
+                if let Some(priority) = regs.priority.get_mut((offset / 4) as usize) {
+                    *priority = value & PRIORITY_MASK;
                 }
             }
             ENABLE..CONTEXT => {
@@ -216,7 +243,7 @@ impl Plic {
                 let exists = |n: &u32| word as u32 * 32 + n != 0 && word as u32 * 32 + n <= self.spec.sources;
                 let mask = (0..32).filter(exists).fold(0u32, |m, n| m | 1 << n);
                 let context = regs.contexts.get_mut((at / ENABLE_STRIDE) as usize);
-                if let Some(enabled) = context.and_then(|c| c.enabled.get_mut(word)) {
+                if let Some(enabled) = context.and_then(|c| c.enabled.0.get_mut(word)) {
                     *enabled = value & mask;
                 }
             }
@@ -242,8 +269,8 @@ impl Plic {
 impl IrqSink for Plic {
     fn set_level(&self, pin: u32, level: bool) {
         let mut regs = self.regs.lock();
-        let same = regs.sources.get(pin as usize).is_none_or(|s| s.level == level);
-        if pin == 0 || same {
+        let exists = pin != 0 && pin <= self.spec.sources;
+        if !exists || regs.level.get(pin as usize) == level {
             return;
         }
         regs.set_level(pin as usize, level, self.is_edge(pin));
@@ -289,16 +316,13 @@ impl Device for Plic {
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
         let saved: Regs = state.parse(KIND, 1)?;
         let mut regs = self.regs.lock();
-        let fits = saved.sources.len() == regs.sources.len()
-            && saved.contexts.len() == regs.contexts.len()
-            && saved.contexts.iter().zip(&regs.contexts).all(|(a, b)| a.enabled.len() == b.enabled.len());
-        if !fits {
+        if !saved.same_shape(&regs) {
             let reason = "it has other sources or harts than this machine".to_owned();
             return Err(StateError::Invalid { kind: KIND, reason });
         }
         *regs = saved;
-        for source in &mut regs.sources {
-            source.priority &= PRIORITY_MASK;
+        for priority in &mut regs.priority {
+            *priority &= PRIORITY_MASK;
         }
         self.refresh(&mut regs);
         Ok(())
