@@ -80,6 +80,21 @@ impl VcpuHandle {
         }
     }
 
+    /// Calls `body` with `immediate_exit` clear and nobody able to set it. `body` must not wake this vCPU.
+    pub fn undisturbed<T>(&self, body: impl FnOnce() -> T) -> T {
+        let target = self.target.lock();
+        if let Some(target) = target.as_ref() {
+            target.exit.store(0);
+        }
+        let result = body();
+        if let Some(target) = target.as_ref()
+            && self.is_kicked()
+        {
+            target.exit.store(1);
+        }
+        result
+    }
+
     /// Sets `immediate_exit` for the vCPU's own thread.
     pub fn set_immediate_exit(&self, value: u8) {
         if let Some(target) = self.target.lock().as_ref() {

@@ -173,7 +173,7 @@ impl Accelerator for KvmAccelerator {
     fn create_vm(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, AccelError> {
         self.probe(spec.arch)?;
         let kvm = self.open()?;
-        Ok(Arc::new(vm::VmRef(KvmVm::new(kvm, spec, self.options.dirty_log)?)))
+        Ok(Arc::new(vm::VmRef(KvmVm::new(&kvm, spec, self.options.dirty_log)?)))
     }
 }
 

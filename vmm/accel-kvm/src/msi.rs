@@ -115,6 +115,18 @@ impl Routes {
         known.is_none()
     }
 
+    /// The user-space IOAPIC's pins send these messages now. Those of masked pins are kept: an interrupt in
+    /// service whose pin the guest masks must still report its EOI.
+    pub fn note_ioapic(&self, messages: &[Option<MsiMessage>]) {
+        let mut table = self.table.lock();
+        let news: Vec<bool> = messages.iter().flatten().map(|m| self.note_level(&mut table, *m)).collect();
+        if news.contains(&true)
+            && let Err(e) = self.commit(&table)
+        {
+            tracing::warn!("cannot set the IOAPIC's routes: {e}");
+        }
+    }
+
     fn allocate(&self) -> io::Result<u32> {
         let mut table = self.table.lock();
         let gsi = (IOAPIC_PINS..self.limit).find(|gsi| !table.vectors.contains_key(gsi));

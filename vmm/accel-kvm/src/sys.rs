@@ -17,6 +17,7 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, u32);
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, u32);
 
 fn check(ret: i32) -> io::Result<i32> {
     if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
@@ -223,6 +224,44 @@ pub fn gettid() -> i32 {
 pub fn tgkill(tid: i32, signal: i32) {
     // SAFETY: tgkill takes three integers; a stale `tid` gets ESRCH, or a signal with an empty handler.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+}
+
+/// struct kvm_signal_mask with the kernel's 64 signals.
+#[repr(C, packed)]
+struct SignalMask {
+    len: u32,
+    signals: u64,
+}
+
+/// Calls `run` so that an entry into the guest finds `signal` pending from the start. The signal is not
+/// delivered.
+pub fn run_with_signal_pending<T>(
+    vcpu: &mut VcpuFd,
+    signal: i32,
+    run: impl FnOnce(&mut VcpuFd) -> T,
+) -> io::Result<T> {
+    let set = vmm_sys_util::signal::create_sigset(&[signal])
+        .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+    // All signals but this one stay blocked inside the entry.
+    let mask = SignalMask { len: 8, signals: !(1u64 << (signal - 1)) };
+    let mut old = set;
+    // SAFETY: both sets are valid; the thread's mask is restored below.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, &raw mut old) };
+    // SAFETY: the structure is laid out as the kernel's and only read.
+    let masked = check(unsafe { ioctl_with_ref(vcpu, KVM_SET_SIGNAL_MASK(), &mask) });
+    let result = masked.map(|_| {
+        tgkill(gettid(), signal);
+        let result = run(vcpu);
+        let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: set and time are valid; no information is asked for. The signal is blocked and pending.
+        unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const now) };
+        // SAFETY: a null argument takes the mask away again.
+        unsafe { vmm_sys_util::ioctl::ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), std::ptr::null::<u32>()) };
+        result
+    });
+    // SAFETY: restores the mask that was there.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
+    result
 }
 
 /// The file descriptor of a vCPU.

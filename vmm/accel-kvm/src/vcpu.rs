@@ -271,6 +271,36 @@ impl KvmVcpu {
         ))
     }
 
+    /// Collects the EOI broadcasts that KVM holds back until the next entry: they are part of no state.
+    ///
+    /// An entry with a signal pending handles KVM's requests and runs no guest code. `immediate_exit` would
+    /// return before them.
+    fn flush_eois(&mut self) -> Result<(), AccelError> {
+        /// More EOIs than one vCPU can have unreported.
+        const MOST: usize = 8;
+        if self.vm.irqchip != IrqChip::Split || self.unfinished {
+            return Ok(());
+        }
+        for _ in 0..MOST {
+            let handle = self.handle();
+            let exit = handle.undisturbed(|| {
+                sys::run_with_signal_pending(&mut self.fd, crate::kick_signal(), |fd| match fd.run() {
+                    Ok(VcpuExit::IoapicEoi(vector)) => Some(vector),
+                    _ => None,
+                })
+            });
+            match exit.map_err(|e| host("cannot collect EOIs", e))? {
+                Some(vector) => {
+                    if let Some(receiver) = self.vm.eoi.get() {
+                        receiver(vector);
+                    }
+                }
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
     /// Up to `len` bytes at a guest-virtual address, within its page.
     fn read_virtual(&self, gva: u64, len: u64) -> Vec<u8> {
         use vm_memory::{Bytes, GuestAddress};
@@ -328,6 +358,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn state(&mut self) -> Result<CpuState, AccelError> {
+        self.flush_eois()?;
         Ok(CpuState::X86_64(Box::new(self.read_state()?)))
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use holdfast_accel::{AccelError, IrqChip, RomWindow, Vcpu, Vm, VmSpec};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::{CpuTopology, CpuidEntry, cpuid};
-use holdfast_device::{Bus, CpuLines, ExtInt, IoEvents, IrqSink, MsiController};
+use holdfast_device::{Bus, CpuLines, ExtInt, IoEvents, IrqSink, MsiController, MsiMessage};
 use holdfast_memory::GuestMemory;
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
@@ -169,7 +169,7 @@ fn supported_cpuid(kvm: &Kvm) -> Result<Vec<CpuidEntry>, AccelError> {
 
 impl KvmVm {
     /// Makes a VM from `spec`.
-    pub(crate) fn new(kvm: Kvm, spec: VmSpec, log: DirtyLog) -> Result<Arc<Self>, AccelError> {
+    pub(crate) fn new(kvm: &Kvm, spec: VmSpec, log: DirtyLog) -> Result<Arc<Self>, AccelError> {
         install_handler().map_err(|e| host("cannot install the kick signal's handler", e))?;
         let most = kvm.get_max_vcpus();
         if spec.vcpus as usize > most {
@@ -182,7 +182,7 @@ impl KvmVm {
                 kvm.get_nr_vcpus()
             );
         }
-        let fd = make_fd(&kvm)?;
+        let fd = make_fd(kvm)?;
         if let Some(base) = spec.x86_tss_base {
             fd.set_identity_map_address(base)
                 .map_err(|e| host("cannot place the identity map", io_error(e)))?;
@@ -205,7 +205,7 @@ impl KvmVm {
             .map_err(|e| host("cannot list model-specific registers", io_error(e)))?;
         let xsave = fd.check_extension_int(Cap::Xsave2).max(0) as usize;
         Ok(Arc::new(Self {
-            supported: supported_cpuid(&kvm)?,
+            supported: supported_cpuid(kvm)?,
             msrs: msrs.as_slice().to_vec(),
             xsave_size: xsave.max(size_of::<kvm_bindings::kvm_xsave>()),
             fd,
@@ -379,6 +379,10 @@ impl Vm for VmRef {
         if self.0.eoi.set(receiver).is_err() {
             tracing::warn!("a second receiver of EOI broadcasts is ignored");
         }
+    }
+
+    fn ioapic_routes_changed(&self, routes: &[Option<MsiMessage>; 24]) {
+        self.0.routes.note_ioapic(routes);
     }
 
     fn start_dirty_log(&self) -> Result<(), AccelError> {
