@@ -210,12 +210,11 @@ fn rig(e: impl std::fmt::Display) -> Failure {
     Failure::Rig(e.to_string())
 }
 
+/// The lines into the interrupt controllers, and what is saved of those.
+type Wiring = (Arc<Gsi>, Vec<Arc<dyn Device>>);
+
 /// The interrupt controllers, and the lines into them.
-fn controllers(
-    vm: &Arc<dyn Vm>,
-    irqchip: IrqChip,
-    context: &BuildContext,
-) -> Result<(Arc<Gsi>, Vec<Arc<dyn Device>>), Failure> {
+fn controllers(vm: &Arc<dyn Vm>, irqchip: IrqChip, context: &BuildContext) -> Result<Wiring, Failure> {
     if irqchip == IrqChip::On {
         let sink = vm.kernel_irq_sink().ok_or_else(|| rig("no kernel interrupt controllers"))?;
         return Ok((Gsi::new(IrqTarget::Kernel(sink)), Vec::new()));

@@ -44,6 +44,8 @@ fn needs_kvm_kernel_irqchip_conforms() {
 
 #[test]
 fn needs_kvm_dirty_ring_conforms() {
-    let options = KvmOptions { dirty_log: DirtyLog::Ring(4096), ..KvmOptions::default() };
+    // As large as it goes: an interpreting KVM enters every store, and only looks for a full ring between runs of
+    // many instructions.
+    let options = KvmOptions { dirty_log: DirtyLog::Ring(65536), ..KvmOptions::default() };
     run(&KvmAccelerator::new(options), IrqChip::Split, "dirty log");
 }

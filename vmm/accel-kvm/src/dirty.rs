@@ -36,6 +36,14 @@ impl Ring {
             *next = next.wrapping_add(1);
             taken += 1;
         }
+        if taken >= map.entries() {
+            // KVM keeps some entries free to be able to stop the vCPU in time. If it has used those too, entries
+            // may have been overwritten: every page may have been written.
+            tracing::warn!("a dirty ring of {taken} entries ran over; all RAM counts as written");
+            for ram in &slots.ram {
+                (0..ram.pages).for_each(|page| ram.tracker.set_dirty(page));
+            }
+        }
         taken
     }
 }

@@ -186,6 +186,11 @@ impl RingMap {
         }
     }
 
+    /// Number of entries.
+    pub fn entries(&self) -> u32 {
+        self.entries
+    }
+
     /// Takes entry `index` (modulo the ring) if the kernel has filled it: (slot, page offset).
     pub fn take(&self, index: u32) -> Option<(u32, u64)> {
         /// The kernel has filled the entry.
