@@ -68,6 +68,7 @@ pub struct DiskConfig {
     pub vhost_user: bool,
     /// Socket of the vhost-user process.
     #[serde(default, alias = "socket", skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-cli" = "socket"))]
     pub vhost_socket: Option<String>,
     /// Limits of bytes and operations per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -35,6 +35,7 @@ pub enum ConsoleMode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleConfig {
     /// Where its bytes go.
+    #[schemars(extend("x-positional" = true))]
     pub mode: ConsoleMode,
     /// The file of mode `File`; in answers also the pseudo-terminal of mode `Pty`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -55,6 +55,7 @@ pub struct NetConfig {
     pub vhost_user: bool,
     /// Socket of the vhost-user process.
     #[serde(default, alias = "socket", skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-cli" = "socket"))]
     pub vhost_socket: Option<String>,
     /// Who listens on the vhost-user socket.
     #[serde(default)]
@@ -64,6 +65,7 @@ pub struct NetConfig {
     pub id: Option<String>,
     /// Open tap file descriptors, one for each queue pair.
     #[serde(default, alias = "fd", skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-cli" = "fd"))]
     pub fds: Option<Vec<i32>>,
     /// Limits of bytes and operations per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -39,8 +39,8 @@ impl CpuTopology {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CpusConfig {
     /// vCPUs present at boot.
-    #[serde(alias = "boot")]
-    #[schemars(range(min = 1), extend("x-cli" = "boot"))]
+    #[serde(default = "one", alias = "boot")]
+    #[schemars(range(min = 1), extend("x-cli" = "boot", "x-positional" = true))]
     pub boot_vcpus: u32,
     /// Most vCPUs that the VM can have; 0 means `boot_vcpus`.
     #[serde(default, alias = "max")]
@@ -52,6 +52,10 @@ pub struct CpusConfig {
     /// Pinning of vCPUs to host CPUs, on the command line as [vcpu@[cpus],...].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<CpuAffinity>>,
+}
+
+fn one() -> u32 {
+    1
 }
 
 impl CpusConfig {

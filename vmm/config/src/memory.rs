@@ -10,7 +10,8 @@ pub(crate) const DEFAULT_SIZE: u64 = 512 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MemoryConfig {
     /// Bytes, a multiple of the page size.
-    #[schemars(extend("x-size" = true))]
+    #[serde(default = "default_size")]
+    #[schemars(extend("x-size" = true, "x-positional" = true))]
     pub size: u64,
     /// Share RAM with other processes that hold its memfd.
     #[serde(default)]
@@ -28,6 +29,10 @@ pub struct MemoryConfig {
     /// Ask for transparent huge pages.
     #[serde(default = "default_true")]
     pub thp: bool,
+}
+
+fn default_size() -> u64 {
+    DEFAULT_SIZE
 }
 
 fn default_true() -> bool {

@@ -133,7 +133,6 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
     valued("dbus-service-name"),
     valued("dbus-object-path"),
     flag("dbus-system-bus"),
-    flag("no-shutdown"),
 ];
 
 /// Sub-keys of Cloud Hypervisor's options for features that Holdfast does not have.

@@ -176,11 +176,17 @@ impl VmConfig {
     }
 }
 
-/// Reads JSON into `T`; the error names the field.
+/// Reads a JSON object into `T`; the error names the field.
 ///
 /// # Errors
 /// [`ConfigError::Syntax`].
 pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ConfigError> {
+    // serde would also read a struct from an array of its fields.
+    if body.trim_ascii_start().starts_with(b"[") {
+        let mut problems = Problems::default();
+        problems.add(".", "is an array; it must be an object");
+        return Err(ConfigError::Invalid(problems));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(syntax)?;
     deserializer.end().map_err(|source| ConfigError::Syntax { field: ".".to_owned(), source })?;

@@ -1,0 +1,149 @@
+//! The command line: `holdfast run`, `holdfast ctl` and what is generated from their options.
+
+mod ctl;
+mod options;
+mod run;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+pub use ctl::Ctl;
+pub use run::{Endpoint, QmpAddress, RunOptions, SeccompMode};
+
+/// The name under which Cloud Hypervisor's command line is served.
+const CH_NAME: &str = "cloud-hypervisor";
+/// First line of `cloud-hypervisor --version`: libvirt derives capabilities from the number.
+const CH_VERSION: &str = concat!("v54.0.0\nHoldfast ", env!("CARGO_PKG_VERSION"));
+
+/// What the process was started for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run a VM.
+    Run(Box<RunOptions>),
+    /// Talk to a running one.
+    Ctl(Ctl),
+    /// Print this text.
+    Print(String),
+    /// Write man pages into a directory.
+    Man(std::path::PathBuf),
+    /// Print a shell's completion script.
+    Completions(clap_complete::Shell),
+}
+
+/// An option that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// Its value cannot be read.
+    #[error("--{option}")]
+    Value {
+        /// Name of the option.
+        option: String,
+        /// What is wrong with which key.
+        #[source]
+        source: holdfast_keyval::Error,
+    },
+    /// Its value makes no sense.
+    #[error("--{option} `{value}`: {reason}")]
+    Text {
+        /// Name of the option.
+        option: String,
+        /// Value as given.
+        value: String,
+        /// What would be right.
+        reason: String,
+    },
+    /// A Cloud Hypervisor feature that Holdfast does not have.
+    #[error("--{option} is a Cloud Hypervisor option that is not supported by this version of Holdfast")]
+    UnsupportedOption {
+        /// Name of the option.
+        option: String,
+    },
+    /// A sub-key of a Cloud Hypervisor feature that Holdfast does not have.
+    #[error("--{option}: key `{key}` is a Cloud Hypervisor key that is not supported by this version of Holdfast")]
+    UnsupportedKey {
+        /// Name of the option.
+        option: String,
+        /// The key.
+        key: String,
+    },
+    /// The options do not fit together.
+    #[error("{0}")]
+    Together(String),
+    /// The configuration that they make is not valid.
+    #[error("the options make no valid VM")]
+    Config(#[source] holdfast_config::ConfigError),
+    /// Usage, as clap reports it (also `--help` and `--version`).
+    #[error("{0}")]
+    Usage(clap::Error),
+}
+
+/// Reads the command line.
+///
+/// # Errors
+/// [`CliError`], which names the option, the value and what would be right.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let named = args.first().map(Path::new).and_then(Path::file_name);
+    // The texts come from the schemas, which are worth generating only if somebody reads them.
+    let verbose = args.iter().skip(1).any(|arg| {
+        matches!(arg.to_str(), Some("--help" | "-h" | "help" | "man" | "completions"))
+    });
+    if named.is_some_and(|name| name == CH_NAME) {
+        let command = options::run_command(CH_NAME, verbose).version(CH_VERSION).disable_help_subcommand(true);
+        let matches = command.try_get_matches_from(args).map_err(CliError::Usage)?;
+        return run::read(&matches).map(|run| Invocation::Run(Box::new(run)));
+    }
+    let matches = command(verbose).try_get_matches_from(args).map_err(CliError::Usage)?;
+    dispatch(&matches)
+}
+
+fn dispatch(matches: &ArgMatches) -> Result<Invocation, CliError> {
+    match matches.subcommand() {
+        Some(("run", run)) => Ok(Invocation::Run(Box::new(run::read(run)?))),
+        Some(("ctl", ctl)) => Ok(Invocation::Ctl(ctl::read(ctl)?)),
+        Some(("openapi", _)) => Ok(Invocation::Print(crate::http::openapi::text())),
+        Some(("man", man)) => {
+            let directory = man.get_one::<std::path::PathBuf>("directory").cloned().unwrap_or_default();
+            Ok(Invocation::Man(directory))
+        }
+        Some(("completions", completions)) => {
+            let shell = completions.get_one("shell").copied().unwrap_or(clap_complete::Shell::Bash);
+            Ok(Invocation::Completions(shell))
+        }
+        _ => Err(CliError::Together("no command; `holdfast run --help` and `holdfast ctl --help` say more".into())),
+    }
+}
+
+/// The whole command line. `verbose` adds the texts that come from the config types.
+pub fn command(verbose: bool) -> Command {
+    Command::new("holdfast")
+        .about("Runs virtual machines on KVM or by translation")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(options::run_command("run", verbose))
+        .subcommand(ctl::command(verbose))
+        .subcommand(
+            Command::new("man").about("Write man pages").hide(true).arg(
+                Arg::new("directory")
+                    .value_parser(clap::value_parser!(std::path::PathBuf))
+                    .default_value(".")
+                    .action(ArgAction::Set)
+                    .help("Where to write them"),
+            ),
+        )
+        .subcommand(
+            Command::new("completions").about("Print a completion script").hide(true).arg(
+                Arg::new("shell")
+                    .value_parser(clap::value_parser!(clap_complete::Shell))
+                    .required(true)
+                    .help("The shell"),
+            ),
+        )
+        .subcommand(Command::new("openapi").about("Print the OpenAPI description of the REST API").hide(true))
+}

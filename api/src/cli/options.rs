@@ -1,0 +1,173 @@
+//! The options of `holdfast run`, in one table.
+
+use clap::{Arg, ArgAction, Command};
+use holdfast_config as config;
+use holdfast_keyval::Key;
+
+/// What an option's value is.
+pub(super) enum Shape {
+    /// There is none.
+    Flag,
+    /// There is none; giving it again means more.
+    Count,
+    /// One text.
+    Text(&'static str),
+    /// One key=value text.
+    Keys(fn() -> Vec<Key>),
+    /// Several key=value texts.
+    Many(fn() -> Vec<Key>),
+}
+
+/// One option.
+pub(super) struct Opt {
+    pub name: &'static str,
+    pub short: Option<char>,
+    pub shape: Shape,
+    pub help: &'static str,
+    pub heading: &'static str,
+}
+
+const fn opt(name: &'static str, shape: Shape, heading: &'static str, help: &'static str) -> Opt {
+    Opt { name, short: None, shape, help, heading }
+}
+
+const BOOT: &str = "What boots";
+const MACHINE: &str = "The machine";
+const DEVICES: &str = "Devices";
+const CONSOLES: &str = "Consoles";
+const CONTROL: &str = "Control";
+const SAFETY: &str = "Hardening";
+
+/// All options of `holdfast run`.
+pub(super) const OPTIONS: &[Opt] = &[
+    opt("kernel", Shape::Text("PATH"), BOOT, "Kernel image"),
+    opt("firmware", Shape::Text("PATH"), BOOT, "Firmware image"),
+    opt("initramfs", Shape::Text("PATH"), BOOT, "Initial RAM disk"),
+    opt("cmdline", Shape::Text("TEXT"), BOOT, "Kernel command line"),
+    opt(
+        "restore",
+        Shape::Keys(holdfast_keyval::keys::<config::RestoreConfig>),
+        BOOT,
+        "Restore a VM from a snapshot",
+    ),
+    opt("name", Shape::Text("NAME"), MACHINE, "Name of the VM, for people"),
+    opt("arch", Shape::Text("ARCH"), MACHINE, "Architecture of the guest: x86_64 or riscv64 [default: the host's]"),
+    opt(
+        "machine",
+        Shape::Keys(holdfast_keyval::keys::<config::MachineConfig>),
+        MACHINE,
+        "Machine: q35 for x86_64, virt for riscv64",
+    ),
+    opt("accel", Shape::Text("ACCEL"), MACHINE, "Accelerators to try in order: kvm, tcg, auto, kvm:tcg [default: auto]"),
+    opt("cpus", Shape::Keys(holdfast_keyval::keys::<config::CpusConfig>), MACHINE, "vCPUs, as N or keys"),
+    opt("memory", Shape::Keys(holdfast_keyval::keys::<config::MemoryConfig>), MACHINE, "Guest RAM [default: 512M]"),
+    opt(
+        "platform",
+        Shape::Keys(holdfast_keyval::keys::<config::PlatformConfig>),
+        MACHINE,
+        "What identifies the platform to the guest",
+    ),
+    opt("disk", Shape::Many(holdfast_keyval::keys::<config::DiskConfig>), DEVICES, "Block device"),
+    opt("net", Shape::Many(holdfast_keyval::keys::<config::NetConfig>), DEVICES, "Network device"),
+    opt("rng", Shape::Keys(holdfast_keyval::keys::<config::RngConfig>), DEVICES, "Entropy device"),
+    opt("balloon", Shape::Keys(holdfast_keyval::keys::<config::BalloonConfig>), DEVICES, "Memory balloon"),
+    opt(
+        "serial",
+        Shape::Keys(holdfast_keyval::keys::<config::SerialConfig>),
+        CONSOLES,
+        "Serial port: off, null, tty, pty, file=PATH or socket=PATH [default: null]",
+    ),
+    opt(
+        "console",
+        Shape::Keys(holdfast_keyval::keys::<config::ConsoleConfig>),
+        CONSOLES,
+        "virtio console: off, null, tty, pty or file=PATH [default: tty]",
+    ),
+    opt(
+        "debug-console",
+        Shape::Keys(holdfast_keyval::keys::<config::DebugConsoleConfig>),
+        CONSOLES,
+        "x86 debug console: off, tty, pty or file=PATH, and iobase=PORT [default: off]",
+    ),
+    opt("api-socket", Shape::Text("path=PATH|fd=N|PATH"), CONTROL, "Serve the REST API on a UNIX socket"),
+    opt("qmp", Shape::Text("unix:PATH|tcp:HOST:PORT"), CONTROL, "Serve QMP"),
+    opt("event-monitor", Shape::Text("path=PATH|fd=N"), CONTROL, "Write events to a file or FIFO"),
+    opt("log-file", Shape::Text("PATH"), CONTROL, "Write the log to a file [default: standard error]"),
+    Opt {
+        name: "verbose",
+        short: Some('v'),
+        shape: Shape::Count,
+        help: "Log more: -v for information, -vv for debugging, -vvv for tracing",
+        heading: CONTROL,
+    },
+    opt("no-shutdown", Shape::Flag, CONTROL, "Stay when the guest has switched itself off"),
+    opt(
+        "seccomp",
+        Shape::Text("true|false|log|errno"),
+        SAFETY,
+        "What happens on a system call that is not allowed: true kills, errno refuses, log logs [default: true]",
+    ),
+    opt("landlock", Shape::Flag, SAFETY, "Let Holdfast open only the paths that the options name"),
+    opt(
+        "landlock-rules",
+        Shape::Many(holdfast_keyval::keys::<config::LandlockRule>),
+        SAFETY,
+        "More paths that it may open",
+    ),
+];
+
+/// The `run` command. `verbose` adds the sub-keys to the long help.
+pub(super) fn run_command(name: &'static str, verbose: bool) -> Command {
+    let mut command = Command::new(name).about("Run a virtual machine");
+    for opt in OPTIONS {
+        command = command.arg(argument(opt, verbose));
+    }
+    for unsupported in config::UNSUPPORTED_OPTIONS {
+        let action = if unsupported.takes_value { ArgAction::Append } else { ArgAction::SetTrue };
+        let arg = Arg::new(unsupported.name).long(unsupported.name).action(action).hide(true);
+        // Values may be missing or several: the option is refused either way.
+        let arg = if unsupported.takes_value { arg.num_args(0..) } else { arg };
+        command = command.arg(arg);
+    }
+    command
+}
+
+fn argument(opt: &Opt, verbose: bool) -> Arg {
+    let mut arg = Arg::new(opt.name).long(opt.name).help(opt.help).help_heading(opt.heading);
+    if let Some(short) = opt.short {
+        arg = arg.short(short);
+    }
+    let keys = |arg: Arg, keys: fn() -> Vec<Key>| {
+        if verbose { arg.long_help(long_help(opt.help, &keys())) } else { arg }
+    };
+    match opt.shape {
+        Shape::Flag => arg.action(ArgAction::SetTrue),
+        Shape::Count => arg.action(ArgAction::Count),
+        Shape::Text(name) => arg.value_name(name).allow_hyphen_values(opt.name == "cmdline"),
+        Shape::Keys(list) => keys(arg.value_name("key=value,..."), list),
+        Shape::Many(list) => {
+            keys(arg.value_name("key=value,...").action(ArgAction::Append).num_args(1..), list)
+        }
+    }
+}
+
+/// The help of an option with its sub-keys.
+pub(super) fn long_help(help: &str, keys: &[Key]) -> String {
+    let mut text = format!("{help}\n");
+    let left = |key: &Key| {
+        let pair = format!("{}={}", key.name, key.value);
+        if key.value.len() > 40 { format!("{}=...", key.name) } else { pair }
+    };
+    let width = keys.iter().map(|key| left(key).len()).max().unwrap_or_default().min(40);
+    for key in keys {
+        let default = match &key.default {
+            Some(default) => format!(" [default: {default}]"),
+            None if key.required && !key.positional => " (required)".to_owned(),
+            None => String::new(),
+        };
+        let left = left(key);
+        let values = if left.ends_with("=...") { format!(" ({})", key.value) } else { String::new() };
+        text.push_str(&format!("\n  {left:width$}  {}{values}{default}", key.description));
+    }
+    text
+}

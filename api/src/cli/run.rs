@@ -1,0 +1,246 @@
+//! `holdfast run`: from options to a configuration.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use holdfast_config::{
+    self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockRule, MachineConfig,
+    MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig,
+};
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+
+use super::CliError;
+
+/// A path, or a file descriptor that was inherited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A path.
+    Path(PathBuf),
+    /// An inherited file descriptor.
+    Fd(RawFd),
+}
+
+/// Where QMP is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum QmpAddress {
+    /// A UNIX socket.
+    Unix(PathBuf),
+    /// A TCP socket: host and port.
+    Tcp(String, u16),
+}
+
+impl FromStr for QmpAddress {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        const WRONG: &str = "must be unix:PATH or tcp:HOST:PORT";
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(path.into()));
+        }
+        let (host, port) = text.strip_prefix("tcp:").and_then(|rest| rest.rsplit_once(':')).ok_or(WRONG)?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let port = port.parse().map_err(|_| WRONG)?;
+        if host.is_empty() { Err(WRONG) } else { Ok(Self::Tcp(host.to_owned(), port)) }
+    }
+}
+
+/// What happens on a system call that is not allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SeccompMode {
+    /// The process dies.
+    #[default]
+    Kill,
+    /// Every system call is allowed.
+    Off,
+    /// It is logged and done.
+    Log,
+    /// It fails with EPERM.
+    Errno,
+}
+
+/// What `holdfast run` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RunOptions {
+    /// A VM to create and boot at once.
+    pub config: Option<Box<VmConfig>>,
+    /// A snapshot to restore at once.
+    pub restore: Option<RestoreConfig>,
+    /// Where REST is served.
+    pub api_socket: Option<Endpoint>,
+    /// Where QMP is served.
+    pub qmp: Option<QmpAddress>,
+    /// Where events are written.
+    pub event_monitor: Option<Endpoint>,
+    /// Where the log is written.
+    pub log_file: Option<PathBuf>,
+    /// How much is logged: 0 warnings, 1 information, 2 debugging, 3 tracing.
+    pub verbosity: u8,
+    /// System-call filters.
+    pub seccomp: SeccompMode,
+    /// The process stays when the guest has switched itself off.
+    pub no_shutdown: bool,
+}
+
+/// Options that describe a VM, and so need something that boots it.
+const DESCRIBES_VM: &[&str] = &[
+    "initramfs", "cmdline", "name", "arch", "machine", "accel", "cpus", "memory", "platform", "disk", "net", "rng",
+    "balloon", "serial", "console", "debug-console", "landlock", "landlock-rules",
+];
+
+pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
+    let given = |name: &str| matches.value_source(name) == Some(ValueSource::CommandLine);
+    if let Some(option) = config::UNSUPPORTED_OPTIONS.iter().find(|option| given(option.name)) {
+        return Err(CliError::UnsupportedOption { option: option.name.to_owned() });
+    }
+    let restore: Option<RestoreConfig> = keyval(matches, "restore")?;
+    let boots = given("kernel") || given("firmware");
+    let described = DESCRIBES_VM.iter().find(|name| given(name));
+    if let (Some(name), false) = (described, boots) {
+        let reason = if restore.is_some() { "a restored VM has its own" } else { "nothing boots: give --kernel or --firmware" };
+        return Err(CliError::Together(format!("--{name} describes a VM, but {reason}")));
+    }
+    if boots && restore.is_some() {
+        return Err(CliError::Together("--restore brings a VM of its own; leave --kernel and --firmware out".into()));
+    }
+    let api_socket = endpoint(matches, "api-socket", true)?;
+    let qmp = parsed::<QmpAddress>(matches, "qmp")?;
+    if !boots && restore.is_none() && api_socket.is_none() && qmp.is_none() {
+        let reason = "nothing to do: give --kernel or --firmware to boot, --restore, or --api-socket to be told later";
+        return Err(CliError::Together(reason.into()));
+    }
+    Ok(RunOptions {
+        config: if boots { Some(Box::new(vm_config(matches)?)) } else { None },
+        restore,
+        api_socket,
+        qmp,
+        event_monitor: endpoint(matches, "event-monitor", false)?,
+        log_file: text(matches, "log-file").map(PathBuf::from),
+        verbosity: matches.get_count("verbose"),
+        seccomp: seccomp(matches)?,
+        no_shutdown: matches.get_flag("no-shutdown"),
+    })
+}
+
+fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
+    let payload = PayloadConfig {
+        firmware: text(matches, "firmware").map(PathBuf::from),
+        kernel: text(matches, "kernel").map(PathBuf::from),
+        cmdline: text(matches, "cmdline").map(str::to_owned),
+        initramfs: text(matches, "initramfs").map(PathBuf::from),
+    };
+    let mut cpus: CpusConfig = keyval(matches, "cpus")?.unwrap_or_default();
+    cpus.max_vcpus = cpus.max();
+    let config = VmConfig {
+        cpus,
+        memory: keyval::<MemoryConfig>(matches, "memory")?.unwrap_or_default(),
+        payload: Some(payload),
+        disks: keyvals::<DiskConfig>(matches, "disk")?,
+        net: keyvals::<NetConfig>(matches, "net")?,
+        rng: keyval::<RngConfig>(matches, "rng")?.unwrap_or_default(),
+        balloon: keyval(matches, "balloon")?,
+        serial: console::<SerialConfig>(matches, "serial")?.unwrap_or_default(),
+        console: console::<ConsoleConfig>(matches, "console")?.unwrap_or_default(),
+        debug_console: console::<DebugConsoleConfig>(matches, "debug-console")?.unwrap_or_default(),
+        platform: keyval::<PlatformConfig>(matches, "platform")?,
+        landlock_enable: matches.get_flag("landlock"),
+        landlock_rules: keyvals::<LandlockRule>(matches, "landlock-rules")?,
+        name: text(matches, "name").map(str::to_owned),
+        arch: parsed(matches, "arch")?,
+        machine: keyval::<MachineConfig>(matches, "machine")?.unwrap_or_default(),
+        accel: parsed(matches, "accel")?.unwrap_or_default(),
+    };
+    config.validate_for_boot().map_err(CliError::Config)?;
+    Ok(config)
+}
+
+fn text<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a str> {
+    matches.get_one::<String>(name).map(String::as_str)
+}
+
+fn parsed<T: FromStr<Err: ToString>>(matches: &ArgMatches, name: &str) -> Result<Option<T>, CliError> {
+    let parse = |value: &str| {
+        value.parse::<T>().map_err(|reason| CliError::Text {
+            option: name.to_owned(),
+            value: value.to_owned(),
+            reason: reason.to_string(),
+        })
+    };
+    text(matches, name).map(parse).transpose()
+}
+
+/// Reads `value` of `--option` into `T`.
+pub(super) fn read_keys<T: DeserializeOwned + JsonSchema>(option: &str, value: &str) -> Result<T, CliError> {
+    let wrong = |source| CliError::Value { option: option.to_owned(), source };
+    for (key, _) in holdfast_keyval::pairs(value).map_err(wrong)? {
+        if config::unsupported_cli_key(option, &key) {
+            return Err(CliError::UnsupportedKey { option: option.to_owned(), key });
+        }
+    }
+    holdfast_keyval::from_str(value).map_err(wrong)
+}
+
+fn keyval<T: DeserializeOwned + JsonSchema>(matches: &ArgMatches, name: &str) -> Result<Option<T>, CliError> {
+    text(matches, name).map(|value| read_keys(name, value)).transpose()
+}
+
+fn keyvals<T: DeserializeOwned + JsonSchema>(
+    matches: &ArgMatches,
+    name: &str,
+) -> Result<Option<Vec<T>>, CliError> {
+    let Some(values) = matches.get_many::<String>(name) else { return Ok(None) };
+    values.map(|value| read_keys(name, value)).collect::<Result<_, _>>().map(Some)
+}
+
+/// Consoles: `file=` and `socket=` alone say the mode, too.
+fn console<T: DeserializeOwned + JsonSchema>(matches: &ArgMatches, name: &str) -> Result<Option<T>, CliError> {
+    let Some(value) = text(matches, name) else { return Ok(None) };
+    let wrong = |source| CliError::Value { option: name.to_owned(), source };
+    let pairs = holdfast_keyval::pairs(value).map_err(wrong)?;
+    let has_mode = pairs.iter().any(|(key, value)| value.is_none() || key == "mode");
+    let implied = pairs.iter().find_map(|(key, _)| match key.as_str() {
+        "file" | "socket" if !has_mode => Some(key.as_str()),
+        _ => None,
+    });
+    match implied {
+        Some(mode) => read_keys(name, &format!("mode={mode},{value}")).map(Some),
+        None => read_keys(name, value).map(Some),
+    }
+}
+
+fn endpoint(matches: &ArgMatches, name: &str, bare: bool) -> Result<Option<Endpoint>, CliError> {
+    let Some(value) = text(matches, name) else { return Ok(None) };
+    let wrong = |reason: &str| CliError::Text {
+        option: name.to_owned(),
+        value: value.to_owned(),
+        reason: reason.to_owned(),
+    };
+    if let Some(path) = value.strip_prefix("path=").filter(|path| !path.is_empty()) {
+        return Ok(Some(Endpoint::Path(path.into())));
+    }
+    if let Some(fd) = value.strip_prefix("fd=") {
+        let fd: RawFd = fd.parse().map_err(|_| wrong("fd= takes the number of an inherited file descriptor"))?;
+        return if fd > 2 { Ok(Some(Endpoint::Fd(fd))) } else { Err(wrong("fd= takes a number above 2")) };
+    }
+    if bare && !value.is_empty() && !value.contains('=') {
+        return Ok(Some(Endpoint::Path(value.into())));
+    }
+    Err(wrong("must be path=PATH or fd=N"))
+}
+
+fn seccomp(matches: &ArgMatches) -> Result<SeccompMode, CliError> {
+    match text(matches, "seccomp") {
+        None | Some("true") => Ok(SeccompMode::Kill),
+        Some("false") => Ok(SeccompMode::Off),
+        Some("log") => Ok(SeccompMode::Log),
+        Some("errno") => Ok(SeccompMode::Errno),
+        Some(other) => Err(CliError::Text {
+            option: "seccomp".to_owned(),
+            value: other.to_owned(),
+            reason: "must be true, false, log or errno".to_owned(),
+        }),
+    }
+}

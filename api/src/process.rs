@@ -1,0 +1,148 @@
+//! A Holdfast process from its options to its exit status.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use holdfast_threads::{Role, Spawner};
+use holdfast_vmm::control::{
+    Boot, ControlError, ControlHandle, ControlInbox, Create, Origin, Restore, VmmShutdown, control,
+};
+
+use crate::cli::RunOptions;
+use crate::logging;
+use crate::monitor::{self, EventMonitor};
+use crate::serve::{ApiThread, Listeners, ServeError};
+
+/// Exit status when Holdfast itself fails.
+const FAILED: u8 = 1;
+
+/// A process that could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The log cannot be written.
+    #[error("--log-file cannot be opened")]
+    Log(#[source] io::Error),
+    /// The event monitor cannot be opened.
+    #[error("--event-monitor cannot be opened")]
+    EventMonitor(#[source] io::Error),
+    /// A socket cannot be served.
+    #[error("the control sockets cannot be served")]
+    Serve(#[source] ServeError),
+    /// The host has no thread, eventfd or the like.
+    #[error("{0}")]
+    Host(&'static str, #[source] io::Error),
+    /// The VM manager failed.
+    #[error("the VM manager failed")]
+    Manager(#[source] io::Error),
+    /// The VM that the options describe does not come up.
+    #[error("the VM does not start")]
+    Start(#[source] ControlError),
+}
+
+/// The messages of an error's whole chain, in one line.
+pub fn describe(error: &dyn Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| (*error).source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Runs `manager` on the `vmm` thread with everything that `options` ask for around it, until it ends.
+/// Returns the exit status of the process.
+///
+/// # Errors
+/// [`ProcessError`]; everything has been put back in order.
+pub fn run(
+    options: RunOptions,
+    spawner: &Arc<dyn Spawner>,
+    manager: impl FnOnce(ControlInbox) -> io::Result<u8> + Send + 'static,
+) -> Result<u8, ProcessError> {
+    logging::start(options.log_file.as_deref(), options.verbosity).map_err(ProcessError::Log)?;
+    let listeners = Listeners::bind(options.api_socket.as_ref(), options.qmp.as_ref());
+    let listeners = listeners.map_err(ProcessError::Serve)?;
+    let monitor = options.event_monitor.as_ref().map(monitor::open).transpose();
+    let monitor = monitor.map_err(ProcessError::EventMonitor)?;
+    let (handle, inbox) = control().map_err(|error| ProcessError::Host("no eventfd", error))?;
+    let monitor = monitor.map(|file| EventMonitor::start(&**spawner, handle.events(), file)).transpose();
+    let monitor = monitor.map_err(ProcessError::EventMonitor)?;
+    watch_signals(&**spawner, handle.clone()).map_err(|error| ProcessError::Host("no signal thread", error))?;
+    let status = spawn_manager(&**spawner, inbox, manager)
+        .map_err(|error| ProcessError::Host("no VM manager thread", error))?;
+    let api = if listeners.is_empty() {
+        None
+    } else {
+        Some(ApiThread::start(&**spawner, handle.clone(), listeners).map_err(ProcessError::Serve)?)
+    };
+    let started = start(&handle, options);
+    if started.is_err() {
+        // It may have ended already, which is why the answer does not matter.
+        let _ = handle.call(VmmShutdown(Origin::HostError));
+    }
+    let status = status.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+    if let Some(api) = api {
+        api.stop();
+    }
+    if let Some(monitor) = monitor {
+        monitor.stop();
+    }
+    match (started, status) {
+        (Err(error), Ok(FAILED | 0) | Err(_)) => Err(ProcessError::Start(error)),
+        (_, Ok(status)) => Ok(status),
+        (Ok(()), Err(error)) => Err(ProcessError::Manager(error)),
+    }
+}
+
+/// Creates and boots, or restores, what the options describe.
+fn start(handle: &ControlHandle, options: RunOptions) -> Result<(), ControlError> {
+    if let Some(config) = options.config {
+        handle.call(Create(config))?;
+        handle.call(Boot)?;
+    }
+    if let Some(restore) = options.restore {
+        handle.call(Restore(restore, Vec::new()))?;
+    }
+    Ok(())
+}
+
+fn spawn_manager(
+    spawner: &dyn Spawner,
+    inbox: ControlInbox,
+    manager: impl FnOnce(ControlInbox) -> io::Result<u8> + Send + 'static,
+) -> io::Result<mpsc::Receiver<io::Result<u8>>> {
+    let (sender, receiver) = mpsc::channel();
+    // The receiver waits until the thread has sent or gone.
+    let body = move || drop(sender.send(manager(inbox)));
+    spawner.spawn("vmm", Role::Vmm, Box::new(body))?;
+    Ok(receiver)
+}
+
+/// Lets SIGTERM, SIGINT and SIGHUP end the process in order: they are blocked in all threads made from
+/// now on, and one thread waits for them.
+fn watch_signals(spawner: &dyn Spawner, handle: ControlHandle) -> io::Result<()> {
+    // SAFETY: sigset_t is plain data that sigemptyset initialises.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid signal set, and the signal numbers are valid.
+    unsafe {
+        libc::sigemptyset(&raw mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut set, signal);
+        }
+    }
+    // SAFETY: `set` is a valid signal set; the old mask is not asked for.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    let body = move || {
+        loop {
+            let mut signal = 0;
+            // SAFETY: `set` and `signal` are valid for the call.
+            if unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0 {
+                return;
+            }
+            tracing::info!(signal, "asked to end by a signal");
+            handle.submit(VmmShutdown(Origin::HostSignal), drop);
+        }
+    };
+    spawner.spawn("vmm_signal_hand", Role::Signal, Box::new(body)).map(drop)
+}

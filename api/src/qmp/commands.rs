@@ -1,0 +1,282 @@
+//! The commands, in one table.
+
+use std::pin::Pin;
+
+use holdfast_vmm::control::{
+    self as ops, BlockInfo, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo, MachineInfo, Origin,
+    PciInfo, RunState,
+};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::request::QmpError;
+use super::{hmp, schema};
+use crate::call;
+
+/// No arguments, or nothing to return.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub(super) struct Empty {}
+
+/// A version number of QEMU.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct VersionTriple {
+    major: i64,
+    minor: i64,
+    micro: i64,
+}
+
+/// Version of the protocol's model, and of Holdfast.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct VersionInfo {
+    qemu: VersionTriple,
+    package: String,
+}
+
+/// Name of a command.
+#[derive(Debug, Serialize, JsonSchema)]
+struct CommandInfo {
+    name: String,
+}
+
+/// Run state.
+#[derive(Debug, Serialize, JsonSchema)]
+struct StatusInfo {
+    running: bool,
+    status: RunState,
+}
+
+/// Name of the VM.
+#[derive(Debug, Serialize, JsonSchema)]
+struct NameInfo {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+}
+
+/// UUID of the VM.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "UPPERCASE")]
+struct UuidInfo {
+    uuid: String,
+}
+
+/// Arguments of `qmp_capabilities`.
+#[derive(Debug, Deserialize, JsonSchema)]
+struct Capabilities {
+    #[serde(default)]
+    enable: Option<Vec<String>>,
+}
+
+/// Arguments of `human-monitor-command`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+struct HumanMonitor {
+    command_line: String,
+    #[serde(default)]
+    cpu_index: Option<u32>,
+}
+
+type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
+type Running = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + Send>>;
+
+/// A command.
+pub(super) struct Command {
+    pub(super) name: &'static str,
+    pub(super) arguments: SchemaOf,
+    pub(super) returns: SchemaOf,
+    run: fn(ControlHandle, Map<String, Value>) -> Running,
+}
+
+macro_rules! commands {
+    ($($name:literal => $function:ident: $arguments:ty => $returns:ty;)*) => {
+        /// All commands.
+        pub(super) static COMMANDS: &[Command] = &[$(
+            Command {
+                name: $name,
+                arguments: |generator| generator.subschema_for::<$arguments>(),
+                returns: |generator| generator.subschema_for::<$returns>(),
+                run: |handle, arguments| Box::pin(async move {
+                    let arguments: $arguments = read(arguments)?;
+                    let returns: $returns = $function(handle, arguments).await?;
+                    serde_json::to_value(returns).map_err(|error| QmpError::generic(error.to_string()))
+                }),
+            },
+        )*];
+    };
+}
+
+commands! {
+    "qmp_capabilities" => capabilities: Capabilities => Empty;
+    "query-version" => query_version: Empty => VersionInfo;
+    "query-commands" => query_commands: Empty => Vec<CommandInfo>;
+    "query-qmp-schema" => query_schema: Empty => Vec<schema::SchemaInfo>;
+    "query-status" => query_status: Empty => StatusInfo;
+    "query-name" => query_name: Empty => NameInfo;
+    "query-uuid" => query_uuid: Empty => UuidInfo;
+    "query-kvm" => query_kvm: Empty => KvmInfo;
+    "query-cpus-fast" => query_cpus: Empty => Vec<CpuInfoFast>;
+    "query-machines" => query_machines: Empty => Vec<MachineInfo>;
+    "query-chardev" => query_chardev: Empty => Vec<ChardevInfo>;
+    "query-block" => query_block: Empty => Vec<BlockInfo>;
+    "query-pci" => query_pci: Empty => Vec<PciInfo>;
+    "stop" => stop: Empty => Empty;
+    "cont" => cont: Empty => Empty;
+    "system_reset" => system_reset: Empty => Empty;
+    "system_powerdown" => system_powerdown: Empty => Empty;
+    "inject-nmi" => inject_nmi: Empty => Empty;
+    "quit" => quit: Empty => Empty;
+    "human-monitor-command" => human_monitor: HumanMonitor => String;
+}
+
+/// Runs `command`.
+pub(super) async fn run(
+    handle: ControlHandle,
+    command: &str,
+    arguments: Map<String, Value>,
+) -> Result<Value, QmpError> {
+    let found = COMMANDS.iter().find(|other| other.name == command);
+    let missing = || QmpError::not_found(format!("The command {command} has not been found"));
+    let found = found.ok_or_else(missing)?;
+    (found.run)(handle, arguments).await
+}
+
+/// Reads arguments with QEMU's words for what is wrong.
+fn read<T: DeserializeOwned + JsonSchema>(arguments: Map<String, Value>) -> Result<T, QmpError> {
+    let known = holdfast_keyval::keys::<T>();
+    if let Some(name) = arguments.keys().find(|name| !known.iter().any(|key| key.json_name == **name)) {
+        return Err(QmpError::generic(format!("Parameter '{name}' is unexpected")));
+    }
+    let missing = known.iter().find(|key| key.required && !arguments.contains_key(&key.json_name));
+    if let Some(key) = missing {
+        return Err(QmpError::generic(format!("Parameter '{}' is missing", key.json_name)));
+    }
+    serde_path_to_error::deserialize(Value::Object(arguments)).map_err(|error| {
+        let name = error.path().to_string();
+        QmpError::generic(format!("Invalid parameter type for '{name}': {}", error.into_inner()))
+    })
+}
+
+/// The version that is announced: the model of the protocol is QEMU 10.0's.
+pub(super) fn version() -> impl Serialize {
+    version_info()
+}
+
+fn version_info() -> VersionInfo {
+    VersionInfo {
+        qemu: VersionTriple { major: 10, minor: 0, micro: 0 },
+        package: concat!("Holdfast ", env!("CARGO_PKG_VERSION")).to_owned(),
+    }
+}
+
+type Reply<T> = Result<T, QmpError>;
+
+// Negotiation is done before commands run; the entry is for `query-commands` and the schema.
+async fn capabilities(_: ControlHandle, arguments: Capabilities) -> Reply<Empty> {
+    drop(arguments.enable);
+    Ok(Empty {})
+}
+
+async fn query_version(_: ControlHandle, _: Empty) -> Reply<VersionInfo> {
+    Ok(version_info())
+}
+
+async fn query_commands(_: ControlHandle, _: Empty) -> Reply<Vec<CommandInfo>> {
+    Ok(COMMANDS.iter().map(|command| CommandInfo { name: command.name.to_owned() }).collect())
+}
+
+async fn query_schema(_: ControlHandle, _: Empty) -> Reply<Vec<schema::SchemaInfo>> {
+    Ok(schema::document())
+}
+
+async fn state(handle: &ControlHandle) -> Reply<RunState> {
+    Ok(call(handle, ops::QueryStatus).await?)
+}
+
+async fn query_status(handle: ControlHandle, _: Empty) -> Reply<StatusInfo> {
+    let status = state(&handle).await?;
+    Ok(StatusInfo { running: status == RunState::Running, status })
+}
+
+async fn config(handle: &ControlHandle) -> Reply<Option<holdfast_config::VmConfig>> {
+    match call(handle, ops::Info).await {
+        Ok(info) => Ok(Some(info.config)),
+        Err(error) if error.kind() == ErrorKind::NotCreated => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn query_name(handle: ControlHandle, _: Empty) -> Reply<NameInfo> {
+    Ok(NameInfo { name: config(&handle).await?.and_then(|config| config.name) })
+}
+
+async fn query_uuid(handle: ControlHandle, _: Empty) -> Reply<UuidInfo> {
+    let uuid = config(&handle).await?.and_then(|config| config.uuid());
+    Ok(UuidInfo { uuid: uuid.unwrap_or_default().to_string() })
+}
+
+async fn query_kvm(handle: ControlHandle, _: Empty) -> Reply<KvmInfo> {
+    Ok(call(&handle, ops::QueryKvm).await?)
+}
+
+async fn query_cpus(handle: ControlHandle, _: Empty) -> Reply<Vec<CpuInfoFast>> {
+    Ok(call(&handle, ops::QueryCpus).await?)
+}
+
+async fn query_machines(handle: ControlHandle, _: Empty) -> Reply<Vec<MachineInfo>> {
+    Ok(call(&handle, ops::QueryMachines).await?)
+}
+
+async fn query_chardev(handle: ControlHandle, _: Empty) -> Reply<Vec<ChardevInfo>> {
+    Ok(call(&handle, ops::QueryChardev).await?)
+}
+
+async fn query_block(handle: ControlHandle, _: Empty) -> Reply<Vec<BlockInfo>> {
+    Ok(call(&handle, ops::QueryBlock).await?)
+}
+
+async fn query_pci(handle: ControlHandle, _: Empty) -> Reply<Vec<PciInfo>> {
+    Ok(call(&handle, ops::QueryPci).await?)
+}
+
+async fn stop(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    // QEMU's `stop` of a VM that does not run is no error.
+    if state(&handle).await? == RunState::Running {
+        call(&handle, ops::Pause).await?;
+    }
+    Ok(Empty {})
+}
+
+async fn cont(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    match state(&handle).await? {
+        RunState::Running => {}
+        // As after `qemu -S`: a VM that was created starts.
+        RunState::Prelaunch => call(&handle, ops::Boot).await?,
+        _ => call(&handle, ops::Resume).await?,
+    }
+    Ok(Empty {})
+}
+
+async fn system_reset(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    call(&handle, ops::Reboot).await?;
+    Ok(Empty {})
+}
+
+async fn system_powerdown(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    call(&handle, ops::PowerButton).await?;
+    Ok(Empty {})
+}
+
+async fn inject_nmi(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    call(&handle, ops::Nmi).await?;
+    Ok(Empty {})
+}
+
+async fn quit(handle: ControlHandle, _: Empty) -> Reply<Empty> {
+    call(&handle, ops::VmmShutdown(Origin::HostQuit)).await?;
+    Ok(Empty {})
+}
+
+async fn human_monitor(handle: ControlHandle, arguments: HumanMonitor) -> Reply<String> {
+    Ok(hmp::run(&handle, &arguments.command_line, arguments.cpu_index).await)
+}

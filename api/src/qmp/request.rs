@@ -1,0 +1,105 @@
+//! Requests, replies and errors on the wire.
+
+use holdfast_vmm::control::ControlError;
+use serde_json::{Map, Value, json};
+
+/// An error reply.
+#[derive(Debug)]
+pub(crate) struct QmpError {
+    class: &'static str,
+    description: String,
+}
+
+impl QmpError {
+    pub(crate) fn generic(description: impl Into<String>) -> Self {
+        Self { class: "GenericError", description: description.into() }
+    }
+
+    pub(crate) fn not_found(description: String) -> Self {
+        Self { class: "CommandNotFound", description }
+    }
+
+    /// The message, with the request's `id`.
+    pub(crate) fn message(self, id: Option<Value>) -> Value {
+        with_id(json!({ "error": { "class": self.class, "desc": self.description } }), id)
+    }
+}
+
+impl From<ControlError> for QmpError {
+    fn from(error: ControlError) -> Self {
+        Self { class: error.kind().qmp_class(), description: error.describe() }
+    }
+}
+
+/// The message that carries `value`.
+pub(crate) fn reply(value: Value, id: Option<Value>) -> Value {
+    with_id(json!({ "return": value }), id)
+}
+
+fn with_id(mut message: Value, id: Option<Value>) -> Value {
+    if let (Some(object), Some(id)) = (message.as_object_mut(), id) {
+        object.insert("id".to_owned(), id);
+    }
+    message
+}
+
+/// A command to run.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) command: String,
+    pub(crate) arguments: Map<String, Value>,
+    pub(crate) id: Option<Value>,
+}
+
+impl Request {
+    /// Reads a request; an error comes with the `id` if there was one.
+    pub(crate) fn parse(text: &[u8]) -> Result<Self, (Option<Value>, QmpError)> {
+        let value: Value = serde_json::from_slice(text)
+            .map_err(|error| (None, QmpError::generic(format!("JSON parse error, {error}"))))?;
+        let Value::Object(mut object) = value else {
+            return Err((None, QmpError::generic("QMP input must be a JSON object")));
+        };
+        let id = object.remove("id");
+        Self::from_members(object).map(|(command, arguments)| Self { command, arguments, id: id.clone() }).map_err(
+            |error| (id, error),
+        )
+    }
+
+    fn from_members(mut object: Map<String, Value>) -> Result<(String, Map<String, Value>), QmpError> {
+        let command = match object.remove("execute") {
+            Some(Value::String(command)) => command,
+            Some(_) => return Err(QmpError::generic("QMP input member 'execute' must be a string")),
+            None if object.contains_key("exec-oob") => {
+                return Err(QmpError::generic("QMP input member 'exec-oob' is unexpected"));
+            }
+            None => return Err(QmpError::generic("QMP input lacks member 'execute'")),
+        };
+        let arguments = match object.remove("arguments") {
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => return Err(QmpError::generic("QMP input member 'arguments' must be an object")),
+            None => Map::new(),
+        };
+        match object.keys().next() {
+            Some(member) => Err(QmpError::generic(format!("QMP input member '{member}' is unexpected"))),
+            None => Ok((command, arguments)),
+        }
+    }
+}
+
+/// Checks the arguments of `qmp_capabilities`: no capability is offered, so none can be enabled.
+pub(crate) fn negotiate(arguments: &Map<String, Value>) -> Result<(), QmpError> {
+    if let Some(member) = arguments.keys().find(|member| *member != "enable") {
+        return Err(QmpError::generic(format!("Parameter '{member}' is unexpected")));
+    }
+    match arguments.get("enable") {
+        None => Ok(()),
+        Some(Value::Array(capabilities)) => match capabilities.first() {
+            None => Ok(()),
+            Some(capability) => {
+                let name = capability.as_str().unwrap_or_default();
+                Err(QmpError::generic(format!("Capability '{name}' is not available")))
+            }
+        },
+        Some(_) => Err(QmpError::generic("Invalid parameter type for 'enable', expected: array")),
+    }
+}

@@ -1,0 +1,229 @@
+//! The API thread: one current-thread runtime that serves REST and QMP.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use holdfast_threads::{Role, Spawner};
+use holdfast_vmm::control::ControlHandle;
+use tokio::sync::watch;
+
+use crate::cli::{Endpoint, QmpAddress};
+use crate::monitor::inherited;
+use crate::{http, qmp};
+
+/// A socket that cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Another process serves it.
+    #[error("{what} {path} is in use by another process")]
+    InUse {
+        /// `the API socket`, `the QMP socket`.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// It cannot be made.
+    #[error("{what} {name} cannot be made")]
+    Listen {
+        /// `the API socket`, `the QMP socket`.
+        what: &'static str,
+        /// Path, file descriptor or address.
+        name: String,
+        /// What the host says.
+        #[source]
+        source: io::Error,
+    },
+    /// The thread or its runtime cannot be made.
+    #[error("the API thread cannot be made")]
+    Thread(#[source] io::Error),
+}
+
+/// A listening UNIX socket; its path and lock go when it is dropped.
+#[derive(Debug)]
+struct OwnSocket {
+    listener: UnixListener,
+    path: Option<SocketPath>,
+}
+
+#[derive(Debug)]
+struct SocketPath {
+    path: PathBuf,
+    lock_path: PathBuf,
+    // Held as long as the socket is served.
+    _lock: File,
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Nothing is lost if they are gone already.
+        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.lock_path);
+    }
+}
+
+impl OwnSocket {
+    fn bind(what: &'static str, path: &Path) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::Listen { what, name: path.display().to_string(), source };
+        let mut lock_path = path.as_os_str().to_owned();
+        lock_path.push(".lock");
+        let lock_path = PathBuf::from(lock_path);
+        let lock = File::create(&lock_path).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(ServeError::InUse { what, path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        // We hold the lock: a socket that is there was left behind.
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        // SAFETY: umask only sets a number; no other thread makes files this early.
+        let old = unsafe { libc::umask(0o077) };
+        let bound = UnixListener::bind(path);
+        // SAFETY: as above.
+        unsafe { libc::umask(old) };
+        let listener = bound.map_err(failed)?;
+        Ok(Self { listener, path: Some(SocketPath { path: path.to_owned(), lock_path, _lock: lock }) })
+    }
+
+    fn inherit(what: &'static str, fd: i32) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::Listen { what, name: format!("fd={fd}"), source };
+        Ok(Self { listener: inherited(fd).map_err(failed)?.into(), path: None })
+    }
+}
+
+/// Sockets that are bound and not served yet: bind them before the sandbox closes.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    rest: Option<OwnSocket>,
+    qmp_unix: Option<OwnSocket>,
+    qmp_tcp: Option<std::net::TcpListener>,
+}
+
+impl Listeners {
+    /// Binds what is asked for.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn bind(rest: Option<&Endpoint>, qmp: Option<&QmpAddress>) -> Result<Self, ServeError> {
+        const REST: &str = "the API socket";
+        const QMP: &str = "the QMP socket";
+        let rest = match rest {
+            Some(Endpoint::Path(path)) => Some(OwnSocket::bind(REST, path)?),
+            Some(Endpoint::Fd(fd)) => Some(OwnSocket::inherit(REST, *fd)?),
+            None => None,
+        };
+        let mut listeners = Self { rest, ..Self::default() };
+        match qmp {
+            Some(QmpAddress::Unix(path)) => listeners.qmp_unix = Some(OwnSocket::bind(QMP, path)?),
+            Some(QmpAddress::Tcp(host, port)) => {
+                let bound = std::net::TcpListener::bind((host.as_str(), *port));
+                let failed =
+                    |source| ServeError::Listen { what: QMP, name: format!("tcp:{host}:{port}"), source };
+                listeners.qmp_tcp = Some(bound.map_err(failed)?);
+            }
+            None => {}
+        }
+        Ok(listeners)
+    }
+
+    /// Whether there is nothing to serve.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_none() && self.qmp_unix.is_none() && self.qmp_tcp.is_none()
+    }
+
+    /// The address of the QMP TCP socket, if there is one.
+    pub fn qmp_tcp_address(&self) -> Option<std::net::SocketAddr> {
+        self.qmp_tcp.as_ref()?.local_addr().ok()
+    }
+}
+
+/// The running API thread.
+#[derive(Debug)]
+pub struct ApiThread {
+    shutdown: watch::Sender<bool>,
+    thread: JoinHandle<()>,
+}
+
+impl ApiThread {
+    /// Serves `listeners` on a thread of their own.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn start(
+        spawner: &dyn Spawner,
+        handle: ControlHandle,
+        listeners: Listeners,
+    ) -> Result<Self, ServeError> {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        let runtime = builder.enable_io().enable_time().build().map_err(ServeError::Thread)?;
+        let served = Tasks::new(&runtime, listeners)?;
+        let (shutdown, stop) = watch::channel(false);
+        let body = move || runtime.block_on(served.run(handle, stop));
+        let thread = spawner.spawn("http-server", Role::Api, Box::new(body)).map_err(ServeError::Thread)?;
+        Ok(Self { shutdown, thread })
+    }
+
+    /// Lets answers that are on their way leave, and ends.
+    pub fn stop(self) {
+        // An error means that the thread has ended already.
+        let _ = self.shutdown.send(true);
+        if self.thread.join().is_err() {
+            tracing::error!("the API thread panicked");
+        }
+    }
+}
+
+/// The listeners as the runtime has them.
+struct Tasks {
+    rest: Option<tokio::net::UnixListener>,
+    qmp_unix: Option<tokio::net::UnixListener>,
+    qmp_tcp: Option<tokio::net::TcpListener>,
+    paths: Vec<SocketPath>,
+}
+
+impl Tasks {
+    fn new(runtime: &tokio::runtime::Runtime, listeners: Listeners) -> Result<Self, ServeError> {
+        let _inside = runtime.enter();
+        let mut paths = Vec::new();
+        let mut unix = |socket: Option<OwnSocket>| {
+            let Some(socket) = socket else { return Ok(None) };
+            paths.extend(socket.path);
+            socket.listener.set_nonblocking(true)?;
+            tokio::net::UnixListener::from_std(socket.listener).map(Some)
+        };
+        let rest = unix(listeners.rest).map_err(ServeError::Thread)?;
+        let qmp_unix = unix(listeners.qmp_unix).map_err(ServeError::Thread)?;
+        let tcp = |listener: Option<std::net::TcpListener>| {
+            let Some(listener) = listener else { return Ok(None) };
+            listener.set_nonblocking(true)?;
+            tokio::net::TcpListener::from_std(listener).map(Some)
+        };
+        let qmp_tcp = tcp(listeners.qmp_tcp).map_err(ServeError::Thread)?;
+        Ok(Self { rest, qmp_unix, qmp_tcp, paths })
+    }
+
+    async fn run(self, handle: ControlHandle, stop: watch::Receiver<bool>) {
+        let rest = async {
+            if let Some(listener) = self.rest {
+                http::serve(listener, handle.clone(), stop.clone()).await;
+            }
+        };
+        let qmp_unix = async {
+            if let Some(listener) = self.qmp_unix {
+                qmp::serve(listener, handle.clone(), stop.clone()).await;
+            }
+        };
+        let qmp_tcp = async {
+            if let Some(listener) = self.qmp_tcp {
+                qmp::serve(listener, handle.clone(), stop.clone()).await;
+            }
+        };
+        tokio::join!(rest, qmp_unix, qmp_tcp);
+        drop(self.paths);
+    }
+}
