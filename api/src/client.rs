@@ -47,8 +47,7 @@ pub enum ClientError {
 /// [`ClientError`].
 pub fn send(ctl: &Ctl) -> Result<String, ClientError> {
     let connected = UnixStream::connect(&ctl.socket);
-    let mut stream =
-        connected.map_err(|source| ClientError::Connect { path: ctl.socket.clone(), source })?;
+    let mut stream = connected.map_err(|source| ClientError::Connect { path: ctl.socket.clone(), source })?;
     let method = if ctl.get { "GET" } else { "PUT" };
     let mut request = format!(
         "{method} /api/v1/{} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n",
@@ -56,7 +55,8 @@ pub fn send(ctl: &Ctl) -> Result<String, ClientError> {
     );
     match &ctl.body {
         Some(body) => {
-            request += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            request +=
+                &format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         }
         None => request += "\r\n",
     }

@@ -7,8 +7,8 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use holdfast_vmm::control::EventBus;
 use holdfast_threads::{Role, Spawner};
+use holdfast_vmm::control::EventBus;
 
 use crate::cli::Endpoint;
 

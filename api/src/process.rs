@@ -65,7 +65,8 @@ pub fn run(
     let (handle, inbox) = control().map_err(|error| ProcessError::Host("no eventfd", error))?;
     let monitor = monitor.map(|file| EventMonitor::start(&**spawner, handle.events(), file)).transpose();
     let monitor = monitor.map_err(ProcessError::EventMonitor)?;
-    watch_signals(&**spawner, handle.clone()).map_err(|error| ProcessError::Host("no signal thread", error))?;
+    watch_signals(&**spawner, handle.clone())
+        .map_err(|error| ProcessError::Host("no signal thread", error))?;
     let status = spawn_manager(&**spawner, inbox, manager)
         .map_err(|error| ProcessError::Host("no VM manager thread", error))?;
     let api = if listeners.is_empty() {

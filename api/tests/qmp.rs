@@ -121,7 +121,10 @@ fn errors_have_qemus_classes_and_words() {
     assert_eq!(client.error(json!({ "execute": 1 })), generic("QMP input member 'execute' must be a string"));
     let arguments = json!({ "execute": "stop", "arguments": [] });
     assert_eq!(client.error(arguments), generic("QMP input member 'arguments' must be an object"));
-    assert_eq!(client.error(json!({ "execute": "stop", "x": 1 })), generic("QMP input member 'x' is unexpected"));
+    assert_eq!(
+        client.error(json!({ "execute": "stop", "x": 1 })),
+        generic("QMP input member 'x' is unexpected")
+    );
     let unexpected = json!({ "execute": "stop", "arguments": { "force": true } });
     assert_eq!(client.error(unexpected), generic("Parameter 'force' is unexpected"));
     assert_eq!(

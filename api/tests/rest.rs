@@ -54,7 +54,10 @@ impl Server {
             None => format!("{head}\r\n"),
             Some(body) => {
                 let body = body.to_string();
-                format!("{head}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+                format!(
+                    "{head}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                    body.len()
+                )
             }
         };
         parse(&self.raw(&request))
@@ -79,7 +82,8 @@ fn parse(response: &str) -> (u16, Value) {
     let status = response.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.split_once('\r')).unwrap().0;
     let status = status.trim().parse().unwrap_or_else(|_| panic!("status with a reason: {response}"));
     let (head, body) = response.split_once("\r\n\r\n").unwrap();
-    let length = head.split_once("Content-Length: ").map(|(_, rest)| rest.split_once('\r').unwrap_or((rest, "")).0);
+    let length =
+        head.split_once("Content-Length: ").map(|(_, rest)| rest.split_once('\r').unwrap_or((rest, "")).0);
     assert_eq!(length.map_or(0, |length| length.parse().unwrap()), body.len(), "{response}");
     (status, if body.is_empty() { Value::Null } else { serde_json::from_str(body).unwrap() })
 }
@@ -237,10 +241,8 @@ fn restore_counts_its_file_descriptors() {
     let server = Server::start();
     let body = json!({ "source_url": "file:///s", "net_fds": [{ "id": "n", "num_fds": 2 }] }).to_string();
     let file = tempfile::tempfile().unwrap();
-    let request = format!(
-        "PUT /api/v1/vm.restore HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    );
+    let request =
+        format!("PUT /api/v1/vm.restore HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     let mut stream = server.connect();
     stream.send_with_fds(&[request.as_bytes()], &[file.as_raw_fd()]).unwrap();
     expect(&mut stream, "400");

@@ -63,8 +63,10 @@ fn every_kind_of_value() {
     assert!(options.readonly);
     assert_eq!(options.path, Some("a,b=c".into()));
     assert_eq!(options.topology, Some(Topology { threads: 1, cores: 2, dies: 3, packages: 4 }));
-    let expected =
-        vec![Affinity { vcpu: 0, host_cpus: vec![0, 1, 2, 3] }, Affinity { vcpu: 1, host_cpus: vec![4, 6, 7] }];
+    let expected = vec![
+        Affinity { vcpu: 0, host_cpus: vec![0, 1, 2, 3] },
+        Affinity { vcpu: 1, host_cpus: vec![4, 6, 7] },
+    ];
     assert_eq!(options.affinity, Some(expected));
     assert_eq!(options.fds, Some(vec![-1, 5]));
     assert_eq!(options.mode, Mode::OnDemand);

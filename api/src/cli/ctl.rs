@@ -182,7 +182,8 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
         }
         "resize" => Ok(("vm.resize", json(&resize(arguments)?)?, Vec::new())),
         "snapshot" => {
-            let snapshot = VmSnapshotConfig { destination_url: argument("url").unwrap_or_default().to_owned() };
+            let snapshot =
+                VmSnapshotConfig { destination_url: argument("url").unwrap_or_default().to_owned() };
             Ok(("vm.snapshot", json(&snapshot)?, Vec::new()))
         }
         "restore" => {
@@ -196,7 +197,8 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
 fn restore(keys: &str) -> Result<(RestoreConfig, Vec<RawFd>), CliError> {
     let given: CtlRestore = read_keys("restore", keys)?;
     let nets = given.net_fds.unwrap_or_default();
-    let restored = nets.iter().map(|net| RestoredNet { id: net.id.clone(), num_fds: net.fds.len() }).collect();
+    let restored =
+        nets.iter().map(|net| RestoredNet { id: net.id.clone(), num_fds: net.fds.len() }).collect();
     let restore = RestoreConfig {
         source_url: given.source_url,
         prefault: given.prefault,
@@ -210,7 +212,8 @@ fn restore(keys: &str) -> Result<(RestoreConfig, Vec<RawFd>), CliError> {
 fn resize(arguments: &ArgMatches) -> Result<VmResize, CliError> {
     let size = |name: &str| {
         let value = arguments.get_one::<String>(name);
-        let wrong = |value: &str, reason| CliError::Text { option: name.to_owned(), value: value.to_owned(), reason };
+        let wrong =
+            |value: &str, reason| CliError::Text { option: name.to_owned(), value: value.to_owned(), reason };
         value.map(|value| parse_size(value).map_err(|reason| wrong(value, reason))).transpose()
     };
     let vcpus = size("cpus")?;
@@ -227,12 +230,10 @@ fn resize(arguments: &ArgMatches) -> Result<VmResize, CliError> {
 }
 
 fn config_file(path: &str) -> Result<String, CliError> {
-    let read = if path == "-" {
-        std::io::read_to_string(std::io::stdin())
-    } else {
-        std::fs::read_to_string(path)
-    };
-    let wrong = |reason: String| CliError::Text { option: "config".to_owned(), value: path.to_owned(), reason };
+    let read =
+        if path == "-" { std::io::read_to_string(std::io::stdin()) } else { std::fs::read_to_string(path) };
+    let wrong =
+        |reason: String| CliError::Text { option: "config".to_owned(), value: path.to_owned(), reason };
     let text = read.map_err(|error| wrong(error.to_string()))?;
     // Checked here as well, so that the message is about the file.
     VmConfig::from_json(text.as_bytes()).map_err(CliError::Config)?;

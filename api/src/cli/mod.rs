@@ -64,7 +64,9 @@ pub enum CliError {
         option: String,
     },
     /// A sub-key of a Cloud Hypervisor feature that Holdfast does not have.
-    #[error("--{option}: key `{key}` is a Cloud Hypervisor key that is not supported by this version of Holdfast")]
+    #[error(
+        "--{option}: key `{key}` is a Cloud Hypervisor key that is not supported by this version of Holdfast"
+    )]
     UnsupportedKey {
         /// Name of the option.
         option: String,
@@ -90,11 +92,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Cli
     let args: Vec<OsString> = args.into_iter().collect();
     let named = args.first().map(Path::new).and_then(Path::file_name);
     // The texts come from the schemas, which are worth generating only if somebody reads them.
-    let verbose = args.iter().skip(1).any(|arg| {
-        matches!(arg.to_str(), Some("--help" | "-h" | "help" | "man" | "completions"))
-    });
+    let verbose = args
+        .iter()
+        .skip(1)
+        .any(|arg| matches!(arg.to_str(), Some("--help" | "-h" | "help" | "man" | "completions")));
     if named.is_some_and(|name| name == CH_NAME) {
-        let command = options::run_command(CH_NAME, verbose).version(CH_VERSION).disable_help_subcommand(true);
+        let command =
+            options::run_command(CH_NAME, verbose).version(CH_VERSION).disable_help_subcommand(true);
         let matches = command.try_get_matches_from(args).map_err(CliError::Usage)?;
         return run::read(&matches).map(|run| Invocation::Run(Box::new(run)));
     }
@@ -115,7 +119,9 @@ fn dispatch(matches: &ArgMatches) -> Result<Invocation, CliError> {
             let shell = completions.get_one("shell").copied().unwrap_or(clap_complete::Shell::Bash);
             Ok(Invocation::Completions(shell))
         }
-        _ => Err(CliError::Together("no command; `holdfast run --help` and `holdfast ctl --help` say more".into())),
+        _ => Err(CliError::Together(
+            "no command; `holdfast run --help` and `holdfast ctl --help` say more".into(),
+        )),
     }
 }
 

@@ -87,8 +87,24 @@ pub struct RunOptions {
 
 /// Options that describe a VM, and so need something that boots it.
 const DESCRIBES_VM: &[&str] = &[
-    "initramfs", "cmdline", "name", "arch", "machine", "accel", "cpus", "memory", "platform", "disk", "net", "rng",
-    "balloon", "serial", "console", "debug-console", "landlock", "landlock-rules",
+    "initramfs",
+    "cmdline",
+    "name",
+    "arch",
+    "machine",
+    "accel",
+    "cpus",
+    "memory",
+    "platform",
+    "disk",
+    "net",
+    "rng",
+    "balloon",
+    "serial",
+    "console",
+    "debug-console",
+    "landlock",
+    "landlock-rules",
 ];
 
 pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
@@ -100,16 +116,23 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
     let boots = given("kernel") || given("firmware");
     let described = DESCRIBES_VM.iter().find(|name| given(name));
     if let (Some(name), false) = (described, boots) {
-        let reason = if restore.is_some() { "a restored VM has its own" } else { "nothing boots: give --kernel or --firmware" };
+        let reason = if restore.is_some() {
+            "a restored VM has its own"
+        } else {
+            "nothing boots: give --kernel or --firmware"
+        };
         return Err(CliError::Together(format!("--{name} describes a VM, but {reason}")));
     }
     if boots && restore.is_some() {
-        return Err(CliError::Together("--restore brings a VM of its own; leave --kernel and --firmware out".into()));
+        return Err(CliError::Together(
+            "--restore brings a VM of its own; leave --kernel and --firmware out".into(),
+        ));
     }
     let api_socket = endpoint(matches, "api-socket", true)?;
     let qmp = parsed::<QmpAddress>(matches, "qmp")?;
     if !boots && restore.is_none() && api_socket.is_none() && qmp.is_none() {
-        let reason = "nothing to do: give --kernel or --firmware to boot, --restore, or --api-socket to be told later";
+        let reason =
+            "nothing to do: give --kernel or --firmware to boot, --restore, or --api-socket to be told later";
         return Err(CliError::Together(reason.into()));
     }
     Ok(RunOptions {
@@ -196,7 +219,10 @@ fn keyvals<T: DeserializeOwned + JsonSchema>(
 }
 
 /// Consoles: `file=` and `socket=` alone say the mode, too.
-fn console<T: DeserializeOwned + JsonSchema>(matches: &ArgMatches, name: &str) -> Result<Option<T>, CliError> {
+fn console<T: DeserializeOwned + JsonSchema>(
+    matches: &ArgMatches,
+    name: &str,
+) -> Result<Option<T>, CliError> {
     let Some(value) = text(matches, name) else { return Ok(None) };
     let wrong = |source| CliError::Value { option: name.to_owned(), source };
     let pairs = holdfast_keyval::pairs(value).map_err(wrong)?;
@@ -222,7 +248,8 @@ fn endpoint(matches: &ArgMatches, name: &str, bare: bool) -> Result<Option<Endpo
         return Ok(Some(Endpoint::Path(path.into())));
     }
     if let Some(fd) = value.strip_prefix("fd=") {
-        let fd: RawFd = fd.parse().map_err(|_| wrong("fd= takes the number of an inherited file descriptor"))?;
+        let fd: RawFd =
+            fd.parse().map_err(|_| wrong("fd= takes the number of an inherited file descriptor"))?;
         return if fd > 2 { Ok(Some(Endpoint::Fd(fd))) } else { Err(wrong("fd= takes a number above 2")) };
     }
     if bare && !value.is_empty() && !value.contains('=') {

@@ -27,7 +27,8 @@ fn refused(line: &str) -> String {
 
 #[test]
 fn the_line_of_the_readme() {
-    let options = run("holdfast run --arch riscv64 --machine virt --accel tcg --cpus boot=2 --memory size=512M \
+    let options =
+        run("holdfast run --arch riscv64 --machine virt --accel tcg --cpus boot=2 --memory size=512M \
                        --kernel K --initramfs I --cmdline console=ttyS0 --serial tty --console off");
     let config = options.config.unwrap();
     assert_eq!(config.guest_arch().name(), "riscv64");
@@ -41,7 +42,8 @@ fn the_line_of_the_readme() {
 
 #[test]
 fn every_option() {
-    let options = run("holdfast run --firmware F --cmdline -x --name vm --machine q35,kernel_irqchip=off --arch x86_64 \
+    let options = run(
+        "holdfast run --firmware F --cmdline -x --name vm --machine q35,kernel_irqchip=off --arch x86_64 \
                        --accel kvm:tcg --cpus 4,max=8,topology=2:2:2:1,affinity=[0@[0-1]] \
                        --memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off \
                        --platform uuid=6ba7b810-9dad-11d1-80b4-00c04fd430c8 \
@@ -50,7 +52,8 @@ fn every_option() {
                        --net fd=[3,4],num_queues=4 --rng src=/dev/random --balloon size=1M,deflate_on_oom=on \
                        --serial file=/s --console pty --debug-console file=/d,iobase=0x402 \
                        --api-socket path=/api --event-monitor fd=9 --qmp unix:/q --log-file /l -vv \
-                       --seccomp log --landlock --landlock-rules path=/x,access=rw --no-shutdown");
+                       --seccomp log --landlock --landlock-rules path=/x,access=rw --no-shutdown",
+    );
     let config = options.config.unwrap();
     let topology = CpuTopology { threads_per_core: 2, cores_per_die: 2, dies_per_package: 2, packages: 1 };
     assert_eq!(config.cpus.topology, Some(topology));
@@ -70,8 +73,14 @@ fn every_option() {
 #[test]
 fn an_error_names_option_value_and_remedy() {
     let says = |options: &str| refused(&format!("holdfast run --kernel K --console off {options}"));
-    assert_eq!(says("--disk path=/x,readonly=maybe"), "--disk: key `readonly`, value `maybe`: must be `on` or `off`");
-    assert_eq!(says("--accel xen"), "--accel `xen`: `xen` is no accelerator; kvm, tcg, auto and lists like kvm:tcg are");
+    assert_eq!(
+        says("--disk path=/x,readonly=maybe"),
+        "--disk: key `readonly`, value `maybe`: must be `on` or `off`"
+    );
+    assert_eq!(
+        says("--accel xen"),
+        "--accel `xen`: `xen` is no accelerator; kvm, tcg, auto and lists like kvm:tcg are"
+    );
     assert!(says("--arch vax").starts_with("--arch `vax`: `vax` is no guest architecture"));
     assert!(says("--net colour=red").starts_with("--net: key `colour` (value `red`) is unknown; tap, ip,"));
     assert_eq!(says("--seccomp maybe"), "--seccomp `maybe`: must be true, false, log or errno");
@@ -85,7 +94,9 @@ fn an_error_names_option_value_and_remedy() {
 #[test]
 fn what_is_not_there_is_refused_by_name() {
     let says = |options: &str| refused(&format!("holdfast run --kernel K --console off {options}"));
-    for option in ["fs tag=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "device path=/x path=/y"] {
+    for option in
+        ["fs tag=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "device path=/x path=/y"]
+    {
         let name = option.split(' ').next().unwrap();
         assert!(says(&format!("--{option}")).starts_with(&format!("--{name} is a Cloud Hypervisor option")));
     }
@@ -99,12 +110,16 @@ fn what_is_not_there_is_refused_by_name() {
 #[test]
 fn options_must_fit_together() {
     assert!(refused("holdfast run").contains("nothing to do"));
-    assert!(refused("holdfast run --api-socket /s --disk path=/x").contains("--disk describes a VM, but nothing boots"));
+    assert!(
+        refused("holdfast run --api-socket /s --disk path=/x")
+            .contains("--disk describes a VM, but nothing boots")
+    );
     assert!(refused("holdfast run --restore file:///x --kernel K").contains("leave --kernel"));
     assert!(refused("holdfast run --kernel K --serial tty").contains("`console.mode`"));
     let waits = run("holdfast run --api-socket fd=3");
     assert_eq!((waits.config, waits.api_socket), (None, Some(Endpoint::Fd(3))));
-    let restore = run("holdfast run --restore file:///x,memory_restore_mode=ondemand,resume=on").restore.unwrap();
+    let restore =
+        run("holdfast run --restore file:///x,memory_restore_mode=ondemand,resume=on").restore.unwrap();
     assert!(restore.resume);
     assert_eq!(restore.directory(), Some("/x".into()));
 }
@@ -115,7 +130,8 @@ fn it_answers_to_cloud_hypervisors_name() {
         panic!("no version")
     };
     assert_eq!(version.to_string().lines().next(), Some("cloud-hypervisor v54.0.0"));
-    let Ok(Invocation::Run(options)) = parse(args("cloud-hypervisor --api-socket fd=3 -v --seccomp false")) else {
+    let Ok(Invocation::Run(options)) = parse(args("cloud-hypervisor --api-socket fd=3 -v --seccomp false"))
+    else {
         panic!("no run")
     };
     assert_eq!((options.verbosity, options.seccomp), (1, SeccompMode::Off));
@@ -125,8 +141,13 @@ fn it_answers_to_cloud_hypervisors_name() {
 fn help_names_every_key() {
     let Err(CliError::Usage(help)) = parse(args("holdfast run --help")) else { panic!("no help") };
     let help = help.to_string();
-    for words in ["boot=N", "readonly=on|off", "mode=off|pty|tty|file|socket|null", "hugepage_size=SIZE", "[default: 512M]"]
-    {
+    for words in [
+        "boot=N",
+        "readonly=on|off",
+        "mode=off|pty|tty|file|socket|null",
+        "hugepage_size=SIZE",
+        "[default: 512M]",
+    ] {
         assert!(help.contains(words), "{words} is not in\n{help}");
     }
     assert!(!help.contains("--vsock"), "refused options are not offered");

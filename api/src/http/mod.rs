@@ -59,7 +59,11 @@ impl HttpError {
 }
 
 /// Serves `listener` until `shutdown` changes.
-pub(crate) async fn serve(listener: UnixListener, handle: ControlHandle, mut shutdown: watch::Receiver<bool>) {
+pub(crate) async fn serve(
+    listener: UnixListener,
+    handle: ControlHandle,
+    mut shutdown: watch::Receiver<bool>,
+) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = tokio::task::JoinSet::new();
     loop {

@@ -23,7 +23,10 @@ pub fn document() -> Value {
         let mut responses = Map::new();
         for status in route.statuses {
             let reply = route.reply.filter(|_| *status == 200).map(|reply| reply(&mut generator));
-            responses.insert(status.to_string(), response(*status, reply.as_ref().map(schemars::Schema::as_value)));
+            responses.insert(
+                status.to_string(),
+                response(*status, reply.as_ref().map(schemars::Schema::as_value)),
+            );
         }
         operation.insert("responses".to_owned(), Value::Object(responses));
         paths.insert(format!("/{}", route.name), json!({ method: operation }));
@@ -57,7 +60,8 @@ fn response(status: u16, reply: Option<&Value>) -> Value {
         429 => "An earlier request of this kind is under way.",
         _ => "It could not be done.",
     };
-    let reasons = json!({ "type": "array", "items": { "type": "string" }, "description": "Outermost first." });
+    let reasons =
+        json!({ "type": "array", "items": { "type": "string" }, "description": "Outermost first." });
     match (status, reply) {
         (200, Some(schema)) => {
             json!({ "description": description, "content": { "application/json": { "schema": schema } } })

@@ -91,7 +91,13 @@ const ADD: &[u16] = &[200, 204, 400, 404, 409, 500];
 pub(super) static ROUTES: &[Route] = &[
     route!("vmm.ping", "Check that the API server is there", "The VMM does not answer", handlers::ping, &[200, 400],
         get: true, reply: Some(schema::<VmmPing>)),
-    route!("vmm.shutdown", "End the VMM", "The VMM could not shut down", handlers::vmm_shutdown, &[200, 400, 500]),
+    route!(
+        "vmm.shutdown",
+        "End the VMM",
+        "The VMM could not shut down",
+        handlers::vmm_shutdown,
+        &[200, 400, 500]
+    ),
     route!("vm.info", "Configuration and state of the VM", "The VM info is not available", handlers::info,
         &[200, 400, 404, 500], get: true, reply: Some(schema::<VmInfo>)),
     route!("vm.counters", "Counters of the VM's devices", "The VM counters are not available", handlers::counters,
@@ -104,9 +110,20 @@ pub(super) static ROUTES: &[Route] = &[
     route!("vm.resume", "Resume the VM", "The VM could not be resumed", handlers::resume, PLAIN),
     route!("vm.shutdown", "Switch the VM off", "The VM could not be shut down", handlers::shutdown, PLAIN),
     route!("vm.reboot", "Reboot the VM", "The VM could not be rebooted", handlers::reboot, PLAIN),
-    route!("vm.power-button", "Press the VM's power button", "The power button could not be triggered",
-        handlers::power_button, PLAIN),
-    route!("vm.nmi", "Inject a non-maskable interrupt", "The NMI could not be injected", handlers::nmi, PLAIN),
+    route!(
+        "vm.power-button",
+        "Press the VM's power button",
+        "The power button could not be triggered",
+        handlers::power_button,
+        PLAIN
+    ),
+    route!(
+        "vm.nmi",
+        "Inject a non-maskable interrupt",
+        "The NMI could not be injected",
+        handlers::nmi,
+        PLAIN
+    ),
     route!("vm.resize", "Resize the VM", "The VM could not be resized", handlers::resize,
         &[204, 400, 404, 429, 500], body: Some(schema::<VmResize>)),
     route!("vm.add-disk", "Add a disk", "The disk could not be added to the VM", handlers::add_disk, ADD,

@@ -83,7 +83,8 @@ fn parse(text: &str) -> Result<(Format, u64), String> {
     };
     let digits = format.bytes().take_while(u8::is_ascii_digit).count();
     let (count, letters) = format.split_at(digits);
-    let count = if count.is_empty() { 1 } else { count.parse().map_err(|_| format!("invalid count: '{count}'"))? };
+    let count =
+        if count.is_empty() { 1 } else { count.parse().map_err(|_| format!("invalid count: '{count}'"))? };
     let mut parsed = Format { count, letter: 'x', size: 4 };
     for letter in letters.chars() {
         match letter {
@@ -185,7 +186,9 @@ mod tests {
         assert_eq!(parse(" 0x1000"), Ok((format(1, 'x', 4), 0x1000)));
         assert_eq!(parse("/4xg 0x80000000+0x10-1"), Ok((format(4, 'x', 8), 0x8000_000f)));
         assert_eq!(parse("/8c 16"), Ok((format(8, 'c', 1), 16)));
-        for wrong in ["/4xz 0", "", "/1 nowhere", "/9999999999999999999 0", "/4i 0", "/99999999b 0", "/2x 0x+1"] {
+        for wrong in
+            ["/4xz 0", "", "/1 nowhere", "/9999999999999999999 0", "/4i 0", "/99999999b 0", "/2x 0x+1"]
+        {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

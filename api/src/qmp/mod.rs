@@ -62,7 +62,11 @@ impl Accept for TcpListener {
 }
 
 /// Serves `listener` until `shutdown` changes.
-pub(crate) async fn serve<L: Accept>(listener: L, handle: ControlHandle, mut shutdown: watch::Receiver<bool>) {
+pub(crate) async fn serve<L: Accept>(
+    listener: L,
+    handle: ControlHandle,
+    mut shutdown: watch::Receiver<bool>,
+) {
     let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
     let mut clients = tokio::task::JoinSet::new();
     loop {
@@ -148,6 +152,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 Step::Event(event) => self.send_event(&event).await?,
                 Step::Reply(reply) => {
                     self.running = None;
+                    // What happened before the reply is told before it: `STOP`, then `stop` returns.
+                    while let Ok(event) = self.events.try_recv() {
+                        self.send_event(&event).await?;
+                    }
                     self.send(&reply).await?;
                 }
                 Step::Shutdown => return self.last_words().await,
@@ -156,11 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
-    async fn step(
-        &mut self,
-        buffer: &mut [u8],
-        shutdown: &mut watch::Receiver<bool>,
-    ) -> io::Result<Step> {
+    async fn step(&mut self, buffer: &mut [u8], shutdown: &mut watch::Receiver<bool>) -> io::Result<Step> {
         let reads = self.waiting.len() < MAX_QUEUE;
         let running = async {
             match &mut self.running {
@@ -170,7 +174,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         };
         tokio::select! {
             biased;
-            // Before the reply: `STOP` comes before the answer to `stop`, as in QEMU.
             Some(event) = self.events.recv() => Ok(Step::Event(event)),
             reply = running => Ok(Step::Reply(reply)),
             count = self.stream.read(buffer), if reads => count.map(Step::Read),

@@ -60,9 +60,9 @@ impl Request {
             return Err((None, QmpError::generic("QMP input must be a JSON object")));
         };
         let id = object.remove("id");
-        Self::from_members(object).map(|(command, arguments)| Self { command, arguments, id: id.clone() }).map_err(
-            |error| (id, error),
-        )
+        Self::from_members(object)
+            .map(|(command, arguments)| Self { command, arguments, id: id.clone() })
+            .map_err(|error| (id, error))
     }
 
     fn from_members(mut object: Map<String, Value>) -> Result<(String, Map<String, Value>), QmpError> {

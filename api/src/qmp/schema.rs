@@ -138,7 +138,8 @@ impl Builder {
         };
         let mut members = Vec::new();
         for (member, value) in data {
-            let kind = if value.is_boolean() { json!({ "type": "boolean" }) } else { json!({ "type": "string" }) };
+            let kind =
+                if value.is_boolean() { json!({ "type": "boolean" }) } else { json!({ "type": "string" }) };
             members.push(json!({ "name": member, "type": self.type_of(&kind) }));
         }
         self.add(&format!("{event}-arg"), "object", [("members", members.into())])

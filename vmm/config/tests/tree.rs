@@ -63,9 +63,17 @@ fn all_problems_at_once() {
         "platform": { "system_uuid": "?", "num_pci_segments": 2 },
     });
     let expected = [
-        "cpus.max_vcpus", "cpus.affinity[0].vcpu", "cpus.affinity[0].host_cpus", "memory.size",
-        "memory.hugepage_size", "memory.hugepage_size", "disks[0].id", "net[0].id", "console.mode",
-        "platform.num_pci_segments", "platform.system_uuid",
+        "cpus.max_vcpus",
+        "cpus.affinity[0].vcpu",
+        "cpus.affinity[0].host_cpus",
+        "memory.size",
+        "memory.hugepage_size",
+        "memory.hugepage_size",
+        "disks[0].id",
+        "net[0].id",
+        "console.mode",
+        "platform.num_pci_segments",
+        "platform.system_uuid",
     ];
     assert_eq!(problems(&body), expected);
 }

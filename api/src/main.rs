@@ -1,0 +1,71 @@
+//! The `holdfast` program.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
+use holdfast_api::client;
+use holdfast_api::process::{self, describe};
+use holdfast_threads::{PlainSpawner, Spawner};
+use holdfast_vmm::manager::{Manager, ManagerOptions};
+
+/// Exit status for a command line that cannot be used, as is customary.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os()) {
+        Ok(Invocation::Run(options)) => run(*options),
+        Ok(Invocation::Ctl(ctl)) => control(&ctl),
+        Ok(Invocation::Print(text)) => print(&text),
+        Ok(Invocation::Man(directory)) => man(&directory),
+        Ok(Invocation::Completions(shell)) => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut cli::command(true), "holdfast", &mut text);
+            print(&String::from_utf8_lossy(&text))
+        }
+        // Prints help and version to standard output, the rest to standard error.
+        Err(CliError::Usage(usage)) => usage.exit(),
+        Err(error) => fail(&describe(&error), USAGE),
+    }
+}
+
+fn fail(reason: &str, status: u8) -> ExitCode {
+    eprintln!("holdfast: {reason}");
+    ExitCode::from(status)
+}
+
+fn print(text: &str) -> ExitCode {
+    // A reader that has seen enough, such as `head`, is no error.
+    let _ = writeln!(io::stdout(), "{}", text.trim_end());
+    ExitCode::SUCCESS
+}
+
+fn control(ctl: &Ctl) -> ExitCode {
+    match client::send(ctl) {
+        Ok(body) if body.is_empty() => ExitCode::SUCCESS,
+        Ok(body) => print(&body),
+        Err(error) => fail(&describe(&error), 1),
+    }
+}
+
+fn man(directory: &Path) -> ExitCode {
+    match clap_mangen::generate_to(cli::command(true), directory) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("man pages cannot be written to {}: {error}", directory.display()), 1),
+    }
+}
+
+fn run(options: RunOptions) -> ExitCode {
+    let spawner: Arc<dyn Spawner> = PlainSpawner::shared();
+    let manager = ManagerOptions {
+        spawner: Arc::clone(&spawner),
+        no_shutdown: options.no_shutdown,
+        before_guest: Arc::new(|_| Ok(())),
+    };
+    match process::run(options, &spawner, move |inbox| Manager::new(inbox, manager)?.run()) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => fail(&describe(&error), 1),
+    }
+}
