@@ -49,6 +49,22 @@ pub fn registry() -> &'static [VirtioDeviceModule] {
             },
         },
         VirtioDeviceModule {
+            name: "virtio-net",
+            aliases: &["virtio-net-pci", "virtio-net-device"],
+            build: |args, context| {
+                let config = parse(&args)?;
+                Ok(crate::net::build(&args.id, &config, args.fds, context)?)
+            },
+        },
+        VirtioDeviceModule {
+            name: "virtio-balloon",
+            aliases: &["virtio-balloon-pci", "virtio-balloon-device"],
+            build: |args, context| {
+                let config = parse(&args)?;
+                Ok(crate::balloon::build(&args.id, &config, context)?)
+            },
+        },
+        VirtioDeviceModule {
             name: "virtio-rng",
             aliases: &["virtio-rng-pci", "virtio-rng-device"],
             build: |args, context| {

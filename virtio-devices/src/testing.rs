@@ -86,15 +86,25 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    fn base(&self) -> u64 {
+    /// The ring of queue `index`, with 16 descriptors.
+    pub(crate) fn new(index: u16, memory: &GuestMemory) -> Self {
+        Self { index, size: 16, memory: memory.clone(), next_desc: 0, avail: 0, used: 0 }
+    }
+
+    /// The driver goes on in another RAM with the same contents.
+    pub(crate) fn move_to(&mut self, memory: &GuestMemory) {
+        self.memory = memory.clone();
+    }
+
+    pub(crate) fn base(&self) -> u64 {
         RAM + QUEUE_STRIDE * u64::from(self.index)
     }
 
-    fn avail_ring(&self) -> u64 {
+    pub(crate) fn avail_ring(&self) -> u64 {
         self.base() + 0x4000
     }
 
-    fn used_ring(&self) -> u64 {
+    pub(crate) fn used_ring(&self) -> u64 {
         self.base() + 0x8000
     }
 
@@ -170,15 +180,7 @@ impl Rig {
         let irq = IrqLine::new(Arc::clone(&line) as Arc<dyn IrqSink>, 1);
         let sizes = device.queue_sizes();
         let device = plug("_dev0", device, Slot::Mmio { base: BASE, irq }, &context).expect("plugged");
-        let ring = |(n, _): (usize, &u16)| Ring {
-            index: n as u16,
-            size: 16,
-            memory: context.memory.clone(),
-            next_desc: 0,
-            avail: 0,
-            used: 0,
-        };
-        let rings = sizes.iter().enumerate().map(ring).collect();
+        let rings = (0..sizes.len()).map(|n| Ring::new(n as u16, &context.memory)).collect();
         Self { context, device, line, rings }
     }
 

@@ -5,3 +5,5 @@
 pub(crate) mod common;
 pub mod mmio;
 pub mod pci;
+#[cfg(test)]
+mod pci_tests;
