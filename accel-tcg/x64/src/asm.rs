@@ -1,0 +1,795 @@
+//! The emitter: writes x86-64 instructions into a fixed buffer.
+//!
+//! One small function per instruction form. Nothing is checked but the end of the buffer, and that only by
+//! [`Asm::room`] once per IR instruction; writing past it wraps around (and the code is thrown away).
+
+/// Bytes in the buffer: the longest code of one region.
+pub const BUFFER: usize = 64 * 1024;
+
+/// A general register.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Reg(pub u8);
+
+/// A vector register.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Xmm(pub u8);
+
+#[allow(missing_docs, reason = "the names are the documentation")]
+impl Reg {
+    pub const RAX: Reg = Reg(0);
+    pub const RCX: Reg = Reg(1);
+    pub const RDX: Reg = Reg(2);
+    pub const RBX: Reg = Reg(3);
+    pub const RSP: Reg = Reg(4);
+    pub const RBP: Reg = Reg(5);
+    pub const RSI: Reg = Reg(6);
+    pub const RDI: Reg = Reg(7);
+    pub const R8: Reg = Reg(8);
+    pub const R9: Reg = Reg(9);
+    pub const R10: Reg = Reg(10);
+    pub const R11: Reg = Reg(11);
+    pub const R12: Reg = Reg(12);
+    pub const R13: Reg = Reg(13);
+    pub const R14: Reg = Reg(14);
+    pub const R15: Reg = Reg(15);
+}
+
+/// A memory operand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mem {
+    /// Base register; [`Mem::RIP`] for an offset from the start of the code.
+    pub base: u8,
+    /// Index register, or [`Mem::NONE`]; never rsp.
+    pub index: u8,
+    /// Log2 of the index scale.
+    pub scale: u8,
+    /// Displacement.
+    pub disp: i32,
+}
+
+impl Mem {
+    /// No index.
+    pub const NONE: u8 = 0xff;
+    /// Relative to the instruction pointer: `disp` is the distance from the start of the code buffer.
+    pub const RIP: u8 = 0xfe;
+
+    /// `[base + disp]`
+    #[inline]
+    pub const fn base(base: Reg, disp: i32) -> Mem {
+        Mem { base: base.0, index: Mem::NONE, scale: 0, disp }
+    }
+
+    /// `[base + index << scale + disp]`
+    #[inline]
+    pub const fn index(base: Reg, index: Reg, scale: u8, disp: i32) -> Mem {
+        Mem { base: base.0, index: index.0, scale, disp }
+    }
+
+    /// `[rbp + disp]`: the environment.
+    #[inline]
+    pub const fn env(disp: i32) -> Mem {
+        Mem::base(Reg::RBP, disp)
+    }
+}
+
+/// A register or memory operand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rm {
+    /// General register (or the number of a vector register, where the instruction says so).
+    R(u8),
+    /// Memory.
+    M(Mem),
+}
+
+impl From<Reg> for Rm {
+    #[inline]
+    fn from(r: Reg) -> Rm {
+        Rm::R(r.0)
+    }
+}
+
+impl From<Xmm> for Rm {
+    #[inline]
+    fn from(r: Xmm) -> Rm {
+        Rm::R(r.0)
+    }
+}
+
+impl From<Mem> for Rm {
+    #[inline]
+    fn from(m: Mem) -> Rm {
+        Rm::M(m)
+    }
+}
+
+/// The eight classic operations; the discriminant is the `/n` of group 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub enum Alu {
+    Add = 0,
+    Or = 1,
+    Adc = 2,
+    Sbb = 3,
+    And = 4,
+    Sub = 5,
+    Xor = 6,
+    Cmp = 7,
+}
+
+/// Shifts and rotates; the discriminant is the `/n` of group 2.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub enum Shift {
+    Rol = 0,
+    Ror = 1,
+    Shl = 4,
+    Shr = 5,
+    Sar = 7,
+}
+
+/// Condition codes, as encoded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub enum Cc {
+    O = 0,
+    No = 1,
+    B = 2,
+    Ae = 3,
+    E = 4,
+    Ne = 5,
+    Be = 6,
+    A = 7,
+    S = 8,
+    Ns = 9,
+    P = 10,
+    Np = 11,
+    L = 12,
+    Ge = 13,
+    Le = 14,
+    G = 15,
+}
+
+impl Cc {
+    /// The opposite condition.
+    #[inline]
+    pub const fn inverse(self) -> Cc {
+        const ALL: [Cc; 16] = [
+            Cc::O,
+            Cc::No,
+            Cc::B,
+            Cc::Ae,
+            Cc::E,
+            Cc::Ne,
+            Cc::Be,
+            Cc::A,
+            Cc::S,
+            Cc::Ns,
+            Cc::P,
+            Cc::Np,
+            Cc::L,
+            Cc::Ge,
+            Cc::Le,
+            Cc::G,
+        ];
+        ALL[(self as usize ^ 1) & 15]
+    }
+}
+
+/// Opcode map and mandatory prefix of an instruction.
+#[derive(Clone, Copy)]
+struct Opc {
+    prefix: u8,
+    map: u8,
+    op: u8,
+}
+
+const fn one(op: u8) -> Opc {
+    Opc { prefix: 0, map: 0, op }
+}
+const fn two(prefix: u8, op: u8) -> Opc {
+    Opc { prefix, map: 1, op }
+}
+const fn three8(prefix: u8, op: u8) -> Opc {
+    Opc { prefix, map: 2, op }
+}
+
+/// The code buffer and the current position.
+pub struct Asm {
+    buf: Box<[u8; BUFFER]>,
+    pos: usize,
+    overflow: bool,
+}
+
+impl Default for Asm {
+    fn default() -> Self {
+        let buf = vec![0u8; BUFFER].into_boxed_slice().try_into().unwrap_or_else(|_| Box::new([0; BUFFER]));
+        Self { buf, pos: 0, overflow: false }
+    }
+}
+
+impl Asm {
+    /// An empty buffer.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Starts again.
+    pub fn clear(&mut self) {
+        self.pos = 0;
+        self.overflow = false;
+    }
+
+    /// Current offset.
+    #[inline]
+    pub fn pos(&self) -> usize {
+        self.pos
+    }
+
+    /// The bytes so far.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buf[..self.pos.min(BUFFER)]
+    }
+
+    /// Whether at least 4 KiB are left; once false, the code is spoilt and stays so.
+    #[inline]
+    pub fn room(&mut self) -> bool {
+        if self.pos > BUFFER - 4096 {
+            self.overflow = true;
+            self.pos = 0;
+        }
+        !self.overflow
+    }
+
+    /// Whether the buffer overflowed.
+    pub fn overflowed(&self) -> bool {
+        self.overflow
+    }
+
+    #[inline]
+    fn b(&mut self, x: u8) {
+        self.buf[self.pos & (BUFFER - 1)] = x;
+        self.pos += 1;
+    }
+
+    #[inline]
+    fn d(&mut self, x: u32) {
+        for y in x.to_le_bytes() {
+            self.b(y);
+        }
+    }
+
+    /// Raw bytes (constants behind the code).
+    pub fn raw(&mut self, bytes: &[u8]) {
+        for &x in bytes {
+            self.b(x);
+        }
+    }
+
+    /// Overwrites the 32-bit field at `at`.
+    pub fn patch32(&mut self, at: usize, x: u32) {
+        for (n, y) in x.to_le_bytes().into_iter().enumerate() {
+            self.buf[(at + n) & (BUFFER - 1)] = y;
+        }
+    }
+
+    /// Makes the rel32 at `at` reach `target` (an offset).
+    pub fn patch_rel(&mut self, at: usize, target: usize) {
+        self.patch32(at, (target as u32).wrapping_sub(at as u32 + 4));
+    }
+
+    fn modrm(&mut self, reg: u8, rm: Rm, imm_len: u32) {
+        let reg = (reg & 7) << 3;
+        match rm {
+            Rm::R(r) => self.b(0xc0 | reg | r & 7),
+            Rm::M(m) if m.base == Mem::RIP => {
+                self.b(reg | 5);
+                let end = self.pos as u32 + 4 + imm_len;
+                self.d((m.disp as u32).wrapping_sub(end));
+            }
+            Rm::M(m) => {
+                let base = m.base & 7;
+                let small = i8::try_from(m.disp).is_ok();
+                let md = if m.disp == 0 && base != 5 {
+                    0
+                } else if small {
+                    0x40
+                } else {
+                    0x80
+                };
+                if m.index != Mem::NONE {
+                    self.b(md | reg | 4);
+                    self.b(m.scale << 6 | (m.index & 7) << 3 | base);
+                } else if base == 4 {
+                    self.b(md | reg | 4);
+                    self.b(0x24);
+                } else {
+                    self.b(md | reg | base);
+                }
+                match md {
+                    0x40 => self.b(m.disp as u8),
+                    0x80 => self.d(m.disp as u32),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// `rex` forces a REX prefix (byte registers).
+    #[inline]
+    fn enc(&mut self, o: Opc, w: bool, reg: u8, rm: Rm, more: (bool, u32)) {
+        let (force, imm_len) = more;
+        if o.prefix != 0 {
+            self.b(o.prefix);
+        }
+        let (x, b) = match rm {
+            Rm::R(r) => (0, r >> 3),
+            Rm::M(m) => {
+                let x = if m.index == Mem::NONE { 0 } else { m.index >> 3 };
+                (x, if m.base == Mem::RIP { 0 } else { m.base >> 3 })
+            }
+        };
+        let rex = (w as u8) << 3 | (reg >> 3) << 2 | x << 1 | b;
+        if rex != 0 || force {
+            self.b(0x40 | rex);
+        }
+        match o.map {
+            0 => {}
+            1 => self.b(0x0f),
+            2 => {
+                self.b(0x0f);
+                self.b(0x38);
+            }
+            _ => {
+                self.b(0x0f);
+                self.b(0x3a);
+            }
+        }
+        self.b(o.op);
+        self.modrm(reg, rm, imm_len);
+    }
+
+    /// Three-byte VEX, L = 0. `pp`: 0 none, 1 66, 2 F3, 3 F2. `map`: 1 0F, 2 0F38, 3 0F3A.
+    fn vex(&mut self, (pp, map, op): (u8, u8, u8), w: bool, reg: u8, vvvv: u8, rm: Rm) {
+        let imm_len = u32::from(map == 3);
+        let (x, b) = match rm {
+            Rm::R(r) => (0, r >> 3),
+            Rm::M(m) => {
+                let x = if m.index == Mem::NONE { 0 } else { m.index >> 3 };
+                (x, if m.base == Mem::RIP { 0 } else { m.base >> 3 })
+            }
+        };
+        self.b(0xc4);
+        self.b(((reg >> 3 ^ 1) << 7) | ((x ^ 1) << 6) | ((b ^ 1) << 5) | map);
+        self.b((w as u8) << 7 | (!vvvv & 15) << 3 | pp);
+        self.b(op);
+        self.modrm(reg, rm, imm_len);
+    }
+
+    // ---- moves ----
+
+    /// `mov r, r/m`, 64 or 32 bits.
+    #[inline]
+    pub fn mov(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(one(0x8b), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `mov m, r` of `1 << log2` bytes.
+    pub fn store(&mut self, log2: u32, m: Mem, s: Reg) {
+        match log2 {
+            0 => self.enc(one(0x88), false, s.0, m.into(), (s.0 >= 4, 0)),
+            1 => self.enc(Opc { prefix: 0x66, map: 0, op: 0x89 }, false, s.0, m.into(), (false, 0)),
+            _ => self.enc(one(0x89), log2 == 3, s.0, m.into(), (false, 0)),
+        }
+    }
+
+    /// `mov m, imm` of `1 << log2` bytes, the immediate sign-extended from 32 bits.
+    pub fn store_imm(&mut self, log2: u32, m: Mem, imm: i32) {
+        match log2 {
+            0 => {
+                self.enc(one(0xc6), false, 0, m.into(), (false, 1));
+                self.b(imm as u8);
+            }
+            1 => {
+                self.enc(Opc { prefix: 0x66, map: 0, op: 0xc7 }, false, 0, m.into(), (false, 2));
+                self.b(imm as u8);
+                self.b((imm >> 8) as u8);
+            }
+            _ => {
+                self.enc(one(0xc7), log2 == 3, 0, m.into(), (false, 4));
+                self.d(imm as u32);
+            }
+        }
+    }
+
+    /// The shortest move of a 64-bit constant that leaves the flags alone.
+    pub fn mov_imm(&mut self, d: Reg, imm: u64) {
+        if imm <= 0xffff_ffff {
+            if d.0 >= 8 {
+                self.b(0x41);
+            }
+            self.b(0xb8 | d.0 & 7);
+            self.d(imm as u32);
+        } else if imm as i64 == i64::from(imm as i32) {
+            self.enc(one(0xc7), true, 0, d.into(), (false, 4));
+            self.d(imm as u32);
+        } else {
+            self.b(0x48 | d.0 >> 3);
+            self.b(0xb8 | d.0 & 7);
+            self.d(imm as u32);
+            self.d((imm >> 32) as u32);
+        }
+    }
+
+    /// Loads `1 << log2` bytes with zero extension to 64 bits (or a register's low part).
+    pub fn movzx(&mut self, log2: u32, d: Reg, s: impl Into<Rm>) {
+        let s = s.into();
+        let force = log2 == 0 && matches!(s, Rm::R(4..));
+        match log2 {
+            0 => self.enc(two(0, 0xb6), false, d.0, s, (force, 0)),
+            1 => self.enc(two(0, 0xb7), false, d.0, s, (false, 0)),
+            _ => self.enc(one(0x8b), log2 == 3, d.0, s, (false, 0)),
+        }
+    }
+
+    /// The same with sign extension to 64 bits (`w`) or 32 bits.
+    pub fn movsx(&mut self, log2: u32, w: bool, d: Reg, s: impl Into<Rm>) {
+        let s = s.into();
+        let force = log2 == 0 && matches!(s, Rm::R(4..));
+        match log2 {
+            0 => self.enc(two(0, 0xbe), w, d.0, s, (force, 0)),
+            1 => self.enc(two(0, 0xbf), w, d.0, s, (false, 0)),
+            2 if w => self.enc(one(0x63), true, d.0, s, (false, 0)),
+            _ => self.enc(one(0x8b), log2 == 3, d.0, s, (false, 0)),
+        }
+    }
+
+    /// `lea`
+    #[inline]
+    pub fn lea(&mut self, w: bool, d: Reg, m: Mem) {
+        self.enc(one(0x8d), w, d.0, m.into(), (false, 0));
+    }
+
+    /// `xchg r, m` (implicitly locked).
+    pub fn xchg(&mut self, log2: u32, m: Mem, r: Reg) {
+        self.sized(log2, 0x86, m, r);
+    }
+
+    /// `lock xadd m, r`
+    pub fn lock_xadd(&mut self, log2: u32, m: Mem, r: Reg) {
+        self.b(0xf0);
+        self.sized2(log2, 0xc0, m, r);
+    }
+
+    /// `lock cmpxchg m, r` (compares with rax).
+    pub fn lock_cmpxchg(&mut self, log2: u32, m: Mem, r: Reg) {
+        self.b(0xf0);
+        self.sized2(log2, 0xb0, m, r);
+    }
+
+    fn sized(&mut self, log2: u32, op: u8, m: Mem, r: Reg) {
+        let prefix = if log2 == 1 { 0x66 } else { 0 };
+        let o = Opc { prefix, map: 0, op: op | u8::from(log2 > 0) };
+        self.enc(o, log2 == 3, r.0, m.into(), (log2 == 0 && r.0 >= 4, 0));
+    }
+
+    fn sized2(&mut self, log2: u32, op: u8, m: Mem, r: Reg) {
+        let prefix = if log2 == 1 { 0x66 } else { 0 };
+        let o = Opc { prefix, map: 1, op: op | u8::from(log2 > 0) };
+        self.enc(o, log2 == 3, r.0, m.into(), (log2 == 0 && r.0 >= 4, 0));
+    }
+
+    /// `push r`
+    pub fn push(&mut self, r: Reg) {
+        if r.0 >= 8 {
+            self.b(0x41);
+        }
+        self.b(0x50 | r.0 & 7);
+    }
+
+    /// `pop r`
+    pub fn pop(&mut self, r: Reg) {
+        if r.0 >= 8 {
+            self.b(0x41);
+        }
+        self.b(0x58 | r.0 & 7);
+    }
+
+    /// `cmovcc r, r/m`
+    pub fn cmov(&mut self, cc: Cc, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0, 0x40 | cc as u8), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `setcc r8`
+    pub fn setcc(&mut self, cc: Cc, d: Reg) {
+        self.enc(two(0, 0x90 | cc as u8), false, 0, d.into(), (d.0 >= 4, 0));
+    }
+
+    // ---- arithmetic ----
+
+    /// `op r, r/m`
+    #[inline]
+    pub fn alu(&mut self, op: Alu, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(one((op as u8) << 3 | 3), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `op m, r`
+    pub fn alu_store(&mut self, op: Alu, w: bool, m: Mem, s: Reg) {
+        self.enc(one((op as u8) << 3 | 1), w, s.0, m.into(), (false, 0));
+    }
+
+    /// `op r/m, imm32`
+    #[inline]
+    pub fn alu_imm(&mut self, op: Alu, w: bool, d: impl Into<Rm>, imm: i32) {
+        if let Ok(small) = i8::try_from(imm) {
+            self.enc(one(0x83), w, op as u8, d.into(), (false, 1));
+            self.b(small as u8);
+        } else {
+            self.enc(one(0x81), w, op as u8, d.into(), (false, 4));
+            self.d(imm as u32);
+        }
+    }
+
+    /// `test r, r`
+    pub fn test(&mut self, w: bool, a: Reg, b: Reg) {
+        self.enc(one(0x85), w, b.0, a.into(), (false, 0));
+    }
+
+    /// `test r/m, imm32`
+    pub fn test_imm(&mut self, w: bool, a: impl Into<Rm>, imm: i32) {
+        self.enc(one(0xf7), w, 0, a.into(), (false, 4));
+        self.d(imm as u32);
+    }
+
+    /// Group 3: 2 not, 3 neg, 4 mul, 5 imul, 6 div, 7 idiv.
+    pub fn group3(&mut self, n: u8, w: bool, d: impl Into<Rm>) {
+        self.enc(one(0xf7), w, n, d.into(), (false, 0));
+    }
+
+    /// `imul r, r/m`
+    pub fn imul(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0, 0xaf), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `imul r, r/m, imm32`
+    pub fn imul_imm(&mut self, w: bool, d: Reg, s: impl Into<Rm>, imm: i32) {
+        self.enc(one(0x69), w, d.0, s.into(), (false, 4));
+        self.d(imm as u32);
+    }
+
+    /// `cqo` or `cdq`
+    pub fn cqo(&mut self, w: bool) {
+        if w {
+            self.b(0x48);
+        }
+        self.b(0x99);
+    }
+
+    /// Shift by a constant.
+    pub fn shift_imm(&mut self, op: Shift, w: bool, d: Reg, n: u8) {
+        self.enc(one(0xc1), w, op as u8, d.into(), (false, 1));
+        self.b(n);
+    }
+
+    /// Shift by cl.
+    pub fn shift_cl(&mut self, op: Shift, w: bool, d: Reg) {
+        self.enc(one(0xd3), w, op as u8, d.into(), (false, 0));
+    }
+
+    /// BMI2 `shlx`, `shrx`, `sarx`: `d = s shifted by n`.
+    pub fn shiftx(&mut self, op: Shift, w: bool, d: Reg, s: impl Into<Rm>, n: Reg) {
+        let pp = match op {
+            Shift::Shl => 1,
+            Shift::Sar => 2,
+            _ => 3,
+        };
+        self.vex((pp, 2, 0xf7), w, d.0, n.0, s.into());
+    }
+
+    /// BMI2 `rorx d, s, n`
+    pub fn rorx(&mut self, w: bool, d: Reg, s: impl Into<Rm>, n: u8) {
+        self.vex((3, 3, 0xf0), w, d.0, 0, s.into());
+        self.b(n);
+    }
+
+    /// BMI1 `andn`: `d = !a & b`
+    pub fn andn(&mut self, w: bool, d: Reg, a: Reg, b: impl Into<Rm>) {
+        self.vex((0, 2, 0xf2), w, d.0, a.0, b.into());
+    }
+
+    /// `popcnt`
+    pub fn popcnt(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0xf3, 0xb8), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `lzcnt`
+    pub fn lzcnt(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0xf3, 0xbd), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `tzcnt`
+    pub fn tzcnt(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0xf3, 0xbc), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `bsr`
+    pub fn bsr(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0, 0xbd), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `bsf`
+    pub fn bsf(&mut self, w: bool, d: Reg, s: impl Into<Rm>) {
+        self.enc(two(0, 0xbc), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `bswap`
+    pub fn bswap(&mut self, w: bool, d: Reg) {
+        let rex = (w as u8) << 3 | d.0 >> 3;
+        if rex != 0 {
+            self.b(0x40 | rex);
+        }
+        self.b(0x0f);
+        self.b(0xc8 | d.0 & 7);
+    }
+
+    // ---- control ----
+
+    /// `jcc rel32`; returns where the rel32 is.
+    pub fn jcc(&mut self, cc: Cc) -> usize {
+        self.b(0x0f);
+        self.b(0x80 | cc as u8);
+        self.d(0);
+        self.pos - 4
+    }
+
+    /// `jmp rel32`; returns where the rel32 is.
+    pub fn jmp(&mut self) -> usize {
+        self.b(0xe9);
+        self.d(0);
+        self.pos - 4
+    }
+
+    /// `jcc rel8` forward; patch with [`Asm::patch_short`].
+    pub fn jcc_short(&mut self, cc: Cc) -> usize {
+        self.b(0x70 | cc as u8);
+        self.b(0);
+        self.pos - 1
+    }
+
+    /// `jmp rel8` forward.
+    pub fn jmp_short(&mut self) -> usize {
+        self.b(0xeb);
+        self.b(0);
+        self.pos - 1
+    }
+
+    /// Makes the short jump at `at` land here.
+    pub fn patch_short(&mut self, at: usize) {
+        debug_assert!(self.pos - at - 1 < 128);
+        self.buf[at & (BUFFER - 1)] = (self.pos - at - 1) as u8;
+    }
+
+    /// `jmp r/m`
+    pub fn jmp_rm(&mut self, s: impl Into<Rm>) {
+        self.enc(one(0xff), false, 4, s.into(), (false, 0));
+    }
+
+    /// `call r/m`
+    pub fn call_rm(&mut self, s: impl Into<Rm>) {
+        self.enc(one(0xff), false, 2, s.into(), (false, 0));
+    }
+
+    /// `call rel32`; returns where the rel32 is.
+    pub fn call(&mut self) -> usize {
+        self.b(0xe8);
+        self.d(0);
+        self.pos - 4
+    }
+
+    /// `ret`
+    pub fn ret(&mut self) {
+        self.b(0xc3);
+    }
+
+    /// `mfence` is slower than a locked add on the stack; this is the latter.
+    pub fn fence(&mut self) {
+        self.b(0xf0);
+        self.alu_imm(Alu::Or, false, Mem::base(Reg::RSP, 0), 0);
+    }
+
+    /// No-operations until `(pos + plus) % align == 0`.
+    pub fn align(&mut self, align: usize, plus: usize) {
+        const NOPS: [&[u8]; 4] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]];
+        loop {
+            let n = (align - (self.pos + plus) % align) % align;
+            if n == 0 {
+                return;
+            }
+            self.raw(NOPS[n.min(3)]);
+        }
+    }
+
+    // ---- SSE ----
+
+    /// A scalar or packed SSE instruction: mandatory prefix (0, 66, F3, F2), opcode in map 0F.
+    #[inline]
+    pub fn sse(&mut self, prefix: u8, op: u8, d: Xmm, s: impl Into<Rm>) {
+        self.enc(two(prefix, op), false, d.0, s.into(), (false, 0));
+    }
+
+    /// The same with an immediate byte.
+    pub fn sse_imm(&mut self, prefix: u8, op: u8, d: Xmm, s: impl Into<Rm>, imm: u8) {
+        self.enc(two(prefix, op), false, d.0, s.into(), (false, 1));
+        self.b(imm);
+    }
+
+    /// SSE4.1 in map 0F38 with prefix 66.
+    pub fn sse38(&mut self, op: u8, d: Xmm, s: impl Into<Rm>) {
+        self.enc(three8(0x66, op), false, d.0, s.into(), (false, 0));
+    }
+
+    /// `movss`/`movsd` load (zeroes the rest).
+    pub fn fload(&mut self, double: bool, d: Xmm, m: Mem) {
+        self.sse(if double { 0xf2 } else { 0xf3 }, 0x10, d, m);
+    }
+
+    /// `movss`/`movsd` store.
+    pub fn fstore(&mut self, double: bool, m: Mem, s: Xmm) {
+        self.sse(if double { 0xf2 } else { 0xf3 }, 0x11, s, m);
+    }
+
+    /// `movaps d, s`
+    pub fn movaps(&mut self, d: Xmm, s: Xmm) {
+        if d != s {
+            self.sse(0, 0x28, d, s);
+        }
+    }
+
+    /// `movups` load.
+    pub fn movups(&mut self, d: Xmm, m: Mem) {
+        self.sse(0, 0x10, d, m);
+    }
+
+    /// `movups` store.
+    pub fn movups_store(&mut self, m: Mem, s: Xmm) {
+        self.sse(0, 0x11, s, m);
+    }
+
+    /// `movq`/`movd` to a vector register.
+    pub fn mov_to_xmm(&mut self, w: bool, d: Xmm, s: impl Into<Rm>) {
+        self.enc(two(0x66, 0x6e), w, d.0, s.into(), (false, 0));
+    }
+
+    /// `movq`/`movd` from a vector register.
+    pub fn mov_from_xmm(&mut self, w: bool, d: Reg, s: Xmm) {
+        self.enc(two(0x66, 0x7e), w, s.0, d.into(), (false, 0));
+    }
+
+    /// `cvt(t)ss/sd2si`
+    pub fn cvt_to_int(&mut self, (double, truncate, w): (bool, bool, bool), d: Reg, s: Xmm) {
+        let o = two(if double { 0xf2 } else { 0xf3 }, if truncate { 0x2c } else { 0x2d });
+        self.enc(o, w, d.0, s.into(), (false, 0));
+    }
+
+    /// `cvtsi2ss/sd`
+    pub fn cvt_from_int(&mut self, double: bool, w: bool, d: Xmm, s: Reg) {
+        self.enc(two(if double { 0xf2 } else { 0xf3 }, 0x2a), w, d.0, s.into(), (false, 0));
+    }
+
+    /// FMA3, `231` form: `d = ±(a * b) ± d`. `op`: b9 vfmadd, bb vfmsub, bd vfnmadd, bf vfnmsub.
+    pub fn fma231(&mut self, op: u8, double: bool, d: Xmm, a: Xmm, b: impl Into<Rm>) {
+        self.vex((1, 2, op), double, d.0, a.0, b.into());
+    }
+
+    /// `ldmxcsr m`
+    pub fn ldmxcsr(&mut self, m: Mem) {
+        self.enc(two(0, 0xae), false, 2, m.into(), (false, 0));
+    }
+
+    /// `stmxcsr m`
+    pub fn stmxcsr(&mut self, m: Mem) {
+        self.enc(two(0, 0xae), false, 3, m.into(), (false, 0));
+    }
+}

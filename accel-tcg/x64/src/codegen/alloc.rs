@@ -1,0 +1,591 @@
+//! Registers, homes and spill slots of values.
+
+use super::Cx;
+use crate::asm::{Mem, Reg, Rm, Xmm};
+use crate::stubs::{PIN_REGS, SPILLS, TEMPS};
+use crate::{CodegenError, asm::Alu};
+use holdfast_tcg_ir::{Inst, Op, Type, Val};
+
+const NONE: u8 = 0xff;
+const NO_VALUE: u32 = u32::MAX;
+const NO_HOME: u32 = u32::MAX;
+/// Vector registers that values may live in; the last two are scratch.
+const XMM_VALUES: u8 = 14;
+/// Scratch vector registers.
+pub(crate) const XT0: Xmm = Xmm(14);
+pub(crate) const XT1: Xmm = Xmm(15);
+
+/// Where a value is.
+#[derive(Clone, Copy)]
+struct Place {
+    /// General register 0-15 or vector register 16-31.
+    reg: u8,
+    spill: u8,
+    home: u32,
+}
+
+const NOWHERE: Place = Place { reg: NONE, spill: NONE, home: NO_HOME };
+
+/// The allocator's state.
+pub(crate) struct Alloc {
+    places: Vec<Place>,
+    /// The value in each register (for a pin: the value that the slot has).
+    occ: [u32; 32],
+    /// Registers that the current instruction needs, as a bit mask.
+    pub(crate) locked: u32,
+    /// Values homed in unpinned slots, direct mapped by offset / 8: (offset, value).
+    homes: [(u32, u32); 64],
+    spills: u64,
+}
+
+impl Default for Alloc {
+    fn default() -> Self {
+        Self { places: Vec::new(), occ: [NO_VALUE; 32], locked: 0, homes: [(NO_HOME, 0); 64], spills: 0 }
+    }
+}
+
+impl Alloc {
+    pub(crate) fn start(&mut self, n: usize) {
+        self.places.clear();
+        self.places.resize(n, NOWHERE);
+        self.forget_all();
+    }
+
+    /// Values are dead: at labels.
+    pub(crate) fn forget_all(&mut self) {
+        self.occ = [NO_VALUE; 32];
+        self.locked = 0;
+        self.homes = [(NO_HOME, 0); 64];
+        self.spills = 0;
+    }
+
+    /// Whether any vector register holds a value.
+    pub(crate) fn xmm_in_use(&self) -> bool {
+        self.occ[16..].iter().any(|&v| v != NO_VALUE)
+    }
+
+    #[inline]
+    fn lock(&mut self, reg: u8) {
+        self.locked |= 1 << reg;
+    }
+}
+
+fn is_pin(reg: u8) -> bool {
+    PIN_REGS.iter().any(|r| r.0 == reg)
+}
+
+/// Spill slot `n`.
+fn spill_mem(n: u8) -> Mem {
+    Mem::base(Reg::RSP, i32::from(n) * 8)
+}
+
+impl Cx<'_> {
+    /// The constant that `v` is.
+    #[inline]
+    pub(crate) fn konst(&self, v: Val) -> Option<u64> {
+        let d = self.r.def(self.st.an.root(v));
+        (d.op == Op::Const).then(|| d.imm())
+    }
+
+    /// `v` as an immediate of an instruction of the given width.
+    pub(crate) fn imm32(&self, v: Val, w: bool) -> Option<i32> {
+        let c = self.konst(v)?;
+        if w { i32::try_from(c as i64).ok() } else { Some(c as i32) }
+    }
+
+    /// Whether `v` is used after the current instruction.
+    pub(crate) fn lives_on(&self, v: Val) -> bool {
+        self.st.an.last_use(self.st.an.root(v)) > self.at
+    }
+
+    /// The general register that holds `v` now.
+    pub(crate) fn reg_of(&self, v: Val) -> Option<Reg> {
+        let p = self.st.al.places[self.st.an.root(v).index()];
+        (p.reg < 16).then_some(Reg(p.reg))
+    }
+
+    fn xmm_of(&self, v: Val) -> Option<Xmm> {
+        let p = self.st.al.places[self.st.an.root(v).index()];
+        (16..32).contains(&p.reg).then(|| Xmm(p.reg - 16))
+    }
+
+    fn pick(&mut self, temps: impl Iterator<Item = u8> + Clone) -> u8 {
+        let al = &self.st.al;
+        let free = |r: &u8| al.locked >> *r & 1 == 0 && al.occ[usize::from(*r)] == NO_VALUE;
+        if let Some(r) = temps.clone().find(free) {
+            return r;
+        }
+        // Prefer what need not be stored, then what is used latest.
+        let cost = |r: &u8| {
+            let v = Val(al.occ[usize::from(*r)]);
+            let p = al.places[v.index()];
+            let cheap = p.spill != NONE || p.home != NO_HOME || self.konst(v).is_some();
+            (cheap, self.st.an.last_use(v))
+        };
+        let victim = temps.filter(|r| al.locked >> *r & 1 == 0).max_by_key(cost);
+        let Some(r) = victim else {
+            self.error = Some(CodegenError::TooLong(self.r.insts.len()));
+            return 0;
+        };
+        self.evict(r);
+        r
+    }
+
+    /// A free temporary, locked until the end of the instruction.
+    pub(crate) fn temp(&mut self) -> Reg {
+        let order = [Reg::RDI, Reg::RSI, Reg::RDX, Reg::RCX, Reg::RAX];
+        let r = self.pick(order.iter().map(|r| r.0));
+        self.st.al.lock(r);
+        Reg(r)
+    }
+
+    /// A free vector register, locked.
+    pub(crate) fn xtemp(&mut self) -> Xmm {
+        let r = self.pick(16..16 + XMM_VALUES);
+        self.st.al.lock(r);
+        Xmm(r - 16)
+    }
+
+    /// Makes sure the value of register `r` survives somewhere else, and empties it.
+    fn evict(&mut self, r: u8) {
+        let v = self.st.al.occ[usize::from(r)];
+        if v == NO_VALUE {
+            return;
+        }
+        let live = self.st.an.last_use(Val(v)) >= self.at;
+        let p = self.st.al.places[v as usize];
+        if live && p.spill == NONE && p.home == NO_HOME && self.konst(Val(v)).is_none() {
+            self.spill(Val(v));
+        }
+        self.st.al.places[v as usize].reg = NONE;
+        self.st.al.occ[usize::from(r)] = NO_VALUE;
+    }
+
+    /// Stores root `v` from its register to a spill slot.
+    fn spill(&mut self, v: Val) {
+        let n = self.st.al.spills.trailing_ones() as usize;
+        if n >= SPILLS {
+            self.error = Some(CodegenError::TooLong(self.r.insts.len()));
+            return;
+        }
+        self.st.al.spills |= 1 << n;
+        let p = &mut self.st.al.places[v.index()];
+        p.spill = n as u8;
+        let reg = p.reg;
+        if reg < 16 {
+            self.st.asm.store(3, spill_mem(n as u8), Reg(reg));
+        } else {
+            self.st.asm.fstore(true, spill_mem(n as u8), Xmm(reg.wrapping_sub(16) & 15));
+        }
+    }
+
+    /// Takes temporary `r` for a fixed use: its value moves away. Locks it.
+    pub(crate) fn take(&mut self, r: Reg) {
+        let v = self.st.al.occ[usize::from(r.0)];
+        self.st.al.lock(r.0);
+        if v == NO_VALUE {
+            return;
+        }
+        let al = &self.st.al;
+        let other =
+            TEMPS.iter().find(|t| al.locked >> t.0 & 1 == 0 && al.occ[usize::from(t.0)] == NO_VALUE).copied();
+        match other {
+            Some(t) if self.st.an.last_use(Val(v)) >= self.at && self.konst(Val(v)).is_none() => {
+                self.st.asm.mov(true, t, r);
+                self.st.al.occ[usize::from(r.0)] = NO_VALUE;
+                self.bind(Val(v), t.0);
+            }
+            _ => self.evict(r.0),
+        }
+    }
+
+    fn bind(&mut self, v: Val, reg: u8) {
+        self.st.al.places[v.index()].reg = reg;
+        self.st.al.occ[usize::from(reg)] = v.0;
+    }
+
+    /// `v` in a general register, which is locked. Do not write it.
+    pub(crate) fn gpr(&mut self, v: Val) -> Reg {
+        let v = self.st.an.root(v);
+        if let Some(r) = self.reg_of(v) {
+            self.st.al.lock(r.0);
+            return r;
+        }
+        let t = self.temp();
+        self.load_into(t, v);
+        self.bind(v, t.0);
+        t
+    }
+
+    /// Emits the move of root `v` (not in a general register) to `d`.
+    fn load_into(&mut self, d: Reg, v: Val) {
+        let p = self.st.al.places[v.index()];
+        if let Some(c) = self.konst(v) {
+            self.st.asm.mov_imm(d, c);
+        } else if p.reg != NONE {
+            self.st.asm.mov_from_xmm(self.r.ty(v).bytes() == 8, d, Xmm(p.reg - 16));
+        } else if p.home != NO_HOME {
+            self.st.asm.mov(self.r.ty(v).bytes() == 8, d, Mem::env(p.home as i32));
+        } else {
+            debug_assert!(p.spill != NONE, "v{} has no place at {}:\n{}", v.0, self.at, self.r);
+            self.st.asm.mov(true, d, spill_mem(p.spill));
+        }
+    }
+
+    /// Copies `v` to general register `d` (locked by the caller), without changing where `v` lives.
+    pub(crate) fn copy_to(&mut self, d: Reg, v: Val) {
+        let v = self.st.an.root(v);
+        match self.reg_of(v) {
+            Some(r) if r == d => {}
+            Some(r) => self.st.asm.mov(true, d, r),
+            None => self.load_into(d, v),
+        }
+    }
+
+    /// `v` as a register or memory operand of `bytes` (4 or 8). A register is locked.
+    pub(crate) fn rm(&mut self, v: Val, bytes: u32) -> Rm {
+        let v = self.st.an.root(v);
+        if self.reg_of(v).is_none()
+            && self.xmm_of(v).is_none()
+            && self.konst(v).is_none()
+            && self.st.an.last_use(v) == self.at
+        {
+            let p = self.st.al.places[v.index()];
+            if p.home != NO_HOME && self.r.ty(v).bytes() >= bytes {
+                return Mem::env(p.home as i32).into();
+            }
+            if p.home == NO_HOME && p.spill != NONE {
+                return spill_mem(p.spill).into();
+            }
+        }
+        self.gpr(v).into()
+    }
+
+    /// A vector value as a register, locked.
+    pub(crate) fn xmm(&mut self, v: Val) -> Xmm {
+        let v = self.st.an.root(v);
+        if let Some(x) = self.xmm_of(v) {
+            self.st.al.lock(x.0 + 16);
+            return x;
+        }
+        let d = self.xtemp();
+        self.load_xmm(d, v);
+        self.bind(v, d.0 + 16);
+        d
+    }
+
+    fn load_xmm(&mut self, d: Xmm, v: Val) {
+        let double = self.r.ty(v).bytes() == 8;
+        let p = self.st.al.places[v.index()];
+        match self.konst(v) {
+            Some(0) => self.st.asm.sse(0, 0x57, d, d),
+            Some(c) => {
+                let t = self.temp();
+                self.st.asm.mov_imm(t, c);
+                self.st.asm.mov_to_xmm(double, d, t);
+            }
+            None if p.home != NO_HOME => self.st.asm.fload(double, d, Mem::env(p.home as i32)),
+            None => self.st.asm.fload(true, d, spill_mem(p.spill & 63)),
+        }
+    }
+
+    /// Copies vector value `v` to `d` without changing where it lives.
+    pub(crate) fn copy_to_xmm(&mut self, d: Xmm, v: Val) {
+        let v = self.st.an.root(v);
+        match self.xmm_of(v) {
+            Some(x) => self.st.asm.movaps(d, x),
+            None => self.load_xmm(d, v),
+        }
+    }
+
+    /// Vector value `v` as a register or memory operand (of its own size).
+    pub(crate) fn xrm(&mut self, v: Val) -> Rm {
+        let v = self.st.an.root(v);
+        if self.xmm_of(v).is_none() && self.konst(v).is_none() && self.st.an.last_use(v) == self.at {
+            let p = self.st.al.places[v.index()];
+            if p.home != NO_HOME {
+                return Mem::env(p.home as i32).into();
+            }
+        }
+        self.xmm(v).into()
+    }
+
+    /// The unpinned slot that holds `v` while no register does.
+    pub(crate) fn home_only(&self, v: Val) -> Option<Mem> {
+        let p = self.st.al.places[self.st.an.root(v).index()];
+        (p.reg == NONE && p.home != NO_HOME).then(|| Mem::env(p.home as i32))
+    }
+
+    // ---- results ----
+
+    /// The pin that the current result should be computed into: the slot that one of the next instructions sets to it,
+    /// when nothing in between can see the slot and the old value is not needed any more.
+    fn hint(&self) -> Option<Reg> {
+        let mut me = self.at;
+        let mut at = self.at as usize + 1;
+        for _ in 0..6 {
+            let i = self.r.insts.get(at)?;
+            let n = at as u32;
+            match i.op {
+                _ if self.st.an.is_dead(n) || self.st.an.is_alias(n) => {}
+                Op::Const => {}
+                Op::SetSlot if self.st.an.root(Val(i.b)).0 == me => {
+                    let p = self.pin_of(i.a)?;
+                    let old = self.st.al.occ[usize::from(p.0)];
+                    let free = old == NO_VALUE || !self.lives_on(Val(old)) || old == me;
+                    return free.then_some(p);
+                }
+                Op::SExt if self.st.an.root(Val(i.a)).0 == me && self.st.an.last_use(Val(me)) == n => me = n,
+                _ => return None,
+            }
+            at += 1;
+        }
+        None
+    }
+
+    /// Register for the result of the current instruction, to be computed from scratch (operands that die do not share
+    /// it unless `reuse` says which may). Locked and bound by [`Cx::define`].
+    pub(crate) fn dest(&mut self, reuse: Option<Val>) -> Reg {
+        if let Some(p) = self.hint() {
+            self.st.al.lock(p.0);
+            return p;
+        }
+        if let Some(v) = reuse.map(|v| self.st.an.root(v))
+            && !self.lives_on(v)
+            && let Some(r) = self.reg_of(v)
+            && !is_pin(r.0)
+        {
+            self.st.al.lock(r.0);
+            return r;
+        }
+        self.temp()
+    }
+
+    /// Records that the current instruction's result is in `d`.
+    pub(crate) fn define(&mut self, d: Reg) {
+        self.define_any(d.0);
+    }
+
+    fn define_any(&mut self, d: u8) {
+        let old = self.st.al.occ[usize::from(d)];
+        if old != NO_VALUE && old != self.at {
+            self.st.al.places[old as usize].reg = NONE;
+        }
+        self.bind(Val(self.at), d);
+    }
+
+    /// Register for a vector result; may take over that of the dying operand `reuse`.
+    pub(crate) fn xdest(&mut self, reuse: Option<Val>) -> Xmm {
+        if let Some(v) = reuse.map(|v| self.st.an.root(v))
+            && !self.lives_on(v)
+            && let Some(x) = self.xmm_of(v)
+        {
+            self.st.al.lock(x.0 + 16);
+            return x;
+        }
+        self.xtemp()
+    }
+
+    /// Records that the current result is in vector register `d`.
+    pub(crate) fn xdefine(&mut self, d: Xmm) {
+        self.define_any(d.0 + 16);
+    }
+
+    /// Frees everything of root `v`.
+    pub(crate) fn drop_value(&mut self, v: Val) {
+        let p = self.st.al.places[v.index()];
+        if p.reg != NONE && !is_pin(p.reg) {
+            self.st.al.occ[usize::from(p.reg)] = NO_VALUE;
+            self.st.al.places[v.index()].reg = NONE;
+        }
+        if p.spill != NONE {
+            self.st.al.spills &= !(1 << p.spill);
+            self.st.al.places[v.index()].spill = NONE;
+        }
+    }
+
+    // ---- slots ----
+
+    pub(crate) fn get_slot(&mut self, i: &Inst) {
+        let me = Val(self.at);
+        match self.pin_of(i.a) {
+            Some(p) => {
+                // Another name for a value the pin already has (the builder forwards, so only after collisions).
+                let old = self.st.al.occ[usize::from(p.0)];
+                if old != NO_VALUE && self.lives_on(Val(old)) {
+                    let t = self.temp();
+                    self.st.asm.mov(true, t, p);
+                    self.bind(me, t.0);
+                } else {
+                    self.define(p);
+                }
+            }
+            None => self.set_home(i.a, me),
+        }
+    }
+
+    /// Slot `offset` in memory now holds `v`.
+    fn set_home(&mut self, offset: u32, v: Val) {
+        let n = (offset / 8) as usize % 64;
+        let (o, old) = self.st.al.homes[n];
+        if o != NO_HOME && old != v.0 {
+            // The one before loses its home (when it is of another slot, only because of the direct mapping).
+            self.lose_home(Val(old));
+        }
+        self.st.al.homes[n] = (offset, v.0);
+        self.st.al.places[v.index()].home = offset;
+    }
+
+    /// Gives `v` another place before its home goes.
+    fn lose_home(&mut self, v: Val) {
+        let p = self.st.al.places[v.index()];
+        if p.home == NO_HOME {
+            return;
+        }
+        if p.reg == NONE && p.spill == NONE && self.lives_on(v) && self.konst(v).is_none() {
+            if self.r.ty(v).is_float() {
+                self.xmm(v);
+            } else {
+                self.gpr(v);
+            }
+        }
+        self.st.al.places[v.index()].home = NO_HOME;
+    }
+
+    pub(crate) fn set_slot(&mut self, i: &Inst) {
+        let v = self.st.an.root(Val(i.b));
+        if let Some(p) = self.pin_of(i.a) {
+            return self.set_pin(p, v);
+        }
+        // What the slot held must move before the store.
+        let (o, old) = self.st.al.homes[(i.a / 8) as usize % 64];
+        if o != NO_HOME && old != v.0 {
+            self.lose_home(Val(old));
+        }
+        let m = Mem::env(i.a as i32);
+        let log2 = i.ty.bytes().trailing_zeros();
+        if i.ty.is_float() {
+            self.set_float_slot(i, v, m);
+        } else if let Some(imm) = self.imm32(v, log2 == 3) {
+            self.st.asm.store_imm(log2, m, imm);
+        } else {
+            let r = self.gpr(v);
+            self.st.asm.store(log2, m, r);
+        }
+        // An alias has its root's bits only in its own width.
+        if self.r.ty(v).bytes() == i.ty.bytes() {
+            self.set_home(i.a, v);
+        } else {
+            self.st.al.homes[(i.a / 8) as usize % 64] = (NO_HOME, 0);
+        }
+    }
+
+    fn set_pin(&mut self, p: Reg, v: Val) {
+        if self.reg_of(v) == Some(p) {
+            return;
+        }
+        let old = self.st.al.occ[usize::from(p.0)];
+        if old != NO_VALUE {
+            let o = Val(old);
+            let place = self.st.al.places[o.index()];
+            if self.lives_on(o) && place.home == NO_HOME && place.spill == NONE && self.konst(o).is_none() {
+                let t = self.temp();
+                self.st.asm.mov(true, t, p);
+                self.bind(o, t.0);
+            } else {
+                self.st.al.places[o.index()].reg = NONE;
+            }
+            self.st.al.occ[usize::from(p.0)] = NO_VALUE;
+        }
+        match self.konst(v) {
+            Some(0) => self.st.asm.alu(Alu::Xor, false, p, p),
+            _ => self.copy_to(p, v),
+        }
+        // The pin is the better place: it costs no temporary.
+        if self.konst(v).is_none() {
+            if let Some(t) = self.reg_of(v) {
+                if is_pin(t.0) {
+                    return;
+                }
+                self.st.al.occ[usize::from(t.0)] = NO_VALUE;
+            }
+            self.bind(v, p.0);
+        }
+    }
+
+    // ---- calls ----
+
+    /// Before a call of Rust code: every value that lives on leaves the temporaries and vector registers, and the pins
+    /// and homes too when the callee writes slots.
+    pub(crate) fn save_across_call(&mut self, writes_slots: bool) {
+        for r in 0..32u8 {
+            let v = self.st.al.occ[usize::from(r)];
+            if v == NO_VALUE || (is_pin(r) && !writes_slots) || !self.lives_on(Val(v)) {
+                continue;
+            }
+            let p = self.st.al.places[v as usize];
+            let homed = p.home != NO_HOME && !writes_slots;
+            if p.spill == NONE && !homed && self.konst(Val(v)).is_none() {
+                self.spill(Val(v));
+            }
+        }
+        if writes_slots {
+            for n in 0..64 {
+                let (o, v) = self.st.al.homes[n];
+                let p = if o == NO_HOME { NOWHERE } else { self.st.al.places[v as usize] };
+                if o != NO_HOME && p.reg == NONE && p.spill == NONE && p.home == o && self.lives_on(Val(v)) {
+                    self.home_to_spill(Val(v));
+                }
+            }
+        }
+    }
+
+    /// Copies a value that is only at home to a spill slot.
+    fn home_to_spill(&mut self, v: Val) {
+        if self.r.ty(v).is_float() {
+            self.xmm(v);
+        } else {
+            self.gpr(v);
+        }
+        self.spill(v);
+        // The register goes with the call; unlock it for the next one.
+        self.st.al.locked = 0;
+    }
+
+    /// After the call: the temporaries and vector registers are empty.
+    pub(crate) fn forget_after_call(&mut self, writes_slots: bool) {
+        for r in 0..32u8 {
+            let v = self.st.al.occ[usize::from(r)];
+            if v != NO_VALUE && (!is_pin(r) || writes_slots) {
+                self.st.al.places[v as usize].reg = NONE;
+                self.st.al.occ[usize::from(r)] = NO_VALUE;
+            }
+        }
+        if writes_slots {
+            for (o, v) in std::mem::replace(&mut self.st.al.homes, [(NO_HOME, 0); 64]) {
+                if o != NO_HOME {
+                    self.st.al.places[v as usize].home = NO_HOME;
+                }
+            }
+        }
+        self.st.al.locked = 0;
+    }
+
+    /// Gives the argument `v` a place in memory or as a constant, for moves that would overwrite its register.
+    pub(crate) fn to_memory(&mut self, v: Val) {
+        let v = self.st.an.root(v);
+        let p = self.st.al.places[v.index()];
+        if p.reg != NONE {
+            if p.spill == NONE && p.home == NO_HOME && self.konst(v).is_none() {
+                self.spill(v);
+            }
+            self.st.al.places[v.index()].reg = NONE;
+            self.st.al.occ[usize::from(p.reg)] = NO_VALUE;
+        }
+    }
+
+    /// Type of the root of `v`.
+    pub(crate) fn root_ty(&self, v: Val) -> Type {
+        self.r.ty(self.st.an.root(v))
+    }
+}

@@ -1,0 +1,171 @@
+//! Cold paths, emitted behind the hot code of the region.
+
+use super::Cx;
+use crate::asm::{Mem, Reg, Xmm};
+use crate::stubs::{Const, Slow};
+use holdfast_tcg_ir::env::{exit, offset};
+
+/// A register or immediate of an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    None,
+    /// General register; as a destination, whether 64 bits are wanted.
+    Gpr(Reg, bool),
+    /// Vector register and whether it is a double.
+    Xmm(Xmm, bool),
+    /// Sign-extended immediate.
+    Imm(i32),
+}
+
+/// What the slow path of an access needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Access {
+    pub(crate) slow: Slow,
+    pub(crate) desc: u16,
+    pub(crate) base: Reg,
+    pub(crate) disp: i32,
+    /// A temporary that is free on the cold path.
+    pub(crate) temp: Reg,
+    pub(crate) value: Source,
+    pub(crate) new: Source,
+    pub(crate) dest: Source,
+    pub(crate) keep_xmm: bool,
+}
+
+/// A cold path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cold {
+    /// Slow path of a memory access; comes back.
+    Access { from: usize, back: usize, pc: u64, access: Access },
+    /// Another jump to the cold path that the rel32 at `to` goes to (that one follows in the list).
+    Jump { from: usize, to: usize },
+    /// Leaves with a code at a pc.
+    Exit { from: usize, code: u32, pc: u64 },
+    /// Asks for link `n`, and looks its target up in the indirect-branch cache.
+    Link { from: usize, n: usize },
+    /// Replaces a NaN by the canonical one; comes back.
+    Nan { from: usize, back: usize, x: Xmm, double: bool },
+}
+
+impl Cx<'_> {
+    pub(crate) fn cold_paths(&mut self) {
+        let mut jumps: Option<(usize, usize)> = None;
+        for n in 0..self.st.cold.len() {
+            if !self.st.asm.room() {
+                return;
+            }
+            let here = self.st.asm.pos();
+            match self.st.cold[n] {
+                Cold::Jump { from, to } => jumps = Some((from, to)),
+                Cold::Access { from, back, pc, access } => {
+                    self.st.asm.patch_rel(from, here);
+                    if let Some((j, to)) = jumps.take() {
+                        debug_assert_eq!(to, from);
+                        self.st.asm.patch_rel(j, here);
+                    }
+                    self.cold_access_path(pc, &access);
+                    self.jump_back(back);
+                }
+                Cold::Exit { from, code, pc } => {
+                    self.st.asm.patch_rel(from, here);
+                    self.emit_exit(code, pc);
+                }
+                Cold::Link { from, n } => self.cold_link(from, n),
+                Cold::Nan { from, back, x, double } => {
+                    self.st.asm.patch_rel(from, here);
+                    let m = self.pool(if double { Const::Nan64 } else { Const::Nan32 });
+                    self.st.asm.fload(double, x, m);
+                    self.jump_back(back);
+                }
+            }
+        }
+    }
+
+    fn jump_back(&mut self, back: usize) {
+        let at = self.st.asm.jmp();
+        self.st.asm.patch_rel(at, back);
+    }
+
+    /// A constant of the shared pool.
+    pub(crate) fn pool(&self, c: Const) -> Mem {
+        let disp = self.stubs.constant(c).wrapping_sub(self.exec) as i32;
+        Mem { base: Mem::RIP, index: Mem::NONE, scale: 0, disp }
+    }
+
+    /// Makes the rel32 at `at` reach a shared stub.
+    pub(crate) fn reach_stub(&mut self, at: usize, stub: u64) {
+        let target = stub.wrapping_sub(self.exec) as i64;
+        if i32::try_from(target).is_err() {
+            self.error = Some(crate::CodegenError::OutOfReach(self.exec));
+        }
+        self.st.asm.patch_rel(at, target as usize);
+    }
+
+    /// Stores a constant to the header's pc; may use `t`.
+    pub(crate) fn store_pc(&mut self, pc: u64, t: Reg) {
+        if let Ok(imm) = i32::try_from(pc as i64) {
+            self.st.asm.store_imm(3, Mem::env(offset::PC), imm);
+        } else {
+            self.st.asm.mov_imm(t, pc);
+            self.st.asm.store(3, Mem::env(offset::PC), t);
+        }
+    }
+
+    fn scratch_source(&mut self, n: i32, s: Source) {
+        let m = Mem::env(offset::SCRATCH + 8 * n);
+        match s {
+            Source::None => {}
+            Source::Gpr(r, _) => self.st.asm.store(3, m, r),
+            Source::Xmm(x, double) => self.st.asm.fstore(double, m, x),
+            Source::Imm(i) => self.st.asm.store_imm(3, m, i),
+        }
+    }
+
+    fn cold_access_path(&mut self, pc: u64, c: &Access) {
+        self.st.asm.lea(true, c.temp, Mem::base(c.base, c.disp));
+        self.st.asm.store(3, Mem::env(offset::SCRATCH), c.temp);
+        self.scratch_source(1, c.value);
+        self.scratch_source(3, c.new);
+        self.st.asm.store_imm(2, Mem::env(offset::SCRATCH + 16), i32::from(c.desc));
+        self.store_pc(pc, c.temp);
+        let at = self.st.asm.call();
+        self.reach_stub(at, self.stubs.slow(c.slow, c.keep_xmm));
+        let m = Mem::env(offset::SCRATCH);
+        match c.dest {
+            Source::Gpr(d, w) => self.st.asm.mov(w, d, m),
+            Source::Xmm(x, double) => self.st.asm.fload(double, x, m),
+            Source::None | Source::Imm(_) => {}
+        }
+    }
+
+    /// Stores pc and leaves with `code`.
+    pub(crate) fn emit_exit(&mut self, code: u32, pc: u64) {
+        self.store_pc(pc, Reg::RAX);
+        self.st.asm.mov_imm(Reg::RAX, u64::from(code));
+        let at = self.st.asm.jmp();
+        self.reach_stub(at, self.stubs.exit);
+    }
+
+    fn cold_link(&mut self, from: usize, n: usize) {
+        let Some(site) = self.st.links.get(n).copied() else { return };
+        let here = self.st.asm.pos();
+        self.st.asm.patch_rel(site.jump as usize, here);
+        if from != 0 {
+            self.st.asm.patch_rel(from, here);
+        }
+        let arg = u64::from(self.region_id) << 32 | n as u64;
+        self.st.asm.mov_imm(Reg::RAX, arg);
+        self.st.asm.store(3, Mem::env(offset::EXIT_ARG), Reg::RAX);
+        self.emit_exit(exit::LINK, site.target_pc);
+        let lookup = self.st.asm.pos();
+        if site.kind == crate::LinkKind::CrossPage {
+            self.st.asm.mov_imm(Reg::RAX, site.target_pc);
+            let at = self.st.asm.jmp();
+            self.reach_stub(at, self.stubs.lookup);
+        }
+        if let Some(s) = self.st.links.get_mut(n) {
+            s.request_stub = here as u32;
+            s.lookup_stub = lookup as u32;
+        }
+    }
+}

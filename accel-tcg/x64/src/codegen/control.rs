@@ -1,0 +1,119 @@
+//! Labels, branches and the ways out of a region.
+
+use super::Cx;
+use super::cold::Cold;
+use crate::asm::{Alu, Cc, Mem, Reg};
+use crate::link::{LinkKind, LinkSite};
+use crate::stubs;
+use holdfast_tcg_ir::env::{self, exit, offset};
+use holdfast_tcg_ir::{Inst, Op, Val};
+
+impl Cx<'_> {
+    pub(crate) fn control(&mut self, i: &Inst) {
+        match i.op {
+            Op::Label => self.label(i.a),
+            Op::Br => {
+                let at = self.st.asm.jmp();
+                self.refer(at, i.a);
+            }
+            Op::BrCond => {
+                let cc = self.compare_cond(i);
+                let at = self.st.asm.jcc(cc);
+                self.refer(at, i.c);
+            }
+            Op::GotoPc => self.goto_pc(i.imm()),
+            Op::GotoReg => self.goto_reg(Val(i.a)),
+            Op::Exit => self.emit_exit(i.a, i.imm()),
+            Op::ExitReg => {
+                let r = self.gpr(Val(i.b));
+                self.st.asm.store(3, Mem::env(offset::PC), r);
+                self.leave(i.a);
+            }
+            _ => self.leave(i.a),
+        }
+    }
+
+    fn leave(&mut self, code: u32) {
+        self.st.asm.mov_imm(Reg::RAX, u64::from(code));
+        let at = self.st.asm.jmp();
+        self.reach_stub(at, self.stubs.exit);
+    }
+
+    fn refer(&mut self, at: usize, label: u32) {
+        match self.st.label_at.get(label as usize).copied().flatten() {
+            Some(target) => self.st.asm.patch_rel(at, target as usize),
+            None => self.st.label_refs.push((at as u32, label)),
+        }
+    }
+
+    fn label(&mut self, n: u32) {
+        let here = self.st.asm.pos();
+        if let Some(l) = self.st.label_at.get_mut(n as usize) {
+            *l = Some(here as u32);
+        }
+        let st = &mut *self.st;
+        st.label_refs.retain(|&(at, l)| {
+            if l == n {
+                st.asm.patch_rel(at as usize, here);
+            }
+            l != n
+        });
+        self.st.al.forget_all();
+        if let Some(l) = self.r.labels.get(n as usize)
+            && l.backward
+        {
+            self.poll(l.pc.unwrap_or(self.pc));
+        }
+    }
+
+    fn poll(&mut self, pc: u64) {
+        self.st.asm.alu_imm(Alu::Cmp, false, Mem::env(offset::EXIT_REQUEST), 0);
+        let from = self.st.asm.jcc(Cc::Ne);
+        self.st.cold.push(Cold::Exit { from, code: exit::POLL, pc });
+    }
+
+    fn goto_pc(&mut self, pc: u64) {
+        if pc <= self.pc {
+            self.poll(pc);
+        }
+        if pc == self.r.entry_pc {
+            let at = self.st.asm.jmp();
+            return self.st.asm.patch_rel(at, 0);
+        }
+        let n = self.st.links.len();
+        let mut site = LinkSite {
+            target_pc: pc,
+            kind: LinkKind::SamePage,
+            jump: 0,
+            id: 0,
+            miss: 0,
+            request_stub: 0,
+            lookup_stub: 0,
+        };
+        if !self.r.same_page(pc, self.spec.page_bits) {
+            site.kind = LinkKind::CrossPage;
+            let index = env::page_id_index(pc) as i32;
+            let a = &mut self.st.asm;
+            a.align(4, 3);
+            // The displacement must have four bytes, so it is not 0 while encoding.
+            a.lea(false, Reg::RAX, Mem::base(Reg::R15, i32::MAX));
+            site.id = a.pos() as u32 - 4;
+            a.patch32(site.id as usize, 0);
+            a.alu(Alu::Cmp, false, Reg::RAX, Mem::env(offset::PAGE_IDS + 4 * index));
+            site.miss = a.jcc(Cc::Ne) as u32;
+            debug_assert_eq!(site.miss % 4, 0);
+        }
+        self.st.asm.align(4, 1);
+        site.jump = self.st.asm.jmp() as u32;
+        self.st.links.push(site);
+        self.st.cold.push(Cold::Link { from: site.miss as usize, n });
+    }
+
+    fn goto_reg(&mut self, pc: Val) {
+        self.copy_to(Reg::RAX, pc);
+        let misses = stubs::ibtc_probe(&mut self.st.asm, self.spec.pc_shift);
+        for at in misses {
+            self.reach_stub(at, self.stubs.lookup_miss);
+        }
+    }
+}

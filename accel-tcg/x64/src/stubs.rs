@@ -1,0 +1,353 @@
+//! The routines that all translated code of one code cache shares.
+
+use crate::CodegenError;
+use crate::asm::{Alu, Asm, Cc, Mem, Reg, Xmm};
+use holdfast_tcg_ir::env::{self, SlowPaths, exit, offset};
+use holdfast_tcg_ir::{Effects, GuestSpec, Slot, Type};
+
+/// Host registers of the pins, in the order of [`GuestSpec::pins`]. The first four survive calls of Rust code.
+pub const PIN_REGS: [Reg; GuestSpec::MAX_PINS] =
+    [Reg::RBX, Reg::R12, Reg::R13, Reg::R14, Reg::R8, Reg::R9, Reg::R10, Reg::R11];
+/// How many of [`PIN_REGS`] survive calls.
+const PRESERVED: usize = 4;
+/// Temporaries of the code generator.
+pub const TEMPS: [Reg; 5] = [Reg::RAX, Reg::RCX, Reg::RDX, Reg::RSI, Reg::RDI];
+/// Spill slots of 8 bytes at `[rsp]`.
+pub const SPILLS: usize = 64;
+/// Bytes of the frame: with the return address and six saved registers it is a multiple of 16.
+const FRAME: i32 = SPILLS as i32 * 8 + 8;
+
+/// Kinds of memory slow path; each has a variant that also keeps the vector registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Slow {
+    /// Load.
+    Load,
+    /// Store.
+    Store,
+    /// Atomic read-modify-write.
+    Rmw,
+    /// Compare and swap.
+    Cas,
+}
+
+/// Constants that generated code refers to; each has 16 bytes in the pool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Const {
+    /// Canonical quiet NaN, binary32.
+    Nan32,
+    /// Canonical quiet NaN, binary64.
+    Nan64,
+    /// Sign bit, binary32.
+    Sign32,
+    /// Sign bit, binary64.
+    Sign64,
+    /// All but the sign, binary32.
+    Abs32,
+    /// All but the sign, binary64.
+    Abs64,
+    /// Upper half of the low 64 bits: the NaN box.
+    Box,
+    /// 2^63 as binary64.
+    Two63F64,
+    /// 2^63 as binary32.
+    Two63F32,
+}
+
+const POOL: [u64; 9] = [
+    0x7fc0_0000,
+    0x7ff8_0000_0000_0000,
+    0x8000_0000,
+    1 << 63,
+    0x7fff_ffff,
+    !(1 << 63),
+    0xffff_ffff_0000_0000,
+    0x43e0_0000_0000_0000,
+    0x5f00_0000,
+];
+
+/// Addresses (in the executable mapping) of the shared routines.
+#[derive(Clone, Debug)]
+pub struct Stubs {
+    /// Bytes used from the start of the buffer.
+    pub len: usize,
+    enter: u64,
+    /// eax: exit code. Saves the pins and returns from [`Stubs::enter`]'s function.
+    pub(crate) exit: u64,
+    /// rax: guest pc. Probes the indirect-branch cache, then as `lookup_miss`.
+    pub(crate) lookup: u64,
+    /// rax: guest pc. Stores it, polls for exits, asks the lookup function and jumps.
+    pub(crate) lookup_miss: u64,
+    slow: [u64; 8],
+    calls: [u64; 32],
+    pool: u64,
+}
+
+/// Function that runs translated code at `code` (a region start) on `env` until it exits, and returns the exit code.
+pub type Enter = unsafe extern "C" fn(env: *mut u8, code: u64) -> u64;
+
+impl Stubs {
+    /// The entry function. Calling it is sound only while the executable mapping that the stubs were generated for exists
+    /// and holds their bytes, with an environment of the right layout that no other thread runs, and with `code` the start
+    /// of a region compiled against these stubs.
+    pub fn enter(&self) -> Enter {
+        let p = self.enter as usize as *const ();
+        // SAFETY: the address of a routine with that signature; callers of the returned unsafe function answer for the rest.
+        unsafe { std::mem::transmute::<*const (), Enter>(p) }
+    }
+
+    pub(crate) fn slow(&self, kind: Slow, keep_xmm: bool) -> u64 {
+        self.slow[kind as usize * 2 + usize::from(keep_xmm)]
+    }
+
+    pub(crate) fn call(&self, e: Effects) -> u64 {
+        self.calls[usize::from(e.bits() & 31)]
+    }
+
+    pub(crate) fn constant(&self, c: Const) -> u64 {
+        self.pool + 16 * c as u64
+    }
+}
+
+/// Checks the pins of a guest.
+pub(crate) fn check_pins(spec: &GuestSpec) -> Result<(), CodegenError> {
+    for (n, s) in spec.pins.iter().enumerate() {
+        let twice = spec.pins.iter().take(n).any(|t| t.offset == s.offset);
+        if s.ty != Type::I64 || twice {
+            return Err(CodegenError::BadPin(n));
+        }
+    }
+    Ok(())
+}
+
+struct Gen<'a> {
+    a: &'a mut Asm,
+    pins: &'a [Slot],
+}
+
+impl Gen<'_> {
+    fn pin(&self, n: usize) -> Option<(Reg, Mem)> {
+        let s = self.pins.get(n)?;
+        Some((*PIN_REGS.get(n)?, Mem::env(s.offset as i32)))
+    }
+
+    fn save_pins(&mut self, from: usize) {
+        for n in from..GuestSpec::MAX_PINS {
+            if let Some((r, m)) = self.pin(n) {
+                self.a.store(3, m, r);
+            }
+        }
+    }
+
+    fn load_pins(&mut self, from: usize) {
+        for n in from..GuestSpec::MAX_PINS {
+            if let Some((r, m)) = self.pin(n) {
+                self.a.mov(true, r, m);
+            }
+        }
+    }
+
+    fn enter(&mut self) {
+        for r in [Reg::RBP, Reg::RBX, Reg::R12, Reg::R13, Reg::R14, Reg::R15] {
+            self.a.push(r);
+        }
+        self.a.alu_imm(Alu::Sub, true, Reg::RSP, FRAME);
+        self.a.mov(true, Reg::RBP, Reg::RDI);
+        self.a.store(3, Mem::env(offset::HOST_SP), Reg::RSP);
+        self.a.stmxcsr(Mem::env(offset::HOST_MXCSR));
+        self.a.ldmxcsr(Mem::env(offset::MXCSR));
+        self.load_pins(0);
+        self.a.mov(true, Reg::R15, Mem::env(offset::GEN_TAG));
+        self.a.jmp_rm(Reg::RSI);
+    }
+
+    fn exit(&mut self) {
+        self.save_pins(0);
+        self.a.stmxcsr(Mem::env(offset::MXCSR));
+        self.a.ldmxcsr(Mem::env(offset::HOST_MXCSR));
+        self.a.mov(true, Reg::RSP, Mem::env(offset::HOST_SP));
+        self.a.alu_imm(Alu::Add, true, Reg::RSP, FRAME);
+        for r in [Reg::R15, Reg::R14, Reg::R13, Reg::R12, Reg::RBX, Reg::RBP] {
+            self.a.pop(r);
+        }
+        self.a.ret();
+    }
+
+    fn jump_exit(&mut self, exit_at: usize) {
+        let at = self.a.jmp();
+        self.a.patch_rel(at, exit_at);
+    }
+
+    fn lookup_miss(&mut self, exit_at: usize, lookup: env::Lookup) {
+        self.a.store(3, Mem::env(offset::PC), Reg::RAX);
+        self.a.alu_imm(Alu::Cmp, false, Mem::env(offset::EXIT_REQUEST), 0);
+        let poll = self.a.jcc(Cc::Ne);
+        self.save_pins(PRESERVED);
+        self.a.mov(true, Reg::RDI, Reg::RBP);
+        self.a.mov(true, Reg::RSI, Reg::RAX);
+        self.a.mov_imm(Reg::RAX, lookup as usize as u64);
+        self.a.call_rm(Reg::RAX);
+        self.load_pins(PRESERVED);
+        self.a.mov(true, Reg::R15, Mem::env(offset::GEN_TAG));
+        self.a.test(true, Reg::RAX, Reg::RAX);
+        let none = self.a.jcc_short(Cc::E);
+        self.a.jmp_rm(Reg::RAX);
+        self.a.patch_short(none);
+        self.a.mov_imm(Reg::RAX, u64::from(exit::LOOKUP));
+        self.jump_exit(exit_at);
+        let here = self.a.pos();
+        self.a.patch_rel(poll, here);
+        self.a.mov_imm(Reg::RAX, u64::from(exit::POLL));
+        self.jump_exit(exit_at);
+    }
+
+    /// In: pc in the header, scratch: 0 address, 1 value or expected, 2 descriptor, 3 new value. Out: scratch 0.
+    fn slow(&mut self, kind: Slow, keep_xmm: bool, func: u64, exit_at: usize) {
+        let scratch = |n: i32| Mem::env(offset::SCRATCH + 8 * n);
+        for r in TEMPS {
+            self.a.push(r);
+        }
+        if keep_xmm {
+            self.a.alu_imm(Alu::Sub, true, Reg::RSP, 256);
+            for n in 0..16u8 {
+                self.a.movups_store(Mem::base(Reg::RSP, i32::from(n) * 16), Xmm(n));
+            }
+        }
+        self.save_pins(PRESERVED);
+        self.a.mov(true, Reg::RDI, Reg::RBP);
+        self.a.mov(true, Reg::RSI, scratch(0));
+        self.a.mov(false, Reg::RDX, scratch(2));
+        self.a.mov(true, Reg::RCX, Mem::env(offset::PC));
+        if kind != Slow::Load {
+            self.a.mov(true, Reg::R8, scratch(1));
+        }
+        if kind == Slow::Cas {
+            self.a.mov(true, Reg::R9, scratch(3));
+        }
+        self.a.mov_imm(Reg::RAX, func);
+        self.a.call_rm(Reg::RAX);
+        self.load_pins(PRESERVED);
+        self.a.mov(true, Reg::R15, Mem::env(offset::GEN_TAG));
+        self.a.test(true, Reg::RDX, Reg::RDX);
+        let fault = self.a.jcc(Cc::Ne);
+        self.a.store(3, scratch(0), Reg::RAX);
+        if keep_xmm {
+            for n in 0..16u8 {
+                self.a.movups(Xmm(n), Mem::base(Reg::RSP, i32::from(n) * 16));
+            }
+            self.a.alu_imm(Alu::Add, true, Reg::RSP, 256);
+        }
+        for r in TEMPS.into_iter().rev() {
+            self.a.pop(r);
+        }
+        self.a.ret();
+        let here = self.a.pos();
+        self.a.patch_rel(fault, here);
+        self.a.mov(false, Reg::RAX, Reg::RDX);
+        self.jump_exit(exit_at);
+    }
+
+    /// In: rax function, rsi rdx rcx and scratch 0 and 1 arguments. Out: rax.
+    fn call(&mut self, e: Effects, exit_at: usize) {
+        let slots = e.intersects(Effects::READS_SLOTS | Effects::WRITES_SLOTS);
+        self.a.alu_imm(Alu::Sub, true, Reg::RSP, 8);
+        // What a helper does not write must be in memory too before everything is reloaded.
+        self.save_pins(if slots { 0 } else { PRESERVED });
+        if e.contains(Effects::USES_FP) {
+            self.a.stmxcsr(Mem::env(offset::MXCSR));
+            self.a.ldmxcsr(Mem::env(offset::HOST_MXCSR));
+        }
+        self.a.mov(true, Reg::RDI, Reg::RBP);
+        self.a.mov(true, Reg::R8, Mem::env(offset::SCRATCH));
+        self.a.mov(true, Reg::R9, Mem::env(offset::SCRATCH + 8));
+        self.a.call_rm(Reg::RAX);
+        if e.contains(Effects::USES_FP) {
+            self.a.ldmxcsr(Mem::env(offset::MXCSR));
+        }
+        self.load_pins(if e.contains(Effects::WRITES_SLOTS) { 0 } else { PRESERVED });
+        if e.contains(Effects::MAY_FLUSH) {
+            self.a.mov(true, Reg::R15, Mem::env(offset::GEN_TAG));
+        }
+        self.a.alu_imm(Alu::Add, true, Reg::RSP, 8);
+        if e.contains(Effects::MAY_FAULT) {
+            self.a.test(true, Reg::RDX, Reg::RDX);
+            let fault = self.a.jcc_short(Cc::Ne);
+            self.a.ret();
+            self.a.patch_short(fault);
+            self.a.mov(false, Reg::RAX, Reg::RDX);
+            self.jump_exit(exit_at);
+        } else {
+            self.a.ret();
+        }
+    }
+}
+
+/// Emits the probe of the indirect-branch cache for the pc in rax; clobbers rcx and rdx. Returns the places of the rel32s
+/// of the jumps that are taken on a miss or a request to exit.
+pub(crate) fn ibtc_probe(a: &mut Asm, pc_shift: u32) -> [usize; 3] {
+    a.alu_imm(Alu::Cmp, false, Mem::env(offset::EXIT_REQUEST), 0);
+    let m0 = a.jcc(Cc::Ne);
+    // index * 32, from bits pc_shift.. of the pc
+    let mask = (env::IBTC_ENTRIES as i32 - 1) << 5;
+    a.mov(false, Reg::RCX, Reg::RAX);
+    if pc_shift < 5 {
+        a.shift_imm(crate::asm::Shift::Shl, false, Reg::RCX, (5 - pc_shift) as u8);
+    } else if pc_shift > 5 {
+        a.shift_imm(crate::asm::Shift::Shr, false, Reg::RCX, (pc_shift - 5) as u8);
+    }
+    a.alu_imm(Alu::And, false, Reg::RCX, mask);
+    a.mov(true, Reg::RDX, Mem::env(offset::IBTC_KEY));
+    a.alu(Alu::Cmp, true, Reg::RAX, Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC));
+    let m1 = a.jcc(Cc::Ne);
+    a.alu(Alu::Cmp, true, Reg::RDX, Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC + 8));
+    let m2 = a.jcc(Cc::Ne);
+    a.jmp_rm(Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC + 16));
+    [m0, m1, m2]
+}
+
+/// Generates the stubs at the start of `a`, for execution at `exec`.
+pub(crate) fn generate(a: &mut Asm, spec: &GuestSpec, slow: &SlowPaths, exec: u64) -> Result<Stubs, CodegenError> {
+    check_pins(spec)?;
+    a.clear();
+    let mut g = Gen { a, pins: spec.pins };
+    let addr = |g: &mut Gen<'_>| {
+        g.a.align(16, 0);
+        exec + g.a.pos() as u64
+    };
+    let pool = addr(&mut g);
+    for c in POOL {
+        g.a.raw(&c.to_le_bytes());
+        g.a.raw(&[0; 8]);
+    }
+    let enter = addr(&mut g);
+    g.enter();
+    let exit = addr(&mut g);
+    let exit_at = (exit - exec) as usize;
+    g.exit();
+    let lookup = addr(&mut g);
+    let misses = ibtc_probe(g.a, spec.pc_shift);
+    let lookup_miss = addr(&mut g);
+    for m in misses {
+        g.a.patch_rel(m, (lookup_miss - exec) as usize);
+    }
+    g.lookup_miss(exit_at, slow.lookup);
+    let mut s = Stubs { len: 0, enter, exit, lookup, lookup_miss, slow: [0; 8], calls: [0; 32], pool };
+    let kinds = [
+        (Slow::Load, slow.load as usize),
+        (Slow::Store, slow.store as usize),
+        (Slow::Rmw, slow.rmw as usize),
+        (Slow::Cas, slow.cas as usize),
+    ];
+    for (kind, f) in kinds {
+        for keep in [false, true] {
+            s.slow[kind as usize * 2 + usize::from(keep)] = addr(&mut g);
+            g.slow(kind, keep, f as u64, exit_at);
+        }
+    }
+    for bits in 0..32u16 {
+        s.calls[usize::from(bits)] = addr(&mut g);
+        g.call(Effects::from_bits_truncate(bits), exit_at);
+    }
+    g.a.align(16, 0);
+    s.len = g.a.pos();
+    Ok(s)
+}
