@@ -23,6 +23,7 @@ pub mod builder;
 pub mod env;
 mod fold;
 pub mod helper;
+pub mod interp;
 pub mod op;
 mod print;
 pub mod region;

@@ -1,24 +1,27 @@
 //! x86-64 code generation for the translator's IR.
 //!
-//! [`link`] says how the runtime patches direct jumps. To come, for who codes against it:
-//! ```text
-//! Translator::new(spec: GuestSpec, helpers: HelperTable, slow: SlowPaths) -> Result<Translator, CodegenError>
-//! Translator::stubs(&mut self, out: &mut [u8], exec: u64) -> Result<Stubs, CodegenError>
-//!     // once per code cache; `out` is writable memory that executes at address `exec`
-//! Stubs { len: usize, ... }; Stubs::enter(&self) -> unsafe extern "C" fn(env: *mut u8, code: u64) -> u64 /* exit code */
-//! Translator::compile(&mut self, stubs: &Stubs, region: &mut Region, at: Target { out: &mut [u8], exec: u64, region_id: u32 })
-//!     -> Result<Compiled<'_>, CodegenError>
-//! Compiled { len: usize /* multiple of 16 */, links: &[LinkSite], insns: &[(code offset: u32, guest pc: u64)] }
-//! ```
+//! * [`asm`] is the emitter: one function per instruction form, no allocation.
+//! * [`stubs`] are the routines that all translated code shares, generated once per code cache.
+//! * [`Translator`] turns a [`holdfast_tcg_ir::Region`] into code, one pass backward and one forward.
+//! * [`link`] says how the runtime patches direct jumps.
 //!
 //! **Registers.** rbp environment, r15 generation tag, rsp the frame that the entry stub made, pins in rbx, r12, r13,
 //! r14, r8, r9, r10, r11 (in the order of [`holdfast_tcg_ir::GuestSpec::pins`]), temporaries rax, rcx, rdx, rsi, rdi and
 //! all of xmm0 to xmm15. MXCSR is the guest's.
 #![forbid(unsafe_op_in_unsafe_fn)]
 
+pub mod asm;
+mod codegen;
+mod features;
 pub mod link;
+mod soft;
+pub mod stubs;
+
+pub use codegen::{Compiled, Target, Translator};
+pub use features::HostFeatures;
 
 pub use link::{LinkKind, LinkSite};
+pub use stubs::{Enter, Stubs};
 
 /// Why code could not be generated.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -43,4 +46,7 @@ pub enum CodegenError {
     /// The region calls a helper that the table does not have, or with wrong arguments.
     #[error("the region calls unknown helper {0}")]
     UnknownHelper(u32),
+    /// The back end does not have the instruction in this form.
+    #[error("the back end does not support {0:?} in this form")]
+    Unsupported(holdfast_tcg_ir::Op),
 }

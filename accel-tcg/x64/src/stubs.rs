@@ -47,13 +47,9 @@ pub enum Const {
     Abs64,
     /// Upper half of the low 64 bits: the NaN box.
     Box,
-    /// 2^63 as binary64.
-    Two63F64,
-    /// 2^63 as binary32.
-    Two63F32,
 }
 
-const POOL: [u64; 9] = [
+const POOL: [u64; 7] = [
     0x7fc0_0000,
     0x7ff8_0000_0000_0000,
     0x8000_0000,
@@ -61,8 +57,6 @@ const POOL: [u64; 9] = [
     0x7fff_ffff,
     !(1 << 63),
     0xffff_ffff_0000_0000,
-    0x43e0_0000_0000_0000,
-    0x5f00_0000,
 ];
 
 /// Addresses (in the executable mapping) of the shared routines.
@@ -79,6 +73,8 @@ pub struct Stubs {
     pub(crate) lookup_miss: u64,
     slow: [u64; 8],
     calls: [u64; 32],
+    /// Performs the softfp request in scratch 1 on scratch 0, result there; keeps all registers.
+    pub(crate) soft: u64,
     pool: u64,
 }
 
@@ -203,14 +199,9 @@ impl Gen<'_> {
     /// In: pc in the header, scratch: 0 address, 1 value or expected, 2 descriptor, 3 new value. Out: scratch 0.
     fn slow(&mut self, kind: Slow, keep_xmm: bool, func: u64, exit_at: usize) {
         let scratch = |n: i32| Mem::env(offset::SCRATCH + 8 * n);
-        for r in TEMPS {
-            self.a.push(r);
-        }
+        self.push_all();
         if keep_xmm {
-            self.a.alu_imm(Alu::Sub, true, Reg::RSP, 256);
-            for n in 0..16u8 {
-                self.a.movups_store(Mem::base(Reg::RSP, i32::from(n) * 16), Xmm(n));
-            }
+            self.save_xmm();
         }
         self.save_pins(PRESERVED);
         self.a.mov(true, Reg::RDI, Reg::RBP);
@@ -231,19 +222,59 @@ impl Gen<'_> {
         let fault = self.a.jcc(Cc::Ne);
         self.a.store(3, scratch(0), Reg::RAX);
         if keep_xmm {
-            for n in 0..16u8 {
-                self.a.movups(Xmm(n), Mem::base(Reg::RSP, i32::from(n) * 16));
-            }
-            self.a.alu_imm(Alu::Add, true, Reg::RSP, 256);
+            self.restore_xmm();
         }
-        for r in TEMPS.into_iter().rev() {
-            self.a.pop(r);
-        }
+        self.pop_all();
         self.a.ret();
         let here = self.a.pos();
         self.a.patch_rel(fault, here);
         self.a.mov(false, Reg::RAX, Reg::RDX);
         self.jump_exit(exit_at);
+    }
+
+    fn push_all(&mut self) {
+        for r in TEMPS {
+            self.a.push(r);
+        }
+    }
+
+    fn save_xmm(&mut self) {
+        self.a.alu_imm(Alu::Sub, true, Reg::RSP, 256);
+        for n in 0..16u8 {
+            self.a.movups_store(Mem::base(Reg::RSP, i32::from(n) * 16), Xmm(n));
+        }
+    }
+
+    fn restore_xmm(&mut self) {
+        for n in 0..16u8 {
+            self.a.movups(Xmm(n), Mem::base(Reg::RSP, i32::from(n) * 16));
+        }
+        self.a.alu_imm(Alu::Add, true, Reg::RSP, 256);
+    }
+
+    fn pop_all(&mut self) {
+        for r in TEMPS.into_iter().rev() {
+            self.a.pop(r);
+        }
+    }
+
+    fn soft(&mut self) {
+        self.push_all();
+        self.save_xmm();
+        self.save_pins(PRESERVED);
+        self.a.stmxcsr(Mem::env(offset::MXCSR));
+        self.a.ldmxcsr(Mem::env(offset::HOST_MXCSR));
+        self.a.mov(true, Reg::RDI, Reg::RBP);
+        self.a.mov(true, Reg::RSI, Mem::env(offset::SCRATCH));
+        self.a.mov(true, Reg::R8, Mem::env(offset::SCRATCH + 8));
+        self.a.mov_imm(Reg::RAX, crate::soft::soft_fp as *const () as usize as u64);
+        self.a.call_rm(Reg::RAX);
+        self.a.store(3, Mem::env(offset::SCRATCH), Reg::RAX);
+        self.a.ldmxcsr(Mem::env(offset::MXCSR));
+        self.load_pins(PRESERVED);
+        self.restore_xmm();
+        self.pop_all();
+        self.a.ret();
     }
 
     /// In: rax function, rsi rdx rcx and scratch 0 and 1 arguments. Out: rax.
@@ -305,7 +336,12 @@ pub(crate) fn ibtc_probe(a: &mut Asm, pc_shift: u32) -> [usize; 3] {
 }
 
 /// Generates the stubs at the start of `a`, for execution at `exec`.
-pub(crate) fn generate(a: &mut Asm, spec: &GuestSpec, slow: &SlowPaths, exec: u64) -> Result<Stubs, CodegenError> {
+pub(crate) fn generate(
+    a: &mut Asm,
+    spec: &GuestSpec,
+    slow: &SlowPaths,
+    exec: u64,
+) -> Result<Stubs, CodegenError> {
     check_pins(spec)?;
     a.clear();
     let mut g = Gen { a, pins: spec.pins };
@@ -330,7 +366,8 @@ pub(crate) fn generate(a: &mut Asm, spec: &GuestSpec, slow: &SlowPaths, exec: u6
         g.a.patch_rel(m, (lookup_miss - exec) as usize);
     }
     g.lookup_miss(exit_at, slow.lookup);
-    let mut s = Stubs { len: 0, enter, exit, lookup, lookup_miss, slow: [0; 8], calls: [0; 32], pool };
+    let mut s =
+        Stubs { len: 0, enter, exit, lookup, lookup_miss, slow: [0; 8], calls: [0; 32], soft: 0, pool };
     let kinds = [
         (Slow::Load, slow.load as usize),
         (Slow::Store, slow.store as usize),
@@ -347,6 +384,8 @@ pub(crate) fn generate(a: &mut Asm, spec: &GuestSpec, slow: &SlowPaths, exec: u6
         s.calls[usize::from(bits)] = addr(&mut g);
         g.call(Effects::from_bits_truncate(bits), exit_at);
     }
+    s.soft = addr(&mut g);
+    g.soft();
     g.a.align(16, 0);
     s.len = g.a.pos();
     Ok(s)

@@ -9,11 +9,10 @@ use holdfast_tcg_ir::{Inst, Op, Type, Val};
 const NONE: u8 = 0xff;
 const NO_VALUE: u32 = u32::MAX;
 const NO_HOME: u32 = u32::MAX;
-/// Vector registers that values may live in; the last two are scratch.
+/// Vector registers that values may live in.
 const XMM_VALUES: u8 = 14;
-/// Scratch vector registers.
+/// Scratch vector register.
 pub(crate) const XT0: Xmm = Xmm(14);
-pub(crate) const XT1: Xmm = Xmm(15);
 
 /// Where a value is.
 #[derive(Clone, Copy)]
@@ -228,7 +227,7 @@ impl Cx<'_> {
             self.st.asm.mov(self.r.ty(v).bytes() == 8, d, Mem::env(p.home as i32));
         } else {
             debug_assert!(p.spill != NONE, "v{} has no place at {}:\n{}", v.0, self.at, self.r);
-            self.st.asm.mov(true, d, spill_mem(p.spill));
+            self.st.asm.mov(self.r.ty(v) != Type::F32, d, spill_mem(p.spill));
         }
     }
 
@@ -320,10 +319,10 @@ impl Cx<'_> {
 
     /// The pin that the current result should be computed into: the slot that one of the next instructions sets to it,
     /// when nothing in between can see the slot and the old value is not needed any more.
-    fn hint(&self) -> Option<Reg> {
+    pub(crate) fn hinted(&self) -> Option<Reg> {
         let mut me = self.at;
-        let mut at = self.at as usize + 1;
-        for _ in 0..6 {
+        let first = self.at as usize + 1;
+        for at in first..first + 6 {
             let i = self.r.insts.get(at)?;
             let n = at as u32;
             match i.op {
@@ -338,7 +337,6 @@ impl Cx<'_> {
                 Op::SExt if self.st.an.root(Val(i.a)).0 == me && self.st.an.last_use(Val(me)) == n => me = n,
                 _ => return None,
             }
-            at += 1;
         }
         None
     }
@@ -346,7 +344,7 @@ impl Cx<'_> {
     /// Register for the result of the current instruction, to be computed from scratch (operands that die do not share
     /// it unless `reuse` says which may). Locked and bound by [`Cx::define`].
     pub(crate) fn dest(&mut self, reuse: Option<Val>) -> Reg {
-        if let Some(p) = self.hint() {
+        if let Some(p) = self.hinted() {
             self.st.al.lock(p.0);
             return p;
         }
@@ -424,6 +422,19 @@ impl Cx<'_> {
         }
     }
 
+    /// Before slot `offset` in memory is overwritten: its value moves elsewhere if needed.
+    pub(crate) fn claim_slot(&mut self, offset: u32) {
+        let (o, old) = self.st.al.homes[(offset / 8) as usize % 64];
+        if o != NO_HOME {
+            self.lose_home(Val(old));
+        }
+    }
+
+    /// The current value has been stored to slot `offset`.
+    pub(crate) fn settle_slot(&mut self, offset: u32) {
+        self.set_home(offset, Val(self.at));
+    }
+
     /// Slot `offset` in memory now holds `v`.
     fn set_home(&mut self, offset: u32, v: Val) {
         let n = (offset / 8) as usize % 64;
@@ -458,9 +469,8 @@ impl Cx<'_> {
             return self.set_pin(p, v);
         }
         // What the slot held must move before the store.
-        let (o, old) = self.st.al.homes[(i.a / 8) as usize % 64];
-        if o != NO_HOME && old != v.0 {
-            self.lose_home(Val(old));
+        if self.st.al.homes[(i.a / 8) as usize % 64].1 != v.0 {
+            self.claim_slot(i.a);
         }
         let m = Mem::env(i.a as i32);
         let log2 = i.ty.bytes().trailing_zeros();
@@ -572,7 +582,7 @@ impl Cx<'_> {
     }
 
     /// Gives the argument `v` a place in memory or as a constant, for moves that would overwrite its register.
-    pub(crate) fn to_memory(&mut self, v: Val) {
+    pub(crate) fn move_to_memory(&mut self, v: Val) {
         let v = self.st.an.root(v);
         let p = self.st.al.places[v.index()];
         if p.reg != NONE {

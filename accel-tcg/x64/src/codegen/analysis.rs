@@ -10,7 +10,6 @@ const FUSED_COND: u8 = 4;
 const FUSED_SHIFT: u8 = 8;
 
 /// Results of the pass, indexed by instruction.
-#[derive(Default)]
 pub(crate) struct Analysis {
     root: Vec<u32>,
     last: Vec<u32>,
@@ -18,6 +17,13 @@ pub(crate) struct Analysis {
     flags: Vec<u8>,
     /// Slot offsets that are overwritten before anything can see them; direct mapped.
     overwritten: [u32; 64],
+}
+
+impl Default for Analysis {
+    fn default() -> Self {
+        let (root, last, uses, flags) = Default::default();
+        Self { root, last, uses, flags, overwritten: [u32::MAX; 64] }
+    }
 }
 
 impl Analysis {
@@ -111,7 +117,8 @@ impl Analysis {
     fn effective_uses(&self, r: &Region, at: usize, i: &Inst) -> impl Iterator<Item = Val> + use<> {
         let f = self.flags[at];
         // What a fused operand is replaced by.
-        let (skip_a, skip_b) = (f & FUSED_COND != 0, f & (FUSED_SHIFT | FUSED_COND) != 0 && i.op != Op::Select);
+        let (skip_a, skip_b) =
+            (f & FUSED_COND != 0, f & (FUSED_SHIFT | FUSED_COND) != 0 && i.op != Op::Select);
         let extra = self.fused_uses(r, at as u32);
         let i = *i;
         let own = (0..3u32).filter(move |n| i.op.operands() & 1 << n != 0);
@@ -156,7 +163,12 @@ impl Analysis {
 
     #[inline]
     pub(crate) fn is_dead(&self, at: u32) -> bool {
-        self.flags[at as usize] & DEAD != 0
+        self.flags.get(at as usize).is_some_and(|f| f & DEAD != 0)
+    }
+
+    /// Makes the instruction dead: its work is done.
+    pub(crate) fn kill(&mut self, at: u32) {
+        self.flags[at as usize] |= DEAD;
     }
 
     #[inline]

@@ -102,7 +102,7 @@ impl Cx<'_> {
                 && let Some(r) = self.reg_of(v)
                 && ARG_REGS.iter().enumerate().any(|(m, t)| m != n && *t == r)
             {
-                self.to_memory(v);
+                self.move_to_memory(v);
             }
         }
         for (n, a) in args.iter().enumerate().take(3) {

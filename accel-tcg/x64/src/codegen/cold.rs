@@ -45,6 +45,14 @@ pub(crate) enum Cold {
     Link { from: usize, n: usize },
     /// Replaces a NaN by the canonical one; comes back.
     Nan { from: usize, back: usize, x: Xmm, double: bool },
+    /// The same for a fused multiply-add of these factors.
+    NanFma { from: usize, back: usize, x: Xmm, factors: (Xmm, Xmm), double: bool },
+    /// Minimum or maximum of equal or unordered operands; comes back.
+    MinMax { from: usize, back: usize, x: Xmm, ab: (Xmm, Xmm), max: bool, double: bool },
+    /// Conversion to signed that gave the minimum; comes back.
+    CvtSigned { from: usize, back: usize, d: Reg, x: Xmm, double: bool, w: bool },
+    /// A softfp request on a vector register with an integer result; comes back.
+    Soft { from: usize, back: usize, d: Reg, x: Xmm, double: bool, request: u32 },
 }
 
 impl Cx<'_> {
@@ -77,8 +85,41 @@ impl Cx<'_> {
                     self.st.asm.fload(double, x, m);
                     self.jump_back(back);
                 }
+                other => self.cold_fp(here, other),
             }
         }
+    }
+
+    fn cold_fp(&mut self, here: usize, c: Cold) {
+        let back = match c {
+            Cold::NanFma { from, back, x, factors, double } => {
+                self.st.asm.patch_rel(from, here);
+                self.cold_nan_fma(x, factors, double);
+                back
+            }
+            Cold::MinMax { from, back, x, ab, max, double } => {
+                self.st.asm.patch_rel(from, here);
+                self.cold_min_max(x, ab, max, double);
+                back
+            }
+            Cold::CvtSigned { from, back, d, x, double, w } => {
+                self.st.asm.patch_rel(from, here);
+                self.cold_cvt_signed(d, x, double, w);
+                back
+            }
+            Cold::Soft { from, back, d, x, double, request } => {
+                self.st.asm.patch_rel(from, here);
+                self.st.asm.fstore(double, Mem::env(offset::SCRATCH), x);
+                self.st.asm.mov_imm(d, u64::from(request));
+                self.st.asm.store(3, Mem::env(offset::SCRATCH + 8), d);
+                let at = self.st.asm.call();
+                self.reach_stub(at, self.stubs.soft);
+                self.st.asm.mov(true, d, Mem::env(offset::SCRATCH));
+                back
+            }
+            _ => return,
+        };
+        self.jump_back(back);
     }
 
     fn jump_back(&mut self, back: usize) {

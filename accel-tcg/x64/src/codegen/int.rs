@@ -76,12 +76,23 @@ impl Cx<'_> {
         // The operand that the result register already holds goes first, where order does not matter.
         let swap = op != Alu::Sub && self.prefer_swap(a, b);
         let (a, b) = if swap { (b, a) } else { (a, b) };
+        let bytes = if w { 8 } else { 4 };
         if self.lives_on(a) {
             self.gpr(a);
+        } else if let Some(r) = self.reg_of(a) {
+            self.st.al.locked |= 1 << r.0;
         }
-        let s = self.rm(b, if w { 8 } else { 4 });
-        let d = self.dest(Some(a));
-        let d = if s == Rm::from(d) && self.reg_of(a) != Some(d) { self.temp() } else { d };
+        let s = self.rm(b, bytes);
+        let mut d = self.dest(Some(a));
+        if s == Rm::from(d) && self.reg_of(a) != Some(d) {
+            if op != Alu::Sub {
+                // The result goes where b is: the other way round.
+                let s = self.rm(a, bytes);
+                self.st.asm.alu(op, w, d, s);
+                return self.define(d);
+            }
+            d = self.temp();
+        }
         self.copy_to(d, a);
         self.st.asm.alu(op, w, d, s);
         self.define(d);
@@ -294,7 +305,9 @@ impl Cx<'_> {
         let (d, t, m) = (self.temp(), self.temp(), self.temp());
         let a = &mut self.st.asm;
         a.mov(w, d, s);
-        for (shift, mask) in [(1u8, 0x5555_5555_5555_5555u64), (2, 0x3333_3333_3333_3333), (4, 0x0f0f_0f0f_0f0f_0f0f)] {
+        for (shift, mask) in
+            [(1u8, 0x5555_5555_5555_5555u64), (2, 0x3333_3333_3333_3333), (4, 0x0f0f_0f0f_0f0f_0f0f)]
+        {
             a.mov_imm(m, mask);
             a.mov(true, t, d);
             a.shift_imm(Shift::Shr, true, t, shift);
@@ -375,7 +388,8 @@ impl Cx<'_> {
         let cc = self.compare_cond(i);
         let s = self.gpr(t);
         let d = self.dest(Some(f));
-        let (cc, first, second) = if d == s && self.reg_of(f) != Some(d) { (cc.inverse(), t, f) } else { (cc, f, t) };
+        let (cc, first, second) =
+            if d == s && self.reg_of(f) != Some(d) { (cc.inverse(), t, f) } else { (cc, f, t) };
         let s = self.gpr(second);
         self.copy_to(d, first);
         self.st.asm.cmov(cc, w, d, s);

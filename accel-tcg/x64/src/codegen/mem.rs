@@ -2,7 +2,7 @@
 
 use super::Cx;
 use super::cold::{Access, Cold, Source};
-use crate::asm::{Alu, Cc, Mem, Reg, Shift, Xmm};
+use crate::asm::{Alu, Cc, Mem, Reg, Shift};
 use crate::stubs::Slow;
 use holdfast_tcg_ir::env::{TLB_ENTRIES, TLB_PAGE_BITS, offset};
 use holdfast_tcg_ir::{FenceKind, Inst, MemOp, RmwKind, Type, Val};
@@ -66,9 +66,16 @@ impl Cx<'_> {
     }
 
     /// Notes the cold path of the access just emitted.
-    fn cold_access(&mut self, slow: Slow, desc: u16, p: &Probe, (value, new, dest): (Source, Source, Source)) {
+    fn cold_access(
+        &mut self,
+        slow: Slow,
+        desc: u16,
+        p: &Probe,
+        (value, new, dest): (Source, Source, Source),
+    ) {
         let keep_xmm = self.st.al.xmm_in_use();
-        let access = Access { slow, desc, base: p.base, disp: p.disp, temp: p.other, value, new, dest, keep_xmm };
+        let access =
+            Access { slow, desc, base: p.base, disp: p.disp, temp: p.other, value, new, dest, keep_xmm };
         let back = self.st.asm.pos();
         self.st.cold.push(Cold::Access { from: p.miss, back, pc: self.pc, access });
     }
@@ -89,22 +96,11 @@ impl Cx<'_> {
             return self.xdefine(d);
         }
         // The pin is written only when the access has succeeded, so it may be the destination.
-        let d = match self.dest_hint() {
-            Some(pin) => pin,
-            None => p.addend,
-        };
+        let d = self.hinted().unwrap_or(p.addend);
         let w = i.ty == Type::I64;
         self.load_int(mem, w, d, p.host());
         self.cold_access(Slow::Load, mem.0, &p, (Source::None, Source::None, Source::Gpr(d, w)));
         self.define(d);
-    }
-
-    fn dest_hint(&mut self) -> Option<Reg> {
-        // `dest` would take a temporary without a hint; only a pin is of use here.
-        let locked = self.st.al.locked;
-        let d = self.hinted();
-        self.st.al.locked = locked;
-        d
     }
 
     /// Loads with extension to 64 bits (`w`) or 32.
@@ -138,7 +134,12 @@ impl Cx<'_> {
             } else {
                 self.st.asm.fstore(double, p.host(), x);
             }
-            return self.cold_access(Slow::Store, mem.0, &p, (Source::Xmm(x, double), Source::None, Source::None));
+            return self.cold_access(
+                Slow::Store,
+                mem.0,
+                &p,
+                (Source::Xmm(x, double), Source::None, Source::None),
+            );
         }
         if let Some(imm) = self.imm32(v, log2 == 3)
             && !mem.is_big_endian()
@@ -293,9 +294,4 @@ fn swap_bytes(a: &mut crate::asm::Asm, log2: u32, d: Reg, signed: bool, w: bool)
         3 => a.bswap(true, d),
         _ => {}
     }
-}
-
-#[allow(dead_code, reason = "documents that vector registers are numbered from 16 in lock masks")]
-const fn lock_bit(x: Xmm) -> u32 {
-    1 << (16 + x.0)
 }

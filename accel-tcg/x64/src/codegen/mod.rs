@@ -18,11 +18,11 @@ mod int;
 mod mem;
 mod muldiv;
 
+use crate::CodegenError;
 use crate::asm::{Asm, Reg};
 use crate::features::HostFeatures;
 use crate::link::LinkSite;
 use crate::stubs::{self, PIN_REGS, Stubs};
-use crate::CodegenError;
 use alloc::Alloc;
 use analysis::Analysis;
 use cold::Cold;
@@ -132,7 +132,12 @@ impl Translator {
     }
 
     /// Compiles a well-formed region (see [`holdfast_tcg_ir::verify`]) to `target`.
-    pub fn compile(&mut self, stubs: &Stubs, region: &Region, target: Target<'_>) -> Result<Compiled<'_>, CodegenError> {
+    pub fn compile(
+        &mut self,
+        stubs: &Stubs,
+        region: &Region,
+        target: Target<'_>,
+    ) -> Result<Compiled<'_>, CodegenError> {
         let Target { out, exec, region_id } = target;
         let st = &mut self.st;
         st.asm.clear();
@@ -228,7 +233,14 @@ impl Cx<'_> {
             Op::AtomicCas => self.cas(i),
             Op::Fence => self.fence(i),
             Op::Call => self.call(i),
-            Op::Label | Op::Br | Op::BrCond | Op::GotoPc | Op::GotoReg | Op::Exit | Op::ExitReg | Op::ExitAsIs => {
+            Op::Label
+            | Op::Br
+            | Op::BrCond
+            | Op::GotoPc
+            | Op::GotoReg
+            | Op::Exit
+            | Op::ExitReg
+            | Op::ExitAsIs => {
                 self.control(i);
             }
             _ if i.op.is_int_unary() || matches!(i.op, Op::SExt | Op::ZExt) => self.int_unary(i),

@@ -1,0 +1,285 @@
+//! The interpreter: executes a region over an environment, one instruction after the other, by the plain meaning of
+//! each. It is the oracle of the back ends and shares nothing with them but the environment's layout.
+
+mod fp;
+
+use crate::env::{SlowPaths, exit, header};
+use crate::fold::{eval_binary, eval_unary};
+use crate::helper::{Effects, HelperFn, HelperRet, HelperTable};
+use crate::op::{Inst, MemOp, Op};
+use crate::region::Region;
+use crate::types::{Type, Val};
+use crate::{Helper, HelperId};
+
+/// How a region ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// Execution goes on at this guest pc.
+    Goto(u64),
+    /// Exit with a code, the guest pc is in [`crate::env::EnvHeader::pc`].
+    Exit(u32),
+}
+
+/// Guest memory as the interpreter sees it. Errors are exit codes; the guest's exception has been noted.
+pub trait Memory {
+    /// Loads, extended as `mem` says.
+    fn load(&mut self, va: u64, mem: MemOp, pc: u64) -> Result<u64, u32>;
+    /// Stores the low bytes of `value`.
+    fn store(&mut self, va: u64, mem: MemOp, pc: u64, value: u64) -> Result<(), u32>;
+    /// Atomic read-modify-write; `desc` is [`Inst::aux`]. Returns the old value, extended.
+    fn rmw(&mut self, va: u64, desc: u16, pc: u64, value: u64) -> Result<u64, u32>;
+    /// Atomic compare and swap of (expected, new). Returns the old value, extended.
+    fn cas(&mut self, va: u64, mem: MemOp, pc: u64, values: (u64, u64)) -> Result<u64, u32>;
+}
+
+/// Guest memory through a runtime's slow paths.
+#[derive(Debug)]
+pub struct SlowMemory {
+    env: *mut u8,
+    slow: SlowPaths,
+}
+
+impl SlowMemory {
+    /// # Safety
+    /// `env` is what the functions of `slow` expect, as long as this exists.
+    pub unsafe fn new(env: *mut u8, slow: SlowPaths) -> Self {
+        Self { env, slow }
+    }
+}
+
+fn checked(r: HelperRet) -> Result<u64, u32> {
+    if r.exit == 0 { Ok(r.value) } else { Err(r.exit as u32) }
+}
+
+impl Memory for SlowMemory {
+    fn load(&mut self, va: u64, mem: MemOp, pc: u64) -> Result<u64, u32> {
+        // SAFETY: by the contract of `new`.
+        checked(unsafe { (self.slow.load)(self.env, va, u32::from(mem.0), pc) })
+    }
+
+    fn store(&mut self, va: u64, mem: MemOp, pc: u64, value: u64) -> Result<(), u32> {
+        // SAFETY: by the contract of `new`.
+        checked(unsafe { (self.slow.store)(self.env, va, u32::from(mem.0), pc, value) }).map(drop)
+    }
+
+    fn rmw(&mut self, va: u64, desc: u16, pc: u64, value: u64) -> Result<u64, u32> {
+        // SAFETY: by the contract of `new`.
+        checked(unsafe { (self.slow.rmw)(self.env, va, u32::from(desc), pc, value) })
+    }
+
+    fn cas(&mut self, va: u64, mem: MemOp, pc: u64, (expected, new): (u64, u64)) -> Result<u64, u32> {
+        // SAFETY: by the contract of `new`.
+        checked(unsafe { (self.slow.cas)(self.env, va, u32::from(mem.0), pc, expected, new) })
+    }
+}
+
+/// The interpreter; keeps its buffer between runs.
+#[derive(Debug, Default)]
+pub struct Interpreter {
+    vals: Vec<u64>,
+    pc: u64,
+    /// Instructions left before the run is given up, when set.
+    pub budget: Option<u64>,
+}
+
+/// What to do after an instruction.
+enum Next {
+    Step,
+    Jump(u32),
+    End(Outcome),
+}
+
+impl Interpreter {
+    /// A new interpreter.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Runs well-formed `region` on the environment, until it is left. A run that exceeds the budget ends with
+    /// [`exit::POLL`].
+    ///
+    /// # Safety
+    /// `env` points to the guest part of a [`crate::env::Env`] whose guest state covers all slots of the region, that nobody
+    /// else uses meanwhile; `helpers` are those the region was built for and fit this environment.
+    pub unsafe fn run(
+        &mut self,
+        region: &Region,
+        helpers: &HelperTable,
+        env: *mut u8,
+        mem: &mut dyn Memory,
+    ) -> Outcome {
+        self.vals.clear();
+        self.vals.resize(region.insts.len(), 0);
+        self.pc = region.entry_pc;
+        let mut at = 0usize;
+        while let Some(i) = region.insts.get(at) {
+            if let Some(b) = &mut self.budget {
+                if *b == 0 {
+                    return Self::leave(env, exit::POLL, self.pc);
+                }
+                *b -= 1;
+            }
+            // SAFETY: by this function's contract.
+            let next = unsafe { self.step(at, i, region, helpers, (env, &mut *mem)) };
+            match next {
+                Next::Step => at += 1,
+                Next::End(o) => return o,
+                Next::Jump(l) => {
+                    let info = region.labels.get(l as usize).copied().unwrap_or_default();
+                    let target = info.at.unwrap_or(u32::MAX) as usize;
+                    // SAFETY: the header belongs to the environment.
+                    let asked = unsafe { &(*header(env)).exit_request };
+                    if target <= at && asked.load(std::sync::atomic::Ordering::Relaxed) != 0 {
+                        return Self::leave(env, exit::POLL, info.pc.unwrap_or(self.pc));
+                    }
+                    at = target;
+                    // Instructions belong to the guest instruction before them in the list, not in time.
+                    let before = region.insts.get(..at).unwrap_or(&[]);
+                    if let Some(start) = before.iter().rev().find(|i| i.op == Op::InsnStart) {
+                        self.pc = start.imm();
+                    }
+                }
+            }
+        }
+        Outcome::Exit(exit::NONE)
+    }
+
+    fn leave(env: *mut u8, code: u32, pc: u64) -> Outcome {
+        // SAFETY: `env` comes from `run`.
+        unsafe { (*header(env)).pc = pc };
+        Outcome::Exit(code)
+    }
+
+    fn val(&self, v: u32) -> u64 {
+        self.vals.get(v as usize).copied().unwrap_or(0)
+    }
+
+    /// # Safety
+    /// As for [`Interpreter::run`].
+    unsafe fn step(
+        &mut self,
+        at: usize,
+        i: &Inst,
+        r: &Region,
+        helpers: &HelperTable,
+        (env, mem): (*mut u8, &mut dyn Memory),
+    ) -> Next {
+        let (a, b, c) = (self.val(i.a), self.val(i.b), self.val(i.c));
+        let aty = r.insts.get(i.a as usize).map_or(Type::Void, |d| d.ty);
+        let compare = |cc: crate::Cond, ty: Type, x, y| {
+            if ty == Type::I32 { cc.eval32(x, y) } else { cc.eval64(x, y) }
+        };
+        let result = match i.op {
+            Op::Nop | Op::Label | Op::Fence => return Next::Step,
+            Op::InsnStart => {
+                self.pc = i.imm();
+                return Next::Step;
+            }
+            Op::Const => i.imm(),
+            // SAFETY: slots lie within the guest state.
+            Op::GetSlot => unsafe { read_slot(env, i.a, i.ty) },
+            Op::SetSlot => {
+                // SAFETY: slots lie within the guest state.
+                unsafe { write_slot(env, i.a, i.ty, b) };
+                return Next::Step;
+            }
+            _ if i.op.is_int_binary() => eval_binary(i.op, i.ty, a, b),
+            _ if i.op.is_int_unary() => eval_unary(i.op, i.ty, a),
+            Op::SExt => a as i32 as u64,
+            Op::ZExt | Op::Trunc => a & 0xffff_ffff,
+            Op::SetCond => u64::from(compare(i.cond(), aty, a, b)),
+            Op::Select => {
+                let test = if aty == Type::I32 { a & 0xffff_ffff } else { a };
+                if test != 0 { b } else { c }
+            }
+            Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas => match self.access(i, mem) {
+                Ok(v) => v,
+                Err(code) => return Next::End(Self::leave(env, code, self.pc)),
+            },
+            // SAFETY: by this function's contract.
+            Op::Call => match unsafe { self.call(i, r, helpers, env) } {
+                Ok(v) => v,
+                Err(code) => return Next::End(Outcome::Exit(code)),
+            },
+            Op::Br => return Next::Jump(i.a),
+            Op::BrCond => return if compare(i.cond(), aty, a, b) { Next::Jump(i.c) } else { Next::Step },
+            Op::GotoPc => return Next::End(Outcome::Goto(i.imm())),
+            Op::GotoReg => return Next::End(Outcome::Goto(a)),
+            Op::Exit => return Next::End(Self::leave(env, i.a, i.imm())),
+            Op::ExitReg => return Next::End(Self::leave(env, i.a, b)),
+            Op::ExitAsIs => return Next::End(Outcome::Exit(i.a)),
+            _ => {
+                // SAFETY: the header belongs to the environment.
+                let mxcsr = unsafe { &mut (*header(env)).mxcsr };
+                fp::eval(i, aty, [a, b, c], mxcsr)
+            }
+        };
+        if let Some(v) = self.vals.get_mut(at) {
+            *v = if i.ty.bytes() == 4 { result & 0xffff_ffff } else { result };
+        }
+        Next::Step
+    }
+
+    fn access(&mut self, i: &Inst, mem: &mut dyn Memory) -> Result<u64, u32> {
+        let (a, b, c) = (self.val(i.a), self.val(i.b), self.val(i.c));
+        let va = a.wrapping_add(i.disp() as u64);
+        match i.op {
+            Op::Load => mem.load(va, i.mem(), self.pc),
+            Op::Store => mem.store(va, i.mem(), self.pc, b).map(|()| 0),
+            Op::AtomicRmw => mem.rmw(a, i.aux, self.pc, b),
+            _ => mem.cas(a, i.mem(), self.pc, (b, c)),
+        }
+    }
+
+    /// # Safety
+    /// As for [`Interpreter::run`].
+    unsafe fn call(&mut self, i: &Inst, r: &Region, helpers: &HelperTable, env: *mut u8) -> Result<u64, u32> {
+        let Some(h) = helpers.get(HelperId(i.a)) else { return Err(exit::NONE) };
+        let mut x = [0u64; Helper::MAX_ARGS];
+        for (x, v) in x.iter_mut().zip(r.call_args(i)) {
+            *x = self.val(Val::index(*v) as u32);
+        }
+        if h.effects.intersects(Effects::MAY_FAULT | Effects::NEEDS_PC) {
+            // SAFETY: the header belongs to the environment.
+            unsafe { (*header(env)).pc = self.pc };
+        }
+        match h.func {
+            // SAFETY: the helper fits this environment.
+            HelperFn::Plain(f) => Ok(unsafe { f(env, x[0], x[1], x[2], x[3], x[4]) }),
+            // SAFETY: the helper fits this environment.
+            HelperFn::Faulting(f) => checked(unsafe { f(env, x[0], x[1], x[2], x[3], x[4]) }),
+        }
+    }
+}
+
+/// Reads a slot.
+///
+/// # Safety
+/// `env + offset` is readable for the type's size.
+pub unsafe fn read_slot(env: *mut u8, offset: u32, ty: Type) -> u64 {
+    let p = env.wrapping_add(offset as usize);
+    // SAFETY: by this function's contract.
+    unsafe {
+        if ty.bytes() == 4 {
+            u64::from(p.cast::<u32>().read_unaligned())
+        } else {
+            p.cast::<u64>().read_unaligned()
+        }
+    }
+}
+
+/// Writes a slot.
+///
+/// # Safety
+/// `env + offset` is writable for the type's size.
+pub unsafe fn write_slot(env: *mut u8, offset: u32, ty: Type, v: u64) {
+    let p = env.wrapping_add(offset as usize);
+    // SAFETY: by this function's contract.
+    unsafe {
+        if ty.bytes() == 4 {
+            p.cast::<u32>().write_unaligned(v as u32)
+        } else {
+            p.cast::<u64>().write_unaligned(v)
+        }
+    }
+}
