@@ -25,7 +25,7 @@ unsafe extern "C" fn touch(env: *mut u8, a: u64, b: u64, _: u64, _: u64, _: u64)
     let s = unsafe { &mut *env.cast::<State>() };
     s.x[10] = s.x[10].wrapping_add(a) ^ s.x[20];
     s.x[21] = s.x[2].wrapping_sub(b);
-    s.f[3] = s.f[4].rotate_left(1) ^ s.f[3];
+    s.f[3] ^= s.f[4].rotate_left(1);
     s.x[8].rotate_left(3)
 }
 
