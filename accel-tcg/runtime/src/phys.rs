@@ -152,13 +152,13 @@ impl PhysMemory {
     }
 
     fn word64(&self, gpa: u64) -> Option<(&AtomicU64, HostRef<'_>)> {
-        let found = self.find(gpa, 8).filter(|f| f.host.addr() % 8 == 0)?;
+        let found = self.find(gpa, 8).filter(|f| f.host.addr().is_multiple_of(8))?;
         // SAFETY: eight aligned bytes inside a live mapping; guest memory is only ever shared as atomics.
         Some((unsafe { AtomicU64::from_ptr(found.host.cast()) }, found))
     }
 
     fn word32(&self, gpa: u64) -> Option<(&AtomicU32, HostRef<'_>)> {
-        let found = self.find(gpa, 4).filter(|f| f.host.addr() % 4 == 0)?;
+        let found = self.find(gpa, 4).filter(|f| f.host.addr().is_multiple_of(4))?;
         // SAFETY: four aligned bytes inside a live mapping, as above.
         Some((unsafe { AtomicU32::from_ptr(found.host.cast()) }, found))
     }

@@ -12,7 +12,7 @@ use crate::cpu::Cpu;
 use crate::fpenv::with_host_fp;
 use crate::guest::{Access, AccessKind, Fault};
 use crate::shared::request;
-use crate::tlb::count;
+use crate::tlb::{Entry, count};
 use crate::vcpu::VcpuCore;
 
 /// The functions that translated code calls.
@@ -110,9 +110,9 @@ unsafe fn host_load(host: *const u8, bytes: u32) -> u64 {
     unsafe {
         match bytes {
             1 => u64::from(host.read_volatile()),
-            2 if host.addr() % 2 == 0 => u64::from(host.cast::<u16>().read_volatile()),
-            4 if host.addr() % 4 == 0 => u64::from(host.cast::<u32>().read_volatile()),
-            8 if host.addr() % 8 == 0 => host.cast::<u64>().read_volatile(),
+            2 if host.addr().is_multiple_of(2) => u64::from(host.cast::<u16>().read_volatile()),
+            4 if host.addr().is_multiple_of(4) => u64::from(host.cast::<u32>().read_volatile()),
+            8 if host.addr().is_multiple_of(8) => host.cast::<u64>().read_volatile(),
             2 => u64::from(host.cast::<u16>().read_unaligned()),
             4 => u64::from(host.cast::<u32>().read_unaligned()),
             _ => host.cast::<u64>().read_unaligned(),
@@ -127,9 +127,9 @@ unsafe fn host_store(host: *mut u8, bytes: u32, value: u64) {
     unsafe {
         match bytes {
             1 => host.write_volatile(value as u8),
-            2 if host.addr() % 2 == 0 => host.cast::<u16>().write_volatile(value as u16),
-            4 if host.addr() % 4 == 0 => host.cast::<u32>().write_volatile(value as u32),
-            8 if host.addr() % 8 == 0 => host.cast::<u64>().write_volatile(value),
+            2 if host.addr().is_multiple_of(2) => host.cast::<u16>().write_volatile(value as u16),
+            4 if host.addr().is_multiple_of(4) => host.cast::<u32>().write_volatile(value as u32),
+            8 if host.addr().is_multiple_of(8) => host.cast::<u64>().write_volatile(value),
             2 => host.cast::<u16>().write_unaligned(value as u16),
             4 => host.cast::<u32>().write_unaligned(value as u32),
             _ => host.cast::<u64>().write_unaligned(value),
@@ -200,7 +200,8 @@ impl VcpuCore {
         let page = gpa & !(PAGE_SIZE - 1);
         let Some(at) = phys.find(page, PAGE_SIZE).filter(|at| !(write && at.block.rom)) else {
             if cacheable {
-                self.tlb.insert(env, va, idx, write, true, gpa.wrapping_sub(va));
+                let entry = Entry { tag: TLB_SLOW, addend: gpa.wrapping_sub(va) };
+                self.tlb.insert(env, va, (idx, write), entry);
             }
             return Place::Bus(gpa);
         };
@@ -208,7 +209,7 @@ impl VcpuCore {
         let addend = (host.expose_provenance() as u64).wrapping_sub(va);
         if !write {
             if cacheable {
-                self.tlb.insert(env, va, idx, false, false, addend);
+                self.tlb.insert(env, va, (idx, false), Entry { tag: 0, addend });
             }
             return Place::Host(host, None);
         }
@@ -219,8 +220,8 @@ impl VcpuCore {
         at.block.hot.set(self.hot_side, n);
         let code = at.block.tracker.is_code(n);
         if cacheable {
-            let addend = if code { gpa.wrapping_sub(va) } else { addend };
-            self.tlb.insert(env, va, idx, true, code, addend);
+            let slow = Entry { tag: TLB_SLOW, addend: gpa.wrapping_sub(va) };
+            self.tlb.insert(env, va, (idx, true), if code { slow } else { Entry { tag: 0, addend } });
             shared.set_tlb_used(self.tlb.used());
         }
         Place::Host(host, code.then_some(gpa))
@@ -241,7 +242,7 @@ impl VcpuCore {
     }
 
     fn check_alignment(&self, access: &Access, mem: MemOp) -> Result<(), Fault> {
-        let misaligned = access.gva % u64::from(mem.bytes()) != 0;
+        let misaligned = !access.gva.is_multiple_of(u64::from(mem.bytes()));
         if misaligned && (mem.is_aligned() || !self.guest.spec().misaligned_ok) {
             return Err(self.guest.misaligned_fault(access, false));
         }
@@ -366,7 +367,7 @@ impl VcpuCore {
     fn atomic(&mut self, va: u64, mem: MemOp, next: impl Fn(u64) -> Option<u64>) -> Result<u64, Fault> {
         let access = Self::access(va, mem, AccessKind::Write);
         let bytes = mem.bytes().min(8);
-        if va % u64::from(bytes) != 0 {
+        if !va.is_multiple_of(u64::from(bytes)) {
             return Err(self.guest.misaligned_fault(&access, true));
         }
         let swapped = |old: u64| next(extend(old, mem) & low_mask(bytes)).map(|new| to_memory(new, mem));

@@ -326,12 +326,13 @@ impl Tlb {
         Some(found)
     }
 
-    /// Enters a translation, moving what was there to the victims.
-    pub fn insert(&mut self, env: &EnvBox, va: u64, idx: u8, write: bool, slow: bool, addend: u64) {
+    /// Enters a translation of the page of `va` in the array for (MMU index, writes), moving what was there to the
+    /// victims. Of `entry.tag` only [`TLB_SLOW`] counts.
+    pub fn insert(&mut self, env: &EnvBox, va: u64, (idx, write): (u8, bool), entry: Entry) {
         self.used |= 1 << (idx % 8);
         let (tag, place) = env.tlb(idx, write, tlb_index(va));
         let old = Entry { tag: tag.load(Ordering::Relaxed), addend: place.load(Ordering::Relaxed) };
-        let new = tlb_tag(va, self.gen_tag()) | if slow { TLB_SLOW } else { 0 };
+        let new = tlb_tag(va, self.gen_tag()) | entry.tag & TLB_SLOW;
         if !write && old.tag != 0 && old.tag & !TLB_SLOW != new & !TLB_SLOW {
             let set = &mut self.victims[idx as usize % MMU_MODES];
             set.entries[set.next % VICTIMS] = old;
@@ -339,7 +340,7 @@ impl Tlb {
         }
         // No probe of this thread is under way; other threads only clear tags.
         tag.store(0, Ordering::Relaxed);
-        place.store(addend, Ordering::Relaxed);
+        place.store(entry.addend, Ordering::Relaxed);
         tag.store(new, Ordering::Release);
     }
 
@@ -377,7 +378,7 @@ mod tests {
     fn an_address_space_finds_its_entries_again_until_it_is_flushed() {
         let (env, mut tlb, counts) = setup();
         tlb.set_mode(&env, mode(1), 0, &counts);
-        tlb.insert(&env, 0x1234, 0, false, false, 77);
+        tlb.insert(&env, 0x1234, (0, false), Entry { tag: 0, addend: 77 });
         tlb.set_mode(&env, mode(2), 0, &counts);
         assert_eq!(tlb.find(&env, 0x1234, 0, false, &counts), None);
         tlb.set_mode(&env, mode(1), 0, &counts);
@@ -391,8 +392,8 @@ mod tests {
         let (env, mut tlb, counts) = setup();
         tlb.set_mode(&env, mode(1), 0, &counts);
         let other = 0x1000 + ((holdfast_tcg_ir::env::TLB_ENTRIES as u64) << 12);
-        tlb.insert(&env, 0x1000, 0, false, false, 1);
-        tlb.insert(&env, other, 0, false, true, 2);
+        tlb.insert(&env, 0x1000, (0, false), Entry { tag: 0, addend: 1 });
+        tlb.insert(&env, other, (0, false), Entry { tag: TLB_SLOW, addend: 2 });
         assert_eq!(tlb.find(&env, 0x1000, 0, false, &counts).map(|e| e.addend), Some(1));
         assert_eq!(tlb.find(&env, other, 0, false, &counts).map(|e| e.addend), Some(2));
         tlb.flush(&env, Flush::Page(0x1008), &counts);
@@ -405,7 +406,7 @@ mod tests {
         let (env, mut tlb, counts) = setup();
         tlb.set_mode(&env, mode(1), 0, &counts);
         tlb.note_large(0x20_0000, 21);
-        tlb.insert(&env, 0x20_5000, 0, false, false, 1);
+        tlb.insert(&env, 0x20_5000, (0, false), Entry { tag: 0, addend: 1 });
         tlb.flush(&env, Flush::PageInSpace(0x20_0000, 1), &counts);
         assert_eq!(tlb.find(&env, 0x20_5000, 0, false, &counts), None);
     }
@@ -414,7 +415,7 @@ mod tests {
     fn generations_wrap_without_reviving_old_entries() {
         let (env, mut tlb, counts) = setup();
         tlb.set_mode(&env, mode(1), 0, &counts);
-        tlb.insert(&env, 0x1000, 0, true, false, 1);
+        tlb.insert(&env, 0x1000, (0, true), Entry { tag: 0, addend: 1 });
         for _ in 0..3 * GEN_MAX {
             tlb.flush(&env, Flush::All, &counts);
             assert_eq!(tlb.find(&env, 0x1000, 0, true, &counts), None);

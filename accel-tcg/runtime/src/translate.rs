@@ -103,7 +103,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
     let request = TranslateRequest {
         pc: key.pc,
         key: key.mode & !KEY_STEP,
-        max_insns: if step { 1 } else { MAX_INSNS },
+        max_insns: if step { 1 } else { MAX_INSNS.min(source.core.engine.limit()) },
         no_chain: step,
     };
     let mut builder = source.core.engine.take_builder();
@@ -113,7 +113,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
         Ok(t) => {
             let id = source.core.vm.regions.reserve_id();
             match source.core.compile(&mut builder, id) {
-                Some(body) => {
+                Ok(Some(body)) => {
                     let mut region = Region::new(id, key, body);
                     region.insns = t.insns;
                     region.guest_len = t.end.wrapping_sub(key.pc) as u32;
@@ -126,8 +126,13 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
                     region.chain = !step && cached && source.breakpoints.binary_search(&key.pc).is_err();
                     Ok(Some(region))
                 }
-                None => {
+                Ok(None) => {
                     source.core.vm.regions.release_id(id);
+                    Ok(None)
+                }
+                Err(e) => {
+                    source.core.vm.regions.release_id(id);
+                    source.core.failure = Some(e);
                     Ok(None)
                 }
             }

@@ -57,6 +57,8 @@ pub(crate) struct VcpuCore {
     pub phys: Arc<PhysMemory>,
     pub clock: Arc<VmClock>,
     pub timer: Timer,
+    /// What the timer was last set to.
+    pub deadline: Option<u64>,
     pub tlb: Tlb,
     pub mode: Mode,
     pub key: u32,
@@ -68,6 +70,8 @@ pub(crate) struct VcpuCore {
     pub from: Option<(u32, u32)>,
     pub engine: VcpuEngine,
     pub debug: Debug,
+    /// Why no code could be made.
+    pub failure: Option<RuntimeError>,
     pub model: CpuModel,
 }
 
@@ -106,6 +110,10 @@ impl VcpuCore {
     }
 
     pub fn set_deadline(&mut self, deadline: Option<u64>) {
+        if self.deadline == deadline && deadline.is_none_or(|at| at > self.clock.now()) {
+            return;
+        }
+        self.deadline = deadline;
         match deadline {
             Some(at) if at <= self.clock.now() => {
                 self.timer.disarm();
@@ -189,10 +197,10 @@ impl VcpuCore {
         let shared = Arc::clone(&self.shared);
         loop {
             self.vm.regions.epochs.enter(shared.index());
-            if shared.requested() || shared.env().exit_request().load(Ordering::Relaxed) != 0 {
-                if let Some(stop) = self.serve() {
-                    return Some(stop);
-                }
+            if (shared.requested() || shared.env().exit_request().load(Ordering::Relaxed) != 0)
+                && let Some(stop) = self.serve()
+            {
+                return Some(stop);
             }
             if let Some(stop) = self.stop.take() {
                 return Some(stop);
@@ -377,12 +385,13 @@ impl TcgVcpu {
             }
         });
         let core = Box::new(VcpuCore {
-            engine: vm.engine.vcpu(&*vm.guest)?,
+            engine: vm.engine.vcpu(&vm.guest)?,
             guest: Arc::clone(&vm.guest),
             io: Arc::clone(&vm.io),
             phys: vm.phys(),
             clock: Arc::clone(&vm.clock),
             timer,
+            deadline: None,
             tlb: Tlb::new(spec.ir.pc_shift),
             mode: Mode::default(),
             key: 0,
@@ -392,6 +401,7 @@ impl TcgVcpu {
             stop: None,
             from: None,
             debug: Debug::default(),
+            failure: None,
             model: model.clone(),
             vm: Arc::clone(vm),
             shared,
@@ -427,7 +437,10 @@ impl TcgVcpu {
         loop {
             let region = match self.core.next() {
                 Next::Enter(region) => region,
-                Next::Again => continue,
+                Next::Again => match self.core.failure.take() {
+                    Some(e) => return Err(e),
+                    None => continue,
+                },
                 Next::Stop(stop) => {
                     if let Stop::Debug(pc) = stop {
                         self.core.debug.passed = Some(pc);

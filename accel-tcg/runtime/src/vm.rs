@@ -266,7 +266,7 @@ impl TcgVm {
         let _one = self.changing.lock();
         let old = self.phys();
         let len = region.len() & !(PAGE_SIZE - 1);
-        if gpa % PAGE_SIZE != 0 || len == 0 || gpa.checked_add(len).is_none() {
+        if !gpa.is_multiple_of(PAGE_SIZE) || len == 0 || gpa.checked_add(len).is_none() {
             return Err(RuntimeError::Rom { gpa, reason: "is no whole number of pages" });
         }
         if old.blocks().iter().any(|b| gpa < b.gpa + b.len && b.gpa < gpa + len) {
