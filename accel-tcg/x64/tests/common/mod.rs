@@ -290,6 +290,11 @@ impl Machine {
 
     pub fn execute(&mut self, r: &Region, state: &State, memory: &[u8], mxcsr: u32) -> After {
         let code = self.compile(r);
+        self.run_code(code, state, memory, mxcsr)
+    }
+
+    /// Runs code that [`Machine::compile`] returned.
+    pub fn run_code(&mut self, code: u64, state: &State, memory: &[u8], mxcsr: u32) -> After {
         self.prepare(state, memory, mxcsr);
         let env = self.env();
         // SAFETY: code and environment are of this machine.
