@@ -17,7 +17,7 @@ impl Machine {
     /// `satp` in `mode`, PMP open, tables chained for address 0 down to the last level.
     fn new(mode: u64) -> Self {
         let mem = GuestMemory::from_ranges(&[(GuestAddress(RAM), 0x10_0000)]).expect("RAM");
-        let phys = PhysMemory::new(&mem, &[]);
+        let phys = PhysMemory::new(&mem);
         let mut hart = reset_state();
         pmp::write_addr(&mut hart, 0, u64::MAX);
         pmp::write_cfg(&mut hart, 0, u64::from(pmp::cfg::NAPOT | RWX));
