@@ -43,7 +43,9 @@ pub(crate) fn rust(spec: &Spec) -> String {
         }
         out.push_str("}\n\n");
     }
-    out.push_str("/// A decoded instruction.\n#[derive(Debug, Clone, Copy, PartialEq, Eq)]\npub enum Insn {\n");
+    out.push_str(
+        "/// A decoded instruction.\n#[derive(Debug, Clone, Copy, PartialEq, Eq)]\npub enum Insn {\n",
+    );
     for (name, format) in &spec.insns {
         let _ = writeln!(out, "    /// `{name}`.\n    {}({}),", camel(name), camel(format));
     }
@@ -127,7 +129,11 @@ fn extract(field: &Field, ty: &str) -> String {
         left -= len;
         let lsb = msb + 1 - len;
         let mask = (1u64 << len) - 1;
-        let bits = if ty == "u64" { format!("(((w >> {lsb}) & {mask:#x}) as u32)") } else { format!("((u32::from(w) >> {lsb}) & {mask:#x})") };
+        let bits = if ty == "u64" {
+            format!("(((w >> {lsb}) & {mask:#x}) as u32)")
+        } else {
+            format!("((u32::from(w) >> {lsb}) & {mask:#x})")
+        };
         parts.push(if left == 0 { bits } else { format!("{bits} << {left}") });
     }
     let mut text = format!("({})", parts.join(" | "));

@@ -12,9 +12,11 @@ pub(crate) fn table(spec: &mut Spec, name: &str, text: &str) -> Result<(), Error
     let mut last = 1;
     for (number, line) in text.lines().enumerate() {
         last = number + 1;
-        reader
-            .line(strip_comment(line), last)
-            .map_err(|kind| Error { table: name.to_owned(), line: last, kind })?;
+        reader.line(strip_comment(line), last).map_err(|kind| Error {
+            table: name.to_owned(),
+            line: last,
+            kind,
+        })?;
     }
     reader.finish().map_err(|(line, kind)| Error { table: name.to_owned(), line: line.unwrap_or(last), kind })
 }
@@ -22,7 +24,8 @@ pub(crate) fn table(spec: &mut Spec, name: &str, text: &str) -> Result<(), Error
 /// A `#` starts a comment unless it follows `=`.
 fn strip_comment(line: &str) -> &str {
     let bytes = line.as_bytes();
-    let cut = (0..bytes.len()).find(|&i| bytes.get(i) == Some(&b'#') && (i == 0 || bytes.get(i - 1) != Some(&b'=')));
+    let cut = (0..bytes.len())
+        .find(|&i| bytes.get(i) == Some(&b'#') && (i == 0 || bytes.get(i - 1) != Some(&b'=')));
     cut.and_then(|at| line.get(..at)).unwrap_or(line)
 }
 
@@ -62,8 +65,10 @@ impl Reader<'_> {
             "field" => self.field(&words),
             "format" => self.format(&words),
             "insn" => {
-                let (&name, rest) = words.split_first().ok_or(ErrorKind::Syntax("insn NAME FORMAT PATTERN"))?;
-                let (&format, rest) = rest.split_first().ok_or(ErrorKind::Syntax("insn NAME FORMAT PATTERN"))?;
+                let (&name, rest) =
+                    words.split_first().ok_or(ErrorKind::Syntax("insn NAME FORMAT PATTERN"))?;
+                let (&format, rest) =
+                    rest.split_first().ok_or(ErrorKind::Syntax("insn NAME FORMAT PATTERN"))?;
                 self.insn(name, format, rest, number)
             }
             "reserved" => self.reserved(&words, number),
@@ -191,7 +196,8 @@ impl Reader<'_> {
         let mut sources: Vec<Option<Source>> =
             operands.iter().map(|o| o.default.clone().map(Source::Field)).collect();
         for word in given {
-            let (name, from) = word.split_once('=').ok_or(ErrorKind::Syntax("OPERAND=FIELD or OPERAND=#CONSTANT"))?;
+            let (name, from) =
+                word.split_once('=').ok_or(ErrorKind::Syntax("OPERAND=FIELD or OPERAND=#CONSTANT"))?;
             let at = operands
                 .iter()
                 .position(|o| o.name == name)
@@ -207,7 +213,8 @@ impl Reader<'_> {
                 let field =
                     self.spec.fields.get(from).ok_or_else(|| ErrorKind::Unknown(from.to_owned(), "field"))?;
                 // An unsigned field may feed a signed operand if it surely stays positive.
-                let fits = |o: &Operand| o.signed == field.signed || o.signed && field.len() + field.shift < 31;
+                let fits =
+                    |o: &Operand| o.signed == field.signed || o.signed && field.len() + field.shift < 31;
                 if operands.get(at).is_some_and(|o| !fits(o)) {
                     return Err(ErrorKind::Signedness(name.to_owned()));
                 }

@@ -1,6 +1,7 @@
 use super::*;
 
-const HEAD: &str = "decoder d 8\nfield a 7:4\nfield b 3,1 signed <<1\nfield c 2:0 +8\nformat one a\nformat two b c\n";
+const HEAD: &str =
+    "decoder d 8\nfield a 7:4\nfield b 3,1 signed <<1\nfield c 2:0 +8\nformat one a\nformat two b c\n";
 
 fn read(body: &str) -> Result<Generator, Error> {
     let mut g = Generator::new();
@@ -28,8 +29,11 @@ fn operands_are_read_from_their_fields() {
 fn overlaps_are_errors_outside_a_group_and_ordered_inside() {
     let overlap = "insn x one ....0001\n\ninsn y one 0000....\n";
     assert_eq!(error(overlap).0, 9);
-    assert!(matches!(error("insn x one ....0001\ninsn y one ....00-1\n"), (8, ErrorKind::Overlap(a, b, 7)) if a == "y" && b == "x"));
-    let g = read("group\ninsn y one a=#0 00000001\nreserved 0001 0001\ninsn x one ....0001\nend\n").expect("a table");
+    assert!(
+        matches!(error("insn x one ....0001\ninsn y one ....00-1\n"), (8, ErrorKind::Overlap(a, b, 7)) if a == "y" && b == "x")
+    );
+    let g = read("group\ninsn y one a=#0 00000001\nreserved 0001 0001\ninsn x one ....0001\nend\n")
+        .expect("a table");
     assert_eq!(g.spec().decode("d", 1).map(|d| d.0), Some("y"));
     assert_eq!(g.spec().decode("d", 0x11), None);
     assert_eq!(g.spec().decode("d", 0x21).map(|d| d.0), Some("x"));
@@ -50,7 +54,10 @@ fn mistakes_are_reported_with_their_line() {
     assert_eq!(error("end\n"), (7, ErrorKind::Group));
     assert_eq!(error("group\n"), (7, ErrorKind::Group));
     assert_eq!(error("bogus\n"), (7, ErrorKind::Directive("bogus".into())));
-    assert_eq!(error("insn x one ....0001\ninsn x two 1111....\n"), (8, ErrorKind::Format("x".into(), "one".into())));
+    assert_eq!(
+        error("insn x one ....0001\ninsn x two 1111....\n"),
+        (8, ErrorKind::Format("x".into(), "one".into()))
+    );
     let e = Generator::new().table("t", "field a 1\n").map(|_| ()).expect_err("no decoder");
     assert_eq!(e.to_string(), "t:1: `decoder NAME WIDTH` must come first");
     assert!(Generator::new().table("t", "").is_err());
@@ -70,7 +77,11 @@ fn a_tree_finds_what_trying_all_finds() {
         match node {
             Node::Nothing => None,
             Node::Test { mask, value, encoding, other } => {
-                if w & mask == *value { Some(*encoding) } else { walk(other, w) }
+                if w & mask == *value {
+                    Some(*encoding)
+                } else {
+                    walk(other, w)
+                }
             }
             Node::Switch { shift, bits, arms } => {
                 let v = w >> shift & ((1 << bits) - 1);

@@ -57,13 +57,8 @@ pub mod addr {
 }
 
 /// The parts of `mstatus` that `sstatus` shows: SIE, SPIE, SPP, FS, SUM, MXR, UXL.
-pub const SSTATUS_MASK: u64 = mstatus::SIE
-    | mstatus::SPIE
-    | mstatus::SPP
-    | mstatus::FS
-    | mstatus::SUM
-    | mstatus::MXR
-    | mstatus::UXL;
+pub const SSTATUS_MASK: u64 =
+    mstatus::SIE | mstatus::SPIE | mstatus::SPP | mstatus::FS | mstatus::SUM | mstatus::MXR | mstatus::UXL;
 
 const SSTATUS_WRITABLE: u64 = SSTATUS_MASK & !mstatus::UXL;
 
@@ -255,7 +250,7 @@ pub fn write(hart: &mut Hart, cx: &mut Context, csr: u32, value: u64) -> Result<
         addr::STVEC => {
             hart.stvec = tvec(value, hart.stvec);
             plain
-        },
+        }
         addr::SCOUNTEREN => set(&mut hart.scounteren, value & COUNTEREN),
         addr::SENVCFG => set(&mut hart.senvcfg, value & ENVCFG_FIOM),
         addr::SSCRATCH => set(&mut hart.sscratch, value),
@@ -277,7 +272,7 @@ pub fn write(hart: &mut Hart, cx: &mut Context, csr: u32, value: u64) -> Result<
         addr::MTVEC => {
             hart.mtvec = tvec(value, hart.mtvec);
             plain
-        },
+        }
         addr::MCOUNTEREN => set(&mut hart.mcounteren, value & COUNTEREN),
         addr::MENVCFG => {
             let stce = if hart.sstc != 0 { MENVCFG_STCE } else { 0 };

@@ -24,7 +24,8 @@ impl RiscvGuest {
     /// The guest.
     pub fn new() -> Self {
         let (helpers, ids) = helpers::table();
-        let ir = holdfast_tcg_ir::GuestSpec { name: "riscv64", pins: translate::PINS, pc_shift: 1, page_bits: 12 };
+        let ir =
+            holdfast_tcg_ir::GuestSpec { name: "riscv64", pins: translate::PINS, pc_shift: 1, page_bits: 12 };
         let spec = GuestSpec {
             name: "riscv64",
             arch: Arch::Riscv64,

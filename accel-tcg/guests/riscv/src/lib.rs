@@ -10,8 +10,8 @@ pub mod isa;
 pub mod key;
 pub mod mmu;
 pub mod pmp;
-mod timer;
 mod state;
+mod timer;
 mod translate;
 pub mod trap;
 

@@ -164,7 +164,8 @@ fn walk_once(hart: &Hart, phys: &PhysMemory, access: &Access, levels: u32) -> Re
             return Err(access_fault(access));
         }
         let entry = phys.read_u64(at).ok_or_else(|| access_fault(access))?;
-        let invalid = entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
+        let invalid =
+            entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
         if invalid {
             return Err(page_fault(access));
         }

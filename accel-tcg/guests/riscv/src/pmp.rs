@@ -166,8 +166,13 @@ mod tests {
         write_addr(&mut hart, 0, 0x8000_1000 >> 2);
         write_addr(&mut hart, 1, 0x8000_2000 >> 2 | 0x1ff); // 4 KiB
         write_addr(&mut hart, 2, u64::MAX); // everything
-        write_cfg(&mut hart, 0, u64::from(cfg::NA4 | cfg::R) | u64::from(cfg::NAPOT | cfg::R | cfg::X) << 8
-            | u64::from(cfg::NAPOT | RWX) << 16);
+        write_cfg(
+            &mut hart,
+            0,
+            u64::from(cfg::NA4 | cfg::R)
+                | u64::from(cfg::NAPOT | cfg::R | cfg::X) << 8
+                | u64::from(cfg::NAPOT | RWX) << 16,
+        );
         assert_eq!(hart.pmpaddr[2], ADDR_MASK);
         assert_eq!(check(&hart, 0x8000_1000, 4, S), Verdict { allowed: cfg::R, whole_page: false });
         assert_eq!(check(&hart, 0x8000_1000, 8, S), Verdict { allowed: 0, whole_page: false });

@@ -52,7 +52,16 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> State {
         let size = if hart.res_addr & 1 != 0 { 4 } else { 8 };
         (hart.res_addr & !1, size)
     });
-    State { hartid: hart.hartid, x: hart.x, f: hart.f, pc, privilege: hart.privilege as u8, csrs, reservation, waiting }
+    State {
+        hartid: hart.hartid,
+        x: hart.x,
+        f: hart.f,
+        pc,
+        privilege: hart.privilege as u8,
+        csrs,
+        reservation,
+        waiting,
+    }
 }
 
 /// Takes a state over, but for what follows from it: TLB, mode, deadline. A reservation is dropped: SC may
@@ -92,7 +101,8 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, state: &State) -> Result<(), String> {
         if number == addr::MIP {
             hart.mip = value & irq::SUPERVISOR;
         } else {
-            csr::write(hart, &mut cx, number, value).map_err(|_| format!("CSR {number:#x} cannot be written"))?;
+            csr::write(hart, &mut cx, number, value)
+                .map_err(|_| format!("CSR {number:#x} cannot be written"))?;
         }
     }
     for (number, value) in given {
@@ -109,8 +119,8 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, state: &State) -> Result<(), String> {
 }
 
 const X_NAMES: [&str; 32] = [
-    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7",
-    "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6",
+    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5", "a6",
+    "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6",
 ];
 
 const SHOWN: [(&str, u32); 16] = [

@@ -35,7 +35,8 @@ fn handler(tvec: u64, cause: u64) -> u64 {
 /// handler's address.
 pub fn enter(hart: &mut Hart, pc: u64, cause: u64, tval: u64) -> u64 {
     let delegated = if cause & INTERRUPT != 0 { hart.mideleg } else { hart.medeleg };
-    let to_s = hart.privilege != privilege::M && delegated.checked_shr((cause & 63) as u32).unwrap_or(0) & 1 != 0;
+    let to_s =
+        hart.privilege != privilege::M && delegated.checked_shr((cause & 63) as u32).unwrap_or(0) & 1 != 0;
     let status = hart.mstatus;
     if to_s {
         hart.scause = cause;
@@ -69,8 +70,8 @@ pub fn enter(hart: &mut Hart, pc: u64, cause: u64, tval: u64) -> u64 {
 pub fn next_interrupt(hart: &Hart, pending: u64) -> Option<u64> {
     let ready = pending & hart.mie;
     let machine = hart.privilege < privilege::M || hart.mstatus & mstatus::MIE != 0;
-    let supervisor = hart.privilege < privilege::S
-        || hart.privilege == privilege::S && hart.mstatus & mstatus::SIE != 0;
+    let supervisor =
+        hart.privilege < privilege::S || hart.privilege == privilege::S && hart.mstatus & mstatus::SIE != 0;
     let for_m = if machine { ready & !hart.mideleg } else { 0 };
     let for_s = if supervisor { ready & hart.mideleg } else { 0 };
     let ready = if for_m != 0 { for_m } else { for_s };

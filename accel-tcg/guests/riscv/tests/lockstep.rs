@@ -86,7 +86,10 @@ fn compare(program: &Program, ours: &[u8], theirs: &[u8], engine: Engine) {
         if ours[at] != theirs[at] {
             let name = name_of(at % DUMP_WORDS);
             let before = program.initial(run, at % DUMP_WORDS);
-            text += &format!("  {name:>5}: ours {:016x}, theirs {:016x}, before {before:016x}\n", ours[at], theirs[at]);
+            text += &format!(
+                "  {name:>5}: ours {:016x}, theirs {:016x}, before {before:016x}\n",
+                ours[at], theirs[at]
+            );
         }
     }
     for &(pc, raw) in &program.sequences[sequence] {

@@ -12,7 +12,11 @@ fn get(hart: &mut Hart, csr: u32) -> u64 {
 #[test]
 fn privilege_and_read_only_are_kept() {
     let mut hart = reset_state();
-    assert_eq!(go(&mut hart, addr::MHARTID, Change::Set(0)), Err(Illegal), "even a set of nothing is a write");
+    assert_eq!(
+        go(&mut hart, addr::MHARTID, Change::Set(0)),
+        Err(Illegal),
+        "even a set of nothing is a write"
+    );
     assert_eq!(get(&mut hart, addr::MHARTID), 0);
     assert_eq!(get(&mut hart, addr::MISA) >> 62, 2);
     assert_eq!(go(&mut hart, 0x7a0, Change::None), Err(Illegal));
@@ -43,7 +47,10 @@ fn status_fields_take_what_they_can() {
     go(&mut hart, addr::MSTATUS, Change::Write(2 << 11)).expect("written");
     assert_eq!(get(&mut hart, addr::MSTATUS), mstatus::MPP | mstatus::XL, "MPP cannot be 2");
     assert_eq!(go(&mut hart, addr::SSTATUS, Change::Set(mstatus::SUM)).map(|r| r.1), Ok(Effect::MODE));
-    assert_eq!(go(&mut hart, addr::SSTATUS, Change::Clear(mstatus::SUM | mstatus::MPP)).map(|r| r.0 & 7 << 17), Ok(mstatus::SUM));
+    assert_eq!(
+        go(&mut hart, addr::SSTATUS, Change::Clear(mstatus::SUM | mstatus::MPP)).map(|r| r.0 & 7 << 17),
+        Ok(mstatus::SUM)
+    );
     assert_eq!(get(&mut hart, addr::MSTATUS) & mstatus::MPP, mstatus::MPP);
 }
 
@@ -78,7 +85,10 @@ fn interrupts_pend_from_pins_software_and_the_comparator() {
 fn satp_ignores_modes_it_does_not_have() {
     let mut hart = reset_state();
     hart.max_satp_mode = 8;
-    assert_eq!(go(&mut hart, addr::SATP, Change::Write(8 << 60 | 3 << 44 | 5)).map(|r| r.1), Ok(Effect::MODE));
+    assert_eq!(
+        go(&mut hart, addr::SATP, Change::Write(8 << 60 | 3 << 44 | 5)).map(|r| r.1),
+        Ok(Effect::MODE)
+    );
     assert_eq!(go(&mut hart, addr::SATP, Change::Write(9 << 60 | 7)).map(|r| r.1), Ok(Effect::empty()));
     assert_eq!(get(&mut hart, addr::SATP), 8 << 60 | 3 << 44 | 5);
 }

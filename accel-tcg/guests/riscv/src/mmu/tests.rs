@@ -101,7 +101,14 @@ fn user_pages_and_mxr() {
 #[test]
 fn reserved_encodings_fault() {
     let m = Machine::new(8);
-    for bad in [pte::V | pte::W, pte::V | pte::W | pte::X, ALL & !pte::V, ALL | 1 << 63, ALL | 1 << 61, ALL | 1 << 54] {
+    for bad in [
+        pte::V | pte::W,
+        pte::V | pte::W | pte::X,
+        ALL & !pte::V,
+        ALL | 1 << 63,
+        ALL | 1 << 61,
+        ALL | 1 << 54,
+    ] {
         m.set(TABLES[2], 0x8005_5000 >> 2 | bad);
         assert_eq!(m.go(0, Read, idx::S), Err(13), "{bad:#x}");
     }

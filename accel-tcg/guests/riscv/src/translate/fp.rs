@@ -198,7 +198,11 @@ impl Translator<'_> {
         let Some(mode) = self.mode(r.rm) else { return };
         let a = self.f(r.rs1, from);
         let v = self.b.fcvt(op, mode, to, a);
-        if to == I32 { self.set_w(r.rd, v) } else { self.set_x(r.rd, v) }
+        if to == I32 {
+            self.set_w(r.rd, v)
+        } else {
+            self.set_x(r.rd, v)
+        }
         self.mark_fp(); // fflags
     }
 

@@ -88,11 +88,8 @@ pub(crate) fn region(
 impl Translator<'_> {
     fn run(&mut self) {
         let scan = self.scan;
-        self.labels = scan
-            .lines
-            .iter()
-            .map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc)))
-            .collect();
+        self.labels =
+            scan.lines.iter().map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc))).collect();
         self.fp_dirty = self.key.fp_dirty();
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {

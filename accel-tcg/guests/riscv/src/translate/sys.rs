@@ -58,7 +58,8 @@ fn masks_interrupts(a: &Access) -> bool {
 
 /// True for CSR instructions that may change what the rest of the region depends on.
 pub(super) fn ends_region(insn: Insn) -> bool {
-    csr_access(insn).is_some_and(|a| a.kind != kind::NONE && storage(a.csr.csr).is_none() && !masks_interrupts(&a))
+    csr_access(insn)
+        .is_some_and(|a| a.kind != kind::NONE && storage(a.csr.csr).is_none() && !masks_interrupts(&a))
 }
 
 impl Translator<'_> {

@@ -37,7 +37,12 @@ pub fn branch(funct3: u32, rs1: u32, rs2: u32, offset: i32) -> u32 {
 
 pub fn jal(rd: u32, offset: i32) -> u32 {
     let o = offset as u32;
-    (o >> 20 & 1) << 31 | (o >> 1 & 0x3ff) << 21 | (o >> 11 & 1) << 20 | (o >> 12 & 0xff) << 12 | rd << 7 | 0x6f
+    (o >> 20 & 1) << 31
+        | (o >> 1 & 0x3ff) << 21
+        | (o >> 11 & 1) << 20
+        | (o >> 12 & 0xff) << 12
+        | rd << 7
+        | 0x6f
 }
 
 fn jalr(rd: u32, rs1: u32) -> u32 {

@@ -52,7 +52,17 @@ impl Random {
 
     /// A value for an integer register.
     fn integer(&mut self) -> u64 {
-        let special = [0, 1, u64::MAX, 1 << 63, (1 << 63) - 1, 1 << 31, 0x7fff_ffff, 0xffff_ffff_8000_0000, 0xffff_ffff];
+        let special = [
+            0,
+            1,
+            u64::MAX,
+            1 << 63,
+            (1 << 63) - 1,
+            1 << 31,
+            0x7fff_ffff,
+            0xffff_ffff_8000_0000,
+            0xffff_ffff,
+        ];
         match self.below(6) {
             0 | 1 => self.pick(&special),
             2 => self.word() >> self.below(64),
@@ -68,15 +78,15 @@ impl Random {
         let bias = emask >> 1;
         let spread = self.word() % 8;
         let (e, f) = match self.below(12) {
-            0 => (0, 0),                                                 // zero
-            1 => (emask, 0),                                             // infinity
-            2 => (emask, self.word() & fmask | 1),                       // a NaN of some kind
-            3 => (emask, 1 << (fraction - 1)),                           // the canonical NaN
-            4 => (0, self.word() & fmask >> self.below(fraction as usize)), // subnormal
-            5 => (1 + self.word() % 2, self.pick(&[0, 1, fmask])),       // around the smallest normal
-            6 => (emask - 1, self.pick(&[0, fmask, fmask - 1])),         // around the largest
+            0 => (0, 0),                                                             // zero
+            1 => (emask, 0),                                                         // infinity
+            2 => (emask, self.word() & fmask | 1),                                   // a NaN of some kind
+            3 => (emask, 1 << (fraction - 1)),                                       // the canonical NaN
+            4 => (0, self.word() & fmask >> self.below(fraction as usize)),          // subnormal
+            5 => (1 + self.word() % 2, self.pick(&[0, 1, fmask])), // around the smallest normal
+            6 => (emask - 1, self.pick(&[0, fmask, fmask - 1])),   // around the largest
             7 => (bias + self.word() % (fraction as u64 + 12), self.word() & fmask), // integers and fractions
-            8 => (bias + 28 + spread * 5, self.pick(&[0, fmask])),       // around the limits of integers
+            8 => (bias + 28 + spread * 5, self.pick(&[0, fmask])), // around the limits of integers
             9 => (bias - 4 + spread, (self.word() & 7) << (fraction - 3)), // few bits: exact results and ties
             _ => (self.word() & emask, self.word() & fmask),
         };
@@ -119,7 +129,11 @@ impl Program {
         for _ in 0..runs {
             initial.push(random.below(5) as u64 * 32 + (random.word() & 31) * random.below(2) as u64);
             for x in 1..32 {
-                initial.push(if RESERVED.contains(&x) { scratch + SCRATCH_SIZE / 2 } else { random.integer() });
+                initial.push(if RESERVED.contains(&x) {
+                    scratch + SCRATCH_SIZE / 2
+                } else {
+                    random.integer()
+                });
             }
             for _ in 0..32 {
                 initial.push(random.register());
@@ -127,7 +141,14 @@ impl Program {
         }
         let output_len = runs * DUMP_WORDS * 8 + SCRATCH_SIZE as usize;
         let mut code = Code::new(BASE);
-        let driver = code.driver(&asm::Layout { scratch, scratch_size: SCRATCH_SIZE, input, output, output_len, runs });
+        let driver = code.driver(&asm::Layout {
+            scratch,
+            scratch_size: SCRATCH_SIZE,
+            input,
+            output,
+            output_len,
+            runs,
+        });
         let generator = Picker::new();
         let mut sequences = Vec::with_capacity(SEQUENCES);
         let mut starts = Vec::with_capacity(SEQUENCES);
@@ -169,9 +190,28 @@ impl Program {
         let memory = (self.output - BASE) as usize + self.output_len;
         let header = 0x1000u64;
         for (value, bytes) in [
-            (2u64, 2), (243, 2), (1, 4), (BASE, 8), (64, 8), (0, 8), (5, 4), (64, 2), (56, 2), (1, 2), (64, 2), (0, 2), (0, 2),
+            (2u64, 2),
+            (243, 2),
+            (1, 4),
+            (BASE, 8),
+            (64, 8),
+            (0, 8),
+            (5, 4),
+            (64, 2),
+            (56, 2),
+            (1, 2),
+            (64, 2),
+            (0, 2),
+            (0, 2),
             // The segment.
-            (1, 4), (7, 4), (header, 8), (BASE, 8), (BASE, 8), (self.image.len() as u64, 8), (memory as u64, 8), (0x1000, 8),
+            (1, 4),
+            (7, 4),
+            (header, 8),
+            (BASE, 8),
+            (BASE, 8),
+            (self.image.len() as u64, 8),
+            (memory as u64, 8),
+            (0x1000, 8),
         ] {
             out.extend_from_slice(&value.to_le_bytes()[..bytes]);
         }
@@ -200,9 +240,8 @@ enum Use {
 
 fn usable(insn: &Insn) -> Use {
     match insn.name() {
-        "lb" | "lh" | "lw" | "ld" | "lbu" | "lhu" | "lwu" | "sb" | "sh" | "sw" | "sd" | "flw" | "fld" | "fsw" | "fsd" => {
-            Use::Memory
-        }
+        "lb" | "lh" | "lw" | "ld" | "lbu" | "lhu" | "lwu" | "sb" | "sh" | "sw" | "sd" | "flw" | "fld"
+        | "fsw" | "fsd" => Use::Memory,
         "ecall" | "ebreak" | "mret" | "sret" | "wfi" | "sfence_vma" | "fence_i" | "jal" | "jalr" => Use::No,
         "beq" | "bne" | "blt" | "bge" | "bltu" | "bgeu" => Use::No,
         // Debian's qemu-riscv64 7.2 gives 64 for a low word of zero.
@@ -228,7 +267,11 @@ fn harmful(insn: &Insn) -> bool {
     let to_float = name.starts_with('f')
         && !name.starts_with("fcvt_w")
         && !name.starts_with("fcvt_l")
-        && !["fmv_x_w", "fmv_x_d", "feq_s", "feq_d", "flt_s", "flt_d", "fle_s", "fle_d", "fclass_s", "fclass_d"].contains(&name);
+        && ![
+            "fmv_x_w", "fmv_x_d", "feq_s", "feq_d", "flt_s", "flt_d", "fle_s", "fle_d", "fclass_s",
+            "fclass_d",
+        ]
+        .contains(&name);
     !to_float && operand("rd").is_some_and(|rd| RESERVED.contains(&rd))
 }
 
@@ -271,7 +314,12 @@ impl Picker {
                 3 => self.csr(random, code, &mut out),
                 4 if out.len() < LENGTH => {
                     let at = code.pc();
-                    let insn = asm::branch(random.pick(&[0, 1, 4, 5, 6, 7]), random.below(32) as u32, random.below(32) as u32, 8);
+                    let insn = asm::branch(
+                        random.pick(&[0, 1, 4, 5, 6, 7]),
+                        random.below(32) as u32,
+                        random.below(32) as u32,
+                        8,
+                    );
                     code.emit(&mut out, insn);
                     open.push((at, out.len() + 1 + random.below(5)));
                 }
