@@ -26,6 +26,9 @@ pub struct BuildArgs {
     pub fds: Vec<OwnedFd>,
 }
 
+/// Builds a device of one kind.
+pub type Build = fn(BuildArgs, &BuildContext) -> Result<Arc<dyn VirtioDevice>, BuildError>;
+
 /// A kind of device.
 #[derive(Debug, Clone, Copy)]
 pub struct VirtioDeviceModule {
@@ -34,7 +37,7 @@ pub struct VirtioDeviceModule {
     /// QEMU's `-device` names for it.
     pub aliases: &'static [&'static str],
     /// Builds one.
-    pub build: fn(BuildArgs, &BuildContext) -> Result<Arc<dyn VirtioDevice>, BuildError>,
+    pub build: Build,
 }
 
 /// All kinds of devices.

@@ -85,7 +85,7 @@ impl Job {
         }
     }
 
-    pub(super) fn complete(self: Box<Self>, result: io::Result<()>) -> Completion {
+    pub(super) fn complete(&self, result: io::Result<()>) -> Completion {
         Completion { id: self.id, result }
     }
 

@@ -295,7 +295,7 @@ proptest! {
             let r = request(op, offset, len as u64, vec![vector(a), vector(b)]);
             let result = &run_all(&mut *queue, vec![r])[0].result;
             let at = offset as usize;
-            let misaligned = demand && op == Op::Write && (at | len) % 4096 != 0;
+            let misaligned = demand && op == Op::Write && !(at | len).is_multiple_of(4096);
             prop_assert_eq!(result.is_ok(), op == Op::Flush || (at + len <= model.len() && !misaligned));
             if result.is_err() { continue }
             match op {

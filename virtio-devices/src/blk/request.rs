@@ -89,7 +89,7 @@ pub(super) struct Parsed {
 /// Byte range of `len` bytes at `sector`, if it lies on a disk of `capacity` sectors.
 fn range(sector: u64, len: u64, capacity: u64) -> Option<u64> {
     let end = sector.checked_add(len / SECTOR)?;
-    (len % SECTOR == 0 && end <= capacity).then_some(sector * SECTOR)
+    (len.is_multiple_of(SECTOR) && end <= capacity).then_some(sector * SECTOR)
 }
 
 /// Reads the request in `chain`.
@@ -119,7 +119,7 @@ pub(super) fn parse(queue: &VirtQueue, chain: &Chain, capacity: u64) -> Result<P
         T_GET_ID => Action::GetId { data: slice_of(&chain.writable, 0, writable) },
         kind @ (T_DISCARD | T_WRITE_ZEROES) => {
             let count = readable / 16;
-            if readable % 16 != 0 || count == 0 || count > u64::from(MAX_RANGES) {
+            if !readable.is_multiple_of(16) || count == 0 || count > u64::from(MAX_RANGES) {
                 Action::Refuse(Status::IoError)
             } else {
                 let mut ranges = Vec::with_capacity(count as usize);

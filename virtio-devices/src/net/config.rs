@@ -141,7 +141,7 @@ impl NetConfig {
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
         check.queue_size(self.queue_size);
         let n = self.num_queues;
-        let even = n % 2 == 0 && (2..=2 * MAX_QUEUES).contains(&n);
+        let even = n.is_multiple_of(2) && (2..=2 * MAX_QUEUES).contains(&n);
         check.refuse(!even, "num_queues", format!("{n} is not an even number from 2 to {}", 2 * MAX_QUEUES));
         if let Some(tap) = &self.tap {
             let fits =

@@ -173,7 +173,7 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         if access.offset >= CONFIG {
             self.common.device.read_config(access.offset - CONFIG, data);
-        } else if access.offset % 4 == 0
+        } else if access.offset.is_multiple_of(4)
             && let Some(out) = data.get_mut(..4)
         {
             out.copy_from_slice(&self.read_register(access.offset).to_le_bytes());
