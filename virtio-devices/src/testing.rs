@@ -288,3 +288,51 @@ impl Rig {
         assert_eq!(self.status(), 0);
     }
 }
+
+/// One thing a hostile driver does: which, and four numbers to do it with.
+pub(crate) type Mischief = (u8, u64, u32, u16, u16);
+
+pub(crate) fn mischief() -> impl proptest::strategy::Strategy<Value = Vec<Mischief>> {
+    use proptest::prelude::*;
+    let address = prop_oneof![
+        4 => DATA..DATA + 0x1000,
+        2 => RAM..RAM + RAM_SIZE as u64,
+        1 => Just(RAM + RAM_SIZE as u64 - 8),
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![4 => 1..600u32, 1 => Just(0u32), 1 => Just(u32::MAX), 2 => (1..40u32).prop_map(|n| n * 16)];
+    let one = (0..8u8, address, len, any::<u16>(), any::<u16>());
+    prop::collection::vec(one, 1..80)
+}
+
+/// Lets a driver run wild, then checks that the device can be reset, saved and restored.
+pub(crate) fn run_wild(rig: &mut Rig, features: u64, what: &[Mischief]) {
+    rig.start(features);
+    let queues = rig.rings.len();
+    for &(kind, addr, len, a, b) in what {
+        let queue = usize::from(a) % queues;
+        let ring = &mut rig.rings[queue];
+        match kind {
+            // Mostly flags that make sense, and links that stay in the table.
+            0..=3 => ring.put_desc(ring.desc_at(b % 16), (addr, len, a >> 3 & 7), a >> 6 & 15),
+            4 | 5 => {
+                ring.publish(b % 17);
+                rig.kick(queue as u16);
+            }
+            6 => rig.poke(DATA + u64::from(b % 0x1000), &addr.to_le_bytes()),
+            _ => rig.write_config(u64::from(b % 64), &len.to_le_bytes()[..1 + usize::from(a % 4)]),
+        }
+    }
+    for queue in 0..queues {
+        rig.kick(queue as u16);
+    }
+    rig.device.pause();
+    let state = rig.device.save().expect("saves");
+    rig.device.resume();
+    rig.write32(0x70, 0);
+    assert_eq!(rig.status(), 0, "it can be reset");
+    rig.device.restore(&state).expect("restores what it saved");
+    rig.device.resume();
+    rig.device.reset();
+    rig.start(features);
+}

@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use proptest::prelude::*;
+
 use super::config::BalloonConfig;
 use super::{Balloon, bit};
-use crate::testing::{DATA, RAM, Rig, WRITE, context, eventually};
+use crate::device::feature::INDIRECT_DESC;
+use crate::testing::{DATA, RAM, Rig, WRITE, context, eventually, mischief, run_wild};
 
 const PAGES: u64 = RAM + 0x60_0000;
 
@@ -101,4 +104,18 @@ fn statistics_are_kept_asked_for_and_survive_a_pause() {
     other.resize(0);
     copy.device.restore(&state).expect("restores");
     assert_eq!(other.target(), 8 << 20);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn any_driver_can_be_outlived(what in mischief()) {
+        let (mut rig, balloon) = rig(0);
+        run_wild(&mut rig, bit::STATS_VQ | bit::REPORTING | INDIRECT_DESC, &what);
+        balloon.statistics();
+        rig.poke(PAGES, &[5; 0x1000]);
+        rig.poke(DATA, &pfns(&[PAGES]));
+        rig.request(0, &[(DATA, 4, 0)]);
+        prop_assert_eq!(rig.peek(PAGES, 1), [0]);
+    }
 }

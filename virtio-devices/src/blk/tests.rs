@@ -3,10 +3,15 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use holdfast_block::{BlockBackend, BlockError, BlockQueue, Completion, Geometry, Request};
+use parking_lot::Mutex;
+use proptest::prelude::*;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
 use super::config::DiskConfig;
 use super::{MAX_RANGES, bit};
 use crate::device::feature;
-use crate::testing::{DATA, Desc, Rig, WRITE, context, eventually};
+use crate::testing::{DATA, Desc, Rig, WRITE, context, eventually, mischief, run_wild};
 
 const HEADER: u64 = DATA;
 const STATUS: u64 = DATA + 0x100;
@@ -299,4 +304,111 @@ fn a_disk_in_use_or_missing_is_refused_by_name() {
     let gone = DiskConfig { path: Some("/nonexistent/disk".into()), ..DiskConfig::default() };
     let error = super::build("_disk1", &gone, &context()).expect_err("missing").to_string();
     assert!(error.contains("/nonexistent/disk") && error.contains("No such file"), "{error}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn any_driver_can_be_outlived(what in mischief(), disable_io_uring in any::<bool>()) {
+        let file = image(8);
+        let config = DiskConfig { num_queues: 2, disable_io_uring, ..config(&file) };
+        let mut rig = rig_with(&config, 0);
+        run_wild(&mut rig, bit::MQ | feature::INDIRECT_DESC, &what);
+        prop_assert_eq!(request(&mut rig, 1, (IN, 3), &[(BUF, 512, WRITE)]), (0, 513));
+        prop_assert_eq!(file.path().metadata().expect("there").len(), 8 * 512);
+    }
+}
+
+/// A disk that answers when it is told to.
+#[derive(Debug, Default)]
+struct Slow {
+    waiting: Mutex<Vec<u64>>,
+    released: Mutex<Vec<u64>>,
+    event: std::sync::OnceLock<EventFd>,
+}
+
+impl Slow {
+    fn event(&self) -> &EventFd {
+        self.event.get_or_init(|| EventFd::new(EFD_NONBLOCK).expect("eventfd"))
+    }
+    fn release(&self) {
+        self.released.lock().append(&mut self.waiting.lock());
+        self.event().write(1).expect("signalled");
+    }
+}
+
+impl BlockBackend for Slow {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: 1 << 20, logical_block: 512, physical_block: 512, can_discard: false }
+    }
+    fn is_readonly(&self) -> bool {
+        false
+    }
+    fn queue(self: Arc<Self>, _depth: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
+        Ok(Box::new(SlowQueue(self, 0)))
+    }
+    fn refresh(&self) -> Result<bool, BlockError> {
+        Ok(false)
+    }
+    fn engine(&self) -> &'static str {
+        "slow"
+    }
+}
+
+#[derive(Debug)]
+struct SlowQueue(Arc<Slow>, usize);
+
+impl BlockQueue for SlowQueue {
+    fn submit(&mut self, request: Request) {
+        self.1 += 1;
+        self.0.waiting.lock().push(request.id);
+    }
+    fn kick(&mut self) {}
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let _ = self.0.event().read();
+        let done = std::mem::take(&mut *self.0.released.lock());
+        self.1 -= done.len();
+        let failed = || Err(std::io::Error::from_raw_os_error(libc::EIO));
+        // Odd requests fail.
+        out.extend(
+            done.into_iter().map(|id| Completion { id, result: if id & 1 == 0 { Ok(()) } else { failed() } }),
+        );
+    }
+    fn in_flight(&self) -> usize {
+        self.1
+    }
+    fn event(&self) -> &EventFd {
+        self.0.event()
+    }
+}
+
+#[test]
+fn a_pause_waits_for_requests_under_way_and_errors_are_reported() {
+    let context = context();
+    let slow = Arc::new(Slow::default());
+    let backend = Arc::clone(&slow) as Arc<dyn BlockBackend>;
+    let disk = super::Blk::new("_disk0", &DiskConfig::default(), backend, &context).expect("builds");
+    let mut rig = Rig::new(context, disk);
+    rig.start(bit::FLUSH);
+    rig.poke(HEADER, &[0; 16]);
+    for n in 0..2u64 {
+        let status = STATUS + n;
+        let head = rig.rings[0].chain(&[(HEADER, 16, 0), (BUF + n * 512, 512, WRITE), (status, 1, WRITE)]);
+        rig.rings[0].publish(head);
+    }
+    rig.poke(STATUS, &[0xee, 0xee]);
+    rig.kick(0);
+    eventually("submitted", || slow.waiting.lock().len() == 2);
+    let device = Arc::clone(&rig.device);
+    let pausing = std::thread::spawn(move || device.pause());
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert!(!pausing.is_finished(), "two requests are under way");
+    assert_eq!(rig.rings[0].used_index(), 0);
+    slow.release();
+    pausing.join().expect("paused");
+    assert_eq!(rig.rings[0].used_index(), 2);
+    assert_eq!(rig.peek(STATUS, 2), [0, 1], "the second one failed");
+    let state = rig.device.save().expect("saves");
+    assert_eq!(state.data["registers"]["queues"][0]["next_used"], 2);
+    assert_eq!(rig.device.counters()["errors"], 1);
 }

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use holdfast_devices::chardev::{CharBackend, CharReceiver};
 use parking_lot::Mutex;
 
+use proptest::prelude::*;
+
 use super::{Console, PortArgs, bit};
-use crate::testing::{DATA, Rig, WRITE, context, eventually};
+use crate::device::feature::INDIRECT_DESC;
+use crate::testing::{DATA, Rig, WRITE, context, eventually, mischief, run_wild};
 
 #[derive(Debug, Default)]
 struct Loopback {
@@ -194,4 +197,19 @@ fn unread_input_and_open_ports_survive() {
     let other = test(&[None], 0);
     other.rig.device.reset();
     assert!(other.rig.device.restore(&state).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn any_driver_can_be_outlived(what in mischief(), typed in prop::collection::vec(any::<u8>(), 0..5000)) {
+        let mut t = test(&[None, Some("p")], 0);
+        t.backends[0].type_in(&typed);
+        t.backends[1].type_in(&typed);
+        run_wild(&mut t.rig, bit::MULTIPORT | INDIRECT_DESC, &what);
+        t.backends[0].sent.lock().clear();
+        t.rig.poke(DATA, b"alive");
+        t.rig.request(1, &[(DATA, 5, 0)]);
+        eventually("sent", || *t.backends[0].sent.lock() == b"alive");
+    }
 }

@@ -9,10 +9,12 @@ use holdfast_net::{HEADER_LEN, MAX_FRAME, Offloads, PacketBackend, PacketQueue};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use proptest::prelude::*;
+
 use super::config::NetConfig;
 use super::{Net, bit};
 use crate::device::feature;
-use crate::testing::{DATA, Rig, WRITE, context, eventually};
+use crate::testing::{DATA, Rig, WRITE, context, eventually, mischief, run_wild};
 
 #[derive(Debug)]
 struct FakeQueue {
@@ -294,4 +296,24 @@ fn the_hosts_kernel_answers_over_a_tap() {
         }
     }
     panic!("no answer");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn any_driver_can_be_outlived(what in mischief(), frames in prop::collection::vec(1..3000usize, 0..20)) {
+        let (mut rig, fake) = rig(2, 0);
+        for len in frames {
+            fake.arrive(len & 1, &vec![7; len]);
+        }
+        let features = CONTROL | bit::MQ | bit::MRG_RXBUF | feature::INDIRECT_DESC | feature::EVENT_IDX;
+        run_wild(&mut rig, features, &what);
+        for queue in &fake.queues {
+            queue.to_guest.lock().clear();
+        }
+        rig.write32(0x70, 0);
+        rig.start(CONTROL);
+        fake.arrive(0, b"alive");
+        prop_assert_eq!(rig.request(0, &[(DATA, 1526, WRITE)]), 17);
+    }
 }

@@ -1,9 +1,13 @@
 //! The entropy device, and what every device owes to hostile rings.
 
+use proptest::prelude::*;
+
 use super::config::RngConfig;
 use crate::device::feature;
 use crate::queue::MAX_CHAIN;
-use crate::testing::{DATA, Desc, INDIRECT, NEXT, RAM, RAM_SIZE, Rig, WRITE, context, eventually};
+use crate::testing::{
+    DATA, Desc, INDIRECT, NEXT, RAM, RAM_SIZE, Rig, WRITE, context, eventually, mischief, run_wild,
+};
 
 fn rig() -> Rig {
     let context = context();
@@ -207,4 +211,14 @@ fn a_fifo_is_waited_for() {
     std::fs::write(&path, b"abcd").expect("written");
     assert_eq!(rig.rings[0].wait_used(), (head, 4));
     assert_eq!(rig.peek(DATA, 4), b"abcd");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn any_driver_can_be_outlived(what in mischief()) {
+        let mut rig = rig();
+        run_wild(&mut rig, feature::INDIRECT_DESC | feature::EVENT_IDX, &what);
+        prop_assert_eq!(rig.request(0, &[(DATA, 8, WRITE)]), 8);
+    }
 }
