@@ -11,7 +11,7 @@ fn run(name: &str) {
     let dir = tempfile::tempdir().expect("a directory");
     let elf = assemble(name, dir.path());
     for engine in [Engine::Interpreter, Engine::Auto] {
-        let mut machine = Machine::new(engine, 0x8000_0000, 4 << 20);
+        let mut machine = Machine::new(engine, 0x7ff0_0000, 4 << 20);
         let entry = machine.load(&elf);
         machine.set_pc(entry);
         match machine.run(Duration::from_secs(60)) {

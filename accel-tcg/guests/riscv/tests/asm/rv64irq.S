@@ -107,6 +107,8 @@
         j pass
 
         .balign 256
+        .option push
+        .option norvc
 vectors:
         j v0
         j v0
@@ -120,6 +122,7 @@ vectors:
         j v0
         j v0
         j v11
+        .option pop
 v0:     j fail
 v3:     li a3, 3
         j m_trap
