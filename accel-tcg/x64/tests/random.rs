@@ -305,7 +305,39 @@ impl Gen<'_> {
         self.ints.push(v);
     }
 
+    /// Several accesses off one base, now and then across a page, with other things between them.
+    fn cluster(&mut self) {
+        let v = self.int();
+        let base = self.rng.pick(&[RAM as i64 + 0x2000, RAM as i64 + 0x3ff0, RAM as i64 + 0x4f80]);
+        let masked = self.b.andi(v, 0x78);
+        let base = self.b.iconst(base);
+        let a = self.b.add(masked, base);
+        self.ints.push(a);
+        for _ in 0..2 + self.rng.below(6) {
+            let d = self.rng.pick(&[0, 8, 16, 24, -8, 4, 12, 100, 200, 0x500]);
+            let mem = MemOp(self.rng.below(4) as u16 | (self.rng.below(2) as u16) << 3);
+            match self.rng.below(5) {
+                0 | 1 => {
+                    let v = self.b.load(Type::I64, mem, a, d);
+                    self.ints.push(v);
+                    if self.rng.below(2) == 0 {
+                        let s = self.rng.pick(&common::PINS);
+                        self.b.set(s, v);
+                    }
+                }
+                2 | 3 => {
+                    let v = self.int();
+                    self.b.store(mem, a, d, v);
+                }
+                _ => self.statement(),
+            }
+        }
+    }
+
     fn memory_op(&mut self) {
+        if self.rng.below(6) == 0 {
+            return self.cluster();
+        }
         let (a, d) = self.addr();
         let size = self.rng.below(4) as u16;
         let mut mem = MemOp(size | (self.rng.below(2) as u16) << 3).mmu(self.rng.below(2) as u8);

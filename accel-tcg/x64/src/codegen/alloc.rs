@@ -9,6 +9,8 @@ use holdfast_tcg_ir::{Inst, Op, Type, Val};
 const NONE: u8 = 0xff;
 const NO_VALUE: u32 = u32::MAX;
 const NO_HOME: u32 = u32::MAX;
+/// In place of a value: the register holds the TLB addend of a [`Page`].
+const PAGE: u32 = u32::MAX - 1;
 /// Vector registers that values may live in.
 const XMM_VALUES: u8 = 14;
 /// Scratch vector register.
@@ -23,6 +25,21 @@ struct Place {
     home: u32,
 }
 
+/// A host page that a probe has found, good for further accesses to `base + lo .. base + hi` in this block. The register
+/// holds the addend, or 0 after any slow path, which may have changed the TLB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Page {
+    pub(crate) base: Val,
+    pub(crate) mmu_idx: usize,
+    /// Found in the write array, so good for loads too.
+    pub(crate) write: bool,
+    pub(crate) lo: i32,
+    pub(crate) hi: i32,
+    pub(crate) reg: Reg,
+    /// The last instruction that will use it.
+    pub(crate) last: u32,
+}
+
 const NOWHERE: Place = Place { reg: NONE, spill: NONE, home: NO_HOME };
 
 /// The allocator's state.
@@ -35,11 +52,20 @@ pub(crate) struct Alloc {
     /// Values homed in unpinned slots, direct mapped by offset / 8: (offset, value).
     homes: [(u32, u32); 64],
     spills: u64,
+    /// Pages found in this block.
+    pages: [Option<Page>; 3],
 }
 
 impl Default for Alloc {
     fn default() -> Self {
-        Self { places: Vec::new(), occ: [NO_VALUE; 32], locked: 0, homes: [(NO_HOME, 0); 64], spills: 0 }
+        Self {
+            places: Vec::new(),
+            occ: [NO_VALUE; 32],
+            locked: 0,
+            homes: [(NO_HOME, 0); 64],
+            spills: 0,
+            pages: [None; 3],
+        }
     }
 }
 
@@ -56,6 +82,39 @@ impl Alloc {
         self.locked = 0;
         self.homes = [(NO_HOME, 0); 64];
         self.spills = 0;
+        self.pages = [None; 3];
+    }
+
+    /// Forgets the page in register `reg`, if there is one, and empties the register.
+    pub(crate) fn drop_page(&mut self, reg: Reg) {
+        for p in &mut self.pages {
+            if p.is_some_and(|p| p.reg == reg) {
+                *p = None;
+            }
+        }
+        if self.occ[usize::from(reg.0)] == PAGE {
+            self.occ[usize::from(reg.0)] = NO_VALUE;
+        }
+    }
+
+    /// Remembers a page whose addend is in `page.reg`, a temporary that nothing else uses.
+    pub(crate) fn add_page(&mut self, page: Page) {
+        // The oldest goes when there is no room.
+        if self.pages.iter().all(|p| p.is_some())
+            && let Some(old) = self.pages[0]
+        {
+            self.drop_page(old.reg);
+            self.pages.rotate_left(1);
+        }
+        if let Some(p) = self.pages.iter_mut().find(|p| p.is_none()) {
+            *p = Some(page);
+            self.occ[usize::from(page.reg.0)] = PAGE;
+        }
+    }
+
+    /// The pages remembered.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = Page> + '_ {
+        self.pages.iter().flatten().copied()
     }
 
     /// Whether any vector register holds a value.
@@ -117,6 +176,9 @@ impl Cx<'_> {
         // Prefer what need not be stored, then what is used latest.
         let cost = |r: &u8| {
             let v = Val(al.occ[usize::from(*r)]);
+            if v.0 == PAGE {
+                return (true, u32::MAX);
+            }
             let p = al.places[v.index()];
             let cheap = p.spill != NONE || p.home != NO_HOME || self.konst(v).is_some();
             (cheap, self.st.an.last_use(v))
@@ -151,6 +213,9 @@ impl Cx<'_> {
         if v == NO_VALUE {
             return;
         }
+        if v == PAGE {
+            return self.st.al.drop_page(Reg(r));
+        }
         let live = self.st.an.last_use(Val(v)) >= self.at;
         let p = self.st.al.places[v as usize];
         if live && p.spill == NONE && p.home == NO_HOME && self.konst(Val(v)).is_none() {
@@ -184,6 +249,9 @@ impl Cx<'_> {
         self.st.al.lock(r.0);
         if v == NO_VALUE {
             return;
+        }
+        if v == PAGE {
+            return self.st.al.drop_page(r);
         }
         let al = &self.st.al;
         let other =
@@ -528,6 +596,9 @@ impl Cx<'_> {
     /// Before a call of Rust code: every value that lives on leaves the temporaries and vector registers, and the pins
     /// and homes too when the callee writes slots.
     pub(crate) fn save_across_call(&mut self, writes_slots: bool) {
+        for t in TEMPS {
+            self.st.al.drop_page(t);
+        }
         for r in 0..32u8 {
             let v = self.st.al.occ[usize::from(r)];
             if v == NO_VALUE || (is_pin(r) && !writes_slots) || !self.lives_on(Val(v)) {

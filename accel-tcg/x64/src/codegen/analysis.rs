@@ -9,20 +9,43 @@ const FUSED_COND: u8 = 4;
 /// `Add` takes the operand of the shift that makes its second operand.
 const FUSED_SHIFT: u8 = 8;
 
+/// Up to four values.
+pub(crate) struct Operands {
+    vals: [Val; 4],
+    len: usize,
+}
+
+impl Operands {
+    #[inline]
+    fn push_if(&mut self, on: bool, v: u32) {
+        if on {
+            self.vals[self.len & 3] = Val(v);
+            self.len += 1;
+        }
+    }
+
+    #[inline]
+    pub(crate) fn list(&self) -> &[Val] {
+        &self.vals[..self.len.min(4)]
+    }
+}
+
 /// Results of the pass, indexed by instruction.
 pub(crate) struct Analysis {
     root: Vec<u32>,
     last: Vec<u32>,
     uses: Vec<u32>,
     flags: Vec<u8>,
-    /// Slot offsets that are overwritten before anything can see them; direct mapped.
-    overwritten: [u32; 64],
+    /// Slot offsets that are overwritten before anything can see them, direct mapped, and the epoch of each entry.
+    overwritten: [(u32, u32); 64],
+    /// Entries of other epochs are void: something that can see slots lies between.
+    epoch: u32,
 }
 
 impl Default for Analysis {
     fn default() -> Self {
         let (root, last, uses, flags) = Default::default();
-        Self { root, last, uses, flags, overwritten: [u32::MAX; 64] }
+        Self { root, last, uses, flags, overwritten: [(0, 0); 64], epoch: 0 }
     }
 }
 
@@ -37,7 +60,8 @@ impl Analysis {
         self.uses.resize(n, 0);
         self.flags.clear();
         self.flags.resize(n, 0);
-        self.overwritten = [u32::MAX; 64];
+        self.overwritten = [(0, 0); 64];
+        self.epoch = 1;
         self.roots(r);
         for (at, i) in r.insts.iter().enumerate().rev() {
             self.backward(r, at, i);
@@ -70,26 +94,26 @@ impl Analysis {
         match i.op {
             Op::SetSlot => {
                 let o = &mut self.overwritten[(i.a / 8) as usize % 64];
-                if *o == i.a {
+                if *o == (i.a, self.epoch) {
                     self.flags[at] |= DEAD;
                     return;
                 }
-                *o = i.a;
+                *o = (i.a, self.epoch);
             }
             Op::GetSlot => {
                 let o = &mut self.overwritten[(i.a / 8) as usize % 64];
-                if *o == i.a {
-                    *o = u32::MAX;
+                if o.0 == i.a {
+                    *o = (0, 0);
                 }
             }
             Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Call | Op::Label | Op::BrCond => {
-                self.overwritten = [u32::MAX; 64];
+                self.epoch += 1;
             }
-            _ if i.op.is_terminator() => self.overwritten = [u32::MAX; 64],
+            _ if i.op.is_terminator() => self.epoch += 1,
             _ => {}
         }
         self.fuse(r, at, i);
-        for v in self.effective_uses(r, at, i) {
+        for &v in self.operands(r, at as u32).list() {
             self.mark(v, at);
         }
         if i.op == Op::Call {
@@ -114,31 +138,29 @@ impl Analysis {
         }
     }
 
-    fn effective_uses(&self, r: &Region, at: usize, i: &Inst) -> impl Iterator<Item = Val> + use<> {
-        let f = self.flags[at];
-        // What a fused operand is replaced by.
-        let (skip_a, skip_b) =
-            (f & FUSED_COND != 0, f & (FUSED_SHIFT | FUSED_COND) != 0 && i.op != Op::Select);
-        let extra = self.fused_uses(r, at as u32);
-        let i = *i;
-        let own = (0..3u32).filter(move |n| i.op.operands() & 1 << n != 0);
-        let own = own.filter(move |n| !(*n == 0 && skip_a || *n == 1 && skip_b));
-        own.map(move |n| Val([i.a, i.b, i.c][n as usize & 3])).chain(extra)
-    }
-
-    /// The values that instruction `at` uses through a fused operand.
-    pub(crate) fn fused_uses(&self, r: &Region, at: u32) -> impl Iterator<Item = Val> + use<> {
+    /// The values that instruction `at` uses, those of fused operands in place of the operands. Call arguments are not
+    /// among them.
+    #[inline]
+    pub(crate) fn operands(&self, r: &Region, at: u32) -> Operands {
         let i = &r.insts[at as usize];
         let f = self.flags[at as usize];
-        let (a, b) = if f & FUSED_COND != 0 {
-            let d = r.insts[i.a as usize];
-            (Some(d.a), Some(d.b))
-        } else if f & FUSED_SHIFT != 0 {
-            (Some(r.insts[i.b as usize].a), None)
+        let mut o = Operands { vals: [Val(0); 4], len: 0 };
+        let mask = i.op.operands();
+        if f & (FUSED_COND | FUSED_SHIFT) == 0 {
+            o.push_if(mask & 1 != 0, i.a);
+            o.push_if(mask & 2 != 0, i.b);
+            o.push_if(mask & 4 != 0, i.c);
+        } else if f & FUSED_COND != 0 {
+            let d = &r.insts[i.a as usize];
+            o.push_if(true, d.a);
+            o.push_if(true, d.b);
+            o.push_if(i.op == Op::Select, i.b);
+            o.push_if(i.op == Op::Select, i.c);
         } else {
-            (None, None)
-        };
-        a.into_iter().chain(b).map(Val)
+            o.push_if(true, i.a);
+            o.push_if(true, r.insts[i.b as usize].a);
+        }
+        o
     }
 
     fn mark(&mut self, v: Val, at: usize) {

@@ -1,8 +1,8 @@
 //! Cold paths, emitted behind the hot code of the region.
 
 use super::Cx;
-use crate::asm::{Mem, Reg, Xmm};
-use crate::stubs::{Const, Slow};
+use crate::asm::{Alu, Mem, Reg, Xmm};
+use crate::stubs::{Const, Slow, TEMPS};
 use holdfast_tcg_ir::env::{exit, offset};
 
 /// A register or immediate of an access.
@@ -30,6 +30,8 @@ pub(crate) struct Access {
     pub(crate) new: Source,
     pub(crate) dest: Source,
     pub(crate) keep_xmm: bool,
+    /// Registers with addends of shared probes, as a mask: the slow path may have made them void.
+    pub(crate) pages: u32,
 }
 
 /// A cold path.
@@ -171,6 +173,9 @@ impl Cx<'_> {
         self.store_pc(pc, c.temp);
         let at = self.st.asm.call();
         self.reach_stub(at, self.stubs.slow(c.slow, c.keep_xmm));
+        for t in TEMPS.into_iter().filter(|t| c.pages >> t.0 & 1 != 0) {
+            self.st.asm.alu(Alu::Xor, false, t, t);
+        }
         let m = Mem::env(offset::SCRATCH);
         match c.dest {
             Source::Gpr(d, w) => self.st.asm.mov(w, d, m),

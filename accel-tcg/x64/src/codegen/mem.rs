@@ -1,11 +1,17 @@
 //! Memory accesses: the inline TLB probe and the access.
+//!
+//! **Shared probes.** When later accesses of the block have the same base value and displacements nearby, the first probe
+//! covers the whole range (which must lie in one page) and its addend stays in a register; the others only test that it
+//! is not 0. Every slow path zeroes these registers, since it may have changed the TLB.
 
 use super::Cx;
+use super::alloc::Page;
 use super::cold::{Access, Cold, Source};
+use crate::CodegenError;
 use crate::asm::{Alu, Cc, Mem, Reg, Shift};
 use crate::stubs::Slow;
 use holdfast_tcg_ir::env::{TLB_ENTRIES, TLB_PAGE_BITS, offset};
-use holdfast_tcg_ir::{FenceKind, Inst, MemOp, RmwKind, Type, Val};
+use holdfast_tcg_ir::{FenceKind, Inst, MemOp, Op, RmwKind, Type, Val};
 
 /// Result of a probe.
 pub(crate) struct Probe {
@@ -17,9 +23,25 @@ pub(crate) struct Probe {
     pub(crate) disp: i32,
     /// Holds the addend.
     pub(crate) addend: Reg,
-    /// A free temporary.
+    /// A temporary that the cold path may use.
     pub(crate) other: Reg,
+    /// A temporary that the result of a load may go to.
+    pub(crate) dest: Option<Reg>,
+    /// The page that later accesses share, to be noted after the access.
+    page: Option<Page>,
 }
+
+/// Accesses that may share a probe.
+struct Range {
+    lo: i32,
+    hi: i32,
+    last: u32,
+}
+
+/// The widest range of a shared probe: what crosses a page takes the slow path with all its accesses.
+const MAX_RANGE: i32 = 256;
+/// How far ahead accesses are looked for.
+const LOOK_AHEAD: usize = 48;
 
 impl Probe {
     fn host(&self) -> Mem {
@@ -28,17 +50,103 @@ impl Probe {
 }
 
 impl Cx<'_> {
-    /// Emits the probe for an access at `addr + disp`.
+    /// The range that the access at hand and later ones of this block have in common; `None` when it is alone.
+    fn range(&self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Range> {
+        let size = mem.bytes() as i32;
+        let mut range = Range { lo: disp, hi: disp.checked_add(size)?, last: self.at };
+        let from = self.at as usize + 1;
+        for (n, i) in self.r.insts.iter().enumerate().skip(from).take(LOOK_AHEAD) {
+            let store = match i.op {
+                Op::Load => false,
+                Op::Store => true,
+                Op::Label | Op::Call => break,
+                _ if i.op.is_terminator() => break,
+                _ => continue,
+            };
+            let m = i.mem();
+            let same = self.st.an.root(Val(i.a)) == addr && m.mmu_idx() == mem.mmu_idx() && !m.is_aligned();
+            if !same || store && !write {
+                continue;
+            }
+            let end = i.disp().checked_add(m.bytes() as i32)?;
+            let (lo, hi) = (range.lo.min(i.disp()), range.hi.max(end));
+            if i64::from(hi) - i64::from(lo) <= i64::from(MAX_RANGE) {
+                range = Range { lo, hi, last: n as u32 };
+            }
+        }
+        (range.last != self.at).then_some(range)
+    }
+
+    /// The page found earlier that serves an access.
+    fn find_page(&self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Page> {
+        let addr = self.st.an.root(addr);
+        let end = disp.checked_add(mem.bytes() as i32)?;
+        let fits = |p: &Page| {
+            p.base == addr && p.mmu_idx == mem.mmu_idx() && (p.write || !write) && p.lo <= disp && end <= p.hi
+        };
+        if mem.is_aligned() { None } else { self.st.al.pages().find(fits) }
+    }
+
+    /// Whether a load goes through a page whose register is needed further.
+    fn page_goes_on(&self, mem: MemOp, at: (Val, i32)) -> bool {
+        self.find_page(mem, at, false).is_some_and(|p| p.last > self.at)
+    }
+
+    /// An access through a page that an earlier probe found.
+    fn reuse_page(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Probe> {
+        let page = self.find_page(mem, (addr, disp), write)?;
+        self.st.al.locked |= 1 << page.reg.0;
+        let base = self.gpr(addr);
+        self.st.asm.test(true, page.reg, page.reg);
+        let miss = self.st.asm.jcc(Cc::E);
+        let ends = page.last <= self.at;
+        if ends {
+            self.st.al.drop_page(page.reg);
+        }
+        // The cold path zeroes the register anyway, so it may use it.
+        let dest = ends.then_some(page.reg);
+        Some(Probe { miss, base, disp, addend: page.reg, other: page.reg, dest, page: None })
+    }
+
+    /// Emits the probe for a load or store at `addr + disp`.
     fn probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
+        let addr = self.st.an.root(addr);
+        if mem.is_aligned() {
+            return self.full_probe(mem, (addr, disp), write);
+        }
+        if let Some(p) = self.reuse_page(mem, (addr, disp), write) {
+            return p;
+        }
+        let Some(Range { lo, hi, last }) = self.range(mem, (addr, disp), write) else {
+            return self.full_probe(mem, (addr, disp), write);
+        };
+        let mut p = self.probe_range(mem, addr, (lo, hi), write);
+        p.disp = disp;
+        p.dest = Some(p.other);
+        p.page = Some(Page { base: addr, mmu_idx: mem.mmu_idx(), write, lo, hi, reg: p.addend, last });
+        p
+    }
+
+    /// A probe for one access.
+    fn full_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
+        // Misaligned accesses miss by the low bits that the mask keeps; others by the page of their last byte.
+        let size = if mem.is_aligned() { 1 } else { mem.bytes() as i32 };
+        let hi = disp.saturating_add(size);
+        let mut p = self.probe_range(mem, self.st.an.root(addr), (disp, hi), write);
+        p.dest = Some(p.addend);
+        p
+    }
+
+    /// Emits the probe for `addr + lo .. addr + hi`.
+    fn probe_range(&mut self, mem: MemOp, addr: Val, (lo, hi): (i32, i32), write: bool) -> Probe {
         let base = self.gpr(addr);
         let (t1, t2) = (self.temp(), self.temp());
         let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
-        let size = mem.bytes() as i32;
         let a = &mut self.st.asm;
         // t1 = index * 16: the page number's low bits, shifted to where an entry's offset has them.
         let down = (TLB_PAGE_BITS - 4) as u8;
-        if disp != 0 {
-            a.lea(true, t1, Mem::base(base, disp));
+        if lo != 0 {
+            a.lea(true, t1, Mem::base(base, lo));
             a.shift_imm(Shift::Shr, true, t1, down);
         } else if self.features.bmi2 {
             a.rorx(true, t1, base, down);
@@ -46,23 +154,19 @@ impl Cx<'_> {
             a.mov(true, t1, base);
             a.shift_imm(Shift::Shr, true, t1, down);
         }
-        let aligned = mem.is_aligned();
-        // The last byte's page, unless misaligned accesses miss anyway by the low bits that the mask keeps.
-        match disp.checked_add(if aligned { 0 } else { size - 1 }) {
-            Some(0) => a.mov(true, t2, base),
-            Some(d) => a.lea(true, t2, Mem::base(base, d)),
-            None => {
-                a.lea(true, t2, Mem::base(base, disp));
-                a.alu_imm(Alu::Add, true, t2, size - 1);
-            }
+        if hi == 1 {
+            a.mov(true, t2, base);
+        } else {
+            a.lea(true, t2, Mem::base(base, hi.wrapping_sub(1)));
         }
+        let low_bits = if mem.is_aligned() { mem.bytes() as i32 - 1 } else { 0 };
         a.alu_imm(Alu::And, false, t1, (TLB_ENTRIES as i32 - 1) << 4);
-        a.alu_imm(Alu::And, true, t2, -4096 | if aligned { size - 1 } else { 0 });
+        a.alu_imm(Alu::And, true, t2, -4096 | low_bits);
         a.alu(Alu::Add, true, t2, Reg::R15);
         a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, array));
         let miss = a.jcc(Cc::Ne);
         a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, array + 8));
-        Probe { miss, base, disp, addend: t1, other: t2 }
+        Probe { miss, base, disp: lo, addend: t1, other: t2, dest: None, page: None }
     }
 
     /// Notes the cold path of the access just emitted.
@@ -73,34 +177,65 @@ impl Cx<'_> {
         p: &Probe,
         (value, new, dest): (Source, Source, Source),
     ) {
+        if let Some(page) = p.page {
+            self.st.al.add_page(page);
+        }
+        let pages = self.st.al.pages().fold(0, |m, p| m | 1 << p.reg.0);
         let keep_xmm = self.st.al.xmm_in_use();
-        let access =
-            Access { slow, desc, base: p.base, disp: p.disp, temp: p.other, value, new, dest, keep_xmm };
+        let access = Access {
+            slow,
+            desc,
+            base: p.base,
+            disp: p.disp,
+            temp: p.other,
+            value,
+            new,
+            dest,
+            keep_xmm,
+            pages,
+        };
         let back = self.st.asm.pos();
         self.st.cold.push(Cold::Access { from: p.miss, back, pc: self.pc, access });
     }
 
+    // Between the jump to the cold path and where it comes back, nothing may be emitted but the access: the cold path
+    // would not do it. So all registers are taken before the probe.
+
     pub(crate) fn load(&mut self, i: &Inst) {
         let mem = i.mem();
-        let p = self.probe(mem, (Val(i.a), i.disp()), false);
+        let at = (Val(i.a), i.disp());
         if i.ty.is_float() {
-            let d = self.xtemp();
-            let double = i.ty == Type::F64;
-            if mem.is_big_endian() {
-                self.load_int(mem, true, p.addend, p.host());
-                self.st.asm.mov_to_xmm(double, d, p.addend);
-            } else {
-                self.st.asm.fload(double, d, p.host());
-            }
-            self.cold_access(Slow::Load, mem.0, &p, (Source::None, Source::None, Source::Xmm(d, double)));
-            return self.xdefine(d);
+            return self.load_float(i, mem, at);
         }
         // The pin is written only when the access has succeeded, so it may be the destination.
-        let d = self.hinted().unwrap_or(p.addend);
+        let mut d = self.hinted();
+        if d.is_none() && self.page_goes_on(mem, at) {
+            d = Some(self.temp());
+        }
+        let p = self.probe(mem, at, false);
+        let Some(d) = d.or(p.dest) else {
+            self.error = Some(CodegenError::Unsupported(i.op));
+            return;
+        };
         let w = i.ty == Type::I64;
         self.load_int(mem, w, d, p.host());
         self.cold_access(Slow::Load, mem.0, &p, (Source::None, Source::None, Source::Gpr(d, w)));
         self.define(d);
+    }
+
+    fn load_float(&mut self, i: &Inst, mem: MemOp, at: (Val, i32)) {
+        let d = self.xtemp();
+        let double = i.ty == Type::F64;
+        let t = mem.is_big_endian().then(|| self.temp());
+        let p = self.probe(mem, at, false);
+        if let Some(t) = t {
+            self.load_int(mem, true, t, p.host());
+            self.st.asm.mov_to_xmm(double, d, t);
+        } else {
+            self.st.asm.fload(double, d, p.host());
+        }
+        self.cold_access(Slow::Load, mem.0, &p, (Source::None, Source::None, Source::Xmm(d, double)));
+        self.xdefine(d);
     }
 
     /// Loads with extension to 64 bits (`w`) or 32.
@@ -125,12 +260,13 @@ impl Cx<'_> {
         let v = Val(i.b);
         if i.ty.is_float() {
             let x = self.xmm(v);
-            let p = self.probe(mem, (Val(i.a), i.disp()), true);
             let double = i.ty == Type::F64;
-            if mem.is_big_endian() {
-                self.st.asm.mov_from_xmm(double, p.other, x);
-                self.st.asm.bswap(double, p.other);
-                self.st.asm.store(log2, p.host(), p.other);
+            let t = mem.is_big_endian().then(|| self.temp());
+            let p = self.probe(mem, (Val(i.a), i.disp()), true);
+            if let Some(t) = t {
+                self.st.asm.mov_from_xmm(double, t, x);
+                self.st.asm.bswap(double, t);
+                self.st.asm.store(log2, p.host(), t);
             } else {
                 self.st.asm.fstore(double, p.host(), x);
             }
@@ -149,9 +285,9 @@ impl Cx<'_> {
             return self.cold_access(Slow::Store, mem.0, &p, (Source::Imm(imm), Source::None, Source::None));
         }
         let r = self.gpr(v);
+        let t = (mem.is_big_endian() && log2 > 0).then(|| self.temp());
         let p = self.probe(mem, (Val(i.a), i.disp()), true);
-        if mem.is_big_endian() && log2 > 0 {
-            let t = p.other;
+        if let Some(t) = t {
             self.st.asm.mov(true, t, r);
             swap_bytes(&mut self.st.asm, log2, t, false, true);
             self.st.asm.store(log2, p.host(), t);
@@ -194,7 +330,7 @@ impl Cx<'_> {
             self.take(Reg::RAX);
         }
         let val = self.gpr(Val(i.b));
-        let p = self.probe(mem, (Val(i.a), 0), true);
+        let p = self.full_probe(mem, (Val(i.a), 0), true);
         let host = p.host();
         let d = if simple { p.other } else { Reg::RAX };
         if !Self::atomic_inline(mem) {
@@ -260,7 +396,7 @@ impl Cx<'_> {
         self.take(Reg::RAX);
         let new = self.gpr(Val(i.c));
         self.copy_to(Reg::RAX, Val(i.b));
-        let p = self.probe(mem, (Val(i.a), 0), true);
+        let p = self.full_probe(mem, (Val(i.a), 0), true);
         if Self::atomic_inline(mem) {
             self.st.asm.lock_cmpxchg(mem.log2(), p.host(), new);
             self.extend_old(mem, i.ty, Reg::RAX);

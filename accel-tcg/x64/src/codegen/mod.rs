@@ -251,8 +251,7 @@ impl Cx<'_> {
     /// Frees what the current instruction used last.
     fn finish(&mut self, i: &Inst) {
         self.st.al.locked = 0;
-        let extra = self.st.an.fused_uses(self.r, self.at);
-        for v in i.uses().chain(extra) {
+        for &v in self.st.an.operands(self.r, self.at).list() {
             self.release(v);
         }
         if i.op == Op::Call {
