@@ -49,6 +49,8 @@ struct State {
     output_port: u8,
     /// The output buffer and whether the mouse filled it.
     output: Option<(u8, bool)>,
+    /// What the data port shows while the output buffer is empty: the last byte read.
+    last: u8,
     /// The command that waits for its data byte.
     pending: u8,
     /// The last byte went to the command port.
@@ -67,6 +69,7 @@ impl Default for State {
             ram: vec![0; 32],
             output_port: 0xcf,
             output: None,
+            last: 0,
             pending: 0,
             last_was_command: false,
             replies: VecDeque::new(),
@@ -251,9 +254,10 @@ impl BusDevice for I8042 {
                 // Lower the lines first, so that the next byte gives an edge.
                 self.config.keyboard_irq.set(false);
                 self.config.mouse_irq.set(false);
+                s.last = byte;
                 byte
             }
-            None => 0,
+            None => s.last,
         };
         self.settle(&mut s);
     }
@@ -357,6 +361,7 @@ mod tests {
         r.kbc.key(&[0xf0, 0x1c]);
         assert!(r.pins.take().contains(&(1, true)));
         assert_eq!(drain(&r.bus), [0x1e, 0x9e], "A down and up in set 1");
+        assert_eq!(inb(&r.bus, 0x60), 0x9e, "an empty buffer shows the last byte");
         outb(&r.bus, 0x60, 0xf5);
         drain(&r.bus);
         r.kbc.key(&[0x1c]);

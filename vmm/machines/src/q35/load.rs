@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use holdfast_accel::{RomWindow, Vm};
+use holdfast_arch::x86_64::acpi;
 use holdfast_arch::x86_64::boot::{self, ACPI_AREA, BootError, BootRequest, Entry, SMBIOS_AREA};
 use holdfast_arch::x86_64::smbios::{self, SmbiosConfig};
-use holdfast_arch::x86_64::acpi;
 use holdfast_memory::{GuestMemory, GuestRegion};
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
@@ -59,7 +59,8 @@ impl Firmware {
             machine: NAME,
             reason: format!("the firmware ROM cannot be mapped: {e}"),
         };
-        let region = GuestRegion::from_range(GuestAddress(TOP - len), bytes.len(), None).map_err(|e| refuse(&e))?;
+        let region =
+            GuestRegion::from_range(GuestAddress(TOP - len), bytes.len(), None).map_err(|e| refuse(&e))?;
         region.write_slice(&bytes, MemoryRegionAddress(0)).map_err(|e| refuse(&e))?;
         vm.map_rom(&RomWindow { gpa: TOP - len, region: Arc::new(region) }).map_err(|e| refuse(&e))?;
         Ok(Self { bytes })

@@ -17,9 +17,9 @@ use holdfast_devices::fw_cfg::FwCfg;
 use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec};
 use holdfast_devices::serial::Serial;
 use holdfast_devices::x86::{
-    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, DebugExit, Gsi, Hpet, HpetConfig, I8042, I8042Config, IoApic,
-    IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl, Rtc,
-    SleepTypes, SystemControlA, pirq_of,
+    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, DebugExit, Gsi, Hpet, HpetConfig, I8042, I8042Config,
+    IoApic, IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl,
+    Rtc, SleepTypes, SystemControlA, pirq_of,
 };
 use parking_lot::Mutex;
 
@@ -141,7 +141,8 @@ fn interrupts(
         devices.push(gsi.clone());
         return Ok(gsi);
     }
-    let msi = context.vm.msi().ok_or_else(|| config("this accelerator takes no message-signalled interrupts"))?;
+    let msi =
+        context.vm.msi().ok_or_else(|| config("this accelerator takes no message-signalled interrupts"))?;
     let vm = Arc::clone(&context.vm);
     let routes = Arc::new(move |table: &_| vm.ioapic_routes_changed(table));
     let ioapic = IoApicConfig { version: 0x20, id: 0, msi, routes: Some(routes) };
@@ -176,13 +177,8 @@ fn timers(
         devices.push(Hpet::build(config, context)?);
     }
     let (ram_below_4g, ram_above_4g) = plan.ram_split();
-    let cmos = CmosConfig {
-        irq: gate.line(1),
-        ram_below_4g,
-        ram_above_4g,
-        boot_vcpus: plan.boot_vcpus,
-        wall: None,
-    };
+    let cmos =
+        CmosConfig { irq: gate.line(1), ram_below_4g, ram_above_4g, boot_vcpus: plan.boot_vcpus, wall: None };
     devices.push(Rtc::build(cmos, context)?);
     Ok(())
 }

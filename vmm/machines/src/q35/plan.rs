@@ -1,11 +1,11 @@
 //! What is where in a q35: pure functions of the request.
 
+use holdfast_accel::IrqChip;
 use holdfast_arch::x86_64::CpuTopology;
 use holdfast_arch::x86_64::acpi::AcpiConfig;
 use holdfast_arch::x86_64::boot::{self, MapEntry};
 use holdfast_arch::x86_64::smbios::SmbiosConfig;
 use holdfast_arch::{Arch, CpuModel};
-use holdfast_accel::IrqChip;
 use holdfast_devices::pci::Windows;
 use holdfast_devices::x86::{ECAM_WINDOW, HPET_BASE, IOAPIC_BASE, PM_BASE, pirq_of};
 
@@ -68,14 +68,18 @@ impl Plan {
         }
         if request.max_vcpus > request.boot_vcpus {
             let (max, boot) = (request.max_vcpus, request.boot_vcpus);
-            return Err(refuse(format!("max={max} vCPUs with boot={boot}: vCPUs cannot be added later; use max={boot}")));
+            return Err(refuse(format!(
+                "max={max} vCPUs with boot={boot}: vCPUs cannot be added later; use max={boot}"
+            )));
         }
         let CpuModel::X86_64(model) = &request.cpu else {
             return Err(refuse(format!("a CPU that is not {}", Arch::X86_64)));
         };
         let topology = model.topology.unwrap_or_else(|| CpuTopology::flat(request.boot_vcpus));
         if topology.apic_id(request.boot_vcpus - 1) >= MAX_VCPUS {
-            return Err(refuse("a topology whose APIC ids reach 255; fewer packages, dies or cores would do".into()));
+            return Err(refuse(
+                "a topology whose APIC ids reach 255; fewer packages, dies or cores would do".into(),
+            ));
         }
         let low = if size > LOW_RAM_MAX { LOW_RAM_SPLIT } else { size };
         let mut ram = vec![RamRange { gpa: 0, len: low }];

@@ -1,1 +1,427 @@
+//! The machine on a VM that only remembers what it is told.
 
+use std::path::PathBuf;
+
+use holdfast_accel::{AccelError, RomWindow, Vcpu, Vm};
+use holdfast_arch::x86_64::State;
+use holdfast_arch::x86_64::boot::{ACPI_AREA, SMBIOS_AREA};
+use holdfast_clock::{HostRandom, Timers, VmClock};
+use holdfast_device::{
+    Bus, CpuLines, IoEvents, IrqSink, MsiController, MsiMessage, MsiVector, SystemEvent, SystemSink,
+};
+use holdfast_memory::GuestMemory;
+use holdfast_threads::PlainSpawner;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::*;
+
+type Events = (Arc<dyn IoEvents>, Arc<dyn IoEvents>);
+type Eoi = Arc<dyn Fn(u8) + Send + Sync>;
+
+#[derive(Debug, Default)]
+struct Log {
+    pins: Mutex<Vec<(u32, u32, bool)>>,
+    messages: Mutex<Vec<MsiMessage>>,
+    gsis: Mutex<Vec<(u32, bool)>>,
+    events: Mutex<Vec<SystemEvent>>,
+}
+impl CpuLines for Log {
+    fn set_cpu_pin(&self, vcpu: u32, pin: u32, level: bool) {
+        self.pins.lock().push((vcpu, pin, level));
+    }
+}
+impl MsiController for Log {
+    fn send(&self, message: MsiMessage) -> std::io::Result<()> {
+        self.messages.lock().push(message);
+        Ok(())
+    }
+    fn vector(self: Arc<Self>) -> std::io::Result<Box<dyn MsiVector>> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+}
+impl IrqSink for Log {
+    fn set_level(&self, pin: u32, level: bool) {
+        self.gsis.lock().push((pin, level));
+    }
+}
+impl SystemSink for Log {
+    fn request(&self, event: SystemEvent) {
+        self.events.lock().push(event);
+    }
+}
+
+#[derive(Default)]
+struct FakeVm {
+    log: Arc<Log>,
+    kernel_chips: bool,
+    roms: Mutex<Vec<RomWindow>>,
+    ext_int: Mutex<Option<Arc<dyn ExtInt>>>,
+    eoi: Mutex<Option<Eoi>>,
+    routes: Mutex<Vec<usize>>,
+}
+
+impl std::fmt::Debug for FakeVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FakeVm")
+    }
+}
+
+impl Vm for FakeVm {
+    fn accel(&self) -> &'static str {
+        "fake"
+    }
+    fn create_vcpu(&self, _index: u32, _model: &CpuModel) -> Result<Box<dyn Vcpu>, AccelError> {
+        Err(AccelError::Unsupported { accel: "fake", what: "a vCPU".into() })
+    }
+    fn map_rom(&self, rom: &RomWindow) -> Result<(), AccelError> {
+        self.roms.lock().push(rom.clone());
+        Ok(())
+    }
+    fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {
+        self.roms.lock().retain(|r| r.gpa != gpa);
+        Ok(())
+    }
+    fn cpu_lines(&self) -> Arc<dyn CpuLines> {
+        self.log.clone()
+    }
+    fn msi(&self) -> Option<Arc<dyn MsiController>> {
+        Some(self.log.clone())
+    }
+    fn kernel_irq_sink(&self) -> Option<Arc<dyn IrqSink>> {
+        self.kernel_chips.then(|| self.log.clone() as Arc<dyn IrqSink>)
+    }
+    fn io_events(&self) -> Option<Events> {
+        None
+    }
+    fn connect_ext_int(&self, source: Arc<dyn ExtInt>) {
+        *self.ext_int.lock() = Some(source);
+    }
+    fn connect_eoi(&self, receiver: Eoi) {
+        *self.eoi.lock() = Some(receiver);
+    }
+    fn ioapic_routes_changed(&self, routes: &[Option<MsiMessage>; 24]) {
+        self.routes.lock().push(routes.iter().flatten().count());
+    }
+    fn start_dirty_log(&self) -> Result<(), AccelError> {
+        Ok(())
+    }
+    fn sync_dirty_log(&self) -> Result<(), AccelError> {
+        Ok(())
+    }
+    fn stop_dirty_log(&self) -> Result<(), AccelError> {
+        Ok(())
+    }
+    fn save(&self) -> Result<serde_json::Value, AccelError> {
+        Ok(serde_json::Value::Null)
+    }
+    fn restore(&self, _state: &serde_json::Value) -> Result<(), AccelError> {
+        Ok(())
+    }
+}
+
+fn request(payload: Payload, irqchip: IrqChip) -> MachineRequest {
+    MachineRequest {
+        boot_vcpus: 2,
+        max_vcpus: 2,
+        topology: None,
+        ram_size: 64 << 20,
+        payload,
+        cpu: Q35Module.default_cpu(),
+        irqchip,
+        uuid: Some([7; 16]),
+        debug_console_port: Some(0x402),
+        debug_exit_port: Some(0xf4),
+        serial: None,
+        debug_console: None,
+    }
+}
+
+struct Rig {
+    machine: Box<dyn Machine>,
+    vm: Arc<FakeVm>,
+    build: BuildContext,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.build.timers.stop();
+    }
+}
+
+/// A rig whose payload is made from the files' contents.
+fn try_rig(kernel: Option<&[u8]>, firmware: Option<&[u8]>, irqchip: IrqChip) -> Result<Rig, MachineError> {
+    let dir = tempfile::tempdir().expect("directory");
+    let file = |name: &str, bytes: Option<&[u8]>| -> Option<PathBuf> {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes?).expect("writable");
+        Some(path)
+    };
+    let payload = Payload {
+        kernel: file("kernel", kernel),
+        firmware: file("firmware", firmware),
+        initramfs: None,
+        cmdline: "quiet".into(),
+    };
+    let request = request(payload, irqchip);
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("RAM");
+    let clock = VmClock::stopped_at(0);
+    let vm = Arc::new(FakeVm { kernel_chips: irqchip == IrqChip::On, ..FakeVm::default() });
+    let build = BuildContext {
+        memory,
+        mmio: Bus::new("mmio"),
+        pio: Bus::new("pio"),
+        timers: Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread"),
+        clock,
+        random: Arc::new(HostRandom),
+        spawner: PlainSpawner::shared(),
+        system: vm.log.clone(),
+        msi: vm.msi(),
+    };
+    let context = MachineContext { build: build.clone(), vm: vm.clone() };
+    let machine = Q35Module.build(request, context)?;
+    Ok(Rig { machine, vm, build, dir })
+}
+
+/// A bzImage that is nothing but a header.
+fn kernel() -> Vec<u8> {
+    let mut k = vec![0; 2048];
+    k[0x1f1] = 1;
+    k[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    k[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]);
+    k[0x202..0x206].copy_from_slice(b"HdrS");
+    k[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+    k[0x211] = 1;
+    k[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+    k[0x236] = 1;
+    k[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
+    k
+}
+
+fn split_kernel() -> Rig {
+    try_rig(Some(&kernel()), None, IrqChip::Split).expect("a machine")
+}
+
+fn read(bus: &Bus, address: u64, len: usize) -> u64 {
+    let mut data = [0; 8];
+    bus.read(Some(0), address, &mut data[..len]);
+    u64::from_le_bytes(data)
+}
+
+fn write(bus: &Bus, address: u64, value: u32, len: usize) {
+    bus.write(Some(0), address, &value.to_le_bytes()[..len]);
+}
+
+#[test]
+fn ram_leaves_room_for_pci_below_4_gib() {
+    let layout = |size: u64| {
+        let request = MachineRequest { ram_size: size, ..request(Payload::default(), IrqChip::Split) };
+        Q35Module.ram_layout(&request).map(|v| v.iter().map(|r| (r.gpa, r.len)).collect::<Vec<_>>())
+    };
+    assert_eq!(layout(0xb000_0000).expect("fits"), [(0, 0xb000_0000)]);
+    assert_eq!(layout(0xb000_1000).expect("fits"), [(0, 0x8000_0000), (1 << 32, 0x3000_1000)]);
+    for wrong in [0, 1 << 20, (64 << 20) + 1] {
+        assert!(matches!(layout(wrong), Err(MachineError::Request { .. })));
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_name() {
+    let plan = |change: fn(&mut MachineRequest)| {
+        let mut r = request(Payload::default(), IrqChip::Split);
+        change(&mut r);
+        Plan::new(&r).expect_err("refused").to_string()
+    };
+    assert!(plan(|r| r.max_vcpus = 4).contains("max=4"));
+    assert!(plan(|r| (r.boot_vcpus, r.max_vcpus) = (256, 256)).contains("256 vCPUs"));
+    assert!(plan(|r| r.cpu = CpuModel::Riscv64(Default::default())).contains("x86_64"));
+    let both = try_rig(Some(b"k"), Some(b"f"), IrqChip::Split).err().expect("refused").to_string();
+    assert!(both.contains("kernel and firmware"), "{both}");
+    let none = try_rig(None, None, IrqChip::Split).err().expect("refused").to_string();
+    assert!(none.contains("neither"), "{none}");
+    let odd = try_rig(None, Some(&[0; 1000]), IrqChip::Split).err().expect("refused").to_string();
+    assert!(odd.contains("1000 bytes"), "{odd}");
+}
+
+#[test]
+fn a_kernel_finds_tables_pci_and_power_management_without_firmware() {
+    let rig = split_kernel();
+    rig.machine.load().expect("loads");
+    let mut signature = [0; 8];
+    rig.build.memory.read_slice(&mut signature, GuestAddress(ACPI_AREA.0)).expect("RAM");
+    assert_eq!(&signature, b"RSD PTR ");
+    rig.build.memory.read_slice(&mut signature[..4], GuestAddress(SMBIOS_AREA.0.into())).expect("RAM");
+    assert_eq!(&signature[..4], b"_SM_");
+    assert_eq!(read(&rig.build.mmio, 0xb000_0000, 4), 0x29c0_8086);
+    assert_eq!(read(&rig.build.mmio, 0xb00f_8000, 4), 0x2918_8086);
+    write(&rig.build.pio, 0xcf8, 0x8000_f800, 4);
+    assert_eq!(read(&rig.build.pio, 0xcfc, 4), 0x2918_8086);
+    assert_eq!(read(&rig.build.pio, 0x604, 2), 0);
+
+    let CpuState::X86_64(bsp) = rig.machine.start_state(0, CpuState::X86_64(Box::default())) else {
+        panic!("x86 state");
+    };
+    assert_eq!((bsp.rip, bsp.efer), (0x10_0200, 0x500));
+    let mut reset = State { rip: 0xfff0, ..State::default() };
+    reset.msrs.insert(0x2ff, 0);
+    let CpuState::X86_64(ap) = rig.machine.start_state(1, CpuState::X86_64(Box::new(reset))) else {
+        panic!("x86 state");
+    };
+    assert_eq!((ap.rip, ap.msrs[&0x2ff]), (0xfff0, 0x806));
+}
+
+#[test]
+fn a_reset_and_a_second_load_give_the_same_again() {
+    let rig = split_kernel();
+    rig.machine.load().expect("loads");
+    let before: Vec<_> = rig.build.pio.windows();
+    let mut ram = vec![0; 0x2_0000];
+    rig.build.memory.read_slice(&mut ram, GuestAddress(0xe_0000)).expect("RAM");
+    rig.build.memory.write_slice(&vec![0; 0x2_0000], GuestAddress(0xe_0000)).expect("RAM");
+    rig.machine.devices().iter().for_each(|d| d.reset());
+    assert_eq!(read(&rig.build.mmio, 0xb000_0000, 4), 0xffff_ffff, "no window after a reset");
+    rig.machine.load().expect("loads again");
+    assert_eq!(rig.build.pio.windows(), before);
+    let mut again = vec![0; 0x2_0000];
+    rig.build.memory.read_slice(&mut again, GuestAddress(0xe_0000)).expect("RAM");
+    assert!(ram == again);
+    std::fs::remove_file(rig.dir.path().join("kernel")).expect("was there");
+    let error = rig.machine.load().expect_err("gone");
+    assert!(matches!(error, MachineError::Load { what: "kernel", .. }), "{error}");
+}
+
+#[test]
+fn firmware_is_rom_below_4_gib_and_ram_below_1_mib() {
+    let image: Vec<u8> = (0..256u32 << 10).map(|n| (n >> 10) as u8).collect();
+    let rig = try_rig(None, Some(&image), IrqChip::Split).expect("a machine");
+    rig.machine.load().expect("loads");
+    let roms = rig.vm.roms.lock();
+    assert_eq!((roms.len(), roms[0].gpa, roms[0].region.len()), (1, 0xfffc_0000, 256 << 10));
+    let mut bytes = [0; 2];
+    roms[0].region.read_slice(&mut bytes[..1], MemoryRegionAddress((128 << 10) + 5)).expect("ROM");
+    rig.build.memory.read_slice(&mut bytes[1..], GuestAddress(0xe_0005)).expect("RAM");
+    assert_eq!(bytes, [128; 2]);
+    let reset = CpuState::X86_64(Box::new(State { rip: 0xfff0, ..State::default() }));
+    assert_eq!(rig.machine.start_state(0, reset.clone()), reset, "starts at the reset vector");
+    // fw_cfg: signature, then the number of vCPUs.
+    write(&rig.build.pio, 0x510, 0, 2);
+    assert_eq!([0; 4].map(|_: u8| read(&rig.build.pio, 0x511, 1) as u8), *b"QEMU");
+    write(&rig.build.pio, 0x510, 5, 2);
+    assert_eq!(read(&rig.build.pio, 0x511, 1), 2);
+}
+
+#[test]
+fn the_timer_reaches_the_processor_through_both_controllers() {
+    let rig = split_kernel();
+    let (mmio, pio) = (&rig.build.mmio, &rig.build.pio);
+    for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xfe)] {
+        write(pio, port, value, 1);
+    }
+    write(mmio, 0xfec0_0000, 0x14, 4);
+    write(mmio, 0xfec0_0010, 0x31, 4);
+    assert_eq!(rig.vm.routes.lock().last(), Some(&1));
+    // Mode 0: high when the count is over. A low edge comes first.
+    write(pio, 0x43, 0x30, 1);
+    write(pio, 0x40, 10, 1);
+    write(pio, 0x40, 0, 1);
+    rig.build.clock.resume();
+    rig.build.timers.clock_changed();
+    let ext_int = rig.vm.ext_int.lock().clone().expect("connected");
+    for _ in 0..1000 {
+        if ext_int.pending() && !rig.vm.log.messages.lock().is_empty() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(rig.vm.log.messages.lock().first().map(|m| m.data & 0xff), Some(0x31));
+    assert_eq!(rig.vm.log.pins.lock().first(), Some(&(0, 0, true)));
+    assert_eq!(ext_int.acknowledge(), 0x20);
+}
+
+#[test]
+fn an_eoi_lets_a_level_fire_again() {
+    let rig = split_kernel();
+    let (mmio, pio) = (&rig.build.mmio, &rig.build.pio);
+    rig.machine.load().expect("loads");
+    write(mmio, 0xfec0_0000, 0x10 + 18, 4);
+    write(mmio, 0xfec0_0010, 0x8033, 4);
+    // The power button holds the SCI.
+    write(pio, 0xb2, 2, 1);
+    write(pio, 0x602, 0x100, 2);
+    assert!(rig.machine.power_button());
+    assert_eq!(rig.vm.log.messages.lock().len(), 1);
+    let eoi = rig.vm.eoi.lock().clone().expect("connected");
+    eoi(0x33);
+    assert_eq!(rig.vm.log.messages.lock().len(), 2);
+    write(pio, 0x600, 0x100, 2);
+    eoi(0x33);
+    assert_eq!(rig.vm.log.messages.lock().len(), 2);
+}
+
+#[test]
+fn kernel_controllers_take_everything_and_there_is_no_pit_or_hpet() {
+    let rig = try_rig(Some(&kernel()), None, IrqChip::On).expect("a machine");
+    for address in [0xfec0_0000, 0xfed0_0000] {
+        assert!(!rig.build.mmio.read(None, address, &mut [0; 4]));
+    }
+    assert!(!rig.build.pio.read(None, 0x40, &mut [0]) && !rig.build.pio.read(None, 0x20, &mut [0]));
+    rig.machine.load().expect("loads");
+    write(&rig.build.pio, 0xb2, 2, 1);
+    write(&rig.build.pio, 0x602, 0x100, 2);
+    rig.machine.power_button();
+    assert_eq!(rig.vm.log.gsis.lock().last(), Some(&(9, true)));
+}
+
+#[test]
+fn guests_ask_for_power_off_reset_and_exit() {
+    let rig = split_kernel();
+    rig.machine.load().expect("loads");
+    let pio = &rig.build.pio;
+    write(pio, 0x604, 0x2000, 2);
+    write(pio, 0xcf9, 6, 1);
+    write(pio, 0x64, 0xfe, 1);
+    write(pio, 0xf4, 3, 1);
+    let expected = [SystemEvent::Shutdown, SystemEvent::Reset, SystemEvent::Reset, SystemEvent::Exit(7)];
+    assert_eq!(*rig.vm.log.events.lock(), expected);
+}
+
+#[test]
+fn states_move_to_another_machine() {
+    let rig = split_kernel();
+    rig.machine.load().expect("loads");
+    let pio = &rig.build.pio;
+    write(pio, 0xb2, 2, 1);
+    write(pio, 0x43, 0x34, 1);
+    write(pio, 0x40, 0, 1);
+    write(pio, 0x40, 0x40, 1);
+    let ids: std::collections::HashSet<_> = rig.machine.devices().iter().map(|d| d.id().to_owned()).collect();
+    assert_eq!(ids.len(), rig.machine.devices().len(), "ids are unique");
+    let states: Vec<_> = rig.machine.devices().iter().map(|d| d.save().expect("saves")).collect();
+    let other = split_kernel();
+    for (device, state) in other.machine.devices().iter().zip(&states) {
+        device.restore(state).expect("restores");
+    }
+    assert_eq!(read(&other.build.mmio, 0xb000_0000, 4), 0x29c0_8086);
+    assert_eq!(read(&other.build.pio, 0x604, 2), 1);
+    let again: Vec<_> = other.machine.devices().iter().map(|d| d.save().expect("saves")).collect();
+    for (a, b) in states.iter().zip(&again) {
+        assert_eq!(a, b);
+    }
+}
+
+#[test]
+fn accesses_anywhere_are_survived() {
+    let rig = split_kernel();
+    rig.machine.load().expect("loads");
+    let windows = [&rig.build.pio, &rig.build.mmio].map(|bus| (bus, bus.windows()));
+    for (bus, windows) in windows {
+        for window in windows {
+            for at in (0..window.len.min(0x400)).chain([window.len - 1]) {
+                for len in [1, 2, 4, 8] {
+                    bus.write(Some(0), window.base + at, &[0xa5; 8][..len]);
+                    bus.read(Some(0), window.base + at, &mut [0; 8][..len]);
+                }
+            }
+        }
+    }
+}
