@@ -60,7 +60,7 @@ impl Plan {
     /// [`MachineError::Request`] naming what cannot be.
     pub fn new(request: &MachineRequest) -> Result<Self, MachineError> {
         let size = request.ram_size;
-        if size < LEAST_RAM || size % 4096 != 0 {
+        if size < LEAST_RAM || !size.is_multiple_of(4096) {
             return Err(refuse(format!("{size} bytes of RAM; a multiple of 4 KiB from 4 MiB on would do")));
         }
         if request.boot_vcpus == 0 || request.max_vcpus > MAX_VCPUS {
