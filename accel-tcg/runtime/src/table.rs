@@ -28,8 +28,7 @@ pub struct Key {
 
 impl Key {
     fn hash(&self) -> u64 {
-        // One at a time: in a linear mapping `phys ^ pc` is the same for all of it.
-        mix(mix(mix(0, self.phys >> 1), self.pc >> 1), u64::from(self.mode))
+        mix(mix(u64::from(self.mode), self.phys), self.pc)
     }
 }
 
@@ -142,7 +141,7 @@ impl Table {
     }
 
     fn bucket(&self, key: &Key) -> &AtomicPtr<Region> {
-        &self.buckets[(key.hash() >> 20) as usize % BUCKETS]
+        &self.buckets[(key.hash() >> 32) as usize % BUCKETS]
     }
 
     /// The region for `key`.
