@@ -49,7 +49,7 @@ pub(crate) fn rust(spec: &Spec) -> String {
     for (name, format) in &spec.insns {
         let _ = writeln!(out, "    /// `{name}`.\n    {}({}),", camel(name), camel(format));
     }
-    out.push_str("}\n\nimpl Insn {\n    /// The instruction's name in the table.\n");
+    out.push_str("}\n\nimpl Insn {\n    /// The instruction's name in the table.\n    #[allow(clippy::too_many_lines)]\n");
     out.push_str("    pub fn name(&self) -> &'static str {\n        match self {\n");
     for name in spec.insns.keys() {
         let _ = writeln!(out, "            Self::{}(_) => \"{name}\",", camel(name));
@@ -65,7 +65,7 @@ fn function(out: &mut String, spec: &Spec, table: &Table) {
     let ty = word_type(table.width);
     let name = &table.function;
     let _ = writeln!(out, "\n/// Decodes a word of {} bits; `None` if it is no instruction.", table.width);
-    out.push_str("#[allow(clippy::all, unused_parens)]\n");
+    out.push_str("#[allow(clippy::all, clippy::pedantic, unused_parens)]\n");
     let _ = writeln!(out, "pub fn {name}(w: {ty}) -> Option<Insn> {{");
     node(out, &Context { spec, table, ty }, &tree::build(&table.encodings), 1);
     out.push_str("}\n");

@@ -166,22 +166,22 @@ impl Translator<'_> {
         match insn {
             Insn::FcvtSD(r) => self.resize(r, F64, F32),
             Insn::FcvtDS(r) => self.resize(r, F32, F64),
-            Insn::FcvtWS(r) => self.to_int(r, F32, Op::FCvtToS, I32),
-            Insn::FcvtWuS(r) => self.to_int(r, F32, Op::FCvtToU, I32),
-            Insn::FcvtLS(r) => self.to_int(r, F32, Op::FCvtToS, I64),
-            Insn::FcvtLuS(r) => self.to_int(r, F32, Op::FCvtToU, I64),
-            Insn::FcvtWD(r) => self.to_int(r, F64, Op::FCvtToS, I32),
-            Insn::FcvtWuD(r) => self.to_int(r, F64, Op::FCvtToU, I32),
-            Insn::FcvtLD(r) => self.to_int(r, F64, Op::FCvtToS, I64),
-            Insn::FcvtLuD(r) => self.to_int(r, F64, Op::FCvtToU, I64),
-            Insn::FcvtSW(r) => self.from_int(r, I32, Op::FCvtFromS, F32),
-            Insn::FcvtSWu(r) => self.from_int(r, I32, Op::FCvtFromU, F32),
-            Insn::FcvtSL(r) => self.from_int(r, I64, Op::FCvtFromS, F32),
-            Insn::FcvtSLu(r) => self.from_int(r, I64, Op::FCvtFromU, F32),
-            Insn::FcvtDW(r) => self.from_int(r, I32, Op::FCvtFromS, F64),
-            Insn::FcvtDWu(r) => self.from_int(r, I32, Op::FCvtFromU, F64),
-            Insn::FcvtDL(r) => self.from_int(r, I64, Op::FCvtFromS, F64),
-            Insn::FcvtDLu(r) => self.from_int(r, I64, Op::FCvtFromU, F64),
+            Insn::FcvtWS(r) => self.float_to_int(r, F32, Op::FCvtToS, I32),
+            Insn::FcvtWuS(r) => self.float_to_int(r, F32, Op::FCvtToU, I32),
+            Insn::FcvtLS(r) => self.float_to_int(r, F32, Op::FCvtToS, I64),
+            Insn::FcvtLuS(r) => self.float_to_int(r, F32, Op::FCvtToU, I64),
+            Insn::FcvtWD(r) => self.float_to_int(r, F64, Op::FCvtToS, I32),
+            Insn::FcvtWuD(r) => self.float_to_int(r, F64, Op::FCvtToU, I32),
+            Insn::FcvtLD(r) => self.float_to_int(r, F64, Op::FCvtToS, I64),
+            Insn::FcvtLuD(r) => self.float_to_int(r, F64, Op::FCvtToU, I64),
+            Insn::FcvtSW(r) => self.int_to_float(r, I32, Op::FCvtFromS, F32),
+            Insn::FcvtSWu(r) => self.int_to_float(r, I32, Op::FCvtFromU, F32),
+            Insn::FcvtSL(r) => self.int_to_float(r, I64, Op::FCvtFromS, F32),
+            Insn::FcvtSLu(r) => self.int_to_float(r, I64, Op::FCvtFromU, F32),
+            Insn::FcvtDW(r) => self.int_to_float(r, I32, Op::FCvtFromS, F64),
+            Insn::FcvtDWu(r) => self.int_to_float(r, I32, Op::FCvtFromU, F64),
+            Insn::FcvtDL(r) => self.int_to_float(r, I64, Op::FCvtFromS, F64),
+            Insn::FcvtDLu(r) => self.int_to_float(r, I64, Op::FCvtFromU, F64),
             _ => return false,
         }
         true
@@ -194,7 +194,7 @@ impl Translator<'_> {
         self.set_f(r.rd, v);
     }
 
-    fn to_int(&mut self, r: Fp1, from: Type, op: Op, to: Type) {
+    fn float_to_int(&mut self, r: Fp1, from: Type, op: Op, to: Type) {
         let Some(mode) = self.mode(r.rm) else { return };
         let a = self.f(r.rs1, from);
         let v = self.b.fcvt(op, mode, to, a);
@@ -206,7 +206,7 @@ impl Translator<'_> {
         self.mark_fp(); // fflags
     }
 
-    fn from_int(&mut self, r: Fp1, from: Type, op: Op, to: Type) {
+    fn int_to_float(&mut self, r: Fp1, from: Type, op: Op, to: Type) {
         let Some(mode) = self.mode(r.rm) else { return };
         let a = if from == I32 { self.w(r.rs1) } else { self.x(r.rs1) };
         let v = self.b.fcvt(op, mode, to, a);

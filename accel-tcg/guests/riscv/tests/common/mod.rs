@@ -69,6 +69,8 @@ impl Io for TestIo {
 /// One vCPU with RAM.
 pub struct Machine {
     pub vcpu: TcgVcpu,
+    /// The other vCPUs, to be run by threads of their own.
+    pub others: Vec<TcgVcpu>,
     pub memory: GuestMemory,
     io: Arc<TestIo>,
     clock: Arc<VmClock>,
@@ -78,6 +80,11 @@ pub struct Machine {
 impl Machine {
     /// A machine with `size` bytes of RAM at `base`.
     pub fn new(engine: Engine, base: u64, size: usize) -> Self {
+        Self::with_vcpus(engine, base, size, 1)
+    }
+
+    /// The same with several vCPUs.
+    pub fn with_vcpus(engine: Engine, base: u64, size: usize, vcpus: u32) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(base), size)]).expect("RAM");
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("timers");
@@ -88,16 +95,18 @@ impl Machine {
             io: Arc::clone(&io) as Arc<dyn Io>,
             clock: Arc::clone(&clock),
             timers: Arc::clone(&timers),
-            vcpus: 1,
+            vcpus,
             code_cache: 0,
             engine,
         })
         .expect("a VM");
         io.vm.set(Arc::downgrade(&vm)).expect("set once");
-        let vcpu = TcgVcpu::new(&vm, 0, &CpuModel::Riscv64(IsaModel::default())).expect("a vCPU");
+        let model = CpuModel::Riscv64(IsaModel::default());
+        let vcpu = TcgVcpu::new(&vm, 0, &model).expect("a vCPU");
+        let others = (1..vcpus).map(|i| TcgVcpu::new(&vm, i, &model).expect("a vCPU")).collect();
         clock.resume();
         timers.clock_changed();
-        Self { vcpu, memory, io, clock, timers }
+        Self { vcpu, others, memory, io, clock, timers }
     }
 
     /// Loads an ELF file's segments; its entry point.
@@ -140,6 +149,11 @@ impl Machine {
             Stop::Kicked => Ok(self.io.exit.load(Ordering::SeqCst)),
             other => Err(format!("stopped by {other:?}\n{}", self.vcpu.describe())),
         }
+    }
+
+    /// What the program ended with.
+    pub fn exit_code(&self) -> u64 {
+        self.io.exit.load(Ordering::SeqCst)
     }
 
     /// Runs until the program ends, or a breakpoint.
