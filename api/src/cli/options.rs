@@ -125,7 +125,7 @@ pub(super) const OPTIONS: &[Opt] = &[
     opt("landlock", Shape::Flag, SAFETY, "Let Holdfast open only the paths that the options name"),
     opt(
         "landlock-rules",
-        Shape::Many(holdfast_keyval::keys::<config::LandlockRule>),
+        Shape::Many(holdfast_keyval::keys::<config::LandlockConfig>),
         SAFETY,
         "More paths that it may open",
     ),
@@ -166,23 +166,29 @@ fn argument(opt: &Opt, verbose: bool) -> Arg {
     }
 }
 
+/// Width of the lines of a key's description: with clap's indentation they fit a terminal of 80 columns.
+const HELP_WIDTH: usize = 62;
+
 /// The help of an option with its sub-keys.
 pub(super) fn long_help(help: &str, keys: &[Key]) -> String {
     let mut text = format!("{help}\n");
-    let left = |key: &Key| {
-        let pair = format!("{}={}", key.name, key.value);
-        if key.value.len() > 40 { format!("{}=...", key.name) } else { pair }
-    };
-    let width = keys.iter().map(|key| left(key).len()).max().unwrap_or_default().min(40);
     for key in keys {
         let default = match &key.default {
             Some(default) => format!(" [default: {default}]"),
             None if key.required && !key.positional => " (required)".to_owned(),
             None => String::new(),
         };
-        let left = left(key);
-        let values = if left.ends_with("=...") { format!(" ({})", key.value) } else { String::new() };
-        text.push_str(&format!("\n  {left:width$}  {}{values}{default}", key.description));
+        text += &format!("\n  {}={}", key.name, key.value);
+        let mut column = HELP_WIDTH;
+        for word in format!("{}{default}", key.description).split(' ') {
+            if column + word.len() >= HELP_WIDTH {
+                text += "\n     ";
+                column = 0;
+            }
+            text.push(' ');
+            text += word;
+            column += word.len() + 1;
+        }
     }
     text
 }

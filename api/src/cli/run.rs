@@ -7,7 +7,7 @@ use std::str::FromStr;
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use holdfast_config::{
-    self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockRule, MachineConfig,
+    self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig, MachineConfig,
     MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig,
 };
 use schemars::JsonSchema;
@@ -170,7 +170,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         debug_console: console::<DebugConsoleConfig>(matches, "debug-console")?.unwrap_or_default(),
         platform: keyval::<PlatformConfig>(matches, "platform")?,
         landlock_enable: matches.get_flag("landlock"),
-        landlock_rules: keyvals::<LandlockRule>(matches, "landlock-rules")?,
+        landlock_rules: keyvals::<LandlockConfig>(matches, "landlock-rules")?,
         name: text(matches, "name").map(str::to_owned),
         arch: parsed(matches, "arch")?,
         machine: keyval::<MachineConfig>(matches, "machine")?.unwrap_or_default(),

@@ -16,7 +16,7 @@ const API_VERSION: &str = "54.0.0";
 
 /// Virtual Machine Monitor information.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
-pub(super) struct VmmPing {
+pub(super) struct VmmPingResponse {
     /// What is running.
     build_version: String,
     /// Version of Cloud Hypervisor whose API is served.
@@ -66,7 +66,7 @@ fn json<T: Serialize>(value: &T) -> Result<Answer, HttpError> {
 }
 
 pub(super) async fn ping(_: Call) -> Result<Answer, HttpError> {
-    json(&VmmPing {
+    json(&VmmPingResponse {
         build_version: concat!("holdfast v", env!("CARGO_PKG_VERSION")).to_owned(),
         version: API_VERSION.to_owned(),
         pid: std::process::id().into(),

@@ -11,7 +11,7 @@ use holdfast_vmm::control::{ControlHandle, Counters, VmInfo};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use super::HttpError;
-use super::handlers::{self, VmmPing};
+use super::handlers::{self, VmmPingResponse};
 
 /// A good answer.
 pub(super) enum Answer {
@@ -90,7 +90,7 @@ const ADD: &[u16] = &[200, 204, 400, 404, 409, 500];
 /// The routes that there are.
 pub(super) static ROUTES: &[Route] = &[
     route!("vmm.ping", "Check that the API server is there", "The VMM does not answer", handlers::ping, &[200, 400],
-        get: true, reply: Some(schema::<VmmPing>)),
+        get: true, reply: Some(schema::<VmmPingResponse>)),
     route!(
         "vmm.shutdown",
         "End the VMM",

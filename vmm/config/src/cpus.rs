@@ -46,10 +46,10 @@ pub struct CpusConfig {
     #[serde(default, alias = "max")]
     #[schemars(extend("x-cli" = "max"))]
     pub max_vcpus: u32,
-    /// Arrangement, on the command line as threads:cores:dies:packages.
+    /// Arrangement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
-    /// Pinning of vCPUs to host CPUs, on the command line as [vcpu@[cpus],...].
+    /// Pinning of vCPUs to host CPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<CpuAffinity>>,
 }

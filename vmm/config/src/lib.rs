@@ -30,7 +30,7 @@ pub use holdfast_virtio::rng::config::RngConfig;
 pub use ids::IdAllocator;
 pub use machine::{AccelChoice, AccelKind, IrqChipMode, MachineConfig, UnknownAccel};
 pub use memory::MemoryConfig;
-pub use platform::{LandlockAccess, LandlockRule, PlatformConfig};
+pub use platform::{LandlockAccess, LandlockConfig, PlatformConfig};
 pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNet, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };

@@ -25,7 +25,7 @@ pub type LandlockAccess = String;
 
 /// A path that Holdfast may open beside those that the configuration names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct LandlockRule {
+pub struct LandlockConfig {
     /// The path, with everything below it.
     pub path: PathBuf,
     /// What is permitted: `r`, `w` or `rw`.

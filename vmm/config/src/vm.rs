@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AccelChoice, ConfigError, CpusConfig, DebugConsoleConfig, LandlockRule, MachineConfig, MemoryConfig,
+    AccelChoice, ConfigError, CpusConfig, DebugConsoleConfig, LandlockConfig, MachineConfig, MemoryConfig,
     PlatformConfig, Problems, SerialConfig,
 };
 
@@ -82,7 +82,7 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// More paths that it may open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub landlock_rules: Option<Vec<LandlockRule>>,
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
     /// Name of the VM, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
