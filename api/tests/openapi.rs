@@ -14,18 +14,50 @@ const COMMITTED: &str = include_str!("openapi-cloud-hypervisor.txt");
 /// Cloud Hypervisor's fields for features that Holdfast does not have: they are refused by name, and
 /// have no schema.
 const NOT_THERE: &[&str] = &[
-    "VmConfig.rate_limit_groups", "VmConfig.fs", "VmConfig.generic_vhost_user", "VmConfig.pmem", "VmConfig.devices",
-    "VmConfig.user_devices", "VmConfig.vdpa", "VmConfig.vsock", "VmConfig.numa", "VmConfig.iommu",
-    "VmConfig.watchdog", "VmConfig.rtc", "VmConfig.pvpanic", "VmConfig.pci_segments", "VmConfig.tpm",
-    "CpusConfig.kvm_hyperv", "CpusConfig.max_phys_bits", "CpusConfig.nested", "CpusConfig.features",
-    "CpusConfig.core_scheduling", "MemoryConfig.mergeable", "MemoryConfig.hotplug_method",
-    "MemoryConfig.hotplug_size", "MemoryConfig.hotplugged_size", "MemoryConfig.reserve", "MemoryConfig.zones",
-    "PayloadConfig.igvm", "PayloadConfig.host_data", "RestoreConfig.zone_updates",
-    "PlatformConfig.iommu_segments", "PlatformConfig.iommu_address_width_bits",
-    "PlatformConfig.system_serial_number", "PlatformConfig.serial_number", "PlatformConfig.uuid",
-    "PlatformConfig.oem_strings", "PlatformConfig.system_manufacturer", "PlatformConfig.system_product_name",
-    "PlatformConfig.system_version", "PlatformConfig.system_family", "PlatformConfig.system_sku_number",
-    "PlatformConfig.chassis_asset_tag", "PlatformConfig.tdx", "PlatformConfig.sev_snp", "PlatformConfig.iommufd",
+    "VmConfig.rate_limit_groups",
+    "VmConfig.fs",
+    "VmConfig.generic_vhost_user",
+    "VmConfig.pmem",
+    "VmConfig.devices",
+    "VmConfig.user_devices",
+    "VmConfig.vdpa",
+    "VmConfig.vsock",
+    "VmConfig.numa",
+    "VmConfig.iommu",
+    "VmConfig.watchdog",
+    "VmConfig.rtc",
+    "VmConfig.pvpanic",
+    "VmConfig.pci_segments",
+    "VmConfig.tpm",
+    "CpusConfig.kvm_hyperv",
+    "CpusConfig.max_phys_bits",
+    "CpusConfig.nested",
+    "CpusConfig.features",
+    "CpusConfig.core_scheduling",
+    "MemoryConfig.mergeable",
+    "MemoryConfig.hotplug_method",
+    "MemoryConfig.hotplug_size",
+    "MemoryConfig.hotplugged_size",
+    "MemoryConfig.reserve",
+    "MemoryConfig.zones",
+    "PayloadConfig.igvm",
+    "PayloadConfig.host_data",
+    "RestoreConfig.zone_updates",
+    "PlatformConfig.iommu_segments",
+    "PlatformConfig.iommu_address_width_bits",
+    "PlatformConfig.system_serial_number",
+    "PlatformConfig.serial_number",
+    "PlatformConfig.uuid",
+    "PlatformConfig.oem_strings",
+    "PlatformConfig.system_manufacturer",
+    "PlatformConfig.system_product_name",
+    "PlatformConfig.system_version",
+    "PlatformConfig.system_family",
+    "PlatformConfig.system_sku_number",
+    "PlatformConfig.chassis_asset_tag",
+    "PlatformConfig.tdx",
+    "PlatformConfig.sev_snp",
+    "PlatformConfig.iommufd",
     "PlatformConfig.vfio_p2p_dma",
 ];
 
@@ -80,7 +112,8 @@ fn the_committed_list_is_their_file() {
         assert!(their_routes.contains(route), "{route} is not in their file");
     }
     let schemas: BTreeSet<&str> = fields.iter().filter_map(|field| field.split('.').next()).collect();
-    let used = their_fields.iter().filter(|field| schemas.contains(field.split('.').next().unwrap_or_default()));
+    let used =
+        their_fields.iter().filter(|field| schemas.contains(field.split('.').next().unwrap_or_default()));
     assert_eq!(fields, used.cloned().collect());
 }
 
