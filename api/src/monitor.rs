@@ -21,7 +21,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// What the host says.
 pub fn open(endpoint: &Endpoint) -> io::Result<File> {
     match endpoint {
-        Endpoint::Path(path) => OpenOptions::new().create(true).write(true).open(path),
+        Endpoint::Path(path) => OpenOptions::new().create(true).truncate(true).write(true).open(path),
         Endpoint::Fd(fd) => inherited(*fd).map(File::from),
     }
 }

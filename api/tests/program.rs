@@ -1,4 +1,5 @@
 //! The program from outside: client verbs against a server, event monitor, generated texts.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 

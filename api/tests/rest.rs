@@ -1,4 +1,5 @@
 //! The REST server as its strictest clients see it: bytes in, bytes out.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 

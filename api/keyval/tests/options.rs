@@ -1,4 +1,5 @@
 //! Option strings against structs like those of the config tree.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::path::PathBuf;
 

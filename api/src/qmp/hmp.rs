@@ -45,7 +45,7 @@ pub(super) async fn run(handle: &ControlHandle, line: &str, cpu: Option<u32>) ->
         }
         [command, ..] => return format!("unknown command: '{command}'\r\n"),
     };
-    text.map(lines).unwrap_or_else(|error| failed(&error))
+    text.map(|text| lines(&text)).unwrap_or_else(|error| failed(&error))
 }
 
 fn failed(error: &ControlError) -> String {
@@ -53,7 +53,7 @@ fn failed(error: &ControlError) -> String {
 }
 
 /// Ends every line as the monitor does.
-fn lines(text: String) -> String {
+fn lines(text: &str) -> String {
     text.lines().flat_map(|line| [line, "\r\n"]).collect()
 }
 

@@ -33,7 +33,8 @@ impl From<ControlError> for QmpError {
 
 /// The message that carries `value`.
 pub(crate) fn reply(value: Value, id: Option<Value>) -> Value {
-    with_id(json!({ "return": value }), id)
+    let message = Map::from_iter([("return".to_owned(), value)]);
+    with_id(Value::Object(message), id)
 }
 
 fn with_id(mut message: Value, id: Option<Value>) -> Value {

@@ -1,4 +1,5 @@
 //! The config tree against Cloud Hypervisor's shapes.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use holdfast_config::{AccelChoice, AccelKind, ConfigError, IdAllocator, VmConfig};
 use serde_json::{Value, json};

@@ -10,9 +10,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{ControlError, ErrorKind, EventBus, Operation, VmManager};
 
+type Deliver<T> = Box<dyn FnOnce(Result<T, ControlError>) + Send>;
+type Serve = Box<dyn FnOnce(&mut dyn VmManager) + Send>;
+
 /// Answers one request, now or later, from any thread. If it is dropped without an answer, the caller
 /// gets an error.
-pub struct Responder<T>(Option<Box<dyn FnOnce(Result<T, ControlError>) + Send>>);
+pub struct Responder<T>(Option<Deliver<T>>);
 
 impl<T> Responder<T> {
     /// Calls `deliver` with the answer.
@@ -49,7 +52,7 @@ fn gone() -> ControlError {
 /// A request on its way to the manager.
 pub struct Request {
     name: &'static str,
-    serve: Box<dyn FnOnce(&mut dyn VmManager) + Send>,
+    serve: Serve,
 }
 
 impl Request {
