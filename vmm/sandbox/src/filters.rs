@@ -283,6 +283,7 @@ const BUILD: &[Permit] = &[
     ioctl(0x8922),      // SIOCSIFMTU
     ioctl(0x8924),      // SIOCSIFHWADDR
     ioctl(0x8927),      // SIOCGIFHWADDR
+    ioctl(0x8933),      // SIOCGIFINDEX
     ioctl(0x8004_5430), // TIOCGPTN
     ioctl(0x4004_5431), // TIOCSPTLCK
     ioctl(0x5441),      // TIOCGPTPEER

@@ -144,8 +144,9 @@ impl VmManager for Manager {
         let Some(size) = resize.desired_balloon else { return Ok(()) };
         let balloon =
             vm.balloon().ok_or_else(|| ControlError::new(ErrorKind::Failed, "The VM has no balloon"))?;
+        refuse(size > vm.config().memory.size, "a balloon larger than RAM")?;
         self.events.publish(Event::Resizing);
-        balloon.resize(size).map_err(|e| ControlError::failed("The balloon could not be resized", e))?;
+        balloon.resize(size);
         if let Some(config) = &mut self.config.balloon {
             config.size = size;
         }

@@ -15,6 +15,7 @@ use holdfast_config::VmConfig;
 use holdfast_device::{BuildError, Bus, Device, StateError};
 use holdfast_machines::{Machine, MachineError, MachineModule};
 use holdfast_memory::GuestMemory;
+use holdfast_virtio::balloon::Balloon;
 
 use crate::accel::NoAccelerator;
 use crate::ram::RamError;
@@ -279,19 +280,5 @@ impl Drop for Vm {
             device.pause();
         }
         self.timers.stop();
-    }
-}
-
-/// TEMP
-#[derive(Debug)]
-pub struct Balloon;
-impl Balloon {
-    /// x
-    pub fn actual(&self) -> u64 {
-        0
-    }
-    /// x
-    pub fn resize(&self, _: u64) -> Result<(), std::io::Error> {
-        Ok(())
     }
 }

@@ -8,6 +8,7 @@ use holdfast_device::{BuildContext, BuildError};
 use holdfast_devices::chardev::CharBackend;
 use holdfast_devices::pci::PciBus;
 use holdfast_machines::VirtioSlot;
+use holdfast_virtio::balloon::Balloon;
 use holdfast_virtio::registry::{self, BuildArgs};
 use holdfast_virtio::{Slot, VirtioDevice};
 use serde::Serialize;
@@ -18,7 +19,7 @@ use super::{Plugged, VmError};
 pub(super) struct Plugs<'a> {
     build: &'a BuildContext,
     pub(super) devices: Vec<Plugged>,
-    pub(super) balloon: Option<Arc<super::Balloon>>,
+    pub(super) balloon: Option<Arc<Balloon>>,
 }
 
 impl<'a> Plugs<'a> {
@@ -58,8 +59,10 @@ impl<'a> Plugs<'a> {
 
     pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {
         let id = config.id.clone().unwrap_or_default();
-        let _ = (id, slot);
-        Err(VmError::Unsupported("balloon".into()))
+        let balloon = holdfast_virtio::balloon::build(&id, config, self.build)?;
+        // The VM keeps it by its own type as well: it is resized while it runs.
+        self.balloon = Some(Arc::clone(&balloon));
+        self.plug("virtio-balloon", &id, balloon, slot, config.pci_device_id)
     }
 
     /// Builds a device by its name in the registry and plugs it in.
