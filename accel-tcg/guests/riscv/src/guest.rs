@@ -73,7 +73,14 @@ impl Guest for RiscvGuest {
         code: &mut CodeReader<'_, '_>,
         builder: &mut Builder,
     ) -> Result<Translated, Fault> {
-        translate::region(request, code, builder, &self.ids)
+        let translated = translate::region(request, code, builder, &self.ids)?;
+        debug_assert_eq!(
+            holdfast_tcg_ir::verify(builder.region(), &self.helpers),
+            Ok(()),
+            "at {:#x}",
+            request.pc
+        );
+        Ok(translated)
     }
 
     fn fill(&self, cpu: &mut Cpu<'_>, access: &Access) -> Result<Translation, Fault> {

@@ -150,6 +150,8 @@ pub struct Hart {
     pub misa: u64,
     /// Number of PMP entries.
     pub pmp_entries: u64,
+    /// Entries from this one on are off.
+    pub pmp_active: u64,
     /// Largest supported MODE of `satp`: 8, 9 or 10.
     pub max_satp_mode: u64,
     /// Ticks of `time` per second.

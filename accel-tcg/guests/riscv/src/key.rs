@@ -3,22 +3,19 @@
 use holdfast_tcg_ir::Round;
 use holdfast_tcg_runtime::Mode;
 
-use crate::hart::{Hart, mstatus};
+use crate::hart::Hart;
 use crate::mmu;
 
-/// Bits 0-1: privilege. 2-3: floating point off, on, or on and known to be dirty. 4-5: what `frm` is.
-/// 6-8: MMU index of loads and stores.
+/// Bits 0-1: privilege. 2: floating point on. 4-5: what `frm` is. 6-8: MMU index of loads and stores.
+///
+/// Whether FS is dirty already is left out: that would have most user code translated twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key(pub u32);
 
 impl Key {
     /// The key of `hart` now.
     pub fn of(hart: &Hart) -> Self {
-        let fp = match hart.mstatus & mstatus::FS {
-            0 => 0,
-            mstatus::FS => 2,
-            _ => 1,
-        };
+        let fp = u32::from(hart.fp_enabled());
         let frm = match hart.frm {
             0..=3 => 0,
             4 => 1,
@@ -34,12 +31,7 @@ impl Key {
 
     /// Floating-point instructions are not illegal.
     pub fn fp_on(self) -> bool {
-        self.0 >> 2 & 3 != 0
-    }
-
-    /// FS says dirty already.
-    pub fn fp_dirty(self) -> bool {
-        self.0 >> 2 & 3 == 2
+        self.0 >> 2 & 1 != 0
     }
 
     /// MMU index of loads and stores.

@@ -83,7 +83,7 @@ pub fn check(hart: &Hart, gpa: u64, size: u64, mode: u64) -> Verdict {
     let (page, page_end) = (gpa & !0xfff, gpa | 0xfff);
     let last = gpa.saturating_add(size.max(1) - 1);
     let mut whole_page = true;
-    for i in 0..count(hart) {
+    for i in 0..(hart.pmp_active as usize).min(MAX_PMP) {
         let Some((from, to)) = range(hart, i) else { continue };
         if to < page || from > last.max(page_end) {
             continue;
@@ -124,6 +124,8 @@ pub fn write_cfg(hart: &mut Hart, n: usize, value: u64) {
             *slot = byte;
         }
     }
+    let active = hart.pmpcfg.iter().rposition(|c| c & cfg::A != 0).map_or(0, |last| last + 1);
+    hart.pmp_active = active as u64;
 }
 
 /// Writes `pmpaddrN`. It is locked with its own entry, and with the next one if that is TOR.

@@ -33,6 +33,11 @@ impl Machine {
         self.mem.write_obj(entry, GuestAddress(at)).expect("write");
     }
 
+    fn pmp(&mut self, entry: usize, byte: u8) {
+        let others = pmp::read_cfg(&self.hart, 0) & !(0xff << (8 * entry));
+        pmp::write_cfg(&mut self.hart, 0, others | u64::from(byte) << (8 * entry));
+    }
+
     fn get(&self, at: u64) -> u64 {
         self.mem.read_obj(GuestAddress(at)).expect("read")
     }
@@ -126,16 +131,16 @@ fn what_is_not_memory_or_protected_is_an_access_fault() {
     m.set(TABLES[1] + 8, 0x4000_0000 >> 2 | pte::V);
     assert_eq!(m.go(0x20_0000, Write, idx::S), Err(7), "a table outside RAM");
     // The tables become read-only: the accessed bit cannot be set.
-    m.hart.pmpcfg[1] = pmp::cfg::NAPOT | RWX;
+    m.pmp(1, pmp::cfg::NAPOT | RWX);
     m.hart.pmpaddr[1] = u64::MAX >> 10;
-    m.hart.pmpcfg[0] = pmp::cfg::NAPOT | pmp::cfg::R;
+    m.pmp(0, pmp::cfg::NAPOT | pmp::cfg::R);
     m.hart.pmpaddr[0] = RAM >> 2 | 0xfff; // 32 KiB
     assert_eq!(m.go(0, Read, idx::S), Err(5));
     m.set(TABLES[2], 0x8005_5000 >> 2 | ALL | pte::A);
     assert!(m.go(0, Read, idx::S).is_ok());
     assert_eq!(m.go(0, Write, idx::S), Err(7));
     // And unreadable: the walk itself fails, as the access that it is for.
-    m.hart.pmpcfg[0] = pmp::cfg::NAPOT;
+    m.pmp(0, pmp::cfg::NAPOT);
     assert_eq!(m.go(0, Fetch, idx::S), Err(1));
     assert!(m.go(RAM, Write, idx::M).is_ok(), "not locked: M-mode passes");
 }
@@ -144,9 +149,9 @@ fn what_is_not_memory_or_protected_is_an_access_fault() {
 fn protection_finer_than_a_page_is_not_cached() {
     let mut m = Machine::new(0);
     m.hart.satp = 0;
-    m.hart.pmpcfg[1] = pmp::cfg::NAPOT | RWX;
+    m.pmp(1, pmp::cfg::NAPOT | RWX);
     m.hart.pmpaddr[1] = u64::MAX >> 10;
-    m.hart.pmpcfg[0] = pmp::cfg::NA4;
+    m.pmp(0, pmp::cfg::NA4);
     m.hart.pmpaddr[0] = (RAM + 0x800) >> 2;
     let t = m.go(RAM, Write, idx::U).expect("allowed");
     assert!(t.write && !t.cacheable && t.gpa == RAM);

@@ -167,7 +167,7 @@ impl Translator<'_> {
         self.set_x(a.rd, one);
         self.b.br(done);
         self.b.bind(done);
-        self.fp_dirty = self.key.fp_dirty();
+        self.fp_dirty = false;
         true
     }
 }

@@ -90,11 +90,10 @@ impl Translator<'_> {
         let scan = self.scan;
         self.labels =
             scan.lines.iter().map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc))).collect();
-        self.fp_dirty = self.key.fp_dirty();
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {
                 self.b.bind(label);
-                self.fp_dirty = self.key.fp_dirty();
+                self.fp_dirty = false;
             } else if i > 0 && self.b.terminated() {
                 continue; // behind an instruction that turned out to be illegal
             }
