@@ -167,6 +167,16 @@ impl Bus {
         self.windows.write().remove(&base).map(|_| ()).ok_or(BusError::NotFound(base))
     }
 
+    /// Detaches everything, when the VM ends: devices hold buses and buses hold devices, and this is
+    /// where the circle is cut, so that guest RAM and open files go away.
+    pub fn clear(&self) {
+        self.events.write().clear();
+        *self.accelerated.write() = None;
+        // Devices are dropped outside of the lock: some unregister things on the way.
+        let windows = std::mem::take(&mut *self.windows.write());
+        drop(windows);
+    }
+
     /// All windows in address order.
     pub fn windows(&self) -> Vec<WindowInfo> {
         let windows = self.windows.read();
@@ -324,6 +334,16 @@ mod tests {
         assert_eq!(ram.0.lock()[4], 8);
         bus.unregister(&fd, 4, 2, Some(7)).expect("was there");
         assert!(bus.unregister(&fd, 4, 2, Some(7)).is_err());
+    }
+
+    #[test]
+    fn a_cleared_bus_holds_no_device() {
+        let bus = Bus::new("test");
+        let ram = Arc::new(Ram::default());
+        bus.attach(0, 16, "a", Arc::clone(&ram) as Arc<dyn BusDevice>).expect("free");
+        bus.clear();
+        assert_eq!(Arc::strong_count(&ram), 1);
+        assert!(!bus.read(None, 0, &mut [0]));
     }
 
     fn libc_nonblock() -> i32 {
