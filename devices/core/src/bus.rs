@@ -321,6 +321,16 @@ mod tests {
     }
 
     #[test]
+    fn a_cleared_bus_lets_its_devices_go() {
+        let bus = Bus::new("test");
+        let ram = Arc::new(Ram::default());
+        bus.attach(0, 16, "a", Arc::clone(&ram) as Arc<dyn BusDevice>).expect("free");
+        bus.clear();
+        assert_eq!(Arc::strong_count(&ram), 1);
+        assert!(bus.windows().is_empty() && !bus.write(None, 0, &[1]));
+    }
+
+    #[test]
     fn an_ioeventfd_takes_the_write_that_matches_and_no_other() {
         let bus = Bus::new("test");
         let ram = Arc::new(Ram::default());

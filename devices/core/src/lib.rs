@@ -14,7 +14,7 @@ pub use bus::{Access, Bus, BusDevice, BusError, IoEvents};
 pub use context::{BuildContext, BuildError};
 pub use irq::{CpuLines, ExtInt, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector};
 pub use state::{DeviceState, StateError};
-pub use system::{SystemEvent, SystemSink};
+pub use system::{DeviceEvent, SystemEvent, SystemSink};
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

@@ -16,8 +16,22 @@ pub enum SystemEvent {
     Exit(u8),
 }
 
+/// What a guest's driver does with its device as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceEvent {
+    /// It has started to use it.
+    Activated,
+    /// It has reset it.
+    Reset,
+}
+
 /// Takes guests' requests. It returns at once; the VM acts on its own thread.
 pub trait SystemSink: Send + Sync + Debug {
     /// The guest asks for `event`.
     fn request(&self, event: SystemEvent);
+
+    /// The driver of device `id` has done `event`, for whoever watches the VM.
+    fn device_event(&self, id: &str, event: DeviceEvent) {
+        let _ = (id, event);
+    }
 }

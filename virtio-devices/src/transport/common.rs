@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use holdfast_device::{DeviceState, StateError};
+use holdfast_device::{BuildContext, DeviceEvent, DeviceState, StateError, SystemSink};
 use holdfast_memory::GuestMemory;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -126,6 +126,7 @@ pub(crate) struct Common {
     kicks: Vec<Arc<EventFd>>,
     pub(crate) flags: Arc<Flags>,
     interrupt: Arc<dyn Interrupt>,
+    system: Arc<dyn SystemSink>,
     sizes: Vec<u16>,
     inner: Mutex<Inner>,
 }
@@ -144,7 +145,7 @@ impl Common {
     pub(crate) fn new(
         id: &str,
         device: Arc<dyn VirtioDevice>,
-        memory: GuestMemory,
+        context: &BuildContext,
         interrupt: Arc<dyn Interrupt>,
         flags: Arc<Flags>,
     ) -> std::io::Result<Self> {
@@ -154,7 +155,8 @@ impl Common {
             kicks.push(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
         }
         let inner = Mutex::new(Inner { phase: Phase::Idle, registers: Registers::fresh(&sizes) });
-        Ok(Self { id: id.to_owned(), device, memory, kicks, flags, interrupt, sizes, inner })
+        let (memory, system) = (context.memory.clone(), Arc::clone(&context.system));
+        Ok(Self { id: id.to_owned(), device, memory, kicks, flags, interrupt, system, sizes, inner })
     }
 
     /// Signalled by the driver's notifications of each queue.
@@ -250,6 +252,7 @@ impl Common {
         let ready = status::DRIVER_OK | status::FEATURES_OK;
         if inner.phase == Phase::Idle && inner.registers.status & ready == ready {
             self.activate(&mut inner);
+            self.system.device_event(&self.id, DeviceEvent::Activated);
         }
     }
 
@@ -299,6 +302,7 @@ impl Common {
         let Some(before) = self.begin() else { return };
         if before == Phase::Active {
             self.device.stop();
+            self.system.device_event(&self.id, DeviceEvent::Reset);
         }
         self.device.reset();
         self.flags.needs_reset.store(false, Ordering::Release);

@@ -93,7 +93,7 @@ impl MmioTransport {
         let interrupt = Arc::new(MmioInterrupt { flags: Arc::clone(&flags), causes: Mutex::new(0), line });
         let dynamic = Arc::clone(&interrupt) as Arc<dyn Interrupt>;
         let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
-        let common = Common::new(id, device, context.memory.clone(), dynamic, flags)
+        let common = Common::new(id, device, context, dynamic, flags)
             .map_err(|e| host("cannot make an eventfd", e))?;
         let this = Arc::new(Self { common, interrupt });
         let name = format!("virtio-mmio-{id}");

@@ -270,7 +270,7 @@ impl PciTransport {
         });
         let dynamic = Arc::clone(&interrupt) as Arc<dyn Interrupt>;
         Ok(Arc::new(Self {
-            common: Common::new(id, device, context.memory.clone(), dynamic, flags)?,
+            common: Common::new(id, device, context, dynamic, flags)?,
             name: format!("_virtio-pci-{id}"),
             bdf: slot.bdf(),
             config,

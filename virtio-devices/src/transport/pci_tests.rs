@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::blk::config::DiskConfig;
 use crate::device::feature;
 use crate::registry::{Slot, plug};
 use crate::rng::config::RngConfig;
@@ -327,6 +328,24 @@ fn places_that_are_taken_are_refused() {
     let slot = Slot::Pci { bus: Arc::clone(&rig.bus), device: Some(3) };
     let error = plug("rng1", rng, slot, &rig.context).expect_err("taken");
     assert!(matches!(error, BuildError::Config { .. }), "{error}");
+}
+
+#[test]
+fn a_disk_is_free_again_when_its_vm_is_gone() {
+    let file = tempfile::NamedTempFile::new().expect("file");
+    file.as_file().set_len(4096).expect("sized");
+    let config = DiskConfig { path: Some(file.path().to_owned()), ..DiskConfig::default() };
+    let rig = Rig::new(true);
+    let disk = crate::blk::build("_disk1", &config, &rig.context).expect("builds");
+    let slot = Slot::Pci { bus: Arc::clone(&rig.bus), device: None };
+    let disk = plug("_disk1", disk, slot, &rig.context).expect("plugged");
+    let windows = Windows { mem64: (WINDOW, 1 << 20), ..Windows::default() };
+    rig.bus.assign_resources(windows).expect("room");
+    assert!(crate::blk::build("_disk1", &config, &rig.context).is_err(), "in use");
+    // The bus holds the BAR's device, which holds the bus.
+    rig.context.mmio.clear();
+    drop((disk, rig));
+    crate::blk::build("_disk1", &config, &context()).expect("free again");
 }
 
 proptest! {

@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use holdfast_accel::AccelError;
 use holdfast_config::{IdAllocator, VmConfig};
-use holdfast_device::{SystemEvent, SystemSink};
+use holdfast_device::{DeviceEvent, SystemEvent, SystemSink};
 use holdfast_threads::{Role, Spawner};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -45,6 +45,8 @@ impl std::fmt::Debug for ManagerOptions {
 enum Message {
     /// The guest asks for something.
     System(SystemEvent),
+    /// Something to be published.
+    Event(Event),
     /// The accelerator cannot go on.
     VcpuFailed(u32, AccelError),
     /// A vCPU stopped at a breakpoint.
@@ -79,6 +81,14 @@ impl Wire {
 impl SystemSink for Wire {
     fn request(&self, event: SystemEvent) {
         self.send(Message::System(event));
+    }
+
+    fn device_event(&self, id: &str, event: DeviceEvent) {
+        let id = id.to_owned();
+        self.send(Message::Event(match event {
+            DeviceEvent::Activated => Event::DeviceActivated { id },
+            DeviceEvent::Reset => Event::DeviceReset { id },
+        }));
     }
 }
 
@@ -280,6 +290,7 @@ impl Manager {
                 self.exit = Some(0);
             }
             Message::System(event) => self.guest_asks(event),
+            Message::Event(event) => self.events.publish(event),
             Message::VcpuFailed(index, error) => {
                 let error = ControlError::failed(format!("vCPU {index} cannot go on"), error);
                 tracing::error!("{}", error.describe());

@@ -280,5 +280,8 @@ impl Drop for Vm {
             device.pause();
         }
         self.timers.stop();
+        // Buses and devices hold each other; images and interfaces are to be free for the next VM.
+        self.mmio.clear();
+        self.pio.clear();
     }
 }
