@@ -34,8 +34,10 @@ impl Call {
 
     fn refuse(&self, error: &ControlError) -> HttpError {
         let status = StatusCode::from_u16(error.kind().http_status());
-        let outer = ["Error from API".to_owned(), self.route.failure.to_owned()];
-        let chain = outer.into_iter().chain(error.chain()).collect();
+        let mut chain = vec!["Error from API".to_owned(), self.route.failure.to_owned()];
+        chain.extend(error.chain());
+        // Where the manager says what failed in the same words, once is enough.
+        chain.dedup();
         HttpError::new(status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), chain)
     }
 

@@ -138,7 +138,9 @@ impl VmConfig {
         let mut problems = Problems::default();
         crate::unsupported::check_vm(&value, &mut problems);
         problems.into_result()?;
-        from_value(value)
+        let mut config: Self = from_value(value)?;
+        config.cpus.max_vcpus = config.cpus.max();
+        Ok(config)
     }
 
     /// The guest's architecture, the default resolved.
