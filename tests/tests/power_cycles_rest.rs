@@ -1,0 +1,57 @@
+//! A VM that is switched off lets go of everything it held: threads, files, memory.
+
+use std::path::Path;
+
+use holdfast_tests::http::Api;
+use holdfast_tests::{Program, riscv64_guest};
+use serde_json::json;
+
+fn entries(path: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(path).expect("the process lives").filter_map(Result::ok);
+    names
+        .filter_map(|entry| {
+            let path = entry.path();
+            let target = std::fs::read_link(&path).ok().map(|target| target.display().to_string());
+            target.or_else(|| std::fs::read_to_string(path.join("comm")).ok())
+        })
+        .collect()
+}
+
+#[test]
+fn what_a_vm_holds_goes_with_it() {
+    let dir = tempfile::tempdir().expect("directory");
+    let disk = dir.path().join("disk.img");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(8 << 20)).expect("an image");
+    let socket = dir.path().join("api");
+    let mut program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
+    let api = Api::connect(&socket);
+    let config = json!({
+        "arch": "riscv64", "accel": "tcg", "memory": { "size": 256u64 << 20 },
+        "payload": { "kernel": riscv64_guest().join("Image") },
+        "disks": [{ "path": disk }], "console": { "mode": "Off" }, "balloon": { "size": 0 },
+    });
+    let proc = Path::new("/proc").join(program.pid().to_string());
+    let held = || (entries(&proc.join("task")).len(), entries(&proc.join("fd")).len());
+    let before = held();
+    api.put("vm.create", &config);
+    for _ in 0..3 {
+        api.put("vm.boot", &json!(null));
+        assert_eq!(api.get("vm.info")["state"], "Running");
+        assert!(entries(&proc.join("task")).iter().any(|name| name.trim() == "vcpu0"));
+        api.put("vm.shutdown", &json!(null));
+        assert_eq!(api.get("vm.info")["state"], "Created");
+        // A thread that has been joined may still be listed for a moment.
+        for _ in 0..200 {
+            if held().0 <= before.0 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let (tasks, fds) = (entries(&proc.join("task")), entries(&proc.join("fd")));
+        assert!(tasks.len() <= before.0, "threads that stay: {tasks:?}");
+        assert!(fds.len() <= before.1 + 1, "files that stay: {fds:?}");
+        assert!(!fds.iter().any(|name| name.contains("disk.img")), "{fds:?}");
+    }
+    api.put("vmm.shutdown", &json!(null));
+    assert!(program.wait_exit(std::time::Duration::from_secs(60)).success());
+}
