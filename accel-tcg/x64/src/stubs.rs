@@ -1,7 +1,7 @@
 //! The routines that all translated code of one code cache shares.
 
 use crate::CodegenError;
-use crate::asm::{Alu, Asm, Cc, Mem, Reg, Xmm};
+use crate::asm::{Alu, Asm, Cc, Mem, Reg, Shift, Xmm};
 use holdfast_tcg_ir::env::{self, SlowPaths, exit, offset};
 use holdfast_tcg_ir::{Effects, GuestSpec, Slot, Type};
 
@@ -196,10 +196,86 @@ impl Gen<'_> {
         self.jump_exit(exit_at);
     }
 
+    /// Probes the TLB for the access alone and makes it: what shared probes of a range that crosses a page fall back to.
+    /// Falls through nowhere; returns the jumps that are taken on a miss.
+    fn retry(&mut self, kind: Slow) -> Vec<usize> {
+        const STRIDE: u32 = size_of::<env::MmuTlb>().trailing_zeros();
+        const { assert!(size_of::<env::MmuTlb>().is_power_of_two()) };
+        let array = if kind == Slow::Load { offset::tlb_read(0) } else { offset::tlb_write(0) };
+        let scratch = |n: i32| Mem::env(offset::SCRATCH + 8 * n);
+        let (rax, rcx, rdx, rsi, rdi) = (Reg::RAX, Reg::RCX, Reg::RDX, Reg::RSI, Reg::RDI);
+        let a = &mut *self.a;
+        a.mov(true, rsi, scratch(0));
+        a.mov(false, rdx, scratch(2));
+        let mut misses = Vec::new();
+        // Alignment and byte order are for Rust, and sixteen bytes.
+        a.test_imm(false, rdx, 0x34);
+        misses.push(a.jcc(Cc::Ne));
+        a.mov(false, rcx, rdx);
+        a.alu_imm(Alu::And, false, rcx, 7);
+        a.mov_imm(rax, 1);
+        a.shift_cl(Shift::Shl, false, rax);
+        a.lea(true, rax, Mem::index(rsi, rax, 0, -1));
+        a.alu_imm(Alu::And, true, rax, -4096);
+        a.alu(Alu::Add, true, rax, Reg::R15);
+        a.mov(false, rcx, rdx);
+        a.shift_imm(Shift::Shr, false, rcx, 6);
+        a.alu_imm(Alu::And, false, rcx, 15);
+        a.shift_imm(Shift::Shl, false, rcx, STRIDE as u8);
+        a.mov(true, rdi, rsi);
+        a.shift_imm(Shift::Shr, true, rdi, (env::TLB_PAGE_BITS - 4) as u8);
+        a.alu_imm(Alu::And, false, rdi, (env::TLB_ENTRIES as i32 - 1) << 4);
+        a.alu(Alu::Add, true, rcx, rdi);
+        a.alu(Alu::Cmp, true, rax, Mem::index(Reg::RBP, rcx, 0, array));
+        misses.push(a.jcc(Cc::Ne));
+        a.alu(Alu::Add, true, rsi, Mem::index(Reg::RBP, rcx, 0, array + 8));
+        let m = Mem::base(rsi, 0);
+        if kind == Slow::Store {
+            a.mov(true, rax, scratch(1));
+            a.alu_imm(Alu::And, false, rdx, 3);
+            self.by_size(&[3, 2, 0, 1], |a, log2| a.store(u32::from(log2), m, rax));
+        } else {
+            a.alu_imm(Alu::And, false, rdx, 15);
+            self.by_size(&[3, 10, 0, 2, 1, 8, 9, 11], |a, d| {
+                if d & 8 != 0 && d < 11 {
+                    a.movsx(u32::from(d & 3), true, rax, m);
+                } else {
+                    a.movzx(u32::from(d & 3), rax, m);
+                }
+                a.store(3, scratch(0), rax);
+            });
+        }
+        misses
+    }
+
+    /// Emits `access` for each of the kinds, chosen by edx, and returns from the stub after it.
+    fn by_size(&mut self, kinds: &[u8], access: impl Fn(&mut Asm, u8)) {
+        for (n, &k) in kinds.iter().enumerate() {
+            let next = (n + 1 < kinds.len()).then(|| {
+                self.a.alu_imm(Alu::Cmp, false, Reg::RDX, i32::from(k));
+                self.a.jcc_short(Cc::Ne)
+            });
+            access(self.a, k);
+            self.pop_all();
+            self.a.ret();
+            if let Some(at) = next {
+                self.a.patch_short(at);
+            }
+        }
+    }
+
     /// In: pc in the header, scratch: 0 address, 1 value or expected, 2 descriptor, 3 new value. Out: scratch 0.
     fn slow(&mut self, kind: Slow, keep_xmm: bool, func: u64, exit_at: usize) {
         let scratch = |n: i32| Mem::env(offset::SCRATCH + 8 * n);
         self.push_all();
+        let rust = match kind {
+            Slow::Load | Slow::Store => self.retry(kind),
+            Slow::Rmw | Slow::Cas => Vec::new(),
+        };
+        let here = self.a.pos();
+        for at in rust {
+            self.a.patch_rel(at, here);
+        }
         if keep_xmm {
             self.save_xmm();
         }
@@ -321,9 +397,9 @@ pub(crate) fn ibtc_probe(a: &mut Asm, pc_shift: u32) -> [usize; 3] {
     let mask = (env::IBTC_ENTRIES as i32 - 1) << 5;
     a.mov(false, Reg::RCX, Reg::RAX);
     if pc_shift < 5 {
-        a.shift_imm(crate::asm::Shift::Shl, false, Reg::RCX, (5 - pc_shift) as u8);
+        a.shift_imm(Shift::Shl, false, Reg::RCX, (5 - pc_shift) as u8);
     } else if pc_shift > 5 {
-        a.shift_imm(crate::asm::Shift::Shr, false, Reg::RCX, (pc_shift - 5) as u8);
+        a.shift_imm(Shift::Shr, false, Reg::RCX, (pc_shift - 5) as u8);
     }
     a.alu_imm(Alu::And, false, Reg::RCX, mask);
     a.mov(true, Reg::RDX, Mem::env(offset::IBTC_KEY));
