@@ -129,7 +129,7 @@ impl Cx<'_> {
 
     /// A probe for one access.
     fn full_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
-        // Misaligned accesses miss by the low bits that the mask keeps; others by the page of their last byte.
+        // Misaligned accesses miss by the bits that must be zero; others by the page of their last byte.
         let size = if mem.is_aligned() { 1 } else { mem.bytes() as i32 };
         let hi = disp.saturating_add(size);
         let mut p = self.probe_range(mem, self.st.an.root(addr), (disp, hi), write);
@@ -143,6 +143,16 @@ impl Cx<'_> {
         let (t1, t2) = (self.temp(), self.temp());
         let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
         let a = &mut self.st.asm;
+        // An aligned access adds the bits that must be zero to the tag's highest bits, where no entry has any: further
+        // down they could pass for the slow bit or for a generation.
+        let log2 = if mem.is_aligned() { mem.log2() as u8 } else { 0 };
+        if log2 != 0 {
+            a.lea(true, t1, Mem::base(base, lo));
+            a.mov(true, t2, t1);
+            a.shift_imm(Shift::Shl, true, t2, 64 - log2);
+            a.alu_imm(Alu::And, true, t1, -4096);
+            a.alu(Alu::Add, true, t2, t1);
+        }
         // t1 = index * 16: the page number's low bits, shifted to where an entry's offset has them.
         let down = (TLB_PAGE_BITS - 4) as u8;
         if lo != 0 {
@@ -154,14 +164,17 @@ impl Cx<'_> {
             a.mov(true, t1, base);
             a.shift_imm(Shift::Shr, true, t1, down);
         }
-        if hi == 1 {
+        if log2 != 0 {
+            // Done above.
+        } else if hi == 1 {
             a.mov(true, t2, base);
         } else {
             a.lea(true, t2, Mem::base(base, hi.wrapping_sub(1)));
         }
-        let low_bits = if mem.is_aligned() { mem.bytes() as i32 - 1 } else { 0 };
         a.alu_imm(Alu::And, false, t1, (TLB_ENTRIES as i32 - 1) << 4);
-        a.alu_imm(Alu::And, true, t2, -4096 | low_bits);
+        if log2 == 0 {
+            a.alu_imm(Alu::And, true, t2, -4096);
+        }
         a.alu(Alu::Add, true, t2, Reg::R15);
         a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, array));
         let miss = a.jcc(Cc::Ne);
