@@ -202,11 +202,10 @@ impl VcpuCore {
                     // This vCPU is at a safe point itself: it holds no region, and forgets those that went before it
                     // claims to be past.
                     self.from = None;
-                    let shared = Arc::clone(&self.shared);
                     epochs.leave(index);
                     std::thread::sleep(Duration::from_micros(10));
                     epochs.enter(index);
-                    self.tlb.forget_regions(shared.env(), &shared.take_killed());
+                    self.forget_killed();
                 }
             }
         }

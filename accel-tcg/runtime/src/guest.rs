@@ -64,6 +64,9 @@ pub struct Translation {
     /// False if less than a 4 KiB page is known to translate alike (fine-grained protection): the
     /// result serves this access only.
     pub cacheable: bool,
+    /// The page is mapped alike in every address space, and a flush of one address space need not forget it
+    /// (RISC-V: G in a page table entry).
+    pub global: bool,
 }
 
 /// The modes that translated code and TLB entries depend on, computed from the guest's state.

@@ -53,6 +53,12 @@ pub mod request {
     pub const HALT: u32 = 32;
 }
 
+/// Requests that a sleeping vCPU wakes up for; it looks at the others when it wakes anyway.
+const AWAKENING: u32 = request::INTERRUPT | request::KICK;
+
+/// Regions that a vCPU is told of one by one before it is told to forget all it has cached.
+const KILLED: usize = 1024;
+
 /// Requests to, and pins of, one vCPU. Shared by all threads.
 pub struct VcpuShared {
     index: u32,
@@ -63,7 +69,8 @@ pub struct VcpuShared {
     pub(crate) tlb_lock: Mutex<()>,
     /// MMU indexes that may have write entries, a bit each.
     tlb_used: AtomicU32,
-    killed: Mutex<Vec<Killed>>,
+    /// Regions to forget; `None`: too many to list.
+    killed: Mutex<Option<Vec<Killed>>>,
     flushes: Mutex<Vec<Flush>>,
     pub(crate) counts: VcpuCounts,
     asleep: Mutex<bool>,
@@ -90,7 +97,7 @@ impl VcpuShared {
             env,
             tlb_lock: Mutex::new(()),
             tlb_used: AtomicU32::new(0),
-            killed: Mutex::default(),
+            killed: Mutex::new(Some(Vec::new())),
             flushes: Mutex::default(),
             counts: VcpuCounts::default(),
             asleep: Mutex::new(false),
@@ -134,20 +141,27 @@ impl VcpuShared {
     pub fn request(&self, what: u32) {
         self.requests.fetch_or(what, Ordering::SeqCst);
         self.env.exit_request().store(1, Ordering::SeqCst);
-        let asleep = self.asleep.lock();
-        if *asleep {
-            self.wake.notify_all();
+        if what & AWAKENING != 0 {
+            let asleep = self.asleep.lock();
+            if *asleep {
+                self.wake.notify_all();
+            }
         }
     }
 
     /// Makes the vCPU forget regions that are no more.
     pub(crate) fn forget(&self, killed: &[Killed]) {
-        self.killed.lock().extend_from_slice(killed);
+        let mut mine = self.killed.lock();
+        match &mut *mine {
+            Some(list) if list.len() + killed.len() <= KILLED => list.extend_from_slice(killed),
+            _ => *mine = None,
+        }
+        drop(mine);
         self.request(request::INVALIDATE);
     }
 
-    pub(crate) fn take_killed(&self) -> Vec<Killed> {
-        std::mem::take(&mut *self.killed.lock())
+    pub(crate) fn take_killed(&self) -> Option<Vec<Killed>> {
+        self.killed.lock().replace(Vec::new())
     }
 
     /// Makes the vCPU flush its TLB at its next safe point.
@@ -203,7 +217,7 @@ impl VcpuShared {
     pub fn sleep(&self, limit: Option<Duration>) {
         let mut asleep = self.asleep.lock();
         *asleep = true;
-        if !self.requested() {
+        if self.requests.load(Ordering::SeqCst) & AWAKENING == 0 {
             match limit {
                 Some(limit) => drop(self.wake.wait_for(&mut asleep, limit)),
                 None => self.wake.wait(&mut asleep),

@@ -182,6 +182,10 @@ impl VcpuCore {
         let t = guest.fill(&mut Cpu::new(self), access)?;
         if t.cacheable {
             self.tlb.note_large(va, t.page_bits);
+            if write && t.read && !self.tlb.has_read(env, va, access.mmu_idx) {
+                // What is written is read before long.
+                self.enter(&Access { kind: AccessKind::Read, ..*access }, t.gpa, true);
+            }
         }
         Ok(self.enter(access, t.gpa, t.cacheable))
     }

@@ -12,7 +12,7 @@ use holdfast_tcg_ir::env::{
 };
 
 use crate::env::EnvBox;
-use crate::guest::{Flush, Mode};
+use crate::guest::{Flush, Mode, Translation};
 use crate::hash::{Map, mix};
 use crate::regions::Killed;
 
@@ -38,6 +38,8 @@ pub struct CodeEntry {
     idx: u8,
     /// Guest-physical page address.
     pub gpa: u64,
+    /// Mapped alike in every address space.
+    pub global: bool,
 }
 
 /// A TLB entry as the runtime handles it.
@@ -85,6 +87,10 @@ pub struct Tlb {
     spaces: Map<u64, u64>,
     mode_key: u32,
     ibtc_epoch: u64,
+    /// Mode keys under which code was run that is not mapped alike in all address spaces.
+    local_modes: Vec<u32>,
+    /// What the current mode's entries of the indirect-branch cache carry.
+    ibtc_key: u64,
     filter: [u64; FILTER],
     victims: Vec<Victims>,
     code: Box<[CodeEntry]>,
@@ -105,7 +111,9 @@ impl Tlb {
             space: 0,
             spaces: [(0, 1)].into_iter().collect(),
             mode_key: 0,
-            ibtc_epoch: 0,
+            ibtc_epoch: 1,
+            local_modes: Vec::new(),
+            ibtc_key: 0,
             filter: [0; FILTER],
             victims: vec![Victims::default(); MMU_MODES],
             code: vec![CodeEntry::default(); CODE_ENTRIES].into_boxed_slice(),
@@ -122,9 +130,12 @@ impl Tlb {
         self.generation << GEN_SHIFT
     }
 
-    fn publish(&self, env: &EnvBox) {
-        let key = self.generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
-        env.set_keys(self.gen_tag(), key);
+    /// Publishes generation and key of the indirect-branch cache. While a mode (a kernel's) runs nothing but
+    /// global mappings, its key holds no generation, and its entries outlive changes of the address space.
+    fn publish(&mut self, env: &EnvBox) {
+        let generation = if self.local_modes.contains(&self.mode_key) { self.generation } else { 0 };
+        self.ibtc_key = generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
+        env.set_keys(self.gen_tag(), self.ibtc_key);
     }
 
     /// Switches to `mode` with the mode key `key`.
@@ -182,7 +193,8 @@ impl Tlb {
         self.large.clear();
         self.large_overflow = false;
         self.fresh(env, counts);
-        self.publish(env);
+        self.local_modes.clear();
+        self.forget_branches(env);
     }
 
     fn flush_space(&mut self, env: &EnvBox, space: u64, counts: &TlbCounts) {
@@ -231,7 +243,7 @@ impl Tlb {
         self.ibtc_epoch += 1;
         self.filter = [0; FILTER];
         if self.ibtc_epoch == IBTC_EPOCHS {
-            self.ibtc_epoch = 0;
+            self.ibtc_epoch = 1;
             for n in 0..IBTC_ENTRIES {
                 env.set_ibtc(n, IbtcEntry::default());
             }
@@ -252,10 +264,15 @@ impl Tlb {
         }
     }
 
-    /// Enters a region in the indirect-branch cache. `second`: it runs into the next page.
-    pub fn remember_branch(&mut self, env: &EnvBox, pc: u64, code: u64, second: bool) {
-        let key = self.generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
-        env.set_ibtc(ibtc_index(pc, self.pc_shift), IbtcEntry { pc, key, code, pad: 0 });
+    /// Enters a region in the indirect-branch cache. `second`: it runs into the next page. `global`: all of it is
+    /// mapped alike in every address space.
+    pub fn remember_branch(&mut self, env: &EnvBox, pc: u64, code: u64, (second, global): (bool, bool)) {
+        if !global && !self.local_modes.contains(&self.mode_key) {
+            // The entries that the mode has so far match again when everything has been flushed: never.
+            self.local_modes.push(self.mode_key);
+            self.publish(env);
+        }
+        env.set_ibtc(ibtc_index(pc, self.pc_shift), IbtcEntry { pc, key: self.ibtc_key, code, pad: 0 });
         self.filter_page(pc & !LOW);
         if second {
             self.filter_page((pc & !LOW).wrapping_add(0x1000));
@@ -281,9 +298,9 @@ impl Tlb {
     }
 
     /// Enters the translation of a code page.
-    pub fn set_code(&mut self, pc: u64, idx: u8, gpa: u64, page_bits: u8) {
-        self.note_large(pc, page_bits);
-        let entry = CodeEntry { tag: tlb_tag(pc, self.gen_tag()), idx, gpa: gpa & !LOW };
+    pub fn set_code(&mut self, pc: u64, idx: u8, t: &Translation) {
+        self.note_large(pc, t.page_bits);
+        let entry = CodeEntry { tag: tlb_tag(pc, self.gen_tag()), idx, gpa: t.gpa & !LOW, global: t.global };
         self.code[(pc >> 12) as usize % CODE_ENTRIES] = entry;
     }
 
@@ -324,6 +341,12 @@ impl Tlb {
         addend.store(found.addend, Ordering::Relaxed);
         tag.store(found.tag, Ordering::Relaxed);
         Some(found)
+    }
+
+    /// True if the read array has an entry for the page of `va`.
+    pub fn has_read(&self, env: &EnvBox, va: u64, idx: u8) -> bool {
+        let (tag, _) = env.tlb(idx, false, tlb_index(va));
+        tag.load(Ordering::Relaxed) & !TLB_SLOW == tlb_tag(va, self.gen_tag())
     }
 
     /// Enters a translation of the page of `va` in the array for (MMU index, writes), moving what was there to the

@@ -94,6 +94,11 @@ enum Next {
     Stop(Stop),
 }
 
+/// Start of the page behind that of `pc`.
+fn next_page(pc: u64) -> u64 {
+    (pc & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE)
+}
+
 impl VcpuCore {
     /// The vCPU whose environment this is.
     ///
@@ -165,6 +170,15 @@ impl VcpuCore {
         self.tlb.reset(shared.env(), &shared.counts.tlb);
     }
 
+    /// Forgets regions that were taken out.
+    pub(crate) fn forget_killed(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        match shared.take_killed() {
+            Some(killed) => self.tlb.forget_regions(shared.env(), &killed),
+            None => self.tlb.forget_branches(shared.env()),
+        }
+    }
+
     /// Serves what other threads asked for. Holds no region.
     fn serve(&mut self) -> Option<Stop> {
         let what = self.shared.take_requests();
@@ -173,7 +187,7 @@ impl VcpuCore {
             self.remap();
         }
         if what & request::INVALIDATE != 0 {
-            self.tlb.forget_regions(shared.env(), &shared.take_killed());
+            self.forget_killed();
             self.from = None;
         }
         if what & request::WORK != 0 {
@@ -231,7 +245,7 @@ impl VcpuCore {
         let access = Access { gva: pc, size, kind: AccessKind::Fetch, mmu_idx: idx };
         let t = guest.fill(&mut Cpu::new(self), &access)?;
         if t.cacheable {
-            self.tlb.set_code(pc, idx, t.gpa, t.page_bits);
+            self.tlb.set_code(pc, idx, &t);
         }
         Ok(t.gpa)
     }
@@ -241,8 +255,7 @@ impl VcpuCore {
         if region.second == NO_PAGE {
             return Ok(true);
         }
-        let next = (region.key.pc & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
-        Ok(self.fetch(next)? / PAGE_SIZE == region.second)
+        Ok(self.fetch(next_page(region.key.pc))? / PAGE_SIZE == region.second)
     }
 
     /// Makes `region` known to indirect jumps and guarded links.
@@ -251,8 +264,11 @@ impl VcpuCore {
             return;
         }
         let shared = Arc::clone(&self.shared);
-        let (env, pc) = (shared.env(), region.key.pc);
-        self.tlb.remember_branch(env, pc, region.entry(), region.second != NO_PAGE);
+        let (env, pc, idx) = (shared.env(), region.key.pc, self.mode.fetch_idx);
+        let two = region.second != NO_PAGE;
+        let Some(first) = self.tlb.code(pc, idx) else { return };
+        let global = first.global && (!two || self.tlb.code(next_page(pc), idx).is_some_and(|e| e.global));
+        self.tlb.remember_branch(env, pc, region.entry(), (two, global));
         // The filter of flushes that the line above feeds covers the mapping id too.
         self.tlb.set_page_id(env, pc, region.page_id);
     }

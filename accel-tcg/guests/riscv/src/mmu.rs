@@ -29,6 +29,7 @@ mod pte {
     pub const W: u64 = 1 << 2;
     pub const X: u64 = 1 << 3;
     pub const U: u64 = 1 << 4;
+    pub const G: u64 = 1 << 5;
     pub const A: u64 = 1 << 6;
     pub const D: u64 = 1 << 7;
     /// Reserved bits, and those of Svpbmt and Svnapot, which are not there.
@@ -93,6 +94,8 @@ struct Walked {
     gpa: u64,
     allowed: u8,
     page_bits: u8,
+    /// The mapping is the same in all address spaces.
+    global: bool,
 }
 
 const RWX: u8 = pmp::cfg::R | pmp::cfg::W | pmp::cfg::X;
@@ -109,7 +112,8 @@ pub fn translate(hart: &Hart, phys: &PhysMemory, access: &Access) -> Result<Tran
     };
     let levels = if mode == privilege::M { 0 } else { levels(hart.satp) };
     let walked = if levels == 0 {
-        Walked { gpa: access.gva, allowed: RWX, page_bits: 12 }
+        // M-mode addresses mean the same whatever `satp` says; those of the others only while it is bare.
+        Walked { gpa: access.gva, allowed: RWX, page_bits: 12, global: mode == privilege::M }
     } else {
         walk(hart, phys, access, levels)?
     };
@@ -125,6 +129,7 @@ pub fn translate(hart: &Hart, phys: &PhysMemory, access: &Access) -> Result<Tran
         fetch: allowed & pmp::cfg::X != 0,
         page_bits: walked.page_bits,
         cacheable: verdict.whole_page,
+        global: walked.global,
     })
 }
 
@@ -157,6 +162,7 @@ fn walk(hart: &Hart, phys: &PhysMemory, access: &Access, levels: u32) -> Result<
 /// One walk; `None` if an entry changed under it.
 fn walk_once(hart: &Hart, phys: &PhysMemory, access: &Access, levels: u32) -> Result<Option<Walked>, Fault> {
     let mut table = (hart.satp & pte::PPN_MASK) << 12;
+    let mut global = false;
     for level in (0..levels).rev() {
         let at = table + (access.gva >> (12 + 9 * level) & 0x1ff) * 8;
         let table_pmp = pmp::check(hart, at, 8, privilege::S).allowed;
@@ -170,6 +176,7 @@ fn walk_once(hart: &Hart, phys: &PhysMemory, access: &Access, levels: u32) -> Re
             return Err(page_fault(access));
         }
         let ppn = entry >> pte::PPN_SHIFT & pte::PPN_MASK;
+        global |= entry & pte::G != 0;
         if entry & (pte::R | pte::X) == 0 {
             if entry & (pte::A | pte::D | pte::U) != 0 {
                 return Err(page_fault(access)); // reserved in pointers to tables
@@ -197,7 +204,7 @@ fn walk_once(hart: &Hart, phys: &PhysMemory, access: &Access, levels: u32) -> Re
             allowed &= !pmp::cfg::W; // the first write has to come here
         }
         let gpa = (ppn | access.gva >> 12 & low) << 12 | access.gva & 0xfff;
-        return Ok(Some(Walked { gpa, allowed, page_bits: (12 + 9 * level) as u8 }));
+        return Ok(Some(Walked { gpa, allowed, page_bits: (12 + 9 * level) as u8, global }));
     }
     Err(page_fault(access))
 }

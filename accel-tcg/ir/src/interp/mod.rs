@@ -170,7 +170,12 @@ impl Interpreter {
             if ty == Type::I32 { cc.eval32(x, y) } else { cc.eval64(x, y) }
         };
         let result = match i.op {
-            Op::Nop | Op::Label | Op::Fence => return Next::Step,
+            Op::Nop | Op::Label => return Next::Step,
+            Op::Fence => {
+                // Other vCPUs run in parallel, interpreted or not.
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                return Next::Step;
+            }
             Op::InsnStart => {
                 self.pc = i.imm();
                 return Next::Step;
