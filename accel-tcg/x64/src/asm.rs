@@ -196,6 +196,9 @@ const fn three8(prefix: u8, op: u8) -> Opc {
     Opc { prefix, map: 2, op }
 }
 
+/// No-operations by length.
+const NOPS: [&[u8]; 4] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]];
+
 /// The code buffer and the current position.
 pub struct Asm {
     buf: Box<[u8; BUFFER]>,
@@ -701,7 +704,6 @@ impl Asm {
 
     /// No-operations until `(pos + plus) % align == 0`.
     pub fn align(&mut self, align: usize, plus: usize) {
-        const NOPS: [&[u8]; 4] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]];
         loop {
             let n = (align - (self.pos + plus) % align) % align;
             if n == 0 {
@@ -709,6 +711,19 @@ impl Asm {
             }
             self.raw(NOPS[n.min(3)]);
         }
+    }
+
+    /// Moves the code from offset `at` on up by `n` (at most 3) bytes of no-operation. It must not refer to itself or be
+    /// referred to by distance.
+    pub fn insert_nops(&mut self, at: usize, n: usize) {
+        let end = self.pos.min(BUFFER - 4);
+        if n == 0 || n > 3 || at > end {
+            return;
+        }
+        self.buf.copy_within(at..end, at + n);
+        self.pos = at;
+        self.raw(NOPS[n]);
+        self.pos = end + n;
     }
 
     // ---- SSE ----

@@ -5,7 +5,7 @@
 //!         jmp   TARGET          ; rel32 at `jump`; first to the request stub
 //! request: (sets pc, exit_arg = region_id << 32 | index; exits with exit::LINK)
 //! ```
-//! A jump to another page is guarded by the mapping id of the target page (see `holdfast_tcg_ir::env`):
+//! or `jcc rel32` alike. A jump to another page is guarded by the mapping id of the target page (see `holdfast_tcg_ir::env`):
 //! ```text
 //!         lea   eax, [r15 + ID<<12]               ; disp32 at `id`; first 0, which matches nothing
 //!         cmp   eax, [rbp + page_ids + 4*index]
@@ -50,6 +50,11 @@ pub struct LinkSite {
 }
 
 impl LinkSite {
+    /// A site on the region's page.
+    pub(crate) fn same_page(target_pc: u64, jump: u32) -> Self {
+        Self { target_pc, kind: LinkKind::SamePage, jump, id: 0, miss: 0, request_stub: 0, lookup_stub: 0 }
+    }
+
     /// Makes the jump go to `target`, a byte distance from the start of this region's code (in the executable mapping)
     /// to the code of the target region. `mapping_id` (1 to `MAX_MAPPING_ID`) is the id of the target's page mapping for
     /// [`LinkKind::CrossPage`], and ignored for [`LinkKind::SamePage`]. Returns whether the site is now linked.

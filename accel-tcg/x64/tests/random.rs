@@ -55,6 +55,7 @@ struct Gen<'a> {
     singles: Vec<Val>,
     pc: u64,
     fp: bool,
+    leaving: Vec<Label>,
 }
 
 const BIN: [Op; 25] = [
@@ -468,6 +469,17 @@ impl Gen<'_> {
                 self.b.brcond(cc, a, b, l);
             }
         }
+        self.after_branch();
+        if self.rng.below(4) == 0 {
+            // A branch that leaves the region.
+            let (out, a, b) = (self.b.label(), self.int(), self.int());
+            self.b.brcond(cc, a, b, out);
+            self.leaving.push(out);
+        }
+        self.after_branch();
+    }
+
+    fn after_branch(&mut self) {
         // A branch that folded to a jump has ended the block.
         if self.b.region().insts.last().is_some_and(|i| i.op == Op::Label) {
             self.forget();
@@ -479,7 +491,8 @@ fn region(b: &mut Builder, rng: &mut Rng, ids: [HelperId; 4], fp: bool) -> Regio
     let entry = 0xffff_ffff_8123_4000 + rng.below(512) * 4;
     b.start(entry);
     let (ints, words, doubles, singles) = Default::default();
-    let mut g = Gen { b, rng, helpers: ids, ints, words, doubles, singles, pc: entry, fp };
+    let mut g =
+        Gen { b, rng, helpers: ids, ints, words, doubles, singles, pc: entry, fp, leaving: Vec::new() };
     g.b.insn(entry, 4);
     let blocks = 1 + g.rng.below(4);
     let labels: Vec<Label> = (0..blocks).map(|_| g.b.label()).collect();
@@ -524,6 +537,11 @@ fn region(b: &mut Builder, rng: &mut Rng, ids: [HelperId; 4], fp: bool) -> Regio
             g.b.exit_reg(0x111, v);
         }
         _ => g.b.exit(0x222, entry + 8),
+    }
+    for l in std::mem::take(&mut g.leaving) {
+        g.b.bind(l);
+        let to = g.rng.below(1024) * 4;
+        g.b.goto_pc(entry / 4096 * 4096 + to);
     }
     g.b.take()
 }

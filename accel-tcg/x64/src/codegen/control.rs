@@ -17,6 +17,9 @@ impl Cx<'_> {
                 self.refer(at, i.a);
             }
             Op::BrCond => {
+                if let Some(pc) = self.direct_exit(i.c) {
+                    return self.branch_out(i, pc);
+                }
                 let cc = self.compare_cond(i);
                 let at = self.st.asm.jcc(cc);
                 self.refer(at, i.c);
@@ -31,6 +34,43 @@ impl Cx<'_> {
             }
             _ => self.leave(i.a),
         }
+    }
+
+    /// The guest pc that a branch to `label` goes on at, when nothing but a jump within the page is there and no poll is
+    /// due: the branch itself can be linked then.
+    fn direct_exit(&mut self, label: u32) -> Option<u64> {
+        let at = self.r.labels.get(label as usize)?.at? as usize;
+        let after = at + 1;
+        let jump = self.r.insts.get(after)?;
+        let pc = jump.imm();
+        let fits = jump.op == Op::GotoPc
+            && at > self.at as usize
+            && pc > self.pc
+            && pc != self.r.entry_pc
+            && self.r.same_page(pc, self.spec.page_bits);
+        if !fits {
+            return None;
+        }
+        let left = self.st.label_uses.get_mut(label as usize)?;
+        *left = left.saturating_sub(1);
+        if *left == 0 && self.r.insts.get(at.checked_sub(1)?)?.op.is_terminator() {
+            self.st.an.kill(at as u32);
+            self.st.an.kill(after as u32);
+        }
+        Some(pc)
+    }
+
+    /// A conditional branch that is a link site.
+    fn branch_out(&mut self, i: &Inst, pc: u64) {
+        let start = self.st.asm.pos();
+        let cc = self.compare_cond(i);
+        // The rel32 is to be aligned; no-operations go before the comparison, which is to stay next to the jump.
+        let pad = (self.st.asm.pos() + 2).wrapping_neg() % 4;
+        self.st.asm.insert_nops(start, pad);
+        let jump = self.st.asm.jcc(cc) as u32;
+        let n = self.st.links.len();
+        self.st.links.push(LinkSite::same_page(pc, jump));
+        self.st.cold.push(Cold::Link { from: 0, n });
     }
 
     fn leave(&mut self, code: u32) {
@@ -81,15 +121,7 @@ impl Cx<'_> {
             return self.st.asm.patch_rel(at, 0);
         }
         let n = self.st.links.len();
-        let mut site = LinkSite {
-            target_pc: pc,
-            kind: LinkKind::SamePage,
-            jump: 0,
-            id: 0,
-            miss: 0,
-            request_stub: 0,
-            lookup_stub: 0,
-        };
+        let mut site = LinkSite::same_page(pc, 0);
         if !self.r.same_page(pc, self.spec.page_bits) {
             site.kind = LinkKind::CrossPage;
             let index = env::page_id_index(pc) as i32;

@@ -72,6 +72,8 @@ pub(crate) struct State {
     insns: Vec<(u32, u64)>,
     /// Code offset of bound labels.
     label_at: Vec<Option<u32>>,
+    /// Branches to each label that are not link sites themselves.
+    label_uses: Vec<u32>,
     /// rel32s that wait for a label.
     label_refs: Vec<(u32, u32)>,
 }
@@ -114,6 +116,7 @@ impl Translator {
             links: Vec::new(),
             insns: Vec::new(),
             label_at: Vec::new(),
+            label_uses: Vec::new(),
             label_refs: Vec::new(),
         };
         Ok(Self { spec, helpers, slow, features, st })
@@ -147,6 +150,8 @@ impl Translator {
         st.label_refs.clear();
         st.label_at.clear();
         st.label_at.resize(region.labels.len(), None);
+        st.label_uses.clear();
+        st.label_uses.extend(region.labels.iter().map(|l| l.refs));
         st.an.run(region);
         st.al.start(region.insts.len());
         let mut cx = Cx {
