@@ -25,6 +25,11 @@ fn qemu_qmp_drives_a_whole_life() {
 }
 
 #[test]
+fn the_qmp_schema_is_part_of_qemus() {
+    runs("schema");
+}
+
+#[test]
 fn schemathesis_finds_nothing() {
     runs("rest");
 }

@@ -106,6 +106,11 @@ fn parse(text: &str) -> Result<(Format, u64), String> {
     Ok((parsed, expression(address.trim())?))
 }
 
+/// Whether `text` is what stands behind `x` or `xp`.
+pub(super) fn reads(text: &str) -> bool {
+    parse(text).is_ok()
+}
+
 /// Sums and differences of numbers.
 fn expression(text: &str) -> Result<u64, String> {
     let invalid = || format!("invalid address: '{text}'");

@@ -34,6 +34,25 @@ const MAX_EVENTS: usize = 256;
 /// How long a client may take to accept a message.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Cuts and reads what a client sends, as a session does, and runs nothing: for fuzzing. Returns how many
+/// requests are well formed.
+pub fn read_stream(data: &[u8]) -> usize {
+    let (mut framer, mut messages) = (Framer::default(), VecDeque::new());
+    framer.feed(data, &mut messages);
+    let requests = messages.iter().filter_map(|message| match message {
+        Message::Object(text) => Request::parse(text).ok(),
+        Message::Malformed(_) => None,
+    });
+    requests
+        .filter(|request| {
+            request.arguments.values().all(|value| {
+                // A line for the human monitor is a language of its own.
+                value.as_str().is_none_or(hmp::reads)
+            })
+        })
+        .count()
+}
+
 /// Something that accepts clients.
 pub(crate) trait Accept {
     /// A connection.
