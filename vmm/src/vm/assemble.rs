@@ -84,7 +84,7 @@ impl Vm {
             vcpus: config.cpus.boot_vcpus,
             irqchip: request.irqchip,
             code_cache: 0,
-            x86_tss_base: None,
+            x86_tss_base: module.x86_tss_base(),
         };
         let vm = accel::create_vm(&config.accel, &spec)?;
         if let Some((memory_events, port_events)) = vm.io_events() {
