@@ -58,6 +58,8 @@ pub fn run(
     manager: impl FnOnce(ControlInbox) -> io::Result<u8> + Send + 'static,
 ) -> Result<u8, ProcessError> {
     logging::start(options.log_file.as_deref(), options.verbosity).map_err(ProcessError::Log)?;
+    // Before the first thread: a thread that does not block a signal dies of it, and the process with it.
+    let signals = block_signals().map_err(|error| ProcessError::Host("signals cannot be blocked", error))?;
     let listeners = Listeners::bind(options.api_socket.as_ref(), options.qmp.as_ref());
     let listeners = listeners.map_err(ProcessError::Serve)?;
     let monitor = options.event_monitor.as_ref().map(monitor::open).transpose();
@@ -65,7 +67,7 @@ pub fn run(
     let (handle, inbox) = control().map_err(|error| ProcessError::Host("no eventfd", error))?;
     let monitor = monitor.map(|file| EventMonitor::start(&**spawner, handle.events(), file)).transpose();
     let monitor = monitor.map_err(ProcessError::EventMonitor)?;
-    watch_signals(&**spawner, handle.clone())
+    watch_signals(&**spawner, handle.clone(), signals)
         .map_err(|error| ProcessError::Host("no signal thread", error))?;
     let status = spawn_manager(&**spawner, inbox, manager)
         .map_err(|error| ProcessError::Host("no VM manager thread", error))?;
@@ -117,9 +119,8 @@ fn spawn_manager(
     Ok(receiver)
 }
 
-/// Lets SIGTERM, SIGINT and SIGHUP end the process in order: they are blocked in all threads made from
-/// now on, and one thread waits for them.
-fn watch_signals(spawner: &dyn Spawner, handle: ControlHandle) -> io::Result<()> {
+/// Blocks the signals that ask for an end, in this thread and all that it makes from now on.
+fn block_signals() -> io::Result<libc::sigset_t> {
     // SAFETY: sigset_t is plain data that sigemptyset initialises.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: `set` is a valid signal set, and the signal numbers are valid.
@@ -131,14 +132,16 @@ fn watch_signals(spawner: &dyn Spawner, handle: ControlHandle) -> io::Result<()>
     }
     // SAFETY: `set` is a valid signal set; the old mask is not asked for.
     let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-    if blocked != 0 {
-        return Err(io::Error::from_raw_os_error(blocked));
-    }
+    if blocked == 0 { Ok(set) } else { Err(io::Error::from_raw_os_error(blocked)) }
+}
+
+/// Lets `signals` end the process in order: one thread waits for them.
+fn watch_signals(spawner: &dyn Spawner, handle: ControlHandle, signals: libc::sigset_t) -> io::Result<()> {
     let body = move || {
         loop {
             let mut signal = 0;
-            // SAFETY: `set` and `signal` are valid for the call.
-            if unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0 {
+            // SAFETY: `signals` and `signal` are valid for the call.
+            if unsafe { libc::sigwait(&raw const signals, &raw mut signal) } != 0 {
                 return;
             }
             tracing::info!(signal, "asked to end by a signal");

@@ -190,3 +190,44 @@ fn errors_end_it_with_a_message() {
     assert_eq!(usage.status.code(), Some(2));
     assert!(String::from_utf8(usage.stderr).unwrap().contains("--frobnicate"));
 }
+
+/// Runs the program on a listening socket that it inherits, as libvirt starts it.
+fn on_inherited_socket(directory: &Path) -> (std::process::Child, std::path::PathBuf) {
+    let socket = directory.join("inherited");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    // SAFETY: dup gives the child a copy that survives exec.
+    let fd = unsafe { libc::dup(listener.as_raw_fd()) };
+    let events = directory.join("events");
+    let child = Command::new(HOLDFAST)
+        .args(["run", "--api-socket", &format!("fd={fd}")])
+        .args(["--event-monitor", &format!("path={}", events.display())])
+        .spawn()
+        .unwrap();
+    // SAFETY: the copy is ours, and nothing else uses it.
+    unsafe { libc::close(fd) };
+    (child, socket)
+}
+
+#[test]
+fn it_serves_a_socket_that_it_inherits() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut child, socket) = on_inherited_socket(directory.path());
+    assert!(ctl(&socket, &["ping"]).unwrap().contains(&format!("\"pid\":{}", child.id())));
+    assert_eq!(ctl(&socket, &["shutdown-vmm"]).unwrap(), "");
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}");
+    assert!(socket.exists(), "whoever made the socket takes it away");
+}
+
+#[test]
+fn a_signal_ends_it_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut child, socket) = on_inherited_socket(directory.path());
+    assert!(ctl(&socket, &["ping"]).is_ok());
+    // SAFETY: the child has not been waited for, so the number is still its.
+    assert_eq!(unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) }, 0);
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}");
+    let events = std::fs::read_to_string(directory.path().join("events")).unwrap();
+    assert!(events.contains("\"event\": \"shutdown\""), "{events}");
+}
