@@ -5,6 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use holdfast_accel::{IrqChip, VmSpec};
+use holdfast_arch::CpuModel;
+use holdfast_arch::x86_64::CpuTopology;
 use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_config::{ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, VmConfig};
 use holdfast_device::{BuildContext, Bus, SystemSink};
@@ -165,7 +167,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             initramfs: payload.initramfs,
             cmdline: payload.cmdline.unwrap_or_default(),
         },
-        cpu: module.default_cpu(),
+        cpu: cpu_model(module, topology),
         irqchip: match config.machine.kernel_irqchip {
             IrqChipMode::Split => IrqChip::Split,
             IrqChipMode::On => IrqChip::On,
@@ -180,6 +182,15 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
     }
+}
+
+/// The machine's default CPU, arranged as the user wants it.
+fn cpu_model(module: &dyn MachineModule, topology: Option<Topology>) -> CpuModel {
+    let mut cpu = module.default_cpu();
+    if let (CpuModel::X86_64(model), Some(t)) = (&mut cpu, topology) {
+        model.topology = Some(CpuTopology { threads: t.threads, cores: t.cores, dies: t.dies });
+    }
+    cpu
 }
 
 fn ram_spec(config: &MemoryConfig) -> RamSpec {
