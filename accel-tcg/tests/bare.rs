@@ -202,6 +202,30 @@ fn atomics_of_parallel_vcpus_lose_nothing() {
     }
 }
 
+/// vCPU 0 rewrites a function and says so; vCPU 1 waits for that, fences, calls it and answers.
+#[test]
+fn another_vcpus_new_code_runs_after_a_fence() {
+    let mut p = Asm::new();
+    let rounds = 200;
+    p.li(S1, 1)
+        .li(S2, rounds + 1)
+        .li(A1, RAM + 0x8000)
+        .li(S3, RAM + 0x3000)
+        .li(S0, 0)
+        .bne(A0, ZERO, "reader");
+    p.label("write").slli(T1, S1, 20).li(T2, u64::from(addi(A0, ZERO, 0))).add(T1, T1, T2).sw(T1, S3, 0);
+    // fence w,w orders the code before the flag on every host
+    p.w(0x0110_000f).sd(S1, A1, 0).label("answer").ld(T1, A1, 64).bne(T1, S1, "answer");
+    p.addi(S1, S1, 1).bne(S1, S2, "write").ld(A0, A1, 128).done(A0);
+    p.label("reader").label("flag").ld(T1, A1, 0).bne(T1, S1, "flag").fence_i();
+    p.jalr(RA, S3, 0).add(S0, S0, A0).sd(S0, A1, 128).sd(S1, A1, 64).addi(S1, S1, 1).bne(S1, S2, "flag");
+    p.label("end").j("end");
+    p.org(0x3000).addi(A0, ZERO, 0).ret();
+    for engine in ENGINES {
+        assert_eq!(Machine::with(engine, 2, &p).run(), rounds * (rounds + 1) / 2, "{engine:?}");
+    }
+}
+
 /// A chain of functions, each on its own place, that jump to the next; run `rounds` times.
 fn long_chain(functions: u64, rounds: u64) -> Asm {
     let mut p = Asm::new();
@@ -258,9 +282,11 @@ fn a_sleeping_vcpu_wakes_by_its_pin() {
 
 #[test]
 fn state_moves_to_another_vm_in_the_middle_of_a_loop() {
+    // Long enough that it is not over before the kick, whatever else the host does.
+    const N: u64 = 400_000_000;
     let mut p = Asm::new();
     p.li(A0, 0)
-        .li(A1, 3_000_000)
+        .li(A1, N)
         .label("loop")
         .add(A0, A0, A1)
         .addi(A1, A1, -1)
@@ -278,7 +304,7 @@ fn state_moves_to_another_vm_in_the_middle_of_a_loop() {
         let state = m.vcpus[0].export();
         let mut other = Machine::with(Engine::Auto, 1, &p);
         other.vcpus[0].import(&state).expect("state");
-        assert_eq!(other.run(), 3_000_000 * 3_000_001 / 2, "{engine:?}");
+        assert_eq!(other.run(), N * (N + 1) / 2, "{engine:?}");
     }
 }
 

@@ -50,6 +50,11 @@ impl Epochs {
         self.global.fetch_add(1, Ordering::SeqCst)
     }
 
+    /// True if `vcpu` has passed a safe point since `epoch` ended, or runs nothing.
+    pub fn has_passed(&self, vcpu: u32, epoch: u64) -> bool {
+        self.vcpus.get(vcpu as usize).is_none_or(|v| v.load(Ordering::SeqCst) > epoch)
+    }
+
     /// What was unlinked in an epoch lower than this is used by no vCPU.
     pub fn passed(&self) -> u64 {
         fence(Ordering::SeqCst);

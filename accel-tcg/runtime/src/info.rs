@@ -47,11 +47,13 @@ impl TcgVm {
         line("blocks evicted", get(&c.evicted).to_string());
         line("blocks stale when made", get(&c.stale).to_string());
         line("pages protected", get(&c.protections).to_string());
+        line("waits for writers", get(&c.waits).to_string());
         line("stores to code pages", sum(&vcpus, |v| &v.counts.code_stores).to_string());
         line("TLB fills", sum(&vcpus, |v| &v.counts.tlb.fills).to_string());
         line("TLB victim hits", sum(&vcpus, |v| &v.counts.tlb.victims).to_string());
         line("TLB full flushes", sum(&vcpus, |v| &v.counts.tlb.flushes).to_string());
         line("TLB page flushes", sum(&vcpus, |v| &v.counts.tlb.page_flushes).to_string());
+        line("branch cache flushes", sum(&vcpus, |v| &v.counts.tlb.branch_flushes).to_string());
         line("TLB generation wraps", sum(&vcpus, |v| &v.counts.tlb.wraps).to_string());
         line("entries", sum(&vcpus, |v| &v.counts.entries).to_string());
         line("indirect lookups", sum(&vcpus, |v| &v.counts.lookups).to_string());

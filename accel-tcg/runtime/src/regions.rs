@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_ir::env::MAX_MAPPING_ID;
+use holdfast_tcg_x64::LinkKind;
 use parking_lot::Mutex;
 
 use crate::cache::{CodeCache, SegmentId};
@@ -197,6 +198,10 @@ impl Regions {
         // A link to a region that needs two pages would not notice that the second one is mapped elsewhere.
         let dead = from.dead.load(Ordering::Relaxed);
         if dead || target.second != crate::table::NO_PAGE || from.key.mode != target.key.mode {
+            return false;
+        }
+        let same_page = (from.key.phys ^ target.key.phys) >> 12 == 0;
+        if site.kind == LinkKind::SamePage && !same_page {
             return false;
         }
         let distance = to.offset as i64 - code.offset as i64;

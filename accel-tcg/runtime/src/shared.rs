@@ -178,8 +178,10 @@ impl VcpuShared {
         self.tlb_used.store(u32::from(used), Ordering::Relaxed);
     }
 
-    /// Clears the write entries that lead to the host page at `host`.
-    pub(crate) fn clear_write_entries(&self, host: u64) {
+    /// Clears the write entries that lead to the host page at `host`. True if there were any: then a store may be under
+    /// way that passed its probe before.
+    pub(crate) fn clear_write_entries(&self, host: u64) -> bool {
+        let mut cleared = false;
         let _clearing = self.tlb_lock.lock();
         let used = self.tlb_used.load(Ordering::Relaxed);
         for idx in (0..MMU_MODES as u8).filter(|i| used >> i & 1 != 0) {
@@ -191,9 +193,11 @@ impl VcpuShared {
                     && (t & !0xfff).wrapping_add(addend.load(Ordering::Relaxed)) == host
                 {
                     tag.store(0, Ordering::SeqCst);
+                    cleared = true;
                 }
             }
         }
+        cleared
     }
 
     /// Takes all requests.

@@ -68,6 +68,8 @@ pub struct TlbCounts {
     pub flushes: AtomicU64,
     /// Flushes of one page.
     pub page_flushes: AtomicU64,
+    /// Times all of the indirect-branch cache was forgotten.
+    pub branch_flushes: AtomicU64,
     /// Times the generation numbers ran out.
     pub wraps: AtomicU64,
 }
@@ -194,7 +196,7 @@ impl Tlb {
         self.large_overflow = false;
         self.fresh(env, counts);
         self.local_modes.clear();
-        self.forget_branches(env);
+        self.forget_branches(env, counts);
     }
 
     fn flush_space(&mut self, env: &EnvBox, space: u64, counts: &TlbCounts) {
@@ -234,12 +236,13 @@ impl Tlb {
         env.set_page_id(page_id_index(va), 0);
         let (word, bit) = filter_bit(page);
         if self.filter[word] & bit != 0 {
-            self.forget_branches(env);
+            self.forget_branches(env, counts);
         }
     }
 
     /// Makes all entries of the indirect-branch cache miss.
-    pub fn forget_branches(&mut self, env: &EnvBox) {
+    pub fn forget_branches(&mut self, env: &EnvBox, counts: &TlbCounts) {
+        count(&counts.branch_flushes);
         self.ibtc_epoch += 1;
         self.filter = [0; FILTER];
         if self.ibtc_epoch == IBTC_EPOCHS {
@@ -252,9 +255,9 @@ impl Tlb {
     }
 
     /// Takes regions that are no more out of the indirect-branch cache.
-    pub fn forget_regions(&mut self, env: &EnvBox, killed: &[Killed]) {
+    pub fn forget_regions(&mut self, env: &EnvBox, killed: &[Killed], counts: &TlbCounts) {
         if killed.len() > 256 {
-            return self.forget_branches(env);
+            return self.forget_branches(env, counts);
         }
         for k in killed {
             let index = ibtc_index(k.pc, self.pc_shift);

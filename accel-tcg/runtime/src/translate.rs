@@ -9,6 +9,7 @@ use holdfast_memory::PAGE_SIZE;
 use crate::code::{CodeReader, CodeSource};
 use crate::guest::{Access, AccessKind, Fault, TranslateRequest};
 use crate::phys::PhysMemory;
+use crate::shared::{VcpuShared, request};
 use crate::table::{GRANULE, Key, Region};
 use crate::vcpu::{KEY_STEP, VcpuCore};
 
@@ -54,9 +55,30 @@ impl VcpuCore {
         };
         let vm = Arc::clone(&self.vm);
         if vm.regions.begin_page(phys, page) {
-            vm.protect(phys, page);
+            let writers = vm.protect(self.shared.index(), phys, page);
+            self.wait_for(&writers);
         }
         Ok(SourcePage { va: va & !(PAGE_SIZE - 1), page, host: at.host, granules: 0 })
+    }
+
+    /// Waits until each of `others` has passed a safe point. This vCPU is at one itself: it holds no region.
+    fn wait_for(&mut self, others: &[Arc<VcpuShared>]) {
+        if others.is_empty() {
+            return;
+        }
+        let vm = Arc::clone(&self.vm);
+        let (epochs, me) = (&vm.regions.epochs, self.shared.index());
+        vm.counts.waits.fetch_add(1, Ordering::Relaxed);
+        let epoch = epochs.advance();
+        epochs.leave(me);
+        for other in others {
+            other.request(request::WORK);
+            while !epochs.has_passed(other.index(), epoch) {
+                std::thread::yield_now();
+            }
+        }
+        epochs.enter(me);
+        self.forget_killed();
     }
 
     /// Translates the code at `key` and publishes it. `None` if it has to be tried again.

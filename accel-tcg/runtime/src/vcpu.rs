@@ -174,8 +174,8 @@ impl VcpuCore {
     pub(crate) fn forget_killed(&mut self) {
         let shared = Arc::clone(&self.shared);
         match shared.take_killed() {
-            Some(killed) => self.tlb.forget_regions(shared.env(), &killed),
-            None => self.tlb.forget_branches(shared.env()),
+            Some(killed) => self.tlb.forget_regions(shared.env(), &killed, &shared.counts.tlb),
+            None => self.tlb.forget_branches(shared.env(), &shared.counts.tlb),
         }
     }
 

@@ -90,6 +90,8 @@ pub struct VmCounts {
     pub translated: AtomicU64,
     /// Nanoseconds of the host that it took.
     pub translate_ns: AtomicU64,
+    /// Times a translation waited for another vCPU's safe point.
+    pub waits: AtomicU64,
     /// Regions dropped because their bytes were written meanwhile.
     pub stale: AtomicU64,
     /// Regions invalidated by writes.
@@ -221,17 +223,18 @@ impl TcgVm {
         self.bury(&killed);
     }
 
-    /// Code is about to be read from `page` for the first time: no vCPU may write it unnoticed any more.
-    pub(crate) fn protect(&self, phys: &PhysMemory, page: u64) {
-        let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) else { return };
+    /// Code is about to be read from `page` for the first time: no vCPU may write it unnoticed any more. Gives the
+    /// vCPUs other than `me` that could: the bytes must not be read before each has passed a safe point, for
+    /// it may be between a probe and its store.
+    pub(crate) fn protect(&self, me: u32, phys: &PhysMemory, page: u64) -> Vec<Arc<VcpuShared>> {
+        let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) else { return Vec::new() };
         if !at.block.hot.is_hot(at.offset / PAGE_SIZE) {
-            return;
+            return Vec::new();
         }
         self.counts.protections.fetch_add(1, Ordering::Relaxed);
         let host = at.host.expose_provenance() as u64;
-        for vcpu in self.vcpus.read().iter() {
-            vcpu.clear_write_entries(host);
-        }
+        let vcpus = self.vcpus.read();
+        vcpus.iter().filter(|v| v.clear_write_entries(host) && v.index() != me).cloned().collect()
     }
 
     /// Asks all vCPUs but `except` to flush.

@@ -137,7 +137,7 @@ impl Machine {
                 })
             })
             .collect();
-        let limit = Instant::now() + Duration::from_secs(60);
+        let limit = Instant::now() + Duration::from_secs(300);
         while threads.iter().any(|t| !t.is_finished()) {
             if Instant::now() > limit {
                 io.done.store(true, Ordering::SeqCst);
