@@ -6,7 +6,7 @@ use holdfast_arch::riscv64::State;
 use holdfast_tcg_runtime::{Cpu, Flush};
 
 use crate::csr::{self, addr};
-use crate::hart::{Hart, NO_RESERVATION, irq, reset_state};
+use crate::hart::{Hart, NO_RESERVATION, irq, mstatus, reset_state};
 use crate::helpers::context;
 use crate::isa::Isa;
 use crate::{fcsr, timer};
@@ -107,7 +107,9 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, state: &State) -> Result<(), String> {
     }
     for (number, value) in given {
         let held = csr::read(hart, &cx, number).unwrap_or(!value);
-        if held != value && !MOVING.contains(&number) {
+        // SD follows from FS.
+        let derived = if number == addr::MSTATUS { mstatus::SD } else { 0 };
+        if (held ^ value) & !derived != 0 && !MOVING.contains(&number) {
             return Err(format!("CSR {number:#x} cannot hold {value:#x}, only {held:#x}"));
         }
     }

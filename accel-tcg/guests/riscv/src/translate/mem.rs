@@ -138,12 +138,13 @@ impl Translator<'_> {
 
     /// SC succeeds if the reservation is for this address and memory still holds the value that LR saw.
     fn store_conditional(&mut self, a: Amo, op: MemOp) -> bool {
+        // Registers are read anew behind each branch: one on constants is folded and ends the block.
         let addr = self.x(a.rs1);
-        let new = self.x(a.rs2);
         let (fail, done, aligned) = (self.b.label(), self.b.label(), self.b.label());
         let held = self.b.get(RES_ADDR);
         let wanted = self.reservation(addr, op);
         self.b.brcond(Cond::Ne, held, wanted, fail);
+        let (addr, new) = (self.x(a.rs1), self.x(a.rs2));
         let expected = self.b.get(RES_VALUE);
         let old = self.b.atomic_cas(self.here(op), addr, expected, new);
         let none = self.b.iconst(NO_RESERVATION as i64);
@@ -157,7 +158,7 @@ impl Translator<'_> {
         let low = self.b.andi(addr, i64::from(op.bytes()) - 1);
         let zero = self.b.iconst(0);
         self.b.brcond(Cond::Eq, low, zero, aligned);
-        let args = [self.b.iconst(cause::STORE_MISALIGNED as i64), addr];
+        let args = [self.b.iconst(cause::STORE_MISALIGNED as i64), self.x(a.rs1)];
         self.b.call(self.ids.raise, &args);
         self.b.br(aligned);
         self.b.bind(aligned);
