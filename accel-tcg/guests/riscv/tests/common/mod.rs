@@ -159,6 +159,7 @@ impl Machine {
     /// Runs until the program ends, or a breakpoint.
     pub fn run_to(&mut self, limit: Duration) -> Result<Stop, String> {
         let shared = Arc::clone(self.vcpu.shared());
+        self.io.done.store(false, Ordering::SeqCst);
         let finished = Arc::new(AtomicBool::new(false));
         let watch = Arc::clone(&finished);
         let dog = std::thread::spawn(move || {
