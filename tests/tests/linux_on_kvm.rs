@@ -1,0 +1,235 @@
+//! A Linux kernel on KVM, with its own drivers for disk, network, console and entropy on virtio-pci, two vCPUs,
+//! switched off through ACPI; and the same guest moved to another process in the middle.
+//!
+//! The kernel comes from `HOLDFAST_KVM_GUEST_DIR`, which holds `vmlinux.xz`: on hosts whose KVM interprets, stock
+//! kernels do not run. Without that variable, or with `HOLDFAST_NO_KVM=1`, these tests have nothing to do and say so.
+//! They need root for the tap, and busybox-static for the guest.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use holdfast_tests::Program;
+use holdfast_tests::http::Api;
+use serde_json::{Value, json};
+
+/// On an interpreting KVM the kernel alone takes 40 seconds of processor time.
+const BOOT: Duration = Duration::from_secs(600);
+
+/// One such guest at a time is enough for any host.
+static ONE: Mutex<()> = Mutex::new(());
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The directory with the kernel, if there is one to test with.
+fn guest() -> Option<PathBuf> {
+    if std::env::var_os("HOLDFAST_NO_KVM").is_some_and(|v| v == "1") {
+        eprintln!("skipped: needs /dev/kvm, and HOLDFAST_NO_KVM=1 says that there is none");
+        return None;
+    }
+    let dir = std::env::var_os("HOLDFAST_KVM_GUEST_DIR");
+    if dir.is_none() {
+        eprintln!("skipped: HOLDFAST_KVM_GUEST_DIR names no directory with a kernel");
+    }
+    dir.map(PathBuf::from)
+}
+
+/// Unpacks the kernel and packs an initramfs: (kernel, initramfs).
+fn payload(guest: &Path, dir: &Path) -> (PathBuf, PathBuf) {
+    let kernel = dir.join("vmlinux");
+    let unpacked = Command::new("xz").arg("-dc").arg(guest.join("vmlinux.xz")).output().expect("xz runs");
+    assert!(unpacked.status.success(), "the kernel does not unpack");
+    std::fs::write(&kernel, unpacked.stdout).expect("kernel");
+    let root = dir.join("root");
+    for sub in ["bin", "dev", "mnt", "proc", "sys", "tmp"] {
+        std::fs::create_dir_all(root.join(sub)).expect("directory");
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).exists());
+    std::fs::copy(busybox.expect("busybox-static is installed"), root.join("bin/busybox")).expect("busybox");
+    let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/init-kvm");
+    std::fs::copy(init, root.join("init")).expect("init");
+    // Not compressed: unpacking would run in the guest.
+    let initramfs = dir.join("initramfs.cpio");
+    let pack = format!("find . | cpio -o -H newc --quiet >{}", initramfs.display());
+    run(Command::new("sh").args(["-c", &pack]).current_dir(&root));
+    (kernel, initramfs)
+}
+
+fn cmdline(test: &str) -> String {
+    // The guest kernel of interpreting KVMs saves no AVX state.
+    format!(
+        "console=ttyS0 panic=-1 quiet nokaslr holdfast.test={test} GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2"
+    )
+}
+
+/// A value that the guest printed after `key`.
+fn printed(output: &str, key: &str) -> String {
+    let line = output.lines().find_map(|l| l.trim().strip_prefix(key));
+    line.unwrap_or_else(|| panic!("the guest printed no {key}:\n{output}")).trim().to_owned()
+}
+
+/// An ext4 image with a file and its checksum.
+fn ext4_image(dir: &Path) -> PathBuf {
+    let tree = dir.join("tree");
+    std::fs::create_dir(&tree).expect("directory");
+    let content: Vec<u8> =
+        (0..70_000u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 7).to_le_bytes()).collect();
+    std::fs::write(tree.join("content"), content).expect("file");
+    let sums = run(Command::new("sha256sum").arg("content").current_dir(&tree));
+    std::fs::write(tree.join("SUMS"), sums.replace("content", "/mnt/content")).expect("file");
+    let image = dir.join("disk.img");
+    run(Command::new("mkfs.ext4").args(["-q", "-d"]).arg(&tree).arg(&image).arg("16M"));
+    image
+}
+
+/// Serves one GET with `content`.
+fn serve_once(listener: TcpListener, content: Vec<u8>) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("the guest connects");
+        let mut request = [0; 1024];
+        let n = stream.read(&mut request).expect("a request");
+        assert!(request[..n].starts_with(b"GET /file "));
+        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", content.len());
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content)).expect("the guest reads");
+    })
+}
+
+#[test]
+fn needs_kvm_linux_drives_disk_network_console_and_entropy_with_two_vcpus() {
+    let Some(guest) = guest() else { return };
+    let _one = ONE.lock();
+    let dir = tempfile::tempdir().expect("directory");
+    let (kernel, initramfs) = payload(&guest, dir.path());
+    let image = ext4_image(dir.path());
+    let content: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_246_822_519) >> 13) as u8).collect();
+    std::fs::write(dir.path().join("file"), &content).expect("file");
+    let sum = run(Command::new("sha256sum").arg(dir.path().join("file")));
+    let console = dir.path().join("hvc0");
+    let path = |p: &Path| p.to_str().expect("UTF-8").to_owned();
+    let args = [
+        ["--machine", "type=q35"].map(str::to_owned),
+        ["--accel", "kvm"].map(str::to_owned),
+        ["--cpus", "boot=2"].map(str::to_owned),
+        ["--memory", "size=256M"].map(str::to_owned),
+        ["--kernel".to_owned(), path(&kernel)],
+        ["--initramfs".to_owned(), path(&initramfs)],
+        ["--cmdline".to_owned(), cmdline("devices")],
+        ["--disk".to_owned(), format!("path={}", path(&image))],
+        ["--net".to_owned(), "tap=hftap-kvm0,ip=192.168.78.1,mask=255.255.255.0".to_owned()],
+        ["--rng", "src=/dev/urandom"].map(str::to_owned),
+        ["--serial", "tty"].map(str::to_owned),
+        ["--console".to_owned(), format!("file={}", path(&console))],
+    ];
+    let mut vm = Program::run(args.as_flattened());
+    vm.wait_for("BOOTED 2 cpu", BOOT);
+    let listener = TcpListener::bind("192.168.78.1:8378").expect("the tap has its address");
+    let server = serve_once(listener, content);
+    vm.wait_for("GUEST-TEST-EXIT 0", BOOT);
+    assert!(vm.wait_exit(BOOT).success(), "{}", vm.output());
+    server.join().expect("the file was served");
+    let output = vm.output();
+    assert!(printed(&output, "RNG ").starts_with("virtio_rng"), "{output}");
+    assert_eq!(printed(&output, "RNG-BYTES"), "64");
+    assert!(output.contains("/mnt/content: OK"), "{output}");
+    assert!(output.contains("3 packets received") || output.contains(" 0% packet loss"), "{output}");
+    assert_eq!(printed(&output, "FILE-SHA256")[..64], sum[..64]);
+    assert!(std::fs::read_to_string(&console).expect("console").contains("hello from hvc0"));
+    // What the guest wrote is what the host finds, in a file system without errors.
+    run(Command::new("e2fsck").args(["-f", "-n"]).arg(&image));
+    let data = dir.path().join("data");
+    run(Command::new("debugfs").arg("-R").arg(format!("dump /data {}", data.display())).arg(&image));
+    assert_eq!(run(Command::new("sha256sum").arg(&data))[..64], printed(&output, "DATA-SHA256")[..64]);
+}
+
+/// Starts a VMM that waits for its first request.
+fn vmm(dir: &Path) -> (Program, Api) {
+    let socket = dir.join("api");
+    let program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
+    (program, Api::connect(&socket))
+}
+
+/// Waits until the guest's console, a file, contains `text`.
+fn wait_in(program: &Program, file: &Path, text: &str) -> String {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        let seen = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
+        if seen.contains(text) {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "`{text}` did not come:\n{seen}\n{}", program.output());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The numbered lines of the guest's counter.
+fn counted(console: &str) -> Vec<(u64, u64, f64)> {
+    let lines = console.lines().filter_map(|l| l.trim().strip_prefix("COUNT "));
+    let parse = |line: &str| {
+        let mut words = line.split(' ');
+        let (i, sum) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some((i, sum, words.next()?.parse().ok()?))
+    };
+    lines.filter_map(parse).collect()
+}
+
+#[test]
+fn needs_kvm_a_snapshot_of_linux_goes_on_in_another_process() {
+    let Some(guest) = guest() else { return };
+    let _one = ONE.lock();
+    let dir = tempfile::tempdir().expect("directory");
+    let (kernel, initramfs) = payload(&guest, dir.path());
+    let (saved, console, disk) =
+        (dir.path().join("saved"), dir.path().join("console"), dir.path().join("disk"));
+    std::fs::create_dir(&saved).expect("directory");
+    std::fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+    let url = format!("file://{}", saved.display());
+    let config = json!({
+        "arch": "x86_64",
+        "accel": "kvm",
+        "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+        "memory": { "size": 256u64 << 20 },
+        "payload": { "kernel": kernel, "initramfs": initramfs, "cmdline": cmdline("counter") },
+        "disks": [{ "path": disk }],
+        "serial": { "mode": "File", "file": console },
+        "console": { "mode": "Off" },
+    });
+    let (mut first, api) = vmm(dir.path());
+    api.put("vm.create", &config);
+    api.put("vm.boot", &Value::Null);
+    wait_in(&first, &console, "COUNT 5 ");
+    api.put("vm.pause", &Value::Null);
+    api.put("vm.snapshot", &json!({ "destination_url": url }));
+    let before = counted(&wait_in(&first, &console, "COUNT 5 "));
+    first.kill();
+
+    std::fs::remove_file(dir.path().join("api")).expect("the dead process's socket");
+    let (second, api) = vmm(dir.path());
+    std::thread::sleep(Duration::from_secs(2));
+    api.put("vm.restore", &json!({ "source_url": url }));
+    api.put("vm.resume", &Value::Null);
+    let &(last, mut sum, uptime) = before.last().expect("it counted");
+    let after = counted(&wait_in(&second, &console, &format!("COUNT {} ", last + 5)));
+    let after: Vec<_> = after.into_iter().filter(|c| c.0 > last).collect();
+    let mut i = last;
+    for &(got, got_sum, _) in &after {
+        i += 1;
+        sum = (sum * 31 + i) % 1_000_000_007;
+        assert_eq!((got, got_sum), (i, sum));
+    }
+    // The guest's clock went on where it stood: neither back, nor past the time it was away. An interpreter needs
+    // most of a second from one line to the next.
+    let first_after = after.first().expect("it goes on").2;
+    assert!(first_after >= uptime && first_after < uptime + 3.0, "uptime {uptime} -> {first_after}");
+    api.put("vm.pause", &Value::Null);
+    let disk = std::fs::read_to_string(&disk).expect("disk");
+    let on_disk: u64 = disk.split('\n').next().and_then(|n| n.parse().ok()).expect("a number on the disk");
+    assert!(on_disk + 1 >= last, "{on_disk} on the disk, {last} counted before the snapshot");
+    api.put("vmm.shutdown", &Value::Null);
+}
