@@ -303,6 +303,23 @@ impl KvmVcpu {
         Err(state_error(format!("the host cannot set MSR {:#x} to {:#x}", refused.index, refused.data)))
     }
 
+    /// Says so if KVM has not taken over the time-stamp counter: guests that keep time by it will see a jump.
+    fn check_counter(&self, state: &State) {
+        let Some(&wanted) = state.msrs.get(&MSR_TSC) else { return };
+        let probe = [kvm_msr_entry { index: MSR_TSC, ..Default::default() }];
+        let Ok(mut msrs) = Msrs::from_entries(&probe) else { return };
+        let a_second = u64::from(self.fd.get_tsc_khz().unwrap_or(0)) * 1000;
+        if let (Ok(1), Some(now)) = (self.fd.get_msrs(&mut msrs), msrs.as_slice().first().map(|e| e.data))
+            && now.abs_diff(wanted) > a_second
+        {
+            tracing::warn!(
+                "vCPU {}: this host's KVM cannot set the time-stamp counter; a guest that keeps time by it sees it \
+                 jump (Linux: `clocksource=kvm-clock` does not)",
+                self.index
+            );
+        }
+    }
+
     fn check_tsc(&self, wanted: u32) -> Result<(), AccelError> {
         let have = self.fd.get_tsc_khz().unwrap_or(0);
         if wanted == 0 || have == 0 || wanted == have {
@@ -348,6 +365,7 @@ impl KvmVcpu {
             fd.set_lapic(&lapic).map_err(fail("the local APIC"))?;
         }
         self.write_msrs(state)?;
+        self.check_counter(state);
         // The run state after the system registers, which wake a halted boot processor at its reset vector.
         fd.set_mp_state(kvm_mp_state_of(state.mp_state)).map_err(fail("the run state"))?;
         fd.set_vcpu_events(&kvm_events_of(&state.events)).map_err(fail("events"))

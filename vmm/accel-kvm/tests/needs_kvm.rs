@@ -323,3 +323,23 @@ fn needs_kvm_irqchip_off_and_foreign_cpus_are_refused_by_name() {
         g.vm.create_vcpu(1, &CpuModel::X86_64(CpuidModel::default())).expect_err("refused").to_string();
     assert!(text.contains("vCPU 1 in a VM of 1"), "{text}");
 }
+
+#[test]
+fn needs_kvm_the_paravirtual_clock_goes_on_where_it_was_saved() {
+    if absent() {
+        return;
+    }
+    let clock = |g: &Guest| g.vm.save().expect("save")["kvm"]["clock"].as_u64().expect("a clock");
+    let mut g = split(&[0xf4]);
+    run_to_halt(&mut g);
+    let saved = g.vm.save().expect("save");
+    let (before, cpu) = (clock(&g), g.vcpu.state().expect("state"));
+    std::thread::sleep(Duration::from_secs(1));
+    let mut h = split(&[0xf4]);
+    h.vm.restore(&saved).expect("restore");
+    let restored = clock(&h);
+    assert!(restored.abs_diff(before) < 500_000_000, "{before} -> {restored} ns");
+    h.vcpu.set_state(&cpu).expect("state");
+    let set = clock(&h);
+    assert!(set.abs_diff(before) < 500_000_000, "{before} -> {set} ns once the vCPU's state is set");
+}
