@@ -30,7 +30,7 @@ pub const ADDR_MASK: u64 = (1 << 54) - 1;
 /// What PMP says of an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Allowed: bits of [`cfg`].
+    /// Allowed: bits of [`mod@cfg`].
     pub allowed: u8,
     /// The same holds for all of the 4 KiB page.
     pub whole_page: bool,
