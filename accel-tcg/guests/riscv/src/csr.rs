@@ -357,8 +357,10 @@ fn write_satp(hart: &mut Hart, value: u64) -> Effect {
     if value == hart.satp {
         return Effect::empty();
     }
+    // Another MODE is another way to translate: global mappings do not live on in it.
+    let flush = if (hart.satp ^ value) >> 60 != 0 { Effect::FLUSH } else { Effect::empty() };
     hart.satp = value;
-    Effect::MODE
+    Effect::MODE | flush
 }
 
 /// The numbers of all CSRs that make up a saved state: what they hold cannot be had from others.
