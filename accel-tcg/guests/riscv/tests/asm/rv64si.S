@@ -300,6 +300,32 @@ super:  li a4, 0x1000
 2:      CHECK(s6, 12)
         CHECK(s7, 0x8ffe)
         CHECK(s8, 0x9000)
+        TEST(26) # satp becomes bare under code in a global page: what follows is fetched untranslated, and is not there
+        la a0, page_a
+        lw a2, code_satp
+        sw a2, 0x200(a0)
+        lw a2, code_ecall
+        sw a2, 0x204(a0)
+        fence.i
+        MAP(leaf, 32, page_a, V | R | X | A | 32)
+        sfence.vma
+        csrr a6, satp
+        li a4, 0x20200
+        li a5, 0x20204
+        li a7, 3
+1:      S_TO(2f) # run what follows alone first, so that it is known: ecall from S-mode is not delegated
+        M_TO(3f)
+        jr a5
+3:      CHECK(s2, 9)
+        GO(S, 4f)
+4:      jr a4
+2:      CHECK(s6, 1)
+        CHECK(s7, 0x20204)
+        CHECK(s8, 0x20204)
+        csrw satp, a6
+        sfence.vma
+        addi a7, a7, -1
+        bnez a7, 1b
         TEST(24) # MPRV with paging from M-mode
         TO_M(1f)
 1:      li a4, 0x1000
@@ -422,6 +448,9 @@ code_2: .option push
         .option norvc
         li a5, 2
         .option pop
+        .balign 4
+code_satp:
+        csrw satp, zero
         .balign 4
 code_ecall:
         ecall
