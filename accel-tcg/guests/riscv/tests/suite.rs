@@ -1,4 +1,8 @@
 //! The programs of `asm/`, written from the specification, on both engines.
+//!
+//! All but those that drive pins (`rv64irq`, `smp`) also end well as `-bios none -kernel` of QEMU 7.2's `virt`, except
+//! where that is wrong: the cause of misaligned AMOs, bit 0 of `mepc`, `ctzw` of a low word of zero, and fetches by S-mode
+//! from a U page that a load with SUM has brought into its TLB.
 
 mod common;
 
