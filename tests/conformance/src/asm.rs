@@ -2,7 +2,9 @@
 
 use iced_x86::BlockEncoderOptions;
 use iced_x86::IcedError;
-use iced_x86::code_asm::{AsmRegister32, CodeAssembler, CodeLabel, al, dword_ptr, dx, eax, r8, rax, rsp};
+use iced_x86::code_asm::{
+    AsmRegister32, CodeAssembler, CodeLabel, al, ax, dword_ptr, dx, eax, ptr, r8, rax, rsp,
+};
 
 /// Every vCPU starts here in real mode: the boot one by the host, others by SIPI vector 1.
 pub const ENTRY: u64 = 0x1000;
@@ -57,9 +59,9 @@ pub const DS: u16 = 0x10;
 /// 32-bit code.
 pub const CS32: u16 = 0x18;
 /// 64-bit code for ring 3.
-pub const USER_CS: u16 = 0x2b;
+const USER_CS: u16 = 0x2b;
 /// Data for ring 3.
-pub const USER_DS: u16 = 0x33;
+const USER_DS: u16 = 0x33;
 const TSS_SELECTOR: u16 = 0x38;
 
 const DESCRIPTORS: [u64; 9] = [
@@ -180,6 +182,22 @@ impl Program {
     pub fn ioapic(&mut self, index: u32, value: u32) -> Step {
         self.poke(IOAPIC, index)?;
         self.poke(IOAPIC + 0x10, value)
+    }
+
+    /// Goes to `target` in ring 3, with a stack of its own. Uses RAX.
+    pub fn to_ring3(&mut self, target: CodeLabel) -> Step {
+        self.a.mov(eax, u32::from(TSS_SELECTOR))?;
+        self.a.ltr(ax)?;
+        self.a.mov(rax, u64::from(USER_DS))?;
+        self.a.push(rax)?;
+        self.a.mov(rax, DATA + 0x1000)?;
+        self.a.push(rax)?;
+        self.a.pushfq()?;
+        self.a.mov(rax, u64::from(USER_CS))?;
+        self.a.push(rax)?;
+        self.a.lea(rax, ptr(target))?;
+        self.a.push(rax)?;
+        self.a.iretq()
     }
 
     /// Masks both 8259s.
@@ -377,6 +395,3 @@ pub fn real_mode(
     image.0.push((ENTRY, result.inner.code_buffer));
     Ok(image)
 }
-
-/// The selector of the task state segment, for LTR.
-pub const TR: u16 = TSS_SELECTOR;

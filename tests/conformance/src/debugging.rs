@@ -13,6 +13,10 @@ pub const CASES: &[Case] = &[
     Case { name: "address translation", run: translate, expected: "23456 none 3456 end\n" },
 ];
 
+/// What an interpreting KVM gets wrong: it gives the guest the debugger's INT3.
+pub const SOFTWARE: &[Case] =
+    &[Case { name: "breakpoints by INT3, in ring 3", run: software, expected: "2 5 back end\n" }];
+
 const ONE: Needs = Needs { vcpus: 1 };
 
 fn debugged(rig: &mut Rig) -> Result<u64, Failure> {
@@ -85,6 +89,40 @@ fn breakpoints(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Fail
     rig.shared.print(&format!("{:x} ", pc.wrapping_sub(base)));
     rig.vcpu.set_debug(&DebugControl::default())?;
     rig.shared.print("free ");
+    rig.finish()
+}
+
+/// More breakpoints than there are debug registers.
+fn software(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
+    let image = long_mode(|p| {
+        let (mut begin, mut user, mut back) = (p.a.create_label(), p.a.create_label(), p.a.create_label());
+        p.a.jmp(begin)?;
+        p.a.set_label(&mut back)?;
+        p.print("back end\n")?;
+        p.done()?;
+        p.gate(6, back);
+        p.a.set_label(&mut begin)?;
+        p.a.lea(r15, ptr(user))?;
+        p.out_byte(STOP, 0)?;
+        p.to_ring3(user)?;
+        p.a.set_label(&mut user)?;
+        for _ in 0..8 {
+            p.a.nop()?;
+        }
+        p.a.ud2()
+    })?;
+    let mut rig = Rig::new(accel, irqchip, &image, ONE)?;
+    rig.until_asked()?;
+    let user = rig.state()?.gpr[15];
+    // The first four are never reached.
+    let offsets = [0x800, 0x801, 0x802, 0x803, 2, 5];
+    let breakpoints = offsets.iter().map(|o| user + o).collect();
+    rig.vcpu.set_debug(&DebugControl { single_step: false, breakpoints })?;
+    for _ in 0..2 {
+        let pc = debugged(&mut rig)?;
+        rig.shared.print(&format!("{:x} ", pc.wrapping_sub(user)));
+    }
+    rig.vcpu.set_debug(&DebugControl::default())?;
     rig.finish()
 }
 

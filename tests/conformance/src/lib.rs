@@ -86,3 +86,8 @@ impl Case {
 pub fn cases() -> Vec<Case> {
     [modes::CASES, memory::CASES, interrupts::CASES, debugging::CASES, state::CASES].concat()
 }
+
+/// Guests that need what an accelerator running at the host's speed has, and an interpreting KVM does not.
+pub fn hardware_cases() -> Vec<Case> {
+    debugging::SOFTWARE.to_vec()
+}

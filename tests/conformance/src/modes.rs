@@ -3,7 +3,7 @@
 use holdfast_accel::{Accelerator, IrqChip};
 use iced_x86::code_asm::*;
 
-use crate::asm::{self, DATA, ECHO_MMIO, TR, USER_CS, USER_DS, long_mode, protected_mode, real_mode};
+use crate::asm::{self, ECHO_MMIO, long_mode, protected_mode, real_mode};
 use crate::rig::{Needs, Rig};
 use crate::{Case, Failure};
 
@@ -167,19 +167,8 @@ fn long(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
         // Becomes page frame 0 in the handler: this lands in RAM at 0x1000.
         p.a.mov(dword_ptr(r9), 0x90)?;
         p.print("ok ")?;
-        p.a.mov(eax, u32::from(TR))?;
-        p.a.ltr(ax)?;
         p.print("ring3 ")?;
-        p.a.mov(rax, u64::from(USER_DS))?;
-        p.a.push(rax)?;
-        p.a.mov(rax, DATA + 0x1000)?;
-        p.a.push(rax)?;
-        p.a.pushfq()?;
-        p.a.mov(rax, u64::from(USER_CS))?;
-        p.a.push(rax)?;
-        p.a.lea(rax, ptr(user))?;
-        p.a.push(rax)?;
-        p.a.iretq()?;
+        p.to_ring3(user)?;
         p.a.set_label(&mut user)?;
         p.a.ud2()
     })?;

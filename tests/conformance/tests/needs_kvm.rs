@@ -4,9 +4,10 @@
 
 use std::error::Error;
 
-use holdfast_accel::IrqChip;
+use holdfast_accel::{Accelerator, IrqChip};
 use holdfast_accel_kvm::{DirtyLog, KvmAccelerator, KvmOptions};
-use holdfast_conformance::cases;
+use holdfast_arch::Arch;
+use holdfast_conformance::{cases, hardware_cases};
 
 fn run(kvm: &KvmAccelerator, irqchip: IrqChip, only: &str) {
     if std::env::var_os("HOLDFAST_NO_KVM").is_some_and(|v| v == "1") {
@@ -15,7 +16,13 @@ fn run(kvm: &KvmAccelerator, irqchip: IrqChip, only: &str) {
     }
     let wanted = std::env::var("HOLDFAST_CASE").unwrap_or_default();
     let mut failed = Vec::new();
-    for case in cases().iter().filter(|c| c.name.contains(only) && c.name.contains(&wanted)) {
+    let mut all = cases();
+    if kvm.at_speed(Arch::X86_64) {
+        all.extend(hardware_cases());
+    } else {
+        eprintln!("skipped, since this KVM interprets: {:?}", hardware_cases());
+    }
+    for case in all.iter().filter(|c| c.name.contains(only) && c.name.contains(&wanted)) {
         if let Err(e) = case.check(kvm, irqchip) {
             let mut text = format!("{}: {e}", case.name);
             let mut cause = e.source();
