@@ -1,7 +1,7 @@
 //! CPUID tables: what a guest sees is what its model asks for, as far as the accelerator supports it.
 //! Leaves are those of SDM volume 2, CPUID, and APM volume 3, appendix E.
 
-use super::{CpuTopology, CpuidEntry};
+use super::{CpuTopology, CpuidEntry, shl};
 
 /// EAX of a register array.
 const EAX: usize = 0;
@@ -107,20 +107,22 @@ pub fn place(table: &mut Vec<CpuidEntry>, topology: CpuTopology, apic_id: u32) {
             // Cache sharing: levels 1 and 2 within a core, level 3 within a package.
             4 if e.regs[EAX] & 0x1f != 0 => {
                 let level = e.regs[EAX] >> 5 & 7;
-                let sharing =
-                    1u32 << if level < 3 { topology.core_shift() } else { topology.package_shift() };
-                let cores = 1u32 << (topology.package_shift() - topology.core_shift());
+                let shift = if level < 3 { topology.core_shift() } else { topology.package_shift() };
+                let sharing = shl(1, shift);
+                let cores = shl(1, topology.package_shift() - topology.core_shift());
                 e.regs[EAX] =
                     e.regs[EAX] & 0x3fff | (sharing - 1).min(0xfff) << 14 | (cores - 1).min(0x3f) << 26;
             }
             0x8000_0008 => {
                 let size = topology.package_shift();
-                e.regs[ECX] = e.regs[ECX] & !0xf0ff | (per_package - 1).min(0xff) | size << 12;
+                e.regs[ECX] = e.regs[ECX] & !0xf0ff | (per_package - 1).min(0xff) | size.min(0xf) << 12;
             }
             0x8000_001e => {
                 e.regs[EAX] = apic_id;
-                e.regs[EBX] = apic_id >> topology.core_shift() & 0xff | (topology.threads.max(1) - 1) << 8;
-                e.regs[ECX] = apic_id >> topology.die_shift() & 0xff | (topology.dies.max(1) - 1) << 8;
+                e.regs[EBX] = apic_id.checked_shr(topology.core_shift()).unwrap_or(0) & 0xff
+                    | (topology.threads.max(1) - 1).min(0xff) << 8;
+                e.regs[ECX] = apic_id.checked_shr(topology.die_shift()).unwrap_or(0) & 0xff
+                    | (topology.dies.max(1) - 1).min(7) << 8;
             }
             _ => {}
         }
@@ -181,6 +183,17 @@ mod tests {
         assert_eq!(ids, [0, 1, 2, 3, 4, 5, 8, 9]);
         assert_eq!((0..5).map(|i| CpuTopology::flat(5).apic_id(i)).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
         assert_eq!(CpuTopology { threads: 1, cores: 1, dies: 1 }.package_shift(), 0);
+    }
+
+    #[test]
+    fn an_absurd_topology_is_survived() {
+        let t = CpuTopology { threads: u32::MAX, cores: u32::MAX, dies: u32::MAX };
+        let mut table: Vec<CpuidEntry> =
+            [0, 1, 4, 0x1f, 0x8000_0008, 0x8000_001e].map(|f| entry(f, 0, [0x3f, 1, 1, 1])).to_vec();
+        for index in [0, 1, u32::MAX] {
+            place(&mut table, t, t.apic_id(index));
+        }
+        assert_eq!(t.per_package(), u32::MAX);
     }
 
     #[test]

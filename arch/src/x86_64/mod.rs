@@ -79,8 +79,16 @@ impl CpuTopology {
         let core = index / threads % cores;
         let die = index / threads / cores % dies;
         let package = index / threads / cores / dies;
-        package << self.package_shift() | die << self.die_shift() | core << self.core_shift() | thread
+        shl(package, self.package_shift())
+            | shl(die, self.die_shift())
+            | shl(core, self.core_shift())
+            | thread
     }
+}
+
+/// `value << shift`, all ones if that has no room.
+pub(crate) fn shl(value: u32, shift: u32) -> u32 {
+    if value == 0 { 0 } else { value.checked_shl(shift).unwrap_or(u32::MAX) }
 }
 
 /// Bits that number `count` things.
