@@ -124,18 +124,6 @@ impl std::fmt::Debug for Sandbox {
     }
 }
 
-/// Keeps glibc's allocator from counting processors, for which it would open a file, when a confined thread happens
-/// to be the one that needs the ninth arena.
-fn bound_arenas() {
-    /// Enough for threads not to wait for each other.
-    const ARENAS: i32 = 16;
-    #[cfg(target_env = "gnu")]
-    // SAFETY: sets a parameter of the allocator; any thread may at any time.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, ARENAS)
-    };
-}
-
 impl Sandbox {
     /// Compiles the filters of all roles and, to say of what the process dies, takes over `SIGSYS`.
     ///
@@ -147,9 +135,6 @@ impl Sandbox {
             for role in ROLES {
                 programs.insert(role, filters::compile(role, mode)?);
             }
-        }
-        if mode != SeccompMode::Off {
-            bound_arenas();
         }
         if mode == SeccompMode::Kill {
             trap::install()
