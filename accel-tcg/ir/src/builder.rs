@@ -22,6 +22,8 @@ pub struct Builder {
     /// The value of a slot in this extended basic block, direct mapped by offset / 8.
     known: Vec<(u32, u32)>,
     effects: Vec<(Effects, Type)>,
+    /// Sign extensions of this block: (operand, result), direct mapped.
+    extended: [(u32, u32); 8],
 }
 
 impl Builder {
@@ -85,6 +87,7 @@ impl Builder {
 
     fn new_block(&mut self) {
         self.known.fill((u32::MAX, 0));
+        self.extended = [(u32::MAX, 0); 8];
     }
 
     #[inline]
@@ -162,10 +165,39 @@ impl Builder {
     pub fn binary(&mut self, op: Op, a: Val, b: Val) -> Val {
         debug_assert!(op.is_int_binary() && self.ty(a) == self.ty(b) && self.ty(a).is_int());
         let ty = self.ty(a);
+        if let Some(v) = self.extension(op, a, b) {
+            return v;
+        }
         match fold::binary(op, ty, (a, self.as_const(a)), (b, self.as_const(b))) {
             fold::Folded::Const(c) => self.constant(ty, c),
             fold::Folded::Val(v) => v,
+            fold::Folded::Neg(v) => self.unary(Op::Neg, v),
             fold::Folded::Op(op, a, b) => self.push_op(op, ty, 0, (a.0, b.0, 0)),
+        }
+    }
+
+    /// A shift to the left and back by the same constant is an extension, when it keeps 8, 16 or 32 bits of an `I64`.
+    fn extension(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
+        if op != Op::ShrU && op != Op::ShrS || self.ty(a) != Type::I64 {
+            return None;
+        }
+        let n = self.as_const(b)?;
+        let d = *self.region.def(a);
+        if d.op != Op::Shl || self.as_const(Val(d.b)) != Some(n) {
+            return None;
+        }
+        let x = Val(d.a);
+        match (n, op) {
+            (32, Op::ShrS) => {
+                let t = self.trunc(x);
+                Some(self.sext(t))
+            }
+            (32, _) => Some(self.binary_imm(Op::And, x, 0xffff_ffff)),
+            (48, Op::ShrS) => Some(self.unary(Op::Ext16S, x)),
+            (48, _) => Some(self.unary(Op::Ext16U, x)),
+            (56, Op::ShrS) => Some(self.unary(Op::Ext8S, x)),
+            (56, _) => Some(self.unary(Op::Ext8U, x)),
+            _ => None,
         }
     }
 
@@ -187,10 +219,28 @@ impl Builder {
 
     /// `I32` to `I64` with sign.
     pub fn sext(&mut self, a: Val) -> Val {
-        match self.as_const(a) {
-            Some(x) => self.iconst(i64::from(x as i32)),
-            None => self.push_op(Op::SExt, Type::I64, 0, (a.0, 0, 0)),
+        if let Some(x) = self.as_const(a) {
+            return self.iconst(i64::from(x as i32));
         }
+        let d = *self.region.def(a);
+        if d.op == Op::Trunc {
+            // Of something that is sign-extended already.
+            let wide = self.region.def(Val(d.a));
+            if wide.op == Op::Load && wide.mem().is_signed() && wide.mem().bytes() <= 4 {
+                return Val(d.a);
+            }
+        }
+        // The same extension again.
+        let n = a.index() % self.extended.len().max(1);
+        match self.extended.get(n) {
+            Some(&(of, v)) if of == a.0 => return Val(v),
+            _ => {}
+        }
+        let v = self.push_op(Op::SExt, Type::I64, 0, (a.0, 0, 0));
+        if let Some(e) = self.extended.get_mut(n) {
+            *e = (a.0, v.0);
+        }
+        v
     }
 
     /// `I32` to `I64` with zeroes.

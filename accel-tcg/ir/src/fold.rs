@@ -9,6 +9,8 @@ pub(crate) enum Folded {
     Const(u64),
     /// An existing value.
     Val(Val),
+    /// The negation of a value.
+    Neg(Val),
     /// An instruction, perhaps with its operands exchanged.
     Op(Op, Val, Val),
 }
@@ -25,6 +27,9 @@ fn commutes(op: Op) -> bool {
 pub(crate) fn binary(op: Op, ty: Type, a: Opnd, b: Opnd) -> Folded {
     if let (Some(x), Some(y)) = (a.1, b.1) {
         return Folded::Const(eval_binary(op, ty, x, y));
+    }
+    if op == Op::Sub && a.1 == Some(0) {
+        return Folded::Neg(b.0);
     }
     let (a, b) = if a.1.is_some() && commutes(op) { (b, a) } else { (a, b) };
     let ones = if ty == Type::I32 { 0xffff_ffff } else { u64::MAX };

@@ -74,3 +74,36 @@ fn orc_b_combination() {
     assert_eq!(size_of::<holdfast_tcg_ir::Inst>(), 16);
     assert!(Op::Load.has_effect());
 }
+
+#[test]
+fn shift_pairs_are_extensions() {
+    let helpers = HelperTable::new();
+    let mut b = Builder::new(&helpers);
+    b.start(0x1000);
+    b.insn(0x1000, 4);
+    let x = b.get(A0);
+    for (n, signed, op) in [
+        (32, false, Op::And),
+        (32, true, Op::SExt),
+        (48, true, Op::Ext16S),
+        (48, false, Op::Ext16U),
+        (56, true, Op::Ext8S),
+        (56, false, Op::Ext8U),
+        (40, true, Op::ShrS),
+    ] {
+        let s = b.shli(x, n);
+        let v = if signed { b.shrsi(s, n) } else { b.shrui(s, n) };
+        assert_eq!(b.region().def(v).op, op);
+    }
+    let w = b.trunc(x);
+    let (v, again) = (b.sext(w), b.sext(w));
+    assert_eq!(v, again);
+    let l = b.load(Type::I64, MemOp::S16, x, 0);
+    let w = b.trunc(l);
+    assert_eq!(b.sext(w), l);
+    let zero = b.iconst(0);
+    let n = b.sub(zero, x);
+    assert_eq!(b.region().def(n).op, Op::Neg);
+    b.goto_pc(0);
+    verify(b.region(), &helpers).unwrap();
+}

@@ -293,6 +293,11 @@ impl Gen<'_> {
                 let n = self.rng.below(5) as i64;
                 self.b.shadd(a, n, b)
             }
+            4 if self.rng.below(3) == 0 => {
+                let n = self.rng.pick(&[32, 48, 56, 40]);
+                let t = self.b.shli(a, n);
+                if self.rng.below(2) == 0 { self.b.shrui(t, n) } else { self.b.shrsi(t, n) }
+            }
             4 => {
                 let n = self.rng.below(4096) as i64 - 2048;
                 let op = self.rng.pick(&BIN);
@@ -540,8 +545,9 @@ fn region(b: &mut Builder, rng: &mut Rng, ids: [HelperId; 4], fp: bool) -> Regio
     }
     for l in std::mem::take(&mut g.leaving) {
         g.b.bind(l);
-        let to = g.rng.below(1024) * 4;
-        g.b.goto_pc(entry / 4096 * 4096 + to);
+        let to = entry / 4096 * 4096 + g.rng.below(1024) * 4;
+        // A jump to the entry would go round in translated code, where the interpreter leaves.
+        g.b.goto_pc(if to == entry { to ^ 0x800 } else { to });
     }
     g.b.take()
 }

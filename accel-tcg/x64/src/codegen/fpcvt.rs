@@ -63,23 +63,30 @@ impl Cx<'_> {
             Round::Dynamic => false,
             _ => return self.soft(i),
         };
-        // Inline for what is in [0, 2^63) after conversion and, for 32 bits, below 2^32; softfp decides the rest, on
-        // its own flags, so the range is tested on the bits first.
+        // Inline for what is in [0, 2^63), or [0, 2^32) when truncating to 32 bits (rounding could leave the range).
+        // The range is tested on the bits, because the host would raise other flags; softfp decides the rest.
         let double = self.r.ty(Val(i.a)) == Type::F64;
-        if i.ty != Type::I64 {
+        let wide = i.ty == Type::I64;
+        if !wide && !truncate {
             return self.soft(i);
         }
+        let bound = match (wide, double) {
+            (true, true) => 2f64.powi(63).to_bits(),
+            (true, false) => u64::from(2f32.powi(63).to_bits()),
+            (false, true) => 2f64.powi(32).to_bits(),
+            (false, false) => u64::from(2f32.powi(32).to_bits()),
+        };
         let x = self.xmm(Val(i.a));
         let d = self.temp();
         self.st.asm.mov_from_xmm(double, d, x);
         let limit = self.temp();
-        self.st.asm.mov_imm(limit, if double { 0x43e0_0000_0000_0000 } else { 0x5f00_0000 });
+        self.st.asm.mov_imm(limit, bound);
         // Unsigned: negative numbers and NaNs are above too.
         self.st.asm.alu(Alu::Cmp, double, d, limit);
         let from = self.st.asm.jcc(Cc::Ae);
         self.st.asm.cvt_to_int((double, truncate, true), d, x);
         let back = self.st.asm.pos();
-        let request = Request { op: i.op, mode: i.fp(), wide_in: double, wide_out: true }.pack();
+        let request = Request { op: i.op, mode: i.fp(), wide_in: double, wide_out: wide }.pack();
         self.st.cold.push(Cold::Soft { from, back, d, x, double, request: request as u32 });
         self.define(d);
     }
