@@ -167,6 +167,12 @@ impl Gen<'_> {
         if self.rng.below(40) == 0 {
             return (v, 0);
         }
+        if self.rng.below(5) == 0 {
+            // A constant address, as code that addresses its data relative to the pc makes.
+            let at = RAM as i64 + self.rng.below(RAM_SIZE as u64 / 2) as i64;
+            let at = if self.rng.below(2) == 0 { at & !7 } else { at };
+            return (self.b.iconst(at), self.rng.pick(&[0, 8, -8, 0x7ff]));
+        }
         let masked = self.b.andi(v, (RAM_SIZE as i64 / 2 - 1) & if self.rng.below(2) == 0 { !7 } else { -1 });
         let base = self.b.iconst(RAM as i64);
         let a = self.b.add(masked, base);

@@ -17,12 +17,21 @@ pub(crate) enum Source {
     Imm(i32),
 }
 
+/// A guest address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Base {
+    /// In a register that the access does not change.
+    Reg(Reg),
+    /// Sign-extended constant.
+    Const(i32),
+}
+
 /// What the slow path of an access needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Access {
     pub(crate) slow: Slow,
     pub(crate) desc: u16,
-    pub(crate) base: Reg,
+    pub(crate) base: Base,
     pub(crate) disp: i32,
     /// A temporary that is free on the cold path.
     pub(crate) temp: Reg,
@@ -165,8 +174,13 @@ impl Cx<'_> {
     }
 
     fn cold_access_path(&mut self, pc: u64, c: &Access) {
-        self.st.asm.lea(true, c.temp, Mem::base(c.base, c.disp));
-        self.st.asm.store(3, Mem::env(offset::SCRATCH), c.temp);
+        match c.base {
+            Base::Reg(base) => {
+                self.st.asm.lea(true, c.temp, Mem::base(base, c.disp));
+                self.st.asm.store(3, Mem::env(offset::SCRATCH), c.temp);
+            }
+            Base::Const(at) => self.st.asm.store_imm(3, Mem::env(offset::SCRATCH), at.wrapping_add(c.disp)),
+        }
         self.scratch_source(1, c.value);
         self.scratch_source(3, c.new);
         self.st.asm.store_imm(2, Mem::env(offset::SCRATCH + 16), i32::from(c.desc));

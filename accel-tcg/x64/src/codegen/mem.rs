@@ -6,19 +6,19 @@
 
 use super::Cx;
 use super::alloc::Page;
-use super::cold::{Access, Cold, Source};
+use super::cold::{Access, Base, Cold, Source};
 use crate::CodegenError;
 use crate::asm::{Alu, Cc, Mem, Reg, Shift};
 use crate::stubs::Slow;
-use holdfast_tcg_ir::env::{TLB_ENTRIES, TLB_PAGE_BITS, offset};
+use holdfast_tcg_ir::env::{TLB_ENTRIES, TLB_PAGE_BITS, offset, tlb_index};
 use holdfast_tcg_ir::{FenceKind, Inst, MemOp, Op, RmwKind, Type, Val};
 
 /// Result of a probe.
 pub(crate) struct Probe {
     /// rel32 of the jump to the cold path.
     pub(crate) miss: usize,
-    /// Guest address, in a register that the access does not change.
-    pub(crate) base: Reg,
+    /// Guest address, before the constant.
+    pub(crate) base: Base,
     /// Constant to add to it.
     pub(crate) disp: i32,
     /// Holds the addend.
@@ -45,7 +45,10 @@ const LOOK_AHEAD: usize = 48;
 
 impl Probe {
     fn host(&self) -> Mem {
-        Mem::index(self.base, self.addend, 0, self.disp)
+        match self.base {
+            Base::Reg(base) => Mem::index(base, self.addend, 0, self.disp),
+            Base::Const(at) => Mem::base(self.addend, at.wrapping_add(self.disp)),
+        }
     }
 }
 
@@ -105,7 +108,7 @@ impl Cx<'_> {
         }
         // The cold path zeroes the register anyway, so it may use it.
         let dest = ends.then_some(page.reg);
-        Some(Probe { miss, base, disp, addend: page.reg, other: page.reg, dest, page: None })
+        Some(Probe { miss, base: Base::Reg(base), disp, addend: page.reg, other: page.reg, dest, page: None })
     }
 
     /// Emits the probe for a load or store at `addr + disp`.
@@ -132,9 +135,33 @@ impl Cx<'_> {
         // Misaligned accesses miss by the bits that must be zero; others by the page of their last byte.
         let size = if mem.is_aligned() { 1 } else { mem.bytes() as i32 };
         let hi = disp.saturating_add(size);
-        let mut p = self.probe_range(mem, self.st.an.root(addr), (disp, hi), write);
+        let addr = self.st.an.root(addr);
+        let mut p = match self.const_probe(mem, (addr, disp), write) {
+            Some(p) => p,
+            None => self.probe_range(mem, addr, (disp, hi), write),
+        };
         p.dest = Some(p.addend);
         p
+    }
+
+    /// A probe at a constant address within reach of a displacement, aligned within its page: entry and tag are known.
+    fn const_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Probe> {
+        let base = i32::try_from(self.konst(addr)? as i64).ok()?;
+        let va = base.checked_add(disp)?;
+        let last = va.checked_add(mem.bytes() as i32 - 1)?;
+        let misaligned = mem.is_aligned() && va & (mem.bytes() as i32 - 1) != 0;
+        if (va ^ last) >> TLB_PAGE_BITS != 0 || misaligned {
+            return None;
+        }
+        let (t1, t2) = (self.temp(), self.temp());
+        let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
+        let entry = array + 16 * tlb_index(va as i64 as u64) as i32;
+        let a = &mut self.st.asm;
+        a.lea(true, t2, Mem::base(Reg::R15, va & -4096));
+        a.alu(Alu::Cmp, true, t2, Mem::env(entry));
+        let miss = a.jcc(Cc::Ne);
+        a.mov(true, t1, Mem::env(entry + 8));
+        Some(Probe { miss, base: Base::Const(base), disp, addend: t1, other: t2, dest: None, page: None })
     }
 
     /// Emits the probe for `addr + lo .. addr + hi`.
@@ -179,7 +206,7 @@ impl Cx<'_> {
         a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, array));
         let miss = a.jcc(Cc::Ne);
         a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, array + 8));
-        Probe { miss, base, disp: lo, addend: t1, other: t2, dest: None, page: None }
+        Probe { miss, base: Base::Reg(base), disp: lo, addend: t1, other: t2, dest: None, page: None }
     }
 
     /// Notes the cold path of the access just emitted.
