@@ -9,7 +9,10 @@ use crate::{Format, Unit, flags};
 pub(crate) enum Kind {
     Zero,
     /// `sig * 2^exp`, `sig` not 0 and below `2^107`.
-    Finite { exp: i32, sig: u128 },
+    Finite {
+        exp: i32,
+        sig: u128,
+    },
     Infinite,
 }
 

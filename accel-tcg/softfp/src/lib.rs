@@ -219,7 +219,13 @@ impl Unit {
 
     /// `±(a * b) ± c`, rounded once. Infinity times zero is invalid even if `c` is a quiet NaN under
     /// [`NanRule::Canonical`], and not under [`NanRule::FirstOperand`].
-    pub fn mul_add(&mut self, f: Format, [a, b, c]: [u64; 3], negate_product: bool, negate_addend: bool) -> u64 {
+    pub fn mul_add(
+        &mut self,
+        f: Format,
+        [a, b, c]: [u64; 3],
+        negate_product: bool,
+        negate_addend: bool,
+    ) -> u64 {
         let sign = |on: bool| if on { f.sign_bit() } else { 0 };
         let product = if f.is_nan(a) || f.is_nan(b) {
             None

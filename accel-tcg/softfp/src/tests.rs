@@ -40,7 +40,9 @@ impl Values {
             // Around the smallest normal number.
             3 => self.word() & (f.fraction_mask() << 1 | 1),
             // Few significant bits: exact results and ties.
-            4 => one.wrapping_add((r >> 16 & 7) << (f.fraction_bits() - 3)).wrapping_add((r >> 24 & 63) << f.fraction_bits()),
+            4 => one
+                .wrapping_add((r >> 16 & 7) << (f.fraction_bits() - 3))
+                .wrapping_add((r >> 24 & 63) << f.fraction_bits()),
             _ => self.word(),
         };
         v & (f.sign_bit() - 1) | sign
@@ -63,7 +65,10 @@ mod host {
     }
 
     fn flags_of(mxcsr: u32) -> u8 {
-        [0x20, 0x10, 8, 4, 1].iter().enumerate().fold(0, |v, (i, f)| if mxcsr & f != 0 { v | 1 << i } else { v })
+        [0x20, 0x10, 8, 4, 1]
+            .iter()
+            .enumerate()
+            .fold(0, |v, (i, f)| if mxcsr & f != 0 { v | 1 << i } else { v })
     }
 
     macro_rules! op {
@@ -106,7 +111,8 @@ mod host {
         (out, flags_of(control))
     }
 
-    const HOST_ROUNDINGS: [Rounding; 4] = [Rounding::NearestEven, Rounding::Zero, Rounding::Down, Rounding::Up];
+    const HOST_ROUNDINGS: [Rounding; 4] =
+        [Rounding::NearestEven, Rounding::Zero, Rounding::Down, Rounding::Up];
 
     #[test]
     fn arithmetic_is_the_hosts_with_its_flags() {
