@@ -10,6 +10,9 @@ use crate::guest::{Fault, Flush};
 use crate::phys::PhysMemory;
 use crate::vcpu::VcpuCore;
 
+/// Spin hints for each yield: a microsecond or so of waiting before a system call.
+const SPINS: u32 = 16;
+
 /// Access to one vCPU, given to [`crate::Guest`] methods and to helpers called from translated code.
 #[derive(Debug)]
 pub struct Cpu<'a> {
@@ -75,6 +78,15 @@ impl<'a> Cpu<'a> {
     /// Asks that interrupts be looked at before long: a mask or enable changed.
     pub fn request_exit(&mut self) {
         self.core.shared.request(crate::shared::request::INTERRUPT);
+    }
+
+    /// The guest says that it spins. Now and then the host's CPU is offered to others: the vCPU that it waits
+    /// for may need it.
+    pub fn spins(&mut self) {
+        self.core.spins = self.core.spins.wrapping_add(1);
+        if self.core.spins.is_multiple_of(SPINS) {
+            std::thread::yield_now();
+        }
     }
 
     /// The guest waits for an interrupt: the vCPU sleeps, once the region ends, until [`crate::Guest::wakes`].

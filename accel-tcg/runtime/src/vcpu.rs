@@ -70,6 +70,8 @@ pub(crate) struct VcpuCore {
     pub from: Option<(u32, u32)>,
     pub engine: VcpuEngine,
     pub debug: Debug,
+    /// Spin hints seen.
+    pub spins: u32,
     /// Why no code could be made.
     pub failure: Option<RuntimeError>,
     pub model: CpuModel,
@@ -417,6 +419,7 @@ impl TcgVcpu {
             stop: None,
             from: None,
             debug: Debug::default(),
+            spins: 0,
             failure: None,
             model: model.clone(),
             vm: Arc::clone(vm),

@@ -1,7 +1,7 @@
 //! What translated code calls: system instructions, CSRs, and faults that are known at translation time.
 
 use holdfast_tcg_ir::{Effects, HelperId, HelperTable, Type};
-use holdfast_tcg_runtime::{Cpu, Fault, Flush, HelperResult, faulting_helper};
+use holdfast_tcg_runtime::{Cpu, Fault, Flush, HelperResult, faulting_helper, plain_helper};
 
 use crate::csr::{self, Change, Context, Effect};
 use crate::hart::{Hart, mstatus, privilege};
@@ -28,6 +28,8 @@ pub(crate) struct Ids {
     pub wfi: HelperId,
     /// (address, asid, which of them count, instruction)
     pub sfence_vma: HelperId,
+    /// The hart spins.
+    pub pause: HelperId,
 }
 
 /// How a CSR instruction changes its CSR.
@@ -51,6 +53,7 @@ pub(crate) fn table() -> (HelperTable, Ids) {
         sret: t.faulting("sret", sret_helper, Type::I64, 1, system),
         wfi: t.faulting("wfi", wfi_helper, Type::Void, 1, system),
         sfence_vma: t.faulting("sfence_vma", sfence_vma_helper, Type::Void, 4, system),
+        pause: t.plain("pause", pause_helper, Type::Void, 0, Effects::empty()),
     };
     (t, ids)
 }
@@ -61,6 +64,7 @@ faulting_helper!(csr_fp_helper, csr_change);
 faulting_helper!(csr_read_helper, csr_read);
 faulting_helper!(mret_helper, mret);
 faulting_helper!(sret_helper, sret);
+plain_helper!(pause_helper, pause);
 faulting_helper!(wfi_helper, wfi);
 faulting_helper!(sfence_vma_helper, sfence_vma);
 
@@ -145,6 +149,12 @@ fn sret(cpu: &mut Cpu<'_>, [insn, ..]: [u64; 5]) -> HelperResult {
     cpu.mode_changed();
     look_for_interrupts(cpu);
     Ok(pc)
+}
+
+/// `pause` (Zihintpause): a hint that Linux uses in every spin loop, whether the extension is named or not.
+fn pause(cpu: &mut Cpu<'_>, _: [u64; 5]) -> u64 {
+    cpu.spins();
+    0
 }
 
 fn wfi(cpu: &mut Cpu<'_>, [insn, ..]: [u64; 5]) -> HelperResult {

@@ -15,6 +15,8 @@ const FENCE_WRITES: u32 = 0b0101;
 const FENCE_READS: u32 = 0b1010;
 /// FENCE.TSO.
 const FENCE_TSO: u32 = 0b1000;
+/// `fence w, 0`: the `pause` hint.
+const PAUSE: u32 = 0x0100_000f;
 
 impl Translator<'_> {
     /// Translates accesses to memory; false if `insn` is something else.
@@ -41,6 +43,8 @@ impl Translator<'_> {
                     self.b.fence(FenceKind::Full);
                 } else if f.pred != 0 && f.succ != 0 {
                     self.b.fence(FenceKind::AcquireRelease);
+                } else if self.raw == PAUSE {
+                    self.b.call(self.ids.pause, &[]);
                 }
             }
             _ => return self.atomic(insn),
