@@ -3,12 +3,11 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
 use holdfast_api::client;
 use holdfast_api::process::{self, describe};
-use holdfast_threads::{PlainSpawner, Spawner};
+use holdfast_sandbox::Sandbox;
 use holdfast_vmm::manager::{Manager, ManagerOptions};
 
 /// Exit status for a command line that cannot be used, as is customary.
@@ -58,12 +57,12 @@ fn man(directory: &Path) -> ExitCode {
 }
 
 fn run(options: RunOptions) -> ExitCode {
-    let spawner: Arc<dyn Spawner> = PlainSpawner::shared();
-    let manager = ManagerOptions {
-        spawner: Arc::clone(&spawner),
-        no_shutdown: options.no_shutdown,
-        before_guest: Arc::new(|_| Ok(())),
+    let sandbox = match Sandbox::new(options.seccomp) {
+        Ok(sandbox) => sandbox,
+        Err(error) => return fail(&describe(&error), 1),
     };
+    let spawner = sandbox.spawner();
+    let manager = ManagerOptions { sandbox, no_shutdown: options.no_shutdown };
     match process::run(options, &spawner, move |inbox| Manager::new(inbox, manager)?.run()) {
         Ok(status) => ExitCode::from(status),
         Err(error) => fail(&describe(&error), 1),

@@ -1,6 +1,7 @@
 //! The VM: machines, lifecycle, snapshot, and the control handle through which it is driven.
 
 pub mod accel;
+pub mod confine;
 pub mod control;
 pub mod manager;
 pub mod ram;

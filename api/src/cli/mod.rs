@@ -13,7 +13,8 @@ use std::path::Path;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 pub use ctl::Ctl;
-pub use run::{Endpoint, QmpAddress, RunOptions, SeccompMode};
+pub use holdfast_sandbox::SeccompMode;
+pub use run::{Endpoint, QmpAddress, RunOptions};
 
 /// The name under which Cloud Hypervisor's command line is served.
 const CH_NAME: &str = "cloud-hypervisor";

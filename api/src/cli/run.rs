@@ -13,7 +13,7 @@ use holdfast_config::{
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
-use super::CliError;
+use super::{CliError, SeccompMode};
 
 /// A path, or a file descriptor that was inherited.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,20 +46,6 @@ impl FromStr for QmpAddress {
         let port = port.parse().map_err(|_| WRONG)?;
         if host.is_empty() { Err(WRONG) } else { Ok(Self::Tcp(host.to_owned(), port)) }
     }
-}
-
-/// What happens on a system call that is not allowed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum SeccompMode {
-    /// The process dies.
-    #[default]
-    Kill,
-    /// Every system call is allowed.
-    Off,
-    /// It is logged and done.
-    Log,
-    /// It fails with EPERM.
-    Errno,
 }
 
 /// What `holdfast run` was asked for.

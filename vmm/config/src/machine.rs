@@ -29,6 +29,10 @@ pub struct MachineConfig {
     /// Where the x86 interrupt controllers live.
     #[serde(default)]
     pub kernel_irqchip: IrqChipMode,
+    /// Port of the debug exit device (isa-debug-exit): a guest's write of `v` ends the process with status
+    /// `v * 2 + 1`. q35 only; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_exit: Option<u16>,
 }
 
 /// An accelerator.

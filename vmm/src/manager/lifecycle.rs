@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use holdfast_config::{MemoryRestoreMode, RestoreConfig, VmConfig};
 
+use holdfast_sandbox::Sandbox;
+
 use super::{Manager, Run, Stage, TapFds};
+use crate::confine;
 use crate::control::{ControlError, ErrorKind, Event, Origin, Responder};
 use crate::snapshot::ram::{self, DemandPager};
 use crate::snapshot::{SavedVm, SnapshotDir};
@@ -32,10 +35,10 @@ impl Manager {
         }
         self.events.publish(Event::Booting);
         let (config, host) = (self.config.clone(), self.host());
-        let before_guest = Arc::clone(&self.options.before_guest);
+        let sandbox = Arc::clone(&self.options.sandbox);
         let work = move || -> Result<Arc<Vm>, ControlError> {
+            confine::limit_paths(&sandbox, &config, None).map_err(failed("The VM could not be confined"))?;
             let vm = Vm::build(config, host).map_err(failed("The VM could not boot"))?;
-            before_guest(vm.config()).map_err(|e| ControlError::new(ErrorKind::Failed, e))?;
             vm.power_on().map_err(failed("The VM could not boot"))?;
             Ok(Arc::new(vm))
         };
@@ -146,11 +149,10 @@ impl Manager {
         self.events.publish(Event::Restoring);
         self.tap_fds = sort_fds(&config, fds);
         let host = self.host();
-        let before_guest = Arc::clone(&self.options.before_guest);
+        let sandbox = Arc::clone(&self.options.sandbox);
         let resume = config.resume;
         let work = move || -> Result<Arc<Vm>, ControlError> {
-            let vm = restore(&config, host)?;
-            before_guest(vm.config()).map_err(|e| ControlError::new(ErrorKind::Failed, e))?;
+            let vm = restore(&config, host, &sandbox)?;
             if resume {
                 vm.resume().map_err(failed("The VM could not be resumed"))?;
             }
@@ -189,13 +191,15 @@ fn sort_fds(config: &RestoreConfig, fds: Vec<OwnedFd>) -> TapFds {
     nets.map(|net| (net.id.clone(), fds.by_ref().take(net.num_fds).collect())).collect()
 }
 
-fn restore(config: &RestoreConfig, host: Host) -> Result<Vm, ControlError> {
+fn restore(config: &RestoreConfig, host: Host, sandbox: &Sandbox) -> Result<Vm, ControlError> {
     const MESSAGE: &str = "The VM could not be restored";
     let invalid = || ControlError::new(ErrorKind::Failed, "source_url is not file:// and an absolute path");
-    let dir = SnapshotDir::open(&config.directory().ok_or_else(invalid)?).map_err(failed(MESSAGE))?;
+    let path = config.directory().ok_or_else(invalid)?;
+    let dir = SnapshotDir::open(&path).map_err(failed(MESSAGE))?;
     let saved: SavedVm = dir.state().map_err(failed(MESSAGE))?;
     let vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;
     vm_config.validate_for_boot().map_err(failed(MESSAGE))?;
+    confine::limit_paths(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
     let file = dir.ram().map_err(failed(MESSAGE))?;
     let spawner = Arc::clone(&host.spawner);
     let mut vm = Vm::build(vm_config, host).map_err(failed(MESSAGE))?;

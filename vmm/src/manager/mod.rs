@@ -17,6 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use holdfast_accel::AccelError;
 use holdfast_config::{IdAllocator, VmConfig};
 use holdfast_device::{DeviceEvent, SystemEvent, SystemSink};
+use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -27,12 +28,10 @@ use crate::vm::{Host, Vm};
 /// How the manager is set up.
 #[derive(Clone)]
 pub struct ManagerOptions {
-    /// Starts all threads.
-    pub spawner: Arc<dyn Spawner>,
+    /// Confines all threads.
+    pub sandbox: Arc<Sandbox>,
     /// The process goes on when the guest has switched itself off (`--no-shutdown`).
     pub no_shutdown: bool,
-    /// Runs when a VM is built, before its guest runs: the sandbox closes here.
-    pub before_guest: Arc<dyn Fn(&VmConfig) -> Result<(), String> + Send + Sync>,
 }
 
 impl std::fmt::Debug for ManagerOptions {
@@ -134,6 +133,7 @@ pub struct Manager {
     inbox: ControlInbox,
     events: EventBus,
     options: ManagerOptions,
+    spawner: Arc<dyn Spawner>,
     wire: Wire,
     messages: Receiver<Message>,
     config: VmConfig,
@@ -160,6 +160,7 @@ impl Manager {
         Ok(Self {
             inbox,
             events,
+            spawner: options.sandbox.spawner(),
             options,
             wire: Wire { messages: messages_in, wake },
             messages,
@@ -229,9 +230,9 @@ impl Manager {
                 done(manager, result);
             })));
         };
-        self.options
-            .spawner
-            .spawn(name, Role::Migration, Box::new(body))
+        // A job makes the VM's threads, which inherit what confines it: its role must be a wide one.
+        self.spawner
+            .spawn(name, Role::Vmm, Box::new(body))
             .map_err(|e| ControlError::failed(format!("No thread for `{name}`"), e))?;
         self.job = Some(name);
         Ok(())
@@ -273,7 +274,7 @@ impl Manager {
     fn host(&mut self) -> Host {
         let quit = self.wire.clone();
         Host {
-            spawner: Arc::clone(&self.options.spawner),
+            spawner: Arc::clone(&self.spawner),
             system: Arc::new(self.wire.clone()),
             vcpu_events: Arc::new(self.wire.clone()),
             events: self.events.clone(),

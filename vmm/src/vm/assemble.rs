@@ -178,7 +178,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             ConsoleMode::Off => None,
             _ => config.debug_console.iobase,
         },
-        debug_exit_port: None,
+        debug_exit_port: config.machine.debug_exit,
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
     }

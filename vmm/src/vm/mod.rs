@@ -109,7 +109,7 @@ pub struct Vm {
     vcpus: Vcpus,
     machine: Box<dyn Machine>,
     plugged: Vec<Plugged>,
-    balloon: Option<Arc<Balloon>>,
+    balloon: Option<Arc<holdfast_virtio::balloon::Balloon>>,
     chardevs: Vec<assemble::Chardev>,
     pager: Option<DemandPager>,
 }
@@ -180,7 +180,7 @@ impl Vm {
     }
 
     /// The balloon, if there is one.
-    pub fn balloon(&self) -> Option<&Balloon> {
+    pub fn balloon(&self) -> Option<&holdfast_virtio::balloon::Balloon> {
         self.balloon.as_deref()
     }
 
