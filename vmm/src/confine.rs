@@ -25,7 +25,11 @@ const WRITE: [&str; 6] = ["/dev/kvm", "/dev/net/tun", "/dev/ptmx", "/dev/pts", "
 ///
 /// # Errors
 /// [`SandboxError`] if the kernel has no Landlock.
-pub fn limit_paths(sandbox: &Sandbox, config: &VmConfig, restore_from: Option<&Path>) -> Result<(), SandboxError> {
+pub fn limit_paths(
+    sandbox: &Sandbox,
+    config: &VmConfig,
+    restore_from: Option<&Path>,
+) -> Result<(), SandboxError> {
     if !config.landlock_enable {
         return Ok(());
     }
