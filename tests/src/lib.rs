@@ -51,7 +51,7 @@ pub fn riscv64_args(vcpus: u32, test: &str) -> Vec<String> {
         ["--memory", "size=512M"],
         ["--kernel", &format!("{}/Image", guest.display())],
         ["--initramfs", &format!("{}/initramfs.cpio", guest.display())],
-        ["--cmdline", &format!("console=ttyS0{test}")],
+        ["--cmdline", &format!("console=ttyS0 quiet{test}")],
         ["--serial", "tty"],
         ["--console", "off"],
     ];

@@ -104,7 +104,7 @@ fn a_network_card_carries_traffic_with_the_host() {
     let net = format!("tap={tap},ip=192.168.77.1,mask=255.255.255.0,mac=52:54:00:12:34:56,mtu=1400");
     args.extend(["--net".to_owned(), net]);
     let mut vm = Program::run(&args);
-    vm.wait_for("Linux version", BOOT);
+    vm.wait_for("OpenSBI", BOOT);
     let listener = TcpListener::bind("192.168.77.1:8377").expect("the tap has its address");
     let server = serve_once(listener, content);
     vm.wait_for("GUEST-TEST-EXIT 0", BOOT);

@@ -26,7 +26,7 @@ fn config(serial: &Path, test: &str) -> Value {
         "payload": {
             "kernel": guest.join("Image"),
             "initramfs": guest.join("initramfs.cpio"),
-            "cmdline": format!("console=ttyS0 holdfast.test={test}"),
+            "cmdline": format!("console=ttyS0 quiet holdfast.test={test}"),
         },
         "serial": { "mode": "File", "file": serial },
         "console": { "mode": "Off" },

@@ -10,6 +10,7 @@
 mod caps;
 mod fds;
 mod filters;
+mod malloc;
 mod names;
 mod paths;
 mod trap;
@@ -130,6 +131,7 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`].
     pub fn new(mode: SeccompMode) -> Result<Arc<Self>, SandboxError> {
+        malloc::fix_arenas();
         let mut programs = HashMap::new();
         if mode != SeccompMode::Off {
             for role in ROLES {
