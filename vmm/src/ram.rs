@@ -105,7 +105,7 @@ fn check_hugepages(range: &RamRange, page: u64) -> Result<(), RamError> {
     if !page.is_power_of_two() || page < 4096 {
         return Err(RamError::HugepageSize(page));
     }
-    if range.len % page != 0 {
+    if !range.len.is_multiple_of(page) {
         return Err(RamError::Alignment { gpa: range.gpa, len: range.len, page });
     }
     Ok(())

@@ -15,7 +15,6 @@ use holdfast_config::VmConfig;
 use holdfast_device::{BuildError, Bus, Device, StateError};
 use holdfast_machines::{Machine, MachineError, MachineModule};
 use holdfast_memory::GuestMemory;
-use holdfast_virtio::balloon::Balloon;
 
 use crate::accel::NoAccelerator;
 use crate::ram::RamError;
