@@ -285,13 +285,7 @@ fn state_moves_to_another_vm_in_the_middle_of_a_loop() {
     // Long enough that it is not over before the kick, whatever else the host does.
     const N: u64 = 400_000_000;
     let mut p = Asm::new();
-    p.li(A0, 0)
-        .li(A1, N)
-        .label("loop")
-        .add(A0, A0, A1)
-        .addi(A1, A1, -1)
-        .bne(A1, ZERO, "loop")
-        .done(A0);
+    p.li(A0, 0).li(A1, N).label("loop").add(A0, A0, A1).addi(A1, A1, -1).bne(A1, ZERO, "loop").done(A0);
     for engine in ENGINES {
         let mut m = Machine::with(engine, 1, &p);
         let shared = Arc::clone(m.vcpus[0].shared());

@@ -3,11 +3,13 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
 use holdfast_api::client;
 use holdfast_api::process::{self, describe};
 use holdfast_sandbox::Sandbox;
+use holdfast_threads::Role;
 use holdfast_vmm::manager::{Manager, ManagerOptions};
 
 /// Exit status for a command line that cannot be used, as is customary.
@@ -62,8 +64,9 @@ fn run(options: RunOptions) -> ExitCode {
         Err(error) => return fail(&describe(&error), 1),
     };
     let spawner = sandbox.spawner();
-    let manager = ManagerOptions { sandbox, no_shutdown: options.no_shutdown };
-    match process::run(options, &spawner, move |inbox| Manager::new(inbox, manager)?.run()) {
+    let manager = ManagerOptions { sandbox: Arc::clone(&sandbox), no_shutdown: options.no_shutdown };
+    let confine = || sandbox.confine(Role::Api);
+    match process::run(options, &spawner, confine, move |inbox| Manager::new(inbox, manager)?.run()) {
         Ok(status) => ExitCode::from(status),
         Err(error) => fail(&describe(&error), 1),
     }

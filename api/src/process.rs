@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use holdfast_sandbox::SandboxError;
 use holdfast_threads::{Role, Spawner};
 use holdfast_vmm::control::{
     Boot, ControlError, ControlHandle, ControlInbox, Create, Origin, Restore, VmmShutdown, control,
@@ -33,6 +34,9 @@ pub enum ProcessError {
     /// The host has no thread, eventfd or the like.
     #[error("{0}")]
     Host(&'static str, #[source] io::Error),
+    /// The main thread cannot be confined.
+    #[error("the main thread cannot be confined")]
+    Confine(#[source] SandboxError),
     /// The VM manager failed.
     #[error("the VM manager failed")]
     Manager(#[source] io::Error),
@@ -47,7 +51,8 @@ pub fn describe(error: &dyn Error) -> String {
     chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// Runs `manager` on the `vmm` thread with everything that `options` ask for around it, until it ends.
+/// Runs `manager` on the `vmm` thread with everything that `options` ask for around it, until it ends. `confine`
+/// is called on this thread once all others have been made.
 /// Returns the exit status of the process.
 ///
 /// # Errors
@@ -55,6 +60,7 @@ pub fn describe(error: &dyn Error) -> String {
 pub fn run(
     options: RunOptions,
     spawner: &Arc<dyn Spawner>,
+    confine: impl FnOnce() -> Result<(), SandboxError>,
     manager: impl FnOnce(ControlInbox) -> io::Result<u8> + Send + 'static,
 ) -> Result<u8, ProcessError> {
     logging::start(options.log_file.as_deref(), options.verbosity).map_err(ProcessError::Log)?;
@@ -76,7 +82,11 @@ pub fn run(
     } else {
         Some(ApiThread::start(&**spawner, handle.clone(), listeners).map_err(ProcessError::Serve)?)
     };
-    let started = start(&handle, options);
+    // All threads but those that the manager makes are there. This one only waits from now on.
+    let started = match confine() {
+        Ok(()) => start(&handle, options).map_err(ProcessError::Start),
+        Err(error) => Err(ProcessError::Confine(error)),
+    };
     if started.is_err() {
         // It may have ended already, which is why the answer does not matter.
         let _ = handle.call(VmmShutdown(Origin::HostError));
@@ -89,7 +99,7 @@ pub fn run(
         monitor.stop();
     }
     match (started, status) {
-        (Err(error), Ok(FAILED | 0) | Err(_)) => Err(ProcessError::Start(error)),
+        (Err(error), Ok(FAILED | 0) | Err(_)) => Err(error),
         (_, Ok(status)) => Ok(status),
         (Ok(()), Err(error)) => Err(ProcessError::Manager(error)),
     }

@@ -59,8 +59,13 @@ fn ctl_drives_a_whole_process() {
         ..RunOptions::default()
     };
     let ended = std::thread::spawn(move || {
-        process::run(options, &PlainSpawner::shared(), |inbox| common::FakeManager::default().serve(&inbox))
-            .unwrap()
+        process::run(
+            options,
+            &PlainSpawner::shared(),
+            || Ok(()),
+            |inbox| common::FakeManager::default().serve(&inbox),
+        )
+        .unwrap()
     });
     wait_for(&socket);
     let go = |verb: &[&str]| ctl(&socket, verb).unwrap();
