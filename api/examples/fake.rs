@@ -14,7 +14,12 @@ fn main() -> ExitCode {
         eprintln!("usage: fake run OPTIONS");
         return ExitCode::FAILURE;
     };
-    match run(*options, &PlainSpawner::shared(), |inbox| common::FakeManager::default().serve(&inbox)) {
+    match run(
+        *options,
+        &PlainSpawner::shared(),
+        || Ok(()),
+        |inbox| common::FakeManager::default().serve(&inbox),
+    ) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("fake: {}", describe(&error));
