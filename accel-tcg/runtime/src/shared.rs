@@ -37,7 +37,7 @@ pub struct VcpuCounts {
     pub sleeps: AtomicU64,
 }
 
-/// Reasons to leave translated code, in [`VcpuShared::requests`].
+/// Reasons to leave translated code, in `VcpuShared::requests`.
 pub mod request {
     /// A pin changed, a timer is due, or the guest asked: look for interrupts.
     pub const INTERRUPT: u32 = 1;

@@ -1,6 +1,6 @@
 //! Transports: how the driver finds and operates a device.
 //!
-//! [`mmio`] and [`pci`] differ in registers and interrupts; what happens behind them is [`common`].
+//! [`mmio`] and [`pci`] differ in registers and interrupts; what happens behind them is the same.
 
 pub(crate) mod common;
 pub mod mmio;

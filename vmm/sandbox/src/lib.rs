@@ -1,7 +1,7 @@
 //! The process confines itself before guest code runs.
 //!
 //! Every thread that starts through [`Sandbox`]'s [`Spawner`] gets the seccomp allow-list of its
-//! [`Role`](holdfast_threads::Role), gives up the capabilities that the role does not need, and keeps to the
+//! [`Role`], gives up the capabilities that the role does not need, and keeps to the
 //! paths of the configuration if Landlock is asked for. A thread inherits what confines its maker, so only roles
 //! that make threads have the wide lists that this takes.
 //!

@@ -134,7 +134,7 @@ impl Translator {
         Ok(s)
     }
 
-    /// Compiles a well-formed region (see [`holdfast_tcg_ir::verify`]) to `target`.
+    /// Compiles a well-formed region (see [`holdfast_tcg_ir::verify()`]) to `target`.
     pub fn compile(
         &mut self,
         stubs: &Stubs,
