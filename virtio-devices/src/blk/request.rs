@@ -89,7 +89,7 @@ pub(super) struct Parsed {
 /// Byte range of `len` bytes at `sector`, if it lies on a disk of `capacity` sectors.
 fn range(sector: u64, len: u64, capacity: u64) -> Option<u64> {
     let end = sector.checked_add(len / SECTOR)?;
-    (len.is_multiple_of(SECTOR) && end <= capacity).then_some(sector * SECTOR)
+    (len.is_multiple_of(SECTOR) && end <= capacity).then(|| sector * SECTOR)
 }
 
 /// Reads the request in `chain`.
