@@ -197,7 +197,14 @@ fn restore(config: &RestoreConfig, host: Host, sandbox: &Sandbox) -> Result<Vm, 
     let path = config.directory().ok_or_else(invalid)?;
     let dir = SnapshotDir::open(&path).map_err(failed(MESSAGE))?;
     let saved: SavedVm = dir.state().map_err(failed(MESSAGE))?;
-    let vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;
+    let mut vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;
+    if config.prefault {
+        if config.memory_restore_mode == MemoryRestoreMode::OnDemand {
+            let text = "prefault=on and memory_restore_mode=OnDemand exclude each other";
+            return Err(ControlError::new(ErrorKind::Failed, text));
+        }
+        vm_config.memory.prefault = true;
+    }
     vm_config.validate_for_boot().map_err(failed(MESSAGE))?;
     confine::limit_paths(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
     let file = dir.ram().map_err(failed(MESSAGE))?;
