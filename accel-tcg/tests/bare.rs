@@ -202,6 +202,41 @@ fn atomics_of_parallel_vcpus_lose_nothing() {
     }
 }
 
+/// Harts other than the first sleep in the reset ROM until their software interrupt (pin 3) is raised, where that is
+/// asked for.
+#[test]
+fn the_reset_rom_keeps_the_other_harts_asleep() {
+    use holdfast_arch::riscv64::boot::{DynamicInfo, OtherHarts, reset_rom};
+    use vm_memory::{Bytes, GuestAddress};
+    // The firmware: hart 0 logs its a1 and a2 and goes to sleep, any other logs a 1 and ends the test.
+    let mut p = Asm::new();
+    p.li(T1, LOG).bne(A0, ZERO, "other").sd(A1, T1, 0).sd(A2, T1, 0).label("end").wfi().j("end");
+    p.label("other").sd(A0, T1, 0).csrr(A0, MIE).done(A0);
+    for engine in ENGINES {
+        for others in [OtherHarts::Enter, OtherHarts::WaitForMsip] {
+            let mut m = Machine::new(engine, 2, 0);
+            m.load(RAM + 0x1000, &p);
+            let rom = reset_rom(RAM + 0x1000, 0x1234, DynamicInfo { next_addr: 0, boot_hart: 0 }, others);
+            m.memory.write_slice(&rom, GuestAddress(RAM)).expect("in RAM");
+            let (vm, io) = (Arc::clone(&m.vm), Arc::clone(&m.io));
+            let device = (others == OtherHarts::WaitForMsip).then(|| {
+                std::thread::spawn(move || {
+                    while io.log.lock().len() < 2 {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    std::thread::sleep(Duration::from_millis(30));
+                    vm.set_pin(1, 3, true);
+                })
+            });
+            assert_eq!(m.run(), 0, "{engine:?}: no interrupt is enabled");
+            if let Some(device) = device {
+                device.join().expect("device");
+                assert_eq!(*m.io.log.lock(), [0x1234, RAM + 0x48, 1], "{engine:?}: hart 1 comes last");
+            }
+        }
+    }
+}
+
 /// vCPU 0 rewrites a function and says so; vCPU 1 waits for that, fences, calls it and answers.
 #[test]
 fn another_vcpus_new_code_runs_after_a_fence() {

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use holdfast_tcg_ir::Builder;
@@ -193,19 +192,16 @@ impl VcpuCore {
             match cache.acquire(epochs.passed()) {
                 Acquired::Segment(id) => return id,
                 Acquired::Evict(id) => {
-                    let killed = vm.regions.evict(&self.phys, id);
-                    vm.counts.evicted.fetch_add(killed.len() as u64, Ordering::Relaxed);
-                    vm.bury(&killed);
+                    vm.evict(id);
                     cache.retire(id, epochs.advance());
                 }
                 Acquired::Wait => {
-                    // This vCPU is at a safe point itself: it holds no region, and forgets those that went before it
-                    // claims to be past.
+                    // This vCPU holds no region itself.
                     self.from = None;
+                    self.away = true;
                     epochs.leave(index);
                     std::thread::sleep(Duration::from_micros(10));
                     epochs.enter(index);
-                    self.forget_killed();
                 }
             }
         }

@@ -27,6 +27,9 @@ pub struct Killed {
     pub entry: u64,
 }
 
+/// Tells the vCPUs which regions are no more. Called with the data base locked.
+pub type Post<'a> = &'a dyn Fn(&[Killed]);
+
 #[derive(Debug, Default)]
 struct Slot {
     region: Option<Arc<Region>>,
@@ -45,6 +48,31 @@ struct Page {
     written: u64,
     /// Translations under way.
     busy: u32,
+    /// Whether vCPUs can still write the page unnoticed.
+    guard: Guard,
+}
+
+/// Whether stores to a page with code are noticed.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Guard {
+    /// Some may not be.
+    #[default]
+    Open,
+    /// A vCPU is taking the others' write entries away.
+    Closing,
+    /// All are.
+    Closed,
+}
+
+/// What has to be done before bytes of a page may be read for translation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// Nothing.
+    Ready,
+    /// The vCPUs' fast write entries have to go; then [`Regions::guarded`] is to be called.
+    Guard,
+    /// Another vCPU is doing that: wait until [`Regions::is_guarded`].
+    Wait,
 }
 
 #[derive(Debug, Default)]
@@ -104,21 +132,38 @@ impl Regions {
         unsafe { self.table.find(key) }
     }
 
-    /// Announces that bytes of `page` are about to be read for translation. True if it had no code so far: then
-    /// the vCPUs' fast write entries for it have to go before the bytes are read. Must be paired with
-    /// [`Regions::end_page`].
-    pub fn begin_page(&self, phys: &PhysMemory, page: u64) -> bool {
+    /// Announces that bytes of `page` are about to be read for translation, and says what has to be done before. Must be
+    /// paired with [`Regions::end_page`].
+    pub fn begin_page(&self, phys: &PhysMemory, page: u64) -> Begin {
         let mut db = self.db.lock();
         let info = db.pages.entry(page).or_default();
         if info.busy == 0 {
             info.written = 0;
         }
         info.busy += 1;
-        phys.find(page * PAGE_SIZE, PAGE_SIZE).is_some_and(|at| {
-            let was = at.block.tracker.is_code(at.offset / PAGE_SIZE);
-            at.block.tracker.set_code(at.offset / PAGE_SIZE);
-            !was
-        })
+        match info.guard {
+            Guard::Closed => Begin::Ready,
+            Guard::Closing => Begin::Wait,
+            Guard::Open => {
+                info.guard = Guard::Closing;
+                if let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) {
+                    at.block.tracker.set_code(at.offset / PAGE_SIZE);
+                }
+                Begin::Guard
+            }
+        }
+    }
+
+    /// From now on every store to `page` is noticed.
+    pub fn guarded(&self, page: u64) {
+        if let Some(info) = self.db.lock().pages.get_mut(&page) {
+            info.guard = Guard::Closed;
+        }
+    }
+
+    /// True if every store to `page` is noticed.
+    pub fn is_guarded(&self, page: u64) -> bool {
+        self.db.lock().pages.get(&page).is_some_and(|info| info.guard == Guard::Closed)
     }
 
     /// The translation that [`Regions::begin_page`] announced is over.
@@ -221,8 +266,8 @@ impl Regions {
         true
     }
 
-    /// Takes out the regions that were made from any of `len` bytes at `gpa`.
-    pub fn invalidate(&self, phys: &PhysMemory, gpa: u64, len: u64) -> Vec<Killed> {
+    /// Takes out the regions that were made from any of `len` bytes at `gpa`. `post` is called with them.
+    pub fn invalidate(&self, phys: &PhysMemory, gpa: u64, len: u64, post: Post<'_>) -> usize {
         let db = &mut *self.db.lock();
         let mut killed = Vec::new();
         let last = gpa.saturating_add(len.max(1) - 1);
@@ -249,12 +294,12 @@ impl Regions {
             }
             forget_page_if_empty(db, phys, page);
         }
-        self.bury(db, &killed);
-        killed
+        self.bury(db, &killed, post);
+        killed.len()
     }
 
-    /// Takes out all regions of `segment`.
-    pub fn evict(&self, phys: &PhysMemory, segment: SegmentId) -> Vec<Killed> {
+    /// Takes out all regions of `segment`. `post` is called with them.
+    pub fn evict(&self, phys: &PhysMemory, segment: SegmentId, post: Post<'_>) -> usize {
         let db = &mut *self.db.lock();
         let mut killed = Vec::new();
         for id in db.segments.remove(&segment).unwrap_or_default() {
@@ -265,12 +310,12 @@ impl Regions {
                 forget_page_if_empty(db, phys, page);
             }
         }
-        self.bury(db, &killed);
-        killed
+        self.bury(db, &killed, post);
+        killed.len()
     }
 
-    /// Takes out every region.
-    pub fn clear(&self, phys: &PhysMemory) -> Vec<Killed> {
+    /// Takes out every region. `post` is called with them; mapping ids start anew, so vCPUs must forget those too.
+    pub fn clear(&self, phys: &PhysMemory, post: Post<'_>) {
         let db = &mut *self.db.lock();
         let mut killed = Vec::new();
         for id in 0..db.slots.len() as u32 {
@@ -282,8 +327,7 @@ impl Regions {
             forget_page_if_empty(db, phys, page);
         }
         db.ids.clear();
-        self.bury(db, &killed);
-        killed
+        self.bury(db, &killed, post);
     }
 
     fn kill_if(&self, db: &mut Db, id: u32, wanted: impl Fn(&Region) -> bool, killed: &mut Vec<Killed>) {
@@ -322,11 +366,13 @@ impl Regions {
         db.limbo.push_back((u64::MAX, id));
     }
 
-    /// Dates the regions that were just taken out.
-    fn bury(&self, db: &mut Db, killed: &[Killed]) {
+    /// Dates the regions that were just taken out. The vCPUs are told before: one that enters the new epoch has to see
+    /// at that safe point that it must forget them.
+    fn bury(&self, db: &mut Db, killed: &[Killed], post: Post<'_>) {
         if killed.is_empty() {
             return;
         }
+        post(killed);
         let epoch = self.epochs.advance();
         for entry in db.limbo.iter_mut().rev().take_while(|(e, _)| *e == u64::MAX) {
             entry.0 = epoch;
@@ -380,5 +426,55 @@ fn forget_page_if_empty(db: &mut Db, phys: &PhysMemory, page: u64) {
         if let Some(at) = phys.find(page * PAGE_SIZE, PAGE_SIZE) {
             at.block.tracker.clear_code(at.offset / PAGE_SIZE);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Body;
+    use holdfast_memory::GuestMemory;
+    use vm_memory::GuestAddress;
+
+    fn phys() -> PhysMemory {
+        PhysMemory::new(&GuestMemory::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("RAM"))
+    }
+
+    #[test]
+    fn nobody_reads_code_from_a_page_before_all_stores_to_it_are_noticed() {
+        let (regions, phys) = (Regions::new(2, None), phys());
+        let is_code = || phys.find(0x1000, 1).is_some_and(|at| at.block.tracker.is_code(1));
+        assert_eq!(regions.begin_page(&phys, 1), Begin::Guard);
+        assert!(is_code(), "stores are reported from now on");
+        assert_eq!(regions.begin_page(&phys, 1), Begin::Wait, "although the page is marked by now");
+        assert!(!regions.is_guarded(1));
+        regions.guarded(1);
+        assert!(regions.is_guarded(1));
+        assert_eq!(regions.begin_page(&phys, 1), Begin::Ready);
+        for _ in 0..3 {
+            assert!(is_code());
+            regions.end_page(&phys, 1);
+        }
+        assert!(!is_code(), "nothing came of it");
+        assert_eq!(regions.begin_page(&phys, 1), Begin::Guard, "vCPUs may write it unnoticed again");
+    }
+
+    #[test]
+    fn vcpus_are_told_of_dead_regions_before_the_next_epoch() {
+        let (regions, phys) = (Regions::new(1, None), phys());
+        regions.begin_page(&phys, 2);
+        let key = Key { phys: 0x2000, pc: 0x2000, mode: 0 };
+        let mut region = Region::new(regions.reserve_id(), key, Body::Ir(Box::default()));
+        region.granules[0] = 1;
+        assert!(regions.publish(region).is_some());
+        regions.end_page(&phys, 2);
+        let epoch = regions.epochs.advance();
+        let told = std::cell::Cell::new(None);
+        let post = |killed: &[Killed]| told.set(Some((killed.len(), regions.epochs.advance())));
+        assert_eq!(regions.invalidate(&phys, 0x2040, 8, &post), 0, "another granule");
+        assert_eq!(told.get(), None);
+        assert_eq!(regions.invalidate(&phys, 0x2000, 8, &post), 1);
+        assert_eq!(told.get(), Some((1, epoch + 1)), "in the epoch in which it was taken out");
+        assert_eq!(regions.epochs.advance(), epoch + 3, "which ended after that");
     }
 }

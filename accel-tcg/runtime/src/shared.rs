@@ -160,6 +160,12 @@ impl VcpuShared {
         self.request(request::INVALIDATE);
     }
 
+    /// Makes the vCPU forget all regions and mapping ids.
+    pub(crate) fn forget_everything(&self) {
+        *self.killed.lock() = None;
+        self.request(request::INVALIDATE);
+    }
+
     pub(crate) fn take_killed(&self) -> Option<Vec<Killed>> {
         self.killed.lock().replace(Vec::new())
     }

@@ -228,7 +228,8 @@ impl VcpuCore {
             self.tlb.insert(env, va, (idx, true), if code { slow } else { Entry { tag: 0, addend } });
             shared.set_tlb_used(self.tlb.used());
         }
-        Place::Host(host, code.then_some(gpa))
+        // Without an entry nobody knows that this store is under way: it is reported whatever the page holds by now.
+        Place::Host(host, (code || !cacheable).then_some(gpa))
     }
 
     /// A load by translated code.

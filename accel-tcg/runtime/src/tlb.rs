@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use holdfast_tcg_ir::env::{
-    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, TLB_SLOW, ibtc_index, page_id_entry,
+    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, PAGE_IDS, TLB_SLOW, ibtc_index, page_id_entry,
     page_id_index, tlb_index, tlb_tag,
 };
 
@@ -252,6 +252,14 @@ impl Tlb {
             }
         }
         self.publish(env);
+    }
+
+    /// Makes all entries of the indirect-branch cache and all mapping ids miss.
+    pub fn forget_links(&mut self, env: &EnvBox, counts: &TlbCounts) {
+        for n in 0..PAGE_IDS {
+            env.set_page_id(n, 0);
+        }
+        self.forget_branches(env, counts);
     }
 
     /// Takes regions that are no more out of the indirect-branch cache.

@@ -9,9 +9,11 @@ use holdfast_memory::PAGE_SIZE;
 use crate::code::{CodeReader, CodeSource};
 use crate::guest::{Access, AccessKind, Fault, TranslateRequest};
 use crate::phys::PhysMemory;
+use crate::regions::Begin;
 use crate::shared::{VcpuShared, request};
 use crate::table::{GRANULE, Key, Region};
 use crate::vcpu::{KEY_STEP, VcpuCore};
+use crate::vm::TcgVm;
 
 /// Guest instructions in one region at most.
 const MAX_INSNS: u32 = 64;
@@ -54,31 +56,47 @@ impl VcpuCore {
             return Err(self.guest.bus_fault(&access, gpa).unwrap_or(fault));
         };
         let vm = Arc::clone(&self.vm);
-        if vm.regions.begin_page(phys, page) {
-            let writers = vm.protect(self.shared.index(), phys, page);
-            self.wait_for(&writers);
+        match vm.regions.begin_page(phys, page) {
+            Begin::Ready => {}
+            Begin::Guard => {
+                let writers = vm.protect(self.shared.index(), phys, page);
+                self.wait_for(&writers);
+                vm.regions.guarded(page);
+            }
+            Begin::Wait => self.out_of_epoch(|vm| {
+                while !vm.regions.is_guarded(page) {
+                    std::thread::yield_now();
+                }
+            }),
         }
         Ok(SourcePage { va: va & !(PAGE_SIZE - 1), page, host: at.host, granules: 0 })
     }
 
-    /// Waits until each of `others` has passed a safe point. This vCPU is at one itself: it holds no region.
+    /// Waits until each of `others` has passed a safe point.
     fn wait_for(&mut self, others: &[Arc<VcpuShared>]) {
         if others.is_empty() {
             return;
         }
-        let vm = Arc::clone(&self.vm);
-        let (epochs, me) = (&vm.regions.epochs, self.shared.index());
-        vm.counts.waits.fetch_add(1, Ordering::Relaxed);
-        let epoch = epochs.advance();
-        epochs.leave(me);
-        for other in others {
-            other.request(request::WORK);
-            while !epochs.has_passed(other.index(), epoch) {
-                std::thread::yield_now();
+        self.out_of_epoch(|vm| {
+            let epoch = vm.regions.epochs.advance();
+            for other in others {
+                other.request(request::WORK);
+                while !vm.regions.epochs.has_passed(other.index(), epoch) {
+                    std::thread::yield_now();
+                }
             }
-        }
-        epochs.enter(me);
-        self.forget_killed();
+        });
+    }
+
+    /// Lets `wait` wait for other vCPUs, which may be waiting for this one's safe point. It holds no region, and passes
+    /// a real one before it runs code again.
+    fn out_of_epoch(&mut self, wait: impl FnOnce(&TcgVm)) {
+        let vm = Arc::clone(&self.vm);
+        vm.counts.waits.fetch_add(1, Ordering::Relaxed);
+        self.away = true;
+        vm.regions.epochs.leave(self.shared.index());
+        wait(&vm);
+        vm.regions.epochs.enter(self.shared.index());
     }
 
     /// Translates the code at `key` and publishes it. `None` if it has to be tried again.
@@ -89,6 +107,7 @@ impl VcpuCore {
             vm.forget_all();
             return Ok(None);
         }
+        self.away = false;
         let phys = Arc::clone(&self.phys);
         let first = self.open_page(&phys, key.pc, key.phys)?;
         let mut source = Source {
@@ -108,7 +127,7 @@ impl VcpuCore {
         match region? {
             Some(region) => {
                 vm.counts.translated.fetch_add(1, Ordering::Relaxed);
-                Ok(Some(Arc::as_ptr(&region)))
+                Ok((!self.away).then_some(Arc::as_ptr(&region)))
             }
             None => {
                 vm.counts.stale.fetch_add(1, Ordering::Relaxed);

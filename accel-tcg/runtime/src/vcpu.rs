@@ -72,6 +72,9 @@ pub(crate) struct VcpuCore {
     pub debug: Debug,
     /// Spin hints seen.
     pub spins: u32,
+    /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
+    /// code again, for others took it as past one.
+    pub away: bool,
     /// Why no code could be made.
     pub failure: Option<RuntimeError>,
     pub model: CpuModel,
@@ -173,11 +176,11 @@ impl VcpuCore {
     }
 
     /// Forgets regions that were taken out.
-    pub(crate) fn forget_killed(&mut self) {
+    fn forget_killed(&mut self) {
         let shared = Arc::clone(&self.shared);
         match shared.take_killed() {
             Some(killed) => self.tlb.forget_regions(shared.env(), &killed, &shared.counts.tlb),
-            None => self.tlb.forget_branches(shared.env(), &shared.counts.tlb),
+            None => self.tlb.forget_links(shared.env(), &shared.counts.tlb),
         }
     }
 
@@ -420,6 +423,7 @@ impl TcgVcpu {
             from: None,
             debug: Debug::default(),
             spins: 0,
+            away: false,
             failure: None,
             model: model.clone(),
             vm: Arc::clone(vm),

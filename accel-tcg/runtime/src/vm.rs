@@ -9,7 +9,7 @@ use holdfast_clock::{Timers, VmClock};
 use holdfast_memory::{CodeObserver, GuestMemory, GuestRegion, PAGE_SIZE};
 use parking_lot::{Mutex, RwLock};
 
-use crate::cache::CodeCache;
+use crate::cache::{CodeCache, SegmentId};
 use crate::engine::EngineKind;
 use crate::guest::{Flush, Guest};
 use crate::phys::{Io, PhysMemory};
@@ -201,16 +201,18 @@ impl TcgVm {
     /// Bytes that may have been translated were written.
     pub fn code_written(&self, gpa: u64, len: u64) {
         let phys = self.phys();
-        let killed = self.regions.invalidate(&phys, gpa, len);
-        self.counts.invalidated.fetch_add(killed.len() as u64, Ordering::Relaxed);
-        self.bury(&killed);
+        let killed = self.regions.invalidate(&phys, gpa, len, &|killed| self.post(killed));
+        self.counts.invalidated.fetch_add(killed as u64, Ordering::Relaxed);
+    }
+
+    /// Takes out everything whose code lies in `segment`.
+    pub(crate) fn evict(&self, segment: SegmentId) {
+        let killed = self.regions.evict(&self.phys(), segment, &|killed| self.post(killed));
+        self.counts.evicted.fetch_add(killed as u64, Ordering::Relaxed);
     }
 
     /// Tells all vCPUs to forget regions that were taken out.
-    pub(crate) fn bury(&self, killed: &[Killed]) {
-        if killed.is_empty() {
-            return;
-        }
+    fn post(&self, killed: &[Killed]) {
         for vcpu in self.vcpus.read().iter() {
             vcpu.forget(killed);
         }
@@ -218,9 +220,11 @@ impl TcgVm {
 
     /// Takes out everything that was translated.
     pub(crate) fn forget_all(&self) {
-        let phys = self.phys();
-        let killed = self.regions.clear(&phys);
-        self.bury(&killed);
+        self.clear_regions(&self.phys());
+    }
+
+    fn clear_regions(&self, phys: &PhysMemory) {
+        self.regions.clear(phys, &|_| self.vcpus.read().iter().for_each(|v| v.forget_everything()));
     }
 
     /// Code is about to be read from `page` for the first time: no vCPU may write it unnoticed any more. Gives the
@@ -292,7 +296,7 @@ impl TcgVm {
         }
         *self.phys.write() = Arc::new(old.without_rom(gpa));
         // Code translated from it goes too.
-        self.bury(&self.regions.clear(&old));
+        self.clear_regions(&old);
         self.remap_all();
         Ok(())
     }

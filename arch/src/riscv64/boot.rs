@@ -169,18 +169,50 @@ impl DynamicInfo {
     }
 }
 
+/// What the harts other than hart 0 do after reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherHarts {
+    /// They enter the firmware at once, with hart 0.
+    Enter,
+    /// They sleep until their software interrupt (MSIP) is raised, and enter the firmware then.
+    ///
+    /// For OpenSBI, which raises it when it is asked to start a hart. Harts that have been there since reset spin for
+    /// that until then; and OpenSBI up to 1.2 lets them go before it has stored where to, so one that spins may find
+    /// the boot hart's entry instead and boot the kernel a second time, over the first.
+    WaitForMsip,
+}
+
+/// Offsets of the reset ROM's words: the firmware's entry, the device tree, the dynamic information.
+const ROM_ENTRY: usize = 0x38;
+const ROM_FDT: usize = 0x40;
+const ROM_INFO: usize = 0x48;
+
 /// The reset ROM: enters the firmware at `entry` with a0 = hart id, a1 = device tree, a2 = the dynamic
 /// information, as all firmware for this platform expects.
-pub fn reset_rom(entry: u64, fdt: u64, info: DynamicInfo) -> Vec<u8> {
-    const CODE: [u32; 6] = [
-        0x0000_0297, // auipc t0, 0
-        0x0282_8613, // addi  a2, t0, 0x28
-        0xf140_2573, // csrr  a0, mhartid
-        0x0202_b583, // ld    a1, 0x20(t0)
-        0x0182_b283, // ld    t0, 0x18(t0)
-        0x0002_8067, // jr    t0
+pub fn reset_rom(entry: u64, fdt: u64, info: DynamicInfo, others: OtherHarts) -> Vec<u8> {
+    const CODE: [u32; ROM_ENTRY / 4] = [
+        0x0000_0297,                            //       auipc t0, 0
+        0xf140_2573,                            //       csrr  a0, mhartid
+        0x0005_0e63,                            //       beqz  a0, go
+        0x3044_5073,                            //       csrwi mie, 8        # MSIE
+        0x1050_0073,                            // wait: wfi
+        0x3440_2373,                            //       csrr  t1, mip
+        0x0083_7313,                            //       andi  t1, t1, 8     # MSIP
+        0xfe03_0ae3,                            //       beqz  t1, wait
+        0x3040_5073,                            //       csrwi mie, 0
+        0x0002_8613 | (ROM_INFO as u32) << 20,  // go: addi a2, t0, ROM_INFO
+        0x0002_b583 | (ROM_FDT as u32) << 20,   // ld a1, ROM_FDT(t0)
+        0x0002_b283 | (ROM_ENTRY as u32) << 20, // ld t0, ROM_ENTRY(t0)
+        0x0002_8067,                            //       jr    t0
+        0x0000_0013,                            //       nop
     ];
-    let mut rom: Vec<u8> = CODE.iter().flat_map(|w| w.to_le_bytes()).collect();
+    /// `j go` in the place of `beqz a0, go`.
+    const NO_WAIT: u32 = 0x01c0_006f;
+    let mut code = CODE;
+    if others == OtherHarts::Enter {
+        code[2] = NO_WAIT;
+    }
+    let mut rom: Vec<u8> = code.iter().flat_map(|w| w.to_le_bytes()).collect();
     for word in [entry, fdt].into_iter().chain(info.words()) {
         rom.extend(word.to_le_bytes());
     }
@@ -267,10 +299,14 @@ mod tests {
 
     #[test]
     fn the_rom_holds_its_words_where_its_code_looks() {
-        let rom = reset_rom(0x8000_0000, 0x9fe0_0000, DynamicInfo { next_addr: 0x8020_0000, boot_hart: 0 });
-        let word = |at: usize| u64::from_le_bytes(rom[at..at + 8].try_into().expect("8 bytes"));
-        assert_eq!((word(0x18), word(0x20), word(0x28)), (0x8000_0000, 0x9fe0_0000, 0x4942_534f));
-        assert_eq!((word(0x38), word(0x40)), (0x8020_0000, 1));
+        let info = DynamicInfo { next_addr: 0x8020_0000, boot_hart: 0 };
+        for others in [OtherHarts::Enter, OtherHarts::WaitForMsip] {
+            let rom = reset_rom(0x8000_0000, 0x9fe0_0000, info, others);
+            let word = |at: usize| u64::from_le_bytes(rom[at..at + 8].try_into().expect("8 bytes"));
+            assert_eq!((word(ROM_ENTRY), word(ROM_FDT)), (0x8000_0000, 0x9fe0_0000));
+            assert_eq!(word(ROM_INFO), 0x4942_534f);
+            assert_eq!((word(ROM_INFO + 16), word(ROM_INFO + 24)), (0x8020_0000, 1));
+        }
         assert_eq!(extensions("rv64imac_zicsr_zba"), ["i", "m", "a", "c", "zicsr", "zba"]);
     }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 
-use holdfast_arch::riscv64::boot::{self, DynamicInfo, ImageHeader, Placement, Sizes};
+use holdfast_arch::riscv64::boot::{self, DynamicInfo, ImageHeader, OtherHarts, Placement, Sizes};
 use holdfast_clock::RandomSource;
 use holdfast_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -18,6 +18,9 @@ const OPENSBI: [&str; 2] = [
     "/usr/lib/riscv64-linux-gnu/opensbi/generic/fw_dynamic.bin",
     "/usr/share/qemu/opensbi-riscv64-generic-fw_dynamic.bin",
 ];
+
+/// Bytes of a firmware that are searched for its banner; OpenSBI has less than 300 KiB.
+const FIRMWARE_SEARCH: usize = 4 << 20;
 
 /// An open file to be copied into RAM.
 struct Part {
@@ -72,6 +75,15 @@ fn firmware(payload: &Payload) -> Result<Part, MachineError> {
     Ok(part)
 }
 
+/// How harts other than the first come to the firmware. OpenSBI, known by its banner, calls them with a software
+/// interrupt; other firmware finds all harts at its entry, as on any board like this.
+fn other_harts(firmware: &mut Part) -> Result<OtherHarts, MachineError> {
+    const BANNER: &[u8] = b"\nOpenSBI ";
+    let bytes = firmware.head(FIRMWARE_SEARCH)?;
+    let is_opensbi = bytes.windows(BANNER.len()).any(|w| w == BANNER);
+    Ok(if is_opensbi { OtherHarts::WaitForMsip } else { OtherHarts::Enter })
+}
+
 /// Loads everything and returns the contents of the reset ROM.
 ///
 /// # Errors
@@ -121,6 +133,7 @@ pub fn load(
         let path = payload.kernel.as_ref().unwrap_or(&firmware.path);
         failure("kernel", path, reason)
     })?;
+    let others = other_harts(&mut firmware)?;
     firmware.copy(memory, plan.ram.gpa)?;
     if let (Some(part), Some(gpa)) = (&mut kernel, placement.kernel) {
         part.copy(memory, gpa)?;
@@ -132,7 +145,7 @@ pub fn load(
         .write_slice(&blob, GuestAddress(placement.fdt))
         .map_err(|e| failure("firmware", &firmware.path, format!("no device tree in RAM: {e}")))?;
     let info = DynamicInfo { next_addr: placement.kernel.unwrap_or(0), boot_hart: 0 };
-    Ok(boot::reset_rom(plan.ram.gpa, placement.fdt, info))
+    Ok(boot::reset_rom(plan.ram.gpa, placement.fdt, info, others))
 }
 
 /// The device tree, and where everything goes. Its size does not depend on the addresses in it, so a

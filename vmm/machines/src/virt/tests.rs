@@ -184,7 +184,7 @@ fn a_kernel_is_loaded_behind_its_firmware_and_found_again_after_a_reset() {
     rig.machine.load().expect("loads");
     let rom = rig.vm.roms.lock()[0].clone();
     let word = |at: u64| rom.region.read_obj::<u64>(MemoryRegionAddress(at)).expect("in the ROM");
-    let (entry, fdt, next) = (word(0x18), word(0x20), word(0x38));
+    let (entry, fdt, next) = (word(0x38), word(0x40), word(0x58));
     assert_eq!((rom.gpa, entry, next), (0x1000, 0x8000_0000, 0x8020_0000));
     let memory = &rig.build.memory;
     assert_eq!(memory.read_obj::<u8>(GuestAddress(entry)).expect("RAM"), 0x6f);
@@ -358,5 +358,21 @@ fn random_accesses_to_every_window_do_no_harm() {
                 device.restore(&state).unwrap_or_else(|e| panic!("{}: {e}", device.id()));
             }
         }
+    }
+}
+
+#[test]
+fn harts_wait_for_opensbi_and_enter_other_firmware_at_once() {
+    let files = Files::new("harts");
+    let mut opensbi = vec![0x6f; 5000];
+    opensbi[3000..3018].copy_from_slice(b"\nOpenSBI v%d.%d\n\0\0");
+    for (firmware, waits) in [(vec![0x6f; 5000], false), (opensbi, true)] {
+        let firmware = Some(files.put("fw.bin", &firmware));
+        let rig = rig(Payload { kernel: None, firmware, initramfs: None, cmdline: String::new() });
+        rig.machine.load().expect("loads");
+        let rom = rig.vm.roms.lock()[0].clone();
+        let third = rom.region.read_obj::<u32>(MemoryRegionAddress(8)).expect("in the ROM");
+        // `beqz a0` or `j`
+        assert_eq!(third & 0x7f, if waits { 0x63 } else { 0x6f });
     }
 }
