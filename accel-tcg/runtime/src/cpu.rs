@@ -1,12 +1,13 @@
 //! A vCPU as its guest architecture sees it.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use holdfast_tcg_ir::env::exit;
 use holdfast_tcg_ir::helper::HelperRet;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
-use crate::guest::{Fault, Flush};
+use crate::guest::{Access, AccessKind, Fault, Flush};
 use crate::phys::PhysMemory;
 use crate::vcpu::VcpuCore;
 
@@ -128,6 +129,63 @@ impl<'a> Cpu<'a> {
     /// Sets them; all exceptions stay masked.
     pub fn set_mxcsr(&mut self, value: u32) {
         self.core.shared.env().set_mxcsr(value & 0xffc0 | 0x1f80 | value & 0x3f);
+    }
+
+    /// Loads `size` bytes (1, 2, 4 or 8; other sizes below 8 byte by byte) at a guest-virtual address, little-endian and
+    /// zero-extended, as the guest would with `mmu_idx`. Helpers that call this need
+    /// [`holdfast_tcg_ir::Effects::MAY_FLUSH`], as for all of the accesses below: devices may change mappings.
+    ///
+    /// # Errors
+    /// The guest's exception.
+    #[inline]
+    pub fn load(&mut self, va: u64, size: u8, mmu_idx: u8) -> Result<u64, Fault> {
+        self.core.helper_load(va, size, mmu_idx)
+    }
+
+    /// Stores the low `size` bytes (1, 2, 4 or 8) of `value` at a guest-virtual address. Nothing is written if any byte
+    /// faults.
+    ///
+    /// # Errors
+    /// The guest's exception.
+    #[inline]
+    pub fn store(&mut self, va: u64, size: u8, mmu_idx: u8, value: u64) -> Result<(), Fault> {
+        self.core.helper_store(va, size, mmu_idx, value)
+    }
+
+    /// Host memory behind `len` bytes at a guest-virtual address, for bulk copies: valid for that access until the
+    /// helper returns or makes another access to a device. `None` if it is a device, ROM or code to be written, or
+    /// the range leaves the page: then it has to go through [`Cpu::load`] and [`Cpu::store`].
+    ///
+    /// # Errors
+    /// The guest's exception.
+    pub fn host_range(
+        &mut self,
+        va: u64,
+        len: u64,
+        kind: AccessKind,
+        mmu_idx: u8,
+    ) -> Result<Option<*mut u8>, Fault> {
+        if len == 0 || va % holdfast_memory::PAGE_SIZE + len > holdfast_memory::PAGE_SIZE {
+            return Ok(None);
+        }
+        self.core.host_range(&Access { gva: va, size: 1, kind, mmu_idx })
+    }
+
+    /// Reads an I/O port: 1, 2 or 4 bytes; all ones if nothing is there.
+    pub fn port_read(&mut self, port: u16, size: u8) -> u32 {
+        self.core.port_read(port, size)
+    }
+
+    /// Writes an I/O port: 1, 2 or 4 bytes.
+    pub fn port_write(&mut self, port: u16, size: u8, value: u32) {
+        self.core.port_write(port, size, value);
+    }
+
+    /// The interrupt controller of this vCPU as [`crate::VmParts::controllers`] has it: the guest architecture knows
+    /// its type.
+    #[inline]
+    pub fn controller(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.core.controller.as_ref()
     }
 
     /// Ends the VM's run: the vCPU can do no more (x86 triple fault).

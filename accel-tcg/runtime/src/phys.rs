@@ -15,6 +15,14 @@ pub trait Io: Send + Sync + Debug {
     fn read(&self, vcpu: u32, gpa: u64, size: u8) -> Option<u64>;
     /// A write by `vcpu`; false if nothing is there.
     fn write(&self, vcpu: u32, gpa: u64, size: u8, value: u64) -> bool;
+    /// A read of an I/O port by `vcpu`: 1, 2 or 4 bytes; `None` if nothing is there.
+    fn port_read(&self, _vcpu: u32, _port: u16, _size: u8) -> Option<u32> {
+        None
+    }
+    /// A write of an I/O port by `vcpu`; false if nothing is there.
+    fn port_write(&self, _vcpu: u32, _port: u16, _size: u8, _value: u32) -> bool {
+        false
+    }
 }
 
 /// One run of host-mapped guest memory.

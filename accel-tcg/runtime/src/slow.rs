@@ -271,6 +271,44 @@ impl VcpuCore {
         }
     }
 
+    /// A load by a helper: `size` bytes (1 to 8), little-endian, zero-extended, across pages if need be.
+    pub(crate) fn helper_load(&mut self, va: u64, size: u8, mmu_idx: u8) -> Result<u64, Fault> {
+        let access = Access { gva: va, size, kind: AccessKind::Read, mmu_idx };
+        match size {
+            1 | 2 | 4 | 8 => Ok(self.load_part(va, u32::from(size), &access)? & low_mask(u32::from(size))),
+            _ => self.load_bytes(va, u32::from(size.min(8)), &access),
+        }
+    }
+
+    /// A store by a helper: the low `size` bytes (1, 2, 4, 8) of `value`; nothing is written if any byte faults.
+    pub(crate) fn helper_store(&mut self, va: u64, size: u8, mmu_idx: u8, value: u64) -> Result<(), Fault> {
+        let access = Access { gva: va, size, kind: AccessKind::Write, mmu_idx };
+        self.store_part(va, u32::from(size.min(8)), value, &access)
+    }
+
+    /// Host memory behind `len` bytes in one page; `None` for devices, and for stores to ROM or code.
+    pub(crate) fn host_range(&mut self, access: &Access) -> Result<Option<*mut u8>, Fault> {
+        Ok(match self.place(access)? {
+            Place::Host(host, None) => Some(host),
+            Place::Host(..) | Place::Bus(_) => None,
+        })
+    }
+
+    pub(crate) fn port_read(&mut self, port: u16, size: u8) -> u32 {
+        count(&self.shared.counts.mmio);
+        let (io, index) = (Arc::clone(&self.io), self.shared.index());
+        let read = with_host_fp(|| io.port_read(index, port, size));
+        self.after_bus();
+        read.unwrap_or(u32::MAX) & low_mask(u32::from(size)) as u32
+    }
+
+    pub(crate) fn port_write(&mut self, port: u16, size: u8, value: u32) {
+        count(&self.shared.counts.mmio);
+        let (io, index) = (Arc::clone(&self.io), self.shared.index());
+        with_host_fp(|| io.port_write(index, port, size, value & low_mask(u32::from(size)) as u32));
+        self.after_bus();
+    }
+
     fn load_bytes(&mut self, va: u64, bytes: u32, whole: &Access) -> Result<u64, Fault> {
         let mut value = 0;
         for n in 0..bytes {

@@ -1,5 +1,6 @@
 //! One translated vCPU: the loop that runs it.
 
+use std::any::Any;
 use std::fmt;
 use std::ptr;
 use std::sync::Arc;
@@ -78,6 +79,7 @@ pub(crate) struct VcpuCore {
     /// Why no code could be made.
     pub failure: Option<RuntimeError>,
     pub model: CpuModel,
+    pub controller: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl fmt::Debug for VcpuCore {
@@ -426,6 +428,7 @@ impl TcgVcpu {
             away: false,
             failure: None,
             model: model.clone(),
+            controller: vm.controllers.get(index as usize).cloned(),
             vm: Arc::clone(vm),
             shared,
         });

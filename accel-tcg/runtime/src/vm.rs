@@ -1,5 +1,6 @@
 //! What the vCPUs of one VM share.
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -81,6 +82,9 @@ pub struct VmParts {
     pub code_cache: usize,
     /// How to run guest code.
     pub engine: Engine,
+    /// A controller for each vCPU that its guest architecture knows how to talk to (x86: the local APIC). Empty if it
+    /// has none.
+    pub controllers: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 /// Translations that were made, and what they cost.
@@ -112,6 +116,7 @@ pub struct TcgVm {
     pub(crate) regions: Regions,
     pub(crate) engine: EngineKind,
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
+    pub(crate) controllers: Vec<Arc<dyn Any + Send + Sync>>,
     pub(crate) limit: u32,
     /// The set of hot pages that vCPUs have to use from their next remap on.
     pub(crate) hot_side: AtomicUsize,
@@ -156,6 +161,7 @@ impl TcgVm {
             regions: Regions::new(vcpus, cache),
             engine,
             vcpus: RwLock::default(),
+            controllers: parts.controllers,
             limit: parts.vcpus,
             hot_side: AtomicUsize::new(0),
             counts: VmCounts::default(),
@@ -195,6 +201,14 @@ impl TcgVm {
     pub fn set_pin(&self, index: u32, pin: u32, level: bool) {
         if let Some(vcpu) = self.vcpus.read().iter().find(|v| v.index() == index) {
             vcpu.set_pin(pin, level);
+        }
+    }
+
+    /// Makes vCPU `index` look for interrupts at its next safe point, and wakes it: for controllers that hold more
+    /// than the level of a pin. Unknown ones are ignored.
+    pub fn interrupt(&self, index: u32) {
+        if let Some(vcpu) = self.vcpus.read().iter().find(|v| v.index() == index) {
+            vcpu.request(request::INTERRUPT);
         }
     }
 

@@ -83,6 +83,7 @@ impl Machine {
             vcpus,
             code_cache,
             engine,
+            controllers: Vec::new(),
         })
         .expect("VM");
         *io.kick.lock() = Some(Arc::clone(&vm));

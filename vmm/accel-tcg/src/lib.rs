@@ -77,12 +77,13 @@ impl Accelerator for TcgAccelerator {
         let parts = VmParts {
             guest,
             memory: spec.memory,
-            io: Arc::new(BusIo::new(spec.mmio)),
+            io: Arc::new(BusIo::new(spec.mmio, spec.pio)),
             clock: spec.clock,
             timers: spec.timers,
             vcpus: spec.vcpus,
             code_cache: spec.code_cache,
             engine: self.engine,
+            controllers: Vec::new(),
         };
         let vm = TcgVm::new(parts).map_err(|e| explain(None, e))?;
         Ok(Arc::new(TcgVmHandle::new(vm)))

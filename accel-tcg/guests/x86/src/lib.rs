@@ -3,6 +3,7 @@
 //! Sources: Intel SDM (December 2023) and AMD APM (rev. 3.36). Instructions are decoded by `iced-x86`.
 //! `translate` turns them into IR, `system` holds what only privileged software sees, `fpu` the x87 and vector state.
 
+pub mod apic;
 pub mod flags;
 pub mod key;
 pub mod state;

@@ -98,6 +98,7 @@ impl Machine {
             vcpus,
             code_cache: 0,
             engine,
+            controllers: Vec::new(),
         })
         .expect("a VM");
         io.vm.set(Arc::downgrade(&vm)).expect("set once");
