@@ -76,14 +76,19 @@ pub struct X87 {
 pub struct X86 {
     /// RAX RCX RDX RBX RSP RBP RSI RDI R8 to R15.
     pub gpr: [u64; 16],
-    /// How the status flags are recorded: a [`crate::flags::CcOp`].
+    /// How the status flags are recorded: a [`crate::flags::Kind`] with size and overlays. Read them by
+    /// [`crate::flags::read`].
     pub cc_op: u64,
-    /// Result that SF, ZF and PF follow from; or for [`crate::flags::CcOp::Flags`] unused.
+    /// First operand of the record.
     pub cc_dst: u64,
-    /// The other operand; for [`crate::flags::CcOp::Flags`] the six status flags in their places.
+    /// Second operand; for [`crate::flags::Kind::Flags`] the six status flags in their places.
     pub cc_src: u64,
-    /// Carry-in for ADC and SBB, and whatever else an operation needs.
+    /// Carry-in for ADC and SBB.
     pub cc_aux: u64,
+    /// Result of a later INC or DEC.
+    pub cc_inc: u64,
+    /// Result of a later rotation, or a later carry.
+    pub cc_rot: u64,
     /// RFLAGS without the six status flags (they are zero here); bit 1 is set.
     pub flags: u64,
     /// Segment registers by [`seg`].
@@ -171,8 +176,6 @@ pub struct X86 {
     pub delivering: u64,
     /// Initial APIC id.
     pub apic_id: u64,
-    /// Padding to the alignment of what follows.
-    pub pad0: [u64; 2],
     /// XMM and YMM registers 0 to 15: bytes 0 to 15 are the XMM register, 16 to 31 the upper half.
     pub ymm: [[u64; 4]; 16],
     /// 32-byte scratch operands of vector code, not architectural.
@@ -202,6 +205,10 @@ pub mod slot {
     pub const CC_SRC: Slot = Slot::i64(offset_of!(X86, cc_src));
     /// [`X86::cc_aux`]
     pub const CC_AUX: Slot = Slot::i64(offset_of!(X86, cc_aux));
+    /// [`X86::cc_inc`]
+    pub const CC_INC: Slot = Slot::i64(offset_of!(X86, cc_inc));
+    /// [`X86::cc_rot`]
+    pub const CC_ROT: Slot = Slot::i64(offset_of!(X86, cc_rot));
     /// [`X86::flags`]
     pub const FLAGS: Slot = Slot::i64(offset_of!(X86, flags));
 
