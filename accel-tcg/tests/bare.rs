@@ -398,3 +398,26 @@ fn the_done_value_is_the_last_one() {
     assert_eq!(m.run(), 7);
     assert!(m.io.done.load(Ordering::SeqCst));
 }
+
+#[test]
+fn translated_code_is_listed_for_perf_and_counted() {
+    let mut p = Asm::new();
+    p.li(A0, 7).done(A0);
+    let mut m = Machine::with(Engine::Auto, 1, &p);
+    m.vm.start_perf_map().expect("a file in /tmp");
+    assert_eq!(m.run(), 7);
+    let path = format!("/tmp/perf-{}.map", std::process::id());
+    let list = std::fs::read_to_string(&path).expect("the file");
+    std::fs::remove_file(&path).expect("removed");
+    let line = list.lines().find(|l| l.contains(&format!(" riscv64_{RAM:x}_"))).expect("the first block");
+    let mut words = line.split(' ').map(|w| u64::from_str_radix(w, 16));
+    assert!(words.next().is_some_and(|w| w.is_ok()) && words.next().is_some_and(|w| w.is_ok_and(|n| n > 0)));
+    let info = m.vm.info();
+    let figure = |name: &str| {
+        let line = info.lines().find(|l| l.starts_with(name)).expect("the line");
+        line[28..].split(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("a number")
+    };
+    assert!(figure("blocks translated") >= 1 && figure("guest bytes translated") >= 8, "{info}");
+    assert!(figure("host bytes generated") > figure("guest bytes translated"), "{info}");
+    Machine::with(Engine::Interpreter, 1, &p).vm.start_perf_map().expect_err("there is no code to list");
+}

@@ -66,6 +66,9 @@ fn rules(config: &VmConfig, restore_from: Option<&Path>) -> Vec<PathRule> {
     for path in outputs.into_iter().flatten() {
         rules.made(path);
     }
+    if config.perf_map {
+        rules.existing(Path::new("/tmp"), true);
+    }
     if let Some(directory) = restore_from {
         rules.existing(directory, false);
     }

@@ -13,6 +13,7 @@ mod fpenv;
 mod guest;
 mod hash;
 mod info;
+mod perf;
 mod phys;
 mod regions;
 mod shared;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use holdfast_clock::host_monotonic;
+use holdfast_clock::thread_cpu_time;
 use holdfast_memory::PAGE_SIZE;
 
 use crate::code::{CodeReader, CodeSource};
@@ -17,6 +17,9 @@ use crate::vm::TcgVm;
 
 /// Guest instructions in one region at most.
 const MAX_INSNS: u32 = 64;
+
+/// The CPU time of one in so many translations is taken.
+const TIMED: u32 = 8;
 
 /// A page that code is read from.
 #[derive(Debug, Clone, Copy)]
@@ -101,7 +104,8 @@ impl VcpuCore {
 
     /// Translates the code at `key` and publishes it. `None` if it has to be tried again.
     pub(crate) fn translate(&mut self, key: Key) -> Result<Option<*const Region>, Fault> {
-        let started = host_monotonic();
+        self.translations = self.translations.wrapping_add(1);
+        let started = self.translations.is_multiple_of(TIMED).then(thread_cpu_time);
         let vm = Arc::clone(&self.vm);
         if vm.regions.ids_exhausted() {
             vm.forget_all();
@@ -123,10 +127,18 @@ impl VcpuCore {
         for page in [Some(first), second].into_iter().flatten() {
             vm.regions.end_page(&phys, page.page);
         }
-        vm.counts.translate_ns.fetch_add(host_monotonic().saturating_sub(started), Ordering::Relaxed);
+        // Waiting for others is no translation.
+        if let Some(started) = started.filter(|_| !self.away) {
+            vm.counts.timed.fetch_add(1, Ordering::Relaxed);
+            vm.counts.timed_ns.fetch_add(thread_cpu_time().saturating_sub(started), Ordering::Relaxed);
+        }
         match region? {
             Some(region) => {
                 vm.counts.translated.fetch_add(1, Ordering::Relaxed);
+                vm.counts.guest_bytes.fetch_add(u64::from(region.guest_len), Ordering::Relaxed);
+                let host_len = region.host().map_or(0, |code| u64::from(code.len));
+                vm.counts.host_bytes.fetch_add(host_len, Ordering::Relaxed);
+                vm.list(&region);
                 Ok((!self.away).then_some(Arc::as_ptr(&region)))
             }
             None => {

@@ -76,6 +76,8 @@ pub(crate) struct VcpuCore {
     /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
     /// code again, for others took it as past one.
     pub away: bool,
+    /// Translations begun.
+    pub translations: u32,
     /// Why no code could be made.
     pub failure: Option<RuntimeError>,
     pub model: CpuModel,
@@ -426,6 +428,7 @@ impl TcgVcpu {
             debug: Debug::default(),
             spins: 0,
             away: false,
+            translations: 0,
             failure: None,
             model: model.clone(),
             controller: vm.controllers.get(index as usize).cloned(),

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use holdfast_clock::{Timers, VmClock};
 use holdfast_memory::{CodeObserver, GuestMemory, GuestRegion, PAGE_SIZE};
@@ -13,9 +13,11 @@ use parking_lot::{Mutex, RwLock};
 use crate::cache::{CodeCache, SegmentId};
 use crate::engine::EngineKind;
 use crate::guest::{Flush, Guest};
+use crate::perf::PerfMap;
 use crate::phys::{Io, PhysMemory};
 use crate::regions::{Killed, Regions};
 use crate::shared::{VcpuShared, request};
+use crate::table::Region;
 
 /// A VM or vCPU that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -92,8 +94,14 @@ pub struct VmParts {
 pub struct VmCounts {
     /// Regions translated.
     pub translated: AtomicU64,
-    /// Nanoseconds of the host that it took.
-    pub translate_ns: AtomicU64,
+    /// Guest bytes of them.
+    pub guest_bytes: AtomicU64,
+    /// Host bytes of them.
+    pub host_bytes: AtomicU64,
+    /// Translations whose CPU time was taken; others are not, for asking costs a system call.
+    pub timed: AtomicU64,
+    /// Nanoseconds of CPU time that these took.
+    pub timed_ns: AtomicU64,
     /// Times a translation waited for another vCPU's safe point.
     pub waits: AtomicU64,
     /// Regions dropped because their bytes were written meanwhile.
@@ -121,6 +129,8 @@ pub struct TcgVm {
     /// The set of hot pages that vCPUs have to use from their next remap on.
     pub(crate) hot_side: AtomicUsize,
     pub(crate) counts: VmCounts,
+    /// Where translated code is listed for `perf`.
+    perf_map: OnceLock<PerfMap>,
     /// Addresses at which some vCPU stops; regions end before them.
     pub(crate) breakpoints: RwLock<Arc<Vec<u64>>>,
     /// One dirty log synchronisation or mapping change at a time.
@@ -165,6 +175,7 @@ impl TcgVm {
             limit: parts.vcpus,
             hot_side: AtomicUsize::new(0),
             counts: VmCounts::default(),
+            perf_map: OnceLock::new(),
             breakpoints: RwLock::default(),
             changing: Mutex::new(()),
         });
@@ -176,6 +187,27 @@ impl TcgVm {
     /// RAM and ROM as they are now.
     pub fn phys(&self) -> Arc<PhysMemory> {
         Arc::clone(&self.phys.read())
+    }
+
+    /// Lists all code that is translated from now on in `/tmp/perf-PID.map`, where `perf` finds it.
+    ///
+    /// # Errors
+    /// The host's, if the file cannot be made, or if nothing is translated to host code.
+    pub fn start_perf_map(&self) -> io::Result<()> {
+        let cache = self.cache().ok_or_else(|| io::Error::other("guest code is interpreted"))?;
+        let map = PerfMap::create()?;
+        map.add(cache.exec_addr(0).addr() as u64, cache.segment_len() as u64, "holdfast_stubs");
+        // A second call changes nothing.
+        let _ = self.perf_map.set(map);
+        Ok(())
+    }
+
+    /// Says that `region` is there, for profilers.
+    pub(crate) fn list(&self, region: &Region) {
+        if let (Some(map), Some(code)) = (self.perf_map.get(), region.host()) {
+            let name = format!("{}_{:x}_{:x}", self.guest.spec().name, region.key.pc, region.key.mode);
+            map.add(code.entry, u64::from(code.len), &name);
+        }
     }
 
     /// The code cache, if host code is generated.

@@ -69,6 +69,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         MACHINE,
         "Accelerators to try in order: kvm, tcg, auto, kvm:tcg [default: auto]",
     ),
+    opt("perf-map", Shape::Flag, MACHINE, "List translated code for perf in /tmp/perf-PID.map"),
     opt("cpus", Shape::Keys(holdfast_keyval::keys::<config::CpusConfig>), MACHINE, "vCPUs, as N or keys"),
     opt(
         "memory",

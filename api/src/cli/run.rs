@@ -79,6 +79,7 @@ const DESCRIBES_VM: &[&str] = &[
     "arch",
     "machine",
     "accel",
+    "perf-map",
     "cpus",
     "memory",
     "platform",
@@ -161,6 +162,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         arch: parsed(matches, "arch")?,
         machine: keyval::<MachineConfig>(matches, "machine")?.unwrap_or_default(),
         accel: parsed(matches, "accel")?.unwrap_or_default(),
+        perf_map: matches.get_flag("perf-map"),
     };
     config.validate_for_boot().map_err(CliError::Config)?;
     Ok(config)

@@ -44,7 +44,7 @@ fn the_line_of_the_readme() {
 fn every_option() {
     let options = run(
         "holdfast run --firmware F --cmdline -x --name vm --machine q35,kernel_irqchip=off --arch x86_64 \
-                       --accel kvm:tcg --cpus 4,max=8,topology=2:2:2:1,affinity=[0@[0-1]] \
+                       --accel kvm:tcg --perf-map --cpus 4,max=8,topology=2:2:2:1,affinity=[0@[0-1]] \
                        --memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off \
                        --platform uuid=6ba7b810-9dad-11d1-80b4-00c04fd430c8 \
                        --disk path=/a,readonly=on,serial=s1 path=/b,direct=on,image_type=raw --disk path=/c \
@@ -55,6 +55,7 @@ fn every_option() {
                        --seccomp log --landlock --landlock-rules path=/x,access=rw --no-shutdown",
     );
     let config = options.config.unwrap();
+    assert!(config.perf_map);
     let topology = CpuTopology { threads_per_core: 2, cores_per_die: 2, dies_per_package: 2, packages: 1 };
     assert_eq!(config.cpus.topology, Some(topology));
     assert_eq!(config.cpus.affinity.as_ref().unwrap()[0].host_cpus, [0, 1]);

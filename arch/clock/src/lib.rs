@@ -71,6 +71,11 @@ pub fn host_monotonic() -> u64 {
     clock_gettime(libc::CLOCK_MONOTONIC)
 }
 
+/// The CPU time that the calling thread has used, in nanoseconds. Only for measuring.
+pub fn thread_cpu_time() -> u64 {
+    clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
 /// Wall-clock time of the host: nanoseconds since 1970-01-01 UTC.
 pub fn host_realtime() -> u64 {
     clock_gettime(libc::CLOCK_REALTIME)

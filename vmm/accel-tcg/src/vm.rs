@@ -101,6 +101,14 @@ impl Vm for TcgVmHandle {
         Ok(())
     }
 
+    fn start_perf_map(&self) -> Result<(), AccelError> {
+        self.vm.start_perf_map().map_err(|source| AccelError::Host {
+            accel: NAME,
+            what: "no perf map can be written".into(),
+            source,
+        })
+    }
+
     fn jit_info(&self) -> Option<String> {
         Some(self.vm.info())
     }

@@ -215,6 +215,17 @@ pub trait Vm: Send + Sync + Debug {
     /// [`AccelError`].
     fn restore(&self, state: &serde_json::Value) -> Result<(), AccelError>;
 
+    /// Lists translated code for `perf` in `/tmp/perf-PID.map` from now on.
+    ///
+    /// # Errors
+    /// [`AccelError`] if nothing is translated, or the file cannot be made.
+    fn start_perf_map(&self) -> Result<(), AccelError> {
+        Err(AccelError::Unsupported {
+            accel: self.accel(),
+            what: "a perf map: it runs guest code as it is; `--accel tcg` translates".into(),
+        })
+    }
+
     /// Text for `info jit`; `None` if nothing is translated.
     fn jit_info(&self) -> Option<String> {
         None

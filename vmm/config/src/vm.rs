@@ -96,6 +96,9 @@ pub struct VmConfig {
     /// Accelerators to try, in order.
     #[serde(default)]
     pub accel: AccelChoice,
+    /// List translated code for `perf` in `/tmp/perf-PID.map`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub perf_map: bool,
 }
 
 fn arch_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
@@ -123,6 +126,7 @@ impl Default for VmConfig {
             arch: None,
             machine: MachineConfig::default(),
             accel: AccelChoice::Auto,
+            perf_map: false,
         }
     }
 }

@@ -89,6 +89,9 @@ impl Vm {
             x86_tss_base: module.x86_tss_base(),
         };
         let vm = accel::create_vm(&config.accel, &spec)?;
+        if config.perf_map {
+            vm.start_perf_map()?;
+        }
         if let Some((memory_events, port_events)) = vm.io_events() {
             mmio.accelerate(memory_events);
             pio.accelerate(port_events);
