@@ -1,0 +1,140 @@
+//! Many cases on two processors, and a report.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use iced_x86::FlowControl;
+
+use super::case::{CODE_SIZE, Case, DATA_SIZE, End, Outcome, Processor, patterns};
+use super::compare::{compare, decode, listing, minimise};
+use super::generate::Generator;
+use super::random::Random;
+
+/// States that each code is run from.
+const STATES: usize = 6;
+
+/// How far to go.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Instructions.
+    pub insns: u64,
+    /// Kinds of mismatches after which it ends.
+    pub kinds: usize,
+}
+
+/// What a campaign found.
+pub struct Report {
+    /// Instructions that both ran.
+    pub insns: u64,
+    /// Mismatches by kind: the first, minimised, and how many more.
+    pub kinds: BTreeMap<String, (String, u64)>,
+    /// Codes that never went past their end without an exception, of how many.
+    pub never: Vec<String>,
+    /// Codes there are.
+    pub codes: usize,
+}
+
+impl Report {
+    /// Text for a failed test.
+    pub fn mismatches(&self) -> String {
+        let mut text = String::new();
+        for (kind, (first, count)) in &self.kinds {
+            let _ = writeln!(text, "{kind} ({count})\n  {first}");
+        }
+        text
+    }
+}
+
+/// Runs random cases on both.
+pub fn run(seed: u64, limits: Limits, a: &mut dyn Processor, b: &mut dyn Processor) -> Report {
+    let patterns = patterns();
+    let mut generator = Generator::new(seed);
+    let mut gaps = Random::new(seed ^ 0x6a95);
+    let mut report = Report { insns: 0, kinds: BTreeMap::new(), never: Vec::new(), codes: 0 };
+    while report.insns < limits.insns && report.kinds.len() < limits.kinds {
+        let mut area = vec![0x90u8; CODE_SIZE];
+        let mut cases = Vec::new();
+        let mut at = 0;
+        while at + 160 < CODE_SIZE {
+            let case = generator.case(at);
+            let bytes = case.bytes();
+            area[at..at + bytes.len()].copy_from_slice(&bytes);
+            at += bytes.len() + gaps.below(12) as usize;
+            cases.push(case);
+        }
+        a.place(0, &area);
+        b.place(0, &area);
+        let mut bad = Vec::new();
+        for case in &cases {
+            bad.extend(states(case, &patterns, a, b, (&mut generator, &mut report.insns)));
+        }
+        for case in bad {
+            note(&case, &patterns[case.pattern()], a, b, &mut report);
+        }
+    }
+    coverage(&generator, &mut report);
+    report
+}
+
+/// Runs a case from several states; the one that differs.
+fn states(
+    case: &Case,
+    patterns: &[[u8; DATA_SIZE]],
+    a: &mut dyn Processor,
+    b: &mut dyn Processor,
+    (generator, insns): (&mut Generator, &mut u64),
+) -> Option<Case> {
+    let mut seeds = Random::new(case.seed);
+    for _ in 0..STATES {
+        let case = Case { seed: seeds.next(), ..case.clone() };
+        let (outcome, mismatch) = compare(&case, a, b, &patterns[case.pattern()]);
+        *insns += count(&case, &outcome, generator);
+        if mismatch.is_some() {
+            return Some(case);
+        }
+    }
+    None
+}
+
+/// Counts what was run.
+fn count(case: &Case, outcome: &Outcome, generator: &mut Generator) -> u64 {
+    let mut ran = 0;
+    for insn in decode(case) {
+        let seen = generator.seen.entry((case.bits, insn.code())).or_default();
+        if outcome.end != End::Done && insn.ip() == outcome.image.rip {
+            seen.faulted += 1;
+            return ran + 1;
+        }
+        ran += 1;
+        seen.retired += 1;
+        if insn.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    ran
+}
+
+fn note(
+    case: &Case,
+    data: &[u8; DATA_SIZE],
+    a: &mut dyn Processor,
+    b: &mut dyn Processor,
+    report: &mut Report,
+) {
+    let (small, mismatch) = minimise(case, a, b, data);
+    let text = format!("{small}\n  {}\n    {}", listing(&small), mismatch.text);
+    let entry = report.kinds.entry(mismatch.kind).or_insert((text, 0));
+    entry.1 += 1;
+}
+
+fn coverage(generator: &Generator, report: &mut Report) {
+    for bits in [64, 32] {
+        for code in generator.codes(bits) {
+            report.codes += 1;
+            let seen = generator.seen.get(&(bits, *code)).copied().unwrap_or_default();
+            if seen.retired == 0 {
+                report.never.push(format!("{bits} {code:?} ({} faults)", seen.faulted));
+            }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! What two processors left, compared; differences of which no manual says which is right are not.
+
+use std::fmt::Write;
+
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter};
+
+use super::case::{CODE, Case, End, Image, Outcome, Processor, XSAVE_SIZE};
+use super::generate::{rflags_mask, undefined_after};
+
+/// Status flags, DF, NT, AC and ID.
+const FLAGS: u64 = 0x8d5 | 0x400 | 0x4000 | 1 << 18 | 1 << 21;
+
+/// The instructions of a case with their addresses.
+pub fn decode(case: &Case) -> Vec<Instruction> {
+    let mut decoder = Decoder::with_ip(case.bits, &case.code, CODE + case.at as u64, DecoderOptions::NONE);
+    let mut all = Vec::new();
+    while decoder.can_decode() {
+        all.push(decoder.decode());
+    }
+    all
+}
+
+/// Tracks undefined flags along a sequence whose branches may skip some of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Undefined {
+    /// Status flags that are undefined, as iced has them.
+    pub flags: u32,
+    branched: bool,
+}
+
+impl Undefined {
+    /// Goes past `insn`.
+    pub fn pass(&mut self, insn: &Instruction) {
+        let after = undefined_after(self.flags, insn);
+        self.flags = if self.branched { self.flags | after } else { after };
+        self.branched |= insn.flow_control() != FlowControl::Next;
+    }
+}
+
+/// Flags that are undefined when the run ended.
+fn undefined(insns: &[Instruction], outcome: &Outcome) -> u64 {
+    let mut undefined = Undefined::default();
+    for insn in insns {
+        if outcome.end != End::Done && insn.ip() == outcome.image.rip {
+            break;
+        }
+        undefined.pass(insn);
+    }
+    rflags_mask(undefined.flags)
+}
+
+/// The XSAVE area with components that are in their initial state written out.
+fn normal(image: &Image) -> [u8; XSAVE_SIZE] {
+    let mut area = image.xsave;
+    let present = area[512];
+    if present & 1 == 0 {
+        area[..24].fill(0);
+        area[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+        area[32..160].fill(0);
+    }
+    if present & 2 == 0 {
+        area[160..416].fill(0);
+    }
+    if present & 4 == 0 {
+        area[576..832].fill(0);
+    }
+    area
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().fold(String::new(), |mut s, b| {
+        let _ = write!(s, "{b:02x}");
+        s
+    })
+}
+
+/// Differences of the register state, a line each, with a short kind.
+fn registers(bits: u32, a: &Image, b: &Image, mask: u64, out: &mut Vec<(String, String)>) {
+    const NAMES: [&str; 16] = [
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+        "r14", "r15",
+    ];
+    let mut note = |kind: String, a: String, b: String| {
+        let text = format!("{kind}: {a} and {b}");
+        out.push((kind, text));
+    };
+    for (i, name) in NAMES.iter().enumerate().take(if bits == 64 { 16 } else { 8 }) {
+        if a.gpr[i] != b.gpr[i] {
+            note((*name).to_string(), format!("{:#x}", a.gpr[i]), format!("{:#x}", b.gpr[i]));
+        }
+    }
+    if a.rip != b.rip {
+        note("rip".into(), format!("{:#x}", a.rip), format!("{:#x}", b.rip));
+    }
+    if (a.rflags ^ b.rflags) & FLAGS & !mask != 0 {
+        note("rflags".into(), format!("{:#x}", a.rflags), format!("{:#x}", b.rflags));
+    }
+    let (x, y) = (normal(a), normal(b));
+    let mut part = |name: String, at: usize, len: usize| {
+        let range = at..at + len;
+        if x[range.clone()] != y[range.clone()] {
+            note(name, hex(&x[range.clone()]), hex(&y[range]));
+        }
+    };
+    part("fcw".into(), 0, 2);
+    part("fsw".into(), 2, 2);
+    part("ftw".into(), 4, 1);
+    part("mxcsr".into(), 24, 4);
+    for i in 0..8 {
+        part(format!("st{i}"), 32 + 16 * i, 10);
+    }
+    for i in 0..16 {
+        part(format!("xmm{i}"), 160 + 16 * i, 16);
+        part(format!("ymmh{i}"), 576 + 16 * i, 16);
+    }
+}
+
+/// A difference.
+#[derive(Debug, Clone)]
+pub struct Mismatch {
+    /// What it is grouped by: code and what differs.
+    pub kind: String,
+    /// All that differs.
+    pub text: String,
+}
+
+/// Runs `case` on both, whose code has been placed; `None` if they agree or the case proves nothing.
+pub fn compare(
+    case: &Case,
+    a: &mut dyn Processor,
+    b: &mut dyn Processor,
+    data: &[u8; super::case::DATA_SIZE],
+) -> (Outcome, Option<Mismatch>) {
+    let image = case.image();
+    let left = a.run(case.bits, &image, data);
+    if let End::Fault { vector: 1, .. } = left.end {
+        // TF was popped: single steps are the host kernel's affair.
+        return (left, None);
+    }
+    let right = b.run(case.bits, &image, data);
+    let insns = decode(case);
+    let mut all = Vec::new();
+    let ends = (normal_end(left.end), normal_end(right.end));
+    if ends.0 != ends.1 {
+        all.push((end_name(ends), format!("{:x?} and {:x?}", ends.0, ends.1)));
+    }
+    registers(case.bits, &left.image, &right.image, undefined(&insns, &left), &mut all);
+    let bytes = a.data().iter().zip(b.data()).position(|(x, y)| x != y);
+    if let Some(at) = bytes {
+        let text = format!("memory at {:#x}: {:02x} and {:02x}", at, a.data()[at], b.data()[at]);
+        all.push(("memory".into(), text));
+    }
+    if all.is_empty() || excused(&insns, &left, &all) {
+        return (left, None);
+    }
+    let last = insns.last().map_or(Code::INVALID, Instruction::code);
+    let what = kind_of(&all[0].0);
+    let text = all.into_iter().map(|a| a.1).collect::<Vec<_>>().join("\n    ");
+    (left, Some(Mismatch { kind: format!("{} {last:?} {what}", case.bits), text }))
+}
+
+/// Names of registers without their numbers.
+fn kind_of(name: &str) -> String {
+    let vector = name.starts_with("xmm") || name.starts_with("ymm") || name.starts_with("st");
+    if vector { name.trim_end_matches(|c: char| c.is_ascii_digit()).into() } else { name.into() }
+}
+
+fn end_name(ends: (End, End)) -> String {
+    let name = |end| match end {
+        End::Done => "done".to_string(),
+        End::Fault { vector, error, .. } => format!("{vector}/{error:x}"),
+        End::Broken(why) => why.to_string(),
+    };
+    format!("{}-{}", name(ends.0), name(ends.1))
+}
+
+/// Linux reports page faults at supervisor addresses as protection faults, whatever is there.
+fn normal_end(end: End) -> End {
+    match end {
+        End::Fault { vector: 14, error, address } if address >> 47 != 0 => {
+            End::Fault { vector: 14, error: error | 1, address }
+        }
+        other => other,
+    }
+}
+
+/// Differences that are allowed.
+fn excused(insns: &[Instruction], left: &Outcome, _all: &[(String, String)]) -> bool {
+    // The destination of a 16-bit double shift by more than 16 is undefined.
+    let wide_shift =
+        insns.iter().any(|i| matches!(i.code(), Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL));
+    // Jumps to a non-canonical address fault at the jump on some processors and at the address on others.
+    let canonical = (left.image.rip as i64) << 16 >> 16 == left.image.rip as i64;
+    wide_shift || !canonical
+}
+
+/// The instructions of a case as text.
+pub fn listing(case: &Case) -> String {
+    let mut formatter = IntelFormatter::new();
+    let mut text = String::new();
+    for insn in decode(case) {
+        let mut line = String::new();
+        formatter.format(&insn, &mut line);
+        let _ = write!(text, "{line}; ");
+    }
+    text
+}
+
+/// The case with as few instructions as show a mismatch.
+pub fn minimise(
+    case: &Case,
+    a: &mut dyn Processor,
+    b: &mut dyn Processor,
+    data: &[u8; super::case::DATA_SIZE],
+) -> (Case, Mismatch) {
+    let mut best = case.clone();
+    let mut shown = attempt(&best, a, b, data)
+        .unwrap_or_else(|| Mismatch { kind: "does not happen again".into(), text: case.to_string() });
+    // From the end: what comes behind the difference goes at once.
+    let insns = decode(&best);
+    for insn in &insns {
+        let mut shorter = best.clone();
+        shorter.code.truncate(insn.next_ip() as usize - CODE as usize - case.at);
+        if let Some(mismatch) = attempt(&shorter, a, b, data) {
+            (best, shown) = (shorter, mismatch);
+            break;
+        }
+    }
+    for insn in insns.iter().rev() {
+        let from = insn.ip() as usize - CODE as usize - case.at;
+        if from + insn.len() > best.code.len() || insn.code() == Code::Nopd {
+            continue;
+        }
+        let mut shorter = best.clone();
+        shorter.code[from..from + insn.len()].fill(0x90);
+        if let Some(mismatch) = attempt(&shorter, a, b, data) {
+            (best, shown) = (shorter, mismatch);
+        }
+    }
+    let mut shorter = best.clone();
+    let nops = shorter.code.iter().take_while(|b| **b == 0x90).count().min(shorter.code.len() - 1);
+    shorter.code.drain(..nops);
+    shorter.at += nops;
+    if let Some(mismatch) = attempt(&shorter, a, b, data) {
+        (best, shown) = (shorter, mismatch);
+    }
+    (best, shown)
+}
+
+fn attempt(
+    case: &Case,
+    a: &mut dyn Processor,
+    b: &mut dyn Processor,
+    data: &[u8; super::case::DATA_SIZE],
+) -> Option<Mismatch> {
+    let bytes = case.bytes();
+    a.place(case.at, &bytes);
+    b.place(case.at, &bytes);
+    compare(case, a, b, data).1
+}

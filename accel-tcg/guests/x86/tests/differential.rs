@@ -1,0 +1,90 @@
+//! Random user-level instructions, run by the host's processor and by ours.
+//!
+//! `HOLDFAST_FUZZ_INSNS` and `HOLDFAST_FUZZ_SEED` set how many instructions and where to start;
+//! `HOLDFAST_FUZZ_KINDS` after how many kinds of mismatches to end.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+mod common;
+
+use common::campaign::{Limits, Report, run};
+use common::case::{Case, DATA_SIZE, End, Image, Outcome, Processor};
+use common::host::Host;
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+fn limits(insns: u64) -> Limits {
+    Limits {
+        insns: setting("HOLDFAST_FUZZ_INSNS", insns),
+        kinds: setting("HOLDFAST_FUZZ_KINDS", 40) as usize,
+    }
+}
+
+/// Panics if anything differed. With `HOLDFAST_FUZZ_NEVER`, lists the codes that were never run to their end.
+fn finish(report: &Report) {
+    let never = report.never.len();
+    println!("{} instructions of {} codes, {never} never to their end", report.insns, report.codes);
+    if std::env::var_os("HOLDFAST_FUZZ_NEVER").is_some() {
+        report.never.iter().for_each(|n| println!("never: {n}"));
+    }
+    assert!(report.kinds.is_empty(), "{}", report.mismatches());
+    assert!(report.codes > 2000, "only {} codes", report.codes);
+}
+
+/// The host, the second time.
+struct Again<'a>(&'a std::cell::RefCell<Host>, Vec<u8>);
+
+impl Processor for Again<'_> {
+    fn name(&self) -> &'static str {
+        "host"
+    }
+
+    fn place(&mut self, at: usize, code: &[u8]) {
+        self.0.borrow_mut().place(at, code);
+    }
+
+    fn run(&mut self, bits: u32, image: &Image, data: &[u8; DATA_SIZE]) -> Outcome {
+        let outcome = self.0.borrow_mut().run(bits, image, data);
+        self.1 = self.0.borrow().data().to_vec();
+        outcome
+    }
+
+    fn data(&self) -> &[u8] {
+        &self.1
+    }
+}
+
+/// The harness itself: what the host does is the same every time, and nearly everything can be run.
+#[test]
+fn host_agrees_with_itself() {
+    let host = std::cell::RefCell::new(Host::new());
+    let (mut a, mut b) = (Again(&host, Vec::new()), Again(&host, Vec::new()));
+    finish(&run(setting("HOLDFAST_FUZZ_SEED", 1), limits(20_000), &mut a, &mut b));
+}
+
+/// Known instructions do what the manual says, so that agreement means something.
+#[test]
+fn host_runs_known_code() {
+    let mut host = Host::new();
+    let mut go = |bits: u32, code: &[u8]| {
+        let case =
+            Case { bits, at: 0x10, code: code.to_vec(), roles: [common::case::Role::Small; 16], seed: 3 };
+        host.place(case.at, &case.bytes());
+        let image = case.image();
+        (image.clone(), host.run(bits, &image, &[0; DATA_SIZE]))
+    };
+    let (before, after) = go(64, &[0x48, 0x01, 0xd8]); // add rax, rbx
+    assert_eq!(after.end, End::Done);
+    assert_eq!(after.image.gpr[0], before.gpr[0].wrapping_add(before.gpr[3]));
+    let (before, after) = go(32, &[0x41]); // inc ecx
+    assert_eq!(after.end, End::Done);
+    assert_eq!(after.image.gpr[1] as u32, (before.gpr[1] as u32).wrapping_add(1));
+    for bits in [64, 32] {
+        let (before, after) = go(bits, &[0x90, 0x0f, 0x0b]); // nop; ud2
+        assert_eq!(after.end, End::Fault { vector: 6, error: 0, address: 0 });
+        assert_eq!(after.image.rip, before.rip + 1);
+        let (_, after) = go(bits, &[0xa1, 0, 0, 0, 0, 0, 0, 0, 0]); // mov eax, [0]
+        assert_eq!(after.end, End::Fault { vector: 14, error: 4, address: 0 });
+    }
+}
