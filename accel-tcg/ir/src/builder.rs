@@ -5,9 +5,10 @@ use crate::helper::{Effects, HelperId, HelperTable};
 use crate::op::{Cond, FenceKind, FpCond, FpMode, Inst, MemOp, Op, RmwKind};
 use crate::region::{JumpHint, Label, LabelInfo, Region};
 use crate::types::{Slot, Type, Val};
+use crate::vec::{HostCode, VecInsn};
 
 /// Slots whose current value the builder remembers.
-const KNOWN: usize = 64;
+const KNOWN: usize = crate::types::SLOT_INDEXES;
 
 /// Builds one [`Region`] from its start to its end. Folds constants, simplifies identities and forwards slots to
 /// their readers as it goes, so front ends write the plain semantics.
@@ -19,7 +20,7 @@ pub struct Builder {
     pc: u64,
     max_pc: u64,
     min_pc: u64,
-    /// The value of a slot in this extended basic block, direct mapped by offset / 8.
+    /// The value of a slot in this extended basic block, direct mapped by [`Slot::index`].
     known: Vec<(u32, u32)>,
     effects: Vec<(Effects, Type)>,
     /// Sign extensions of this block: (operand, result), direct mapped.
@@ -127,14 +128,14 @@ impl Builder {
         self.constant(Type::I32, u64::from(v as u32))
     }
 
-    /// A constant of any scalar type from its bits.
+    /// A constant of any type from its bits; those of a vector above the low 64 are zero.
     pub fn constant(&mut self, ty: Type, bits: u64) -> Val {
         let bits = if ty.bytes() == 4 { bits & 0xffff_ffff } else { bits };
         self.push(Inst::with_imm(Op::Const, ty, 0, bits))
     }
 
     fn known_at(&mut self, slot: Slot) -> &mut (u32, u32) {
-        let n = (slot.offset / 8) as usize % KNOWN;
+        let n = slot.index();
         &mut self.known[n]
     }
 
@@ -312,7 +313,8 @@ impl Builder {
 
     // ---- memory ----
 
-    /// Loads from `addr + disp`; `ty` is `I64` or `I32` (at most as wide) for integers, `F32`/`F64` for equal sizes.
+    /// Loads from `addr + disp`; `ty` is `I64` or `I32` (at most as wide) for integers, `F32`/`F64` for equal sizes, `V128`
+    /// for 4, 8 (the rest is zero) and 16 bytes.
     pub fn load(&mut self, ty: Type, mem: MemOp, addr: Val, disp: i32) -> Val {
         let (a, d) = self.fold_addr(addr, disp);
         self.push_op(Op::Load, ty, mem.0, (a.0, 0, d as u32))
@@ -425,6 +427,38 @@ impl Builder {
     /// `F32` to NaN-boxed `F64`.
     pub fn fbox(&mut self, a: Val) -> Val {
         self.push_op(Op::FBox, Type::F64, 0, (a.0, 0, 0))
+    }
+
+    // ---- vectors ----
+
+    /// A vector instruction with a result of type `ty` on one to three operands. `fp`: it raises floating-point flags.
+    pub fn vec(&mut self, insn: VecInsn, fp: bool, ty: Type, args: &[Val]) -> Val {
+        let Some(&first) = args.first() else { return self.constant(ty, 0) };
+        let n = self.region.vecs.iter().rposition(|v| *v == insn).unwrap_or_else(|| {
+            self.region.vecs.push(insn);
+            self.region.vecs.len() - 1
+        });
+        let at = |n: usize| args.get(n).unwrap_or(&first).0;
+        let op = if fp { Op::VecFp } else { Op::Vec };
+        self.push_op(op, ty, n as u16, (first.0, at(1), at(2)))
+    }
+
+    /// Runs host code (see [`HostCode`]) that writes the slots `writes`, at most [`HostCode::MAX_WRITES`].
+    pub fn host(&mut self, code: &[u8], writes: &[Slot]) {
+        debug_assert!(writes.len() <= HostCode::MAX_WRITES);
+        let mut h = HostCode {
+            at: self.region.host_bytes.len() as u32,
+            len: code.len() as u32,
+            ..HostCode::default()
+        };
+        for (to, slot) in h.writes.iter_mut().zip(writes) {
+            *to = Some(*slot);
+            *self.known_at(*slot) = (u32::MAX, 0);
+        }
+        self.region.host_bytes.extend_from_slice(code);
+        self.region.hosts.push(h);
+        let n = self.region.hosts.len() as u32 - 1;
+        self.push_op(Op::Host, Type::Void, 0, (n, 0, 0));
     }
 
     // ---- calls ----

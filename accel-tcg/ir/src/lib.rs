@@ -28,6 +28,7 @@ pub mod op;
 mod print;
 pub mod region;
 pub mod types;
+pub mod vec;
 pub mod verify;
 
 pub use builder::Builder;
@@ -35,4 +36,5 @@ pub use helper::{Effects, Helper, HelperId, HelperTable};
 pub use op::{Cond, FenceKind, FpCond, FpMode, Inst, MemOp, NanPolicy, Op, RmwKind, Round};
 pub use region::{GuestSpec, JumpHint, Label, Region};
 pub use types::{Slot, Type, Val};
+pub use vec::{HostCode, VecEncoding, VecForm, VecInsn};
 pub use verify::{VerifyError, verify};

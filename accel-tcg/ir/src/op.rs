@@ -160,6 +160,13 @@ pub enum Op {
     /// Calls helper `a`; its arguments are `c` entries of [`crate::Region::args`] from `b` on.
     Call,
 
+    /// Vector instruction [`crate::Region::vecs`]`[aux]` on `a`, `b` and `c` (operands that it does not have repeat `a`).
+    Vec,
+    /// The same for floating-point instructions, which raise sticky flags.
+    VecFp,
+    /// Runs host code [`crate::Region::hosts`]`[a]`.
+    Host,
+
     /// Begins label `a`. Ends the extended basic block.
     Label,
     /// Jumps to label `a`.
@@ -204,7 +211,7 @@ impl Op {
             Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Fence | Op::Call | Op::SetSlot => true,
             Op::FAdd | Op::FSub | Op::FMul | Op::FDiv | Op::FSqrt | Op::FMulAdd | Op::FMin | Op::FMax => true,
             Op::FCmp | Op::FCvtFF | Op::FCvtToS | Op::FCvtToU | Op::FCvtFromS | Op::FCvtFromU => true,
-            Op::InsnStart | Op::Label | Op::BrCond => true,
+            Op::InsnStart | Op::Label | Op::BrCond | Op::VecFp | Op::Host => true,
             _ => self.is_terminator(),
         }
     }
@@ -217,7 +224,7 @@ impl Op {
             Op::SetCond | Op::Store | Op::AtomicRmw | Op::BrCond => 0b011,
             Op::FAdd | Op::FSub | Op::FMul | Op::FDiv | Op::FMin | Op::FMax => 0b011,
             Op::FSgnj | Op::FSgnjn | Op::FSgnjx | Op::FCmp => 0b011,
-            Op::Select | Op::AtomicCas | Op::FMulAdd => 0b111,
+            Op::Select | Op::AtomicCas | Op::FMulAdd | Op::Vec | Op::VecFp => 0b111,
             Op::SExt | Op::ZExt | Op::Trunc | Op::Load | Op::FSqrt | Op::FClass | Op::FCvtFF => 0b001,
             Op::FCvtToS | Op::FCvtToU | Op::FCvtFromS | Op::FCvtFromU | Op::FMoveToInt | Op::FMoveFromInt => {
                 0b001

@@ -47,6 +47,23 @@ fn print(r: &Region, i: &Inst, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             write!(f, "call h{}", i.a)?;
             r.call_args(i).iter().try_for_each(|v| write!(f, " {v}"))
         }
+        Op::Vec | Op::VecFp => {
+            match r.vec(i) {
+                Some(v) => write!(f, "{:?} {:?} {}.{}.{:02x}", i.op, v.form, v.pp, v.map, v.opcode)?,
+                None => write!(f, "{:?} ?", i.op)?,
+            }
+            if let Some(imm) = r.vec(i).and_then(|v| v.imm) {
+                write!(f, " {imm:#x}")?;
+            }
+            i.uses().try_for_each(|v| write!(f, " {v}"))
+        }
+        Op::Host => match r.host(i) {
+            Some((bytes, _)) => {
+                write!(f, "host")?;
+                bytes.iter().try_for_each(|b| write!(f, " {b:02x}"))
+            }
+            None => write!(f, "host ?"),
+        },
         _ => {
             write!(f, "{:?}", i.op)?;
             if i.aux != 0 {

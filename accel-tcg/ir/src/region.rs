@@ -2,6 +2,7 @@
 
 use crate::op::Inst;
 use crate::types::{Slot, Type, Val};
+use crate::vec::{HostCode, VecInsn};
 
 /// What the back end must know about a guest architecture.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +80,12 @@ pub struct Region {
     pub args: Vec<Val>,
     /// The labels.
     pub labels: Vec<LabelInfo>,
+    /// Templates of [`crate::Op::Vec`] and [`crate::Op::VecFp`].
+    pub vecs: Vec<VecInsn>,
+    /// Code of [`crate::Op::Host`].
+    pub hosts: Vec<HostCode>,
+    /// Bytes of that code.
+    pub host_bytes: Vec<u8>,
 }
 
 impl Region {
@@ -95,6 +102,9 @@ impl Region {
         self.insts.clear();
         self.args.clear();
         self.labels.clear();
+        self.vecs.clear();
+        self.hosts.clear();
+        self.host_bytes.clear();
     }
 
     /// The instruction that defines `v`.
@@ -113,6 +123,19 @@ impl Region {
     #[inline]
     pub fn call_args(&self, i: &Inst) -> &[Val] {
         self.args.get(i.b as usize..(i.b as usize).saturating_add(i.c as usize)).unwrap_or(&[])
+    }
+
+    /// The template of a vector instruction.
+    #[inline]
+    pub fn vec(&self, i: &Inst) -> Option<&VecInsn> {
+        self.vecs.get(usize::from(i.aux))
+    }
+
+    /// The code of an [`crate::Op::Host`] and what it writes.
+    pub fn host(&self, i: &Inst) -> Option<(&[u8], &HostCode)> {
+        let h = self.hosts.get(i.a as usize)?;
+        let bytes = self.host_bytes.get(h.at as usize..(h.at as usize).checked_add(h.len as usize)?)?;
+        Some((bytes, h))
     }
 
     /// Whether `pc` is on the same page (of `1 << page_bits` bytes) as the entry.

@@ -45,6 +45,12 @@ impl Type {
         matches!(self, Type::I32 | Type::I64)
     }
 
+    /// Whether the host holds it in a vector register.
+    #[inline]
+    pub const fn in_vector(self) -> bool {
+        matches!(self, Type::F32 | Type::F64 | Type::V128)
+    }
+
     /// Whether it is floating point.
     #[inline]
     pub const fn is_float(self) -> bool {
@@ -96,6 +102,9 @@ impl fmt::Display for Val {
     }
 }
 
+/// Number of values of [`Slot::index`].
+pub const SLOT_INDEXES: usize = 128;
+
 /// A piece of guest state: `ty` at `offset` bytes from the start of the guest part of the vCPU's environment.
 ///
 /// Two slots are the same or disjoint: they never overlap in part, and a given offset has one type only.
@@ -108,6 +117,15 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Its place in tables that are direct mapped by slot, of [`SLOT_INDEXES`] entries. Vectors have a part of their own.
+    #[inline]
+    pub const fn index(self) -> usize {
+        match self.ty {
+            Type::V128 => 64 + (self.offset as usize / 16) % 64,
+            _ => (self.offset as usize / 8) % 64,
+        }
+    }
+
     /// A slot of any type.
     #[inline]
     pub const fn new(offset: u32, ty: Type) -> Self {

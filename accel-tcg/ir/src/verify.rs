@@ -4,6 +4,7 @@ use crate::helper::{Helper, HelperId, HelperTable};
 use crate::op::{Inst, Op};
 use crate::region::Region;
 use crate::types::Type;
+use crate::vec::{VecForm, VecInsn};
 
 /// What is wrong with a region.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -39,6 +40,9 @@ pub enum VerifyError {
     /// An access before the first guest instruction began.
     #[error("instruction {0} may fault but no guest instruction has begun")]
     NoPc(usize),
+    /// No such vector instruction or host code.
+    #[error("instruction {0}: no such template")]
+    Template(usize),
     /// Unknown helper or wrong number of arguments.
     #[error("instruction {0}: no such helper, or wrong arguments")]
     Call(usize),
@@ -68,6 +72,8 @@ pub fn verify(r: &Region, helpers: &HelperTable) -> Result<(), VerifyError> {
         }
         match i.op {
             Op::InsnStart => has_pc = true,
+            Op::Vec | Op::VecFp if r.vec(i).is_none() => return Err(VerifyError::Template(at)),
+            Op::Host if r.host(i).is_none() => return Err(VerifyError::Template(at)),
             Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas if !has_pc => {
                 return Err(VerifyError::NoPc(at));
             }
@@ -98,6 +104,9 @@ fn check_call<'a>(
     let args = r.call_args(i);
     match helpers.get(HelperId(i.a)) {
         Some(h) if usize::from(h.args) == args.len() && args.len() <= Helper::MAX_ARGS && h.ret == i.ty => {
+            if args.iter().any(|v| r.insts.get(v.index()).is_none_or(|d| d.ty == Type::V128)) {
+                return Err(VerifyError::Types { at, op: i.op });
+            }
             Ok(args)
         }
         _ => Err(VerifyError::Call(at)),
@@ -114,6 +123,7 @@ fn types_fit(r: &Region, i: &Inst) -> bool {
     let (a, b, c) = (t(i.a), t(i.b), t(i.c));
     let size_ok = |ty: Type| match ty {
         Type::I32 | Type::I64 => i.mem().bytes() <= ty.bytes(),
+        Type::V128 => (2..=4).contains(&i.mem().log2()),
         _ => i.mem().bytes() == ty.bytes(),
     };
     match i.op {
@@ -149,8 +159,21 @@ fn types_fit(r: &Region, i: &Inst) -> bool {
         Op::FMoveFromInt => a.is_int() && i.ty.is_float() && a.bytes() == i.ty.bytes(),
         Op::FUnbox => a == Type::F64 && i.ty == Type::F32,
         Op::FBox => a == Type::F32 && i.ty == Type::F64,
+        Op::Vec | Op::VecFp => r.vec(i).is_some_and(|v| vec_types_fit(v, i.ty, [a, b, c])),
         Op::GotoReg => a == Type::I64,
         Op::ExitReg => b == Type::I64,
         _ => true,
+    }
+}
+
+fn vec_types_fit(v: &VecInsn, ty: Type, [a, b, c]: [Type; 3]) -> bool {
+    let vector = |t: Type| t == Type::V128;
+    match v.form {
+        VecForm::Unary => (vector(a) || a.is_int()) && (vector(ty) || ty.is_int() && vector(a)),
+        VecForm::Binary => vector(ty) && vector(a) && (vector(b) || b.is_int()),
+        VecForm::Ternary | VecForm::Is4 => vector(ty) && vector(a) && vector(b) && vector(c),
+        VecForm::ShiftImm => vector(ty) && vector(a),
+        VecForm::Extract => ty.is_int() && vector(a),
+        VecForm::Flags => ty == Type::I64 && vector(a) && vector(b),
     }
 }

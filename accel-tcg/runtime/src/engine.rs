@@ -7,7 +7,7 @@ use std::time::Duration;
 use holdfast_tcg_ir::Builder;
 use holdfast_tcg_ir::env::{exit, header};
 use holdfast_tcg_ir::interp::{Interpreter, Outcome, SlowMemory};
-use holdfast_tcg_x64::{CodegenError, Stubs, Target, Translator};
+use holdfast_tcg_x64::{CodegenError, NativeRunner, Stubs, Target, Translator};
 
 use crate::cache::{Acquired, CodeCache, SegmentId};
 use crate::guest::Guest;
@@ -59,7 +59,12 @@ impl EngineKind {
     /// A vCPU's part.
     pub fn vcpu(&self, guest: &Arc<dyn Guest>) -> Result<VcpuEngine, RuntimeError> {
         let kind = match self {
-            Self::Interpreter => Kind::Interpreter(Interpreter::new(), Arc::clone(guest)),
+            Self::Interpreter => {
+                let mut interpreter = Interpreter::new();
+                let native = NativeRunner::new().map_err(|e| RuntimeError::Memory("single instructions", e))?;
+                interpreter.native = Some(Box::new(native));
+                Kind::Interpreter(interpreter, Arc::clone(guest))
+            }
             Self::Host(stubs) => Kind::Host(Box::new((translator(&**guest)?, Stubs::clone(stubs)))),
         };
         Ok(VcpuEngine { builder: Builder::new(guest.helpers()), kind, segment: None, limit: u32::MAX })

@@ -6,6 +6,8 @@
 /// Bytes in the buffer: the longest code of one region.
 pub const BUFFER: usize = 64 * 1024;
 
+use holdfast_tcg_ir::VecInsn;
+
 mod operand;
 
 pub use operand::{Alu, Cc, Mem, Reg, Rm, Shift, Xmm};
@@ -188,7 +190,11 @@ impl Asm {
 
     /// Three-byte VEX, L = 0. `pp`: 0 none, 1 66, 2 F3, 3 F2. `map`: 1 0F, 2 0F38, 3 0F3A.
     fn vex(&mut self, (pp, map, op): (u8, u8, u8), w: bool, reg: u8, vvvv: u8, rm: Rm) {
-        let imm_len = u32::from(map == 3);
+        self.vex_imm((pp, map, op), w, reg, (vvvv, u32::from(map == 3)), rm);
+    }
+
+    /// The same with `imm_len` bytes of immediate to follow; the two-byte form where it will do.
+    fn vex_imm(&mut self, (pp, map, op): (u8, u8, u8), w: bool, reg: u8, (vvvv, imm_len): (u8, u32), rm: Rm) {
         let (x, b) = match rm {
             Rm::R(r) => (0, r >> 3),
             Rm::M(m) => {
@@ -196,6 +202,12 @@ impl Asm {
                 (x, if m.base == Mem::RIP { 0 } else { m.base >> 3 })
             }
         };
+        if x == 0 && b == 0 && !w && map == 1 {
+            self.b(0xc5);
+            self.b((reg >> 3 ^ 1) << 7 | (!vvvv & 15) << 3 | pp);
+            self.b(op);
+            return self.modrm(reg, rm, imm_len);
+        }
         self.b(0xc4);
         self.b(((reg >> 3 ^ 1) << 7) | ((x ^ 1) << 6) | ((b ^ 1) << 5) | map);
         self.b((w as u8) << 7 | (!vvvv & 15) << 3 | pp);
@@ -628,6 +640,31 @@ impl Asm {
     /// FMA3, `231` form: `d = ±(a * b) ± d`. `op`: b9 vfmadd, bb vfmsub, bd vfnmadd, bf vfnmsub.
     pub fn fma231(&mut self, op: u8, double: bool, d: Xmm, a: Xmm, b: impl Into<Rm>) {
         self.vex((1, 2, op), double, d.0, a.0, b.into());
+    }
+
+    /// A vector instruction of the IR, VEX-encoded or legacy.
+    pub fn vector(&mut self, v: &VecInsn, vex: bool, (reg, vvvv): (u8, u8), rm: Rm, imm: Option<u8>) {
+        let imm_len = u32::from(imm.is_some());
+        if vex {
+            self.vex_imm((v.pp, v.map, v.opcode), v.w, reg, (vvvv, imm_len), rm);
+        } else {
+            let prefix = [0, 0x66, 0xf3, 0xf2][usize::from(v.pp & 3)];
+            self.enc(Opc { prefix, map: v.map, op: v.opcode }, v.w, reg, rm, (false, imm_len));
+        }
+        if let Some(imm) = imm {
+            self.b(imm);
+        }
+    }
+
+    /// `lahf; movzx eax, ah; and eax, mask`
+    pub fn flags_to_rax(&mut self, mask: i32) {
+        self.raw(&[0x9f, 0x0f, 0xb6, 0xc4]);
+        self.alu_imm(Alu::And, false, Reg::RAX, mask);
+    }
+
+    /// `movhps m, x`
+    pub fn movhps_store(&mut self, m: Mem, s: Xmm) {
+        self.sse(0, 0x17, s, m);
     }
 
     /// `ldmxcsr m`

@@ -13,6 +13,8 @@ pub struct HostFeatures {
     pub popcnt: bool,
     /// Fused multiply-add.
     pub fma: bool,
+    /// VEX encodings, usable.
+    pub avx: bool,
 }
 
 impl HostFeatures {
@@ -24,11 +26,12 @@ impl HostFeatures {
             lzcnt: is_x86_feature_detected!("lzcnt"),
             popcnt: is_x86_feature_detected!("popcnt"),
             fma: is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx"),
+            avx: is_x86_feature_detected!("avx"),
         }
     }
 
     /// Nothing but the x86-64 baseline.
     pub const fn baseline() -> Self {
-        Self { bmi1: false, bmi2: false, lzcnt: false, popcnt: false, fma: false }
+        Self { bmi1: false, bmi2: false, lzcnt: false, popcnt: false, fma: false, avx: false }
     }
 }

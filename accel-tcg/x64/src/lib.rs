@@ -14,11 +14,13 @@ pub mod asm;
 mod codegen;
 mod features;
 pub mod link;
+mod native;
 mod soft;
 pub mod stubs;
 
 pub use codegen::{Compiled, Target, Translator};
 pub use features::HostFeatures;
+pub use native::NativeRunner;
 
 pub use link::{LinkKind, LinkSite};
 pub use stubs::{Enter, Stubs};

@@ -290,12 +290,22 @@ impl Gen<'_> {
         if kind == Slow::Cas {
             self.a.mov(true, Reg::R9, scratch(3));
         }
+        if kind == Slow::Store {
+            // The upper half of a vector.
+            self.a.mov(true, Reg::RAX, scratch(3));
+            self.a.store(3, scratch(0), Reg::RAX);
+        }
         self.a.mov_imm(Reg::RAX, func);
         self.a.call_rm(Reg::RAX);
         self.load_pins(PRESERVED);
         self.a.mov(true, Reg::R15, Mem::env(offset::GEN_TAG));
         self.a.test(true, Reg::RDX, Reg::RDX);
         let fault = self.a.jcc(Cc::Ne);
+        if kind == Slow::Load {
+            // The upper half of a vector.
+            self.a.mov(true, Reg::RCX, scratch(0));
+            self.a.store(3, scratch(1), Reg::RCX);
+        }
         self.a.store(3, scratch(0), Reg::RAX);
         if keep_xmm {
             self.restore_xmm();

@@ -9,6 +9,7 @@ use crate::helper::{Effects, HelperFn, HelperRet, HelperTable};
 use crate::op::{Inst, MemOp, Op};
 use crate::region::Region;
 use crate::types::{Type, Val};
+use crate::vec::VecInsn;
 use crate::{Helper, HelperId};
 
 /// How a region ended.
@@ -73,10 +74,30 @@ impl Memory for SlowMemory {
     }
 }
 
+/// Runs host instructions for the interpreter, which shares nothing else with the host.
+pub trait Native: std::fmt::Debug + Send {
+    /// Executes a vector instruction with a result of type `ty` under the guest's MXCSR, which is updated. `None` if it cannot.
+    fn vec(
+        &mut self,
+        insn: &VecInsn,
+        ty: Type,
+        args: [(Type, u128); 3],
+        mxcsr: &mut u32,
+    ) -> Option<u128>;
+
+    /// Runs host code on the environment under its MXCSR, which is updated. False if it cannot.
+    ///
+    /// # Safety
+    /// `code` is as [`crate::HostCode`] says and fits the environment, that nobody else uses meanwhile.
+    unsafe fn host(&mut self, code: &[u8], env: *mut u8) -> bool;
+}
+
 /// The interpreter; keeps its buffer between runs.
 #[derive(Debug, Default)]
 pub struct Interpreter {
-    vals: Vec<u64>,
+    vals: Vec<u128>,
+    /// Executes vector instructions; without it they end the run with [`exit::NONE`].
+    pub native: Option<Box<dyn Native>>,
     pc: u64,
     /// Instructions left before the run is given up, when set.
     pub budget: Option<u64>,
@@ -151,7 +172,89 @@ impl Interpreter {
     }
 
     fn val(&self, v: u32) -> u64 {
+        self.wide(v) as u64
+    }
+
+    fn wide(&self, v: u32) -> u128 {
         self.vals.get(v as usize).copied().unwrap_or(0)
+    }
+
+    fn set(&mut self, at: usize, ty: Type, value: u128) {
+        if let Some(v) = self.vals.get_mut(at) {
+            *v = match ty.bytes() {
+                4 => value & 0xffff_ffff,
+                16 => value,
+                _ => value & u128::from(u64::MAX),
+            };
+        }
+    }
+
+    /// Vector instructions, and all others on vectors. `None` for what is neither.
+    ///
+    /// # Safety
+    /// As for [`Interpreter::run`].
+    unsafe fn vector(
+        &mut self,
+        at: usize,
+        i: &Inst,
+        r: &Region,
+        (env, mem): (*mut u8, &mut dyn Memory),
+    ) -> Option<Next> {
+        // SAFETY: the header belongs to the environment.
+        let scratch = unsafe { &raw mut (*header(env)).scratch[0] };
+        let slot = env.wrapping_add(i.a as usize).cast::<u128>();
+        let va = self.val(i.a).wrapping_add(i.disp() as u64);
+        let wide = i.mem().bytes() == 16;
+        let result = match i.op {
+            Op::Vec | Op::VecFp => {
+                let ty = |v: u32| r.insts.get(v as usize).map_or(Type::Void, |d| d.ty);
+                let args = [i.a, i.b, i.c].map(|v| (ty(v), self.wide(v)));
+                // SAFETY: the header belongs to the environment.
+                let mxcsr = unsafe { &mut (*header(env)).mxcsr };
+                let insn = r.vec(i)?;
+                match self.native.as_mut().and_then(|n| n.vec(insn, i.ty, args, mxcsr)) {
+                    Some(v) => v,
+                    None => return Some(Next::End(Outcome::Exit(exit::NONE))),
+                }
+            }
+            Op::Host => {
+                let (code, _) = r.host(i)?;
+                // SAFETY: by this function's contract.
+                let done = self.native.as_mut().is_some_and(|n| unsafe { n.host(code, env) });
+                return Some(if done { Next::Step } else { Next::End(Outcome::Exit(exit::NONE)) });
+            }
+            _ if i.ty != Type::V128 => return None,
+            // SAFETY: slots lie within the guest state.
+            Op::GetSlot => unsafe { slot.read_unaligned() },
+            Op::SetSlot => {
+                // SAFETY: slots lie within the guest state.
+                unsafe { slot.write_unaligned(self.wide(i.b)) };
+                return Some(Next::Step);
+            }
+            Op::Select => {
+                let narrow = r.insts.get(i.a as usize).is_some_and(|d| d.ty == Type::I32);
+                let test = if narrow { self.val(i.a) & 0xffff_ffff } else { self.val(i.a) };
+                self.wide(if test != 0 { i.b } else { i.c })
+            }
+            Op::Load => match mem.load(va, i.mem(), self.pc) {
+                // SAFETY: the slow path has put the upper half there.
+                Ok(v) if wide => u128::from(v) | u128::from(unsafe { scratch.read() }) << 64,
+                Ok(v) => u128::from(v),
+                Err(code) => return Some(Next::End(Self::leave(env, code, self.pc))),
+            },
+            Op::Store => {
+                let v = self.wide(i.b);
+                // SAFETY: the slow path takes the upper half from there.
+                unsafe { scratch.write((v >> 64) as u64) };
+                return Some(match mem.store(va, i.mem(), self.pc, v as u64) {
+                    Ok(()) => Next::Step,
+                    Err(code) => Next::End(Self::leave(env, code, self.pc)),
+                });
+            }
+            _ => return None,
+        };
+        self.set(at, i.ty, result);
+        Some(Next::Step)
     }
 
     /// # Safety
@@ -164,6 +267,10 @@ impl Interpreter {
         helpers: &HelperTable,
         (env, mem): (*mut u8, &mut dyn Memory),
     ) -> Next {
+        // SAFETY: by this function's contract.
+        if let Some(next) = unsafe { self.vector(at, i, r, (env, &mut *mem)) } {
+            return next;
+        }
         let (a, b, c) = (self.val(i.a), self.val(i.b), self.val(i.c));
         let aty = r.insts.get(i.a as usize).map_or(Type::Void, |d| d.ty);
         let compare = |cc: crate::Cond, ty: Type, x, y| {
@@ -219,9 +326,7 @@ impl Interpreter {
                 fp::eval(i, aty, [a, b, c], mxcsr)
             }
         };
-        if let Some(v) = self.vals.get_mut(at) {
-            *v = if i.ty.bytes() == 4 { result & 0xffff_ffff } else { result };
-        }
+        self.set(at, i.ty, u128::from(result));
         Next::Step
     }
 

@@ -4,7 +4,8 @@ use super::Cx;
 use crate::asm::{Mem, Reg, Rm, Xmm};
 use crate::stubs::{PIN_REGS, SPILLS, TEMPS};
 use crate::{CodegenError, asm::Alu};
-use holdfast_tcg_ir::{Inst, Op, Type, Val};
+use holdfast_tcg_ir::types::SLOT_INDEXES;
+use holdfast_tcg_ir::{Inst, Op, Slot, Type, Val};
 
 const NONE: u8 = 0xff;
 const NO_VALUE: u32 = u32::MAX;
@@ -49,8 +50,8 @@ pub(crate) struct Alloc {
     occ: [u32; 32],
     /// Registers that the current instruction needs, as a bit mask.
     pub(crate) locked: u32,
-    /// Values homed in unpinned slots, direct mapped by offset / 8: (offset, value).
-    homes: [(u32, u32); 64],
+    /// Values homed in unpinned slots, direct mapped by [`Slot::index`]: (offset, value).
+    homes: [(u32, u32); SLOT_INDEXES],
     spills: u64,
     /// Pages found in this block.
     pages: [Option<Page>; 3],
@@ -62,7 +63,7 @@ impl Default for Alloc {
             places: Vec::new(),
             occ: [NO_VALUE; 32],
             locked: 0,
-            homes: [(NO_HOME, 0); 64],
+            homes: [(NO_HOME, 0); SLOT_INDEXES],
             spills: 0,
             pages: [None; 3],
         }
@@ -80,7 +81,7 @@ impl Alloc {
     pub(crate) fn forget_all(&mut self) {
         self.occ = [NO_VALUE; 32];
         self.locked = 0;
-        self.homes = [(NO_HOME, 0); 64];
+        self.homes = [(NO_HOME, 0); SLOT_INDEXES];
         self.spills = 0;
         self.pages = [None; 3];
     }
@@ -130,6 +131,11 @@ impl Alloc {
 
 fn is_pin(reg: u8) -> bool {
     PIN_REGS.iter().any(|r| r.0 == reg)
+}
+
+/// The bits of a spilled value in [`Alloc::spills`].
+fn spill_bits(n: u8, wide: bool) -> u64 {
+    (if wide { 3 } else { 1 }) << (n & 63)
 }
 
 /// Spill slot `n`.
@@ -227,16 +233,21 @@ impl Cx<'_> {
 
     /// Stores root `v` from its register to a spill slot.
     fn spill(&mut self, v: Val) {
-        let n = self.st.al.spills.trailing_ones() as usize;
-        if n >= SPILLS {
+        // A vector takes two slots next to each other.
+        let wide = self.r.ty(v) == Type::V128;
+        let taken = self.st.al.spills;
+        let n = if wide { (taken | taken >> 1 | 1 << 63).trailing_ones() } else { taken.trailing_ones() } as usize;
+        if n >= SPILLS || (wide && n + 1 >= SPILLS) {
             self.error = Some(CodegenError::TooLong(self.r.insts.len()));
             return;
         }
-        self.st.al.spills |= 1 << n;
+        self.st.al.spills |= spill_bits(n as u8, wide);
         let p = &mut self.st.al.places[v.index()];
         p.spill = n as u8;
         let reg = p.reg;
-        if reg < 16 {
+        if wide {
+            self.st.asm.movups_store(spill_mem(n as u8), Xmm(reg.wrapping_sub(16) & 15));
+        } else if reg < 16 {
             self.st.asm.store(3, spill_mem(n as u8), Reg(reg));
         } else {
             self.st.asm.fstore(true, spill_mem(n as u8), Xmm(reg.wrapping_sub(16) & 15));
@@ -342,7 +353,7 @@ impl Cx<'_> {
     }
 
     fn load_xmm(&mut self, d: Xmm, v: Val) {
-        let double = self.r.ty(v).bytes() == 8;
+        let double = self.r.ty(v).bytes() >= 8;
         let p = self.st.al.places[v.index()];
         match self.konst(v) {
             Some(0) => self.st.asm.sse(0, 0x57, d, d),
@@ -350,6 +361,11 @@ impl Cx<'_> {
                 let t = self.temp();
                 self.st.asm.mov_imm(t, c);
                 self.st.asm.mov_to_xmm(double, d, t);
+            }
+            None if self.r.ty(v) == Type::V128 => {
+                let home = p.home != NO_HOME;
+                let m = if home { Mem::env(p.home as i32) } else { spill_mem(p.spill & 63) };
+                self.st.asm.movups(d, m);
             }
             None if p.home != NO_HOME => self.st.asm.fload(double, d, Mem::env(p.home as i32)),
             None => self.st.asm.fload(true, d, spill_mem(p.spill & 63)),
@@ -465,7 +481,7 @@ impl Cx<'_> {
             self.st.al.places[v.index()].reg = NONE;
         }
         if p.spill != NONE {
-            self.st.al.spills &= !(1 << p.spill);
+            self.st.al.spills &= !spill_bits(p.spill, self.r.ty(v) == Type::V128);
             self.st.al.places[v.index()].spill = NONE;
         }
     }
@@ -486,26 +502,31 @@ impl Cx<'_> {
                     self.define(p);
                 }
             }
-            None => self.set_home(i.a, me),
+            None => self.set_home(Slot::new(i.a, i.ty), me),
         }
     }
 
-    /// Before slot `offset` in memory is overwritten: its value moves elsewhere if needed.
-    pub(crate) fn claim_slot(&mut self, offset: u32) {
-        let (o, old) = self.st.al.homes[(offset / 8) as usize % 64];
+    /// Before a slot in memory is overwritten: its value moves elsewhere if needed.
+    pub(crate) fn claim_slot(&mut self, slot: Slot) {
+        let (o, old) = self.st.al.homes[slot.index()];
         if o != NO_HOME {
             self.lose_home(Val(old));
         }
     }
 
-    /// The current value has been stored to slot `offset`.
-    pub(crate) fn settle_slot(&mut self, offset: u32) {
-        self.set_home(offset, Val(self.at));
+    /// The current value has been stored to the slot.
+    pub(crate) fn settle_slot(&mut self, slot: Slot) {
+        self.set_home(slot, Val(self.at));
     }
 
-    /// Slot `offset` in memory now holds `v`.
-    fn set_home(&mut self, offset: u32, v: Val) {
-        let n = (offset / 8) as usize % 64;
+    /// The slot in memory holds no value known (after [`Cx::claim_slot`]).
+    pub(crate) fn forget_home(&mut self, slot: Slot) {
+        self.st.al.homes[slot.index()] = (NO_HOME, 0);
+    }
+
+    /// The slot in memory now holds `v`.
+    fn set_home(&mut self, slot: Slot, v: Val) {
+        let (n, offset) = (slot.index(), slot.offset);
         let (o, old) = self.st.al.homes[n];
         if o != NO_HOME && old != v.0 {
             // The one before loses its home (when it is of another slot, only because of the direct mapping).
@@ -522,7 +543,7 @@ impl Cx<'_> {
             return;
         }
         if p.reg == NONE && p.spill == NONE && self.lives_on(v) && self.konst(v).is_none() {
-            if self.r.ty(v).is_float() {
+            if self.r.ty(v).in_vector() {
                 self.xmm(v);
             } else {
                 self.gpr(v);
@@ -536,13 +557,17 @@ impl Cx<'_> {
         if let Some(p) = self.pin_of(i.a) {
             return self.set_pin(p, v);
         }
+        let slot = Slot::new(i.a, i.ty);
         // What the slot held must move before the store.
-        if self.st.al.homes[(i.a / 8) as usize % 64].1 != v.0 {
-            self.claim_slot(i.a);
+        if self.st.al.homes[slot.index()].1 != v.0 {
+            self.claim_slot(slot);
         }
         let m = Mem::env(i.a as i32);
         let log2 = i.ty.bytes().trailing_zeros();
-        if i.ty.is_float() {
+        if i.ty == Type::V128 {
+            let x = self.xmm(v);
+            self.st.asm.movups_store(m, x);
+        } else if i.ty.is_float() {
             self.set_float_slot(i, v, m);
         } else if let Some(imm) = self.imm32(v, log2 == 3) {
             self.st.asm.store_imm(log2, m, imm);
@@ -552,9 +577,9 @@ impl Cx<'_> {
         }
         // An alias has its root's bits only in its own width.
         if self.r.ty(v).bytes() == i.ty.bytes() {
-            self.set_home(i.a, v);
+            self.set_home(slot, v);
         } else {
-            self.st.al.homes[(i.a / 8) as usize % 64] = (NO_HOME, 0);
+            self.forget_home(slot);
         }
     }
 
@@ -611,7 +636,7 @@ impl Cx<'_> {
             }
         }
         if writes_slots {
-            for n in 0..64 {
+            for n in 0..SLOT_INDEXES {
                 let (o, v) = self.st.al.homes[n];
                 let p = if o == NO_HOME { NOWHERE } else { self.st.al.places[v as usize] };
                 if o != NO_HOME && p.reg == NONE && p.spill == NONE && p.home == o && self.lives_on(Val(v)) {
@@ -623,7 +648,7 @@ impl Cx<'_> {
 
     /// Copies a value that is only at home to a spill slot.
     fn home_to_spill(&mut self, v: Val) {
-        if self.r.ty(v).is_float() {
+        if self.r.ty(v).in_vector() {
             self.xmm(v);
         } else {
             self.gpr(v);
@@ -643,7 +668,7 @@ impl Cx<'_> {
             }
         }
         if writes_slots {
-            for (o, v) in std::mem::replace(&mut self.st.al.homes, [(NO_HOME, 0); 64]) {
+            for (o, v) in std::mem::replace(&mut self.st.al.homes, [(NO_HOME, 0); SLOT_INDEXES]) {
                 if o != NO_HOME {
                     self.st.al.places[v as usize].home = NO_HOME;
                 }

@@ -1,6 +1,7 @@
 //! The backward pass: last uses, dead instructions, dead slot writes, and what is fused into its user.
 
-use holdfast_tcg_ir::{Inst, Op, Region, Type, Val};
+use holdfast_tcg_ir::types::SLOT_INDEXES;
+use holdfast_tcg_ir::{Inst, Op, Region, Slot, Type, Val};
 
 const DEAD: u8 = 1;
 const ALIAS: u8 = 2;
@@ -37,7 +38,7 @@ pub(crate) struct Analysis {
     uses: Vec<u32>,
     flags: Vec<u8>,
     /// Slot offsets that are overwritten before anything can see them, direct mapped, and the epoch of each entry.
-    overwritten: [(u32, u32); 64],
+    overwritten: [(u32, u32); SLOT_INDEXES],
     /// Entries of other epochs are void: something that can see slots lies between.
     epoch: u32,
 }
@@ -45,7 +46,7 @@ pub(crate) struct Analysis {
 impl Default for Analysis {
     fn default() -> Self {
         let (root, last, uses, flags) = Default::default();
-        Self { root, last, uses, flags, overwritten: [(0, 0); 64], epoch: 0 }
+        Self { root, last, uses, flags, overwritten: [(0, 0); SLOT_INDEXES], epoch: 0 }
     }
 }
 
@@ -60,7 +61,7 @@ impl Analysis {
         self.uses.resize(n, 0);
         self.flags.clear();
         self.flags.resize(n, 0);
-        self.overwritten = [(0, 0); 64];
+        self.overwritten = [(0, 0); SLOT_INDEXES];
         self.epoch = 1;
         self.roots(r);
         for (at, i) in r.insts.iter().enumerate().rev() {
@@ -93,7 +94,7 @@ impl Analysis {
         }
         match i.op {
             Op::SetSlot => {
-                let o = &mut self.overwritten[(i.a / 8) as usize % 64];
+                let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if *o == (i.a, self.epoch) {
                     self.flags[at] |= DEAD;
                     return;
@@ -101,12 +102,12 @@ impl Analysis {
                 *o = (i.a, self.epoch);
             }
             Op::GetSlot => {
-                let o = &mut self.overwritten[(i.a / 8) as usize % 64];
+                let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if o.0 == i.a {
                     *o = (0, 0);
                 }
             }
-            Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Call | Op::Label | Op::BrCond => {
+            Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Call | Op::Host | Op::Label | Op::BrCond => {
                 self.epoch += 1;
             }
             _ if i.op.is_terminator() => self.epoch += 1,

@@ -86,7 +86,7 @@ impl Cx<'_> {
     }
 
     fn arg_gpr(&mut self, v: Val) -> Reg {
-        if self.root_ty(v).is_float() {
+        if self.root_ty(v).in_vector() {
             let t = self.temp();
             self.copy_to(t, v);
             t

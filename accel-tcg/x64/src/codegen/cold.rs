@@ -13,6 +13,9 @@ pub(crate) enum Source {
     Gpr(Reg, bool),
     /// Vector register and whether it is a double.
     Xmm(Xmm, bool),
+    /// Vector register of which `1 << log2` bytes are accessed: the low half is in scratch 1 (stores) or 0 (loads), the upper
+    /// one in scratch 3 or 1.
+    Vector(Xmm, u8),
     /// Sign-extended immediate.
     Imm(i32),
 }
@@ -169,6 +172,11 @@ impl Cx<'_> {
             Source::None => {}
             Source::Gpr(r, _) => self.st.asm.store(3, m, r),
             Source::Xmm(x, double) => self.st.asm.fstore(double, m, x),
+            Source::Vector(x, 4) => {
+                self.st.asm.fstore(true, m, x);
+                self.st.asm.movhps_store(Mem::env(offset::SCRATCH + 24), x);
+            }
+            Source::Vector(x, log2) => self.st.asm.fstore(log2 == 3, m, x),
             Source::Imm(i) => self.st.asm.store_imm(3, m, i),
         }
     }
@@ -194,6 +202,8 @@ impl Cx<'_> {
         match c.dest {
             Source::Gpr(d, w) => self.st.asm.mov(w, d, m),
             Source::Xmm(x, double) => self.st.asm.fload(double, x, m),
+            Source::Vector(x, 4) => self.st.asm.movups(x, m),
+            Source::Vector(x, log2) => self.st.asm.fload(log2 == 3, x, m),
             Source::None | Source::Imm(_) => {}
         }
     }

@@ -7,7 +7,7 @@ use crate::CodegenError;
 use crate::asm::{Alu, Cc, Mem, Reg, Rm, Shift, Xmm};
 use crate::soft::{Request, soft_fp};
 use crate::stubs::Const;
-use holdfast_tcg_ir::{Effects, FpCond, Inst, NanPolicy, Op, Round, Type, Val};
+use holdfast_tcg_ir::{Effects, FpCond, Inst, NanPolicy, Op, Round, Slot, Type, Val};
 
 impl Cx<'_> {
     pub(crate) fn float(&mut self, i: &Inst) {
@@ -245,6 +245,7 @@ impl Cx<'_> {
         if let Some((slot, at)) = self.next_set_slot() {
             let x = self.xmm(Val(i.a));
             let m = Mem::env(slot as i32);
+            let slot = Slot::new(slot, i.ty);
             self.claim_slot(slot);
             self.st.asm.fstore(false, m, x);
             self.st.asm.store_imm(2, Mem { disp: m.disp + 4, ..m }, -1);

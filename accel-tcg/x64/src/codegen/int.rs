@@ -378,7 +378,7 @@ impl Cx<'_> {
     }
 
     pub(crate) fn select(&mut self, i: &Inst) {
-        if i.ty.is_float() {
+        if i.ty.in_vector() {
             return self.select_float(i);
         }
         let w = i.ty == Type::I64;

@@ -62,7 +62,7 @@ impl Cx<'_> {
             let store = match i.op {
                 Op::Load => false,
                 Op::Store => true,
-                Op::Label | Op::Call => break,
+                Op::Label | Op::Call | Op::Host => break,
                 _ if i.op.is_terminator() => break,
                 _ => continue,
             };
@@ -244,6 +244,9 @@ impl Cx<'_> {
     pub(crate) fn load(&mut self, i: &Inst) {
         let mem = i.mem();
         let at = (Val(i.a), i.disp());
+        if i.ty == Type::V128 {
+            return self.load_vector(mem, at);
+        }
         if i.ty.is_float() {
             return self.load_float(i, mem, at);
         }
@@ -278,6 +281,33 @@ impl Cx<'_> {
         self.xdefine(d);
     }
 
+    fn load_vector(&mut self, mem: MemOp, at: (Val, i32)) {
+        let d = self.xtemp();
+        let p = self.probe(mem, at, false);
+        match mem.log2() {
+            4 => self.st.asm.movups(d, p.host()),
+            log2 => self.st.asm.fload(log2 == 3, d, p.host()),
+        }
+        self.cold_access(
+            Slow::Load,
+            mem.0,
+            &p,
+            (Source::None, Source::None, Source::Vector(d, mem.log2() as u8)),
+        );
+        self.xdefine(d);
+    }
+
+    fn store_vector(&mut self, i: &Inst, mem: MemOp) {
+        let x = self.xmm(Val(i.b));
+        let p = self.probe(mem, (Val(i.a), i.disp()), true);
+        match mem.log2() {
+            4 => self.st.asm.movups_store(p.host(), x),
+            log2 => self.st.asm.fstore(log2 == 3, p.host(), x),
+        }
+        let value = Source::Vector(x, mem.log2() as u8);
+        self.cold_access(Slow::Store, mem.0, &p, (value, Source::None, Source::None));
+    }
+
     /// Loads with extension to 64 bits (`w`) or 32.
     fn load_int(&mut self, mem: MemOp, w: bool, d: Reg, m: Mem) {
         let a = &mut self.st.asm;
@@ -298,6 +328,9 @@ impl Cx<'_> {
         let mem = i.mem();
         let log2 = mem.log2();
         let v = Val(i.b);
+        if i.ty == Type::V128 {
+            return self.store_vector(i, mem);
+        }
         if i.ty.is_float() {
             let x = self.xmm(v);
             let double = i.ty == Type::F64;

@@ -17,6 +17,7 @@ mod fpcvt;
 mod int;
 mod mem;
 mod muldiv;
+mod vec;
 
 use crate::CodegenError;
 use crate::asm::{Asm, Reg};
@@ -238,6 +239,8 @@ impl Cx<'_> {
             Op::AtomicCas => self.cas(i),
             Op::Fence => self.fence(i),
             Op::Call => self.call(i),
+            Op::Vec | Op::VecFp => self.vec(i),
+            Op::Host => self.host(i),
             Op::Label
             | Op::Br
             | Op::BrCond

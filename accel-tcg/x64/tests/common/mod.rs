@@ -6,7 +6,7 @@ use holdfast_tcg_ir::env::{self, Env, SlowPaths, header, tables};
 use holdfast_tcg_ir::helper::HelperRet;
 use holdfast_tcg_ir::interp::{Interpreter, Outcome, SlowMemory};
 use holdfast_tcg_ir::{GuestSpec, HelperTable, MemOp, Region, RmwKind, Slot, verify};
-use holdfast_tcg_x64::{HostFeatures, Stubs, Target, Translator};
+use holdfast_tcg_x64::{HostFeatures, NativeRunner, Stubs, Target, Translator};
 
 /// Guest state: 32 integer registers (offset 0), 32 floating-point registers (256), 32-bit things (512).
 #[repr(C)]
@@ -16,6 +16,12 @@ pub struct State {
     pub f: [u64; 32],
     pub w: [u32; 16],
     pub last_helper: [u64; 8],
+    pub v: [[u64; 2]; 24],
+}
+
+/// A vector slot.
+pub const fn v(n: usize) -> Slot {
+    Slot::new(640 + 16 * n as u32, holdfast_tcg_ir::Type::V128)
 }
 
 pub const fn x(n: usize) -> Slot {
@@ -75,13 +81,13 @@ unsafe fn range(env: *mut u8, va: u64, mem: MemOp, pc: u64) -> Option<usize> {
 }
 
 fn extend(v: u64, mem: MemOp) -> u64 {
-    let sh = 64 - mem.bytes() * 8;
+    let sh = 64 - mem.bytes().min(8) * 8;
     if mem.is_signed() { ((v << sh) as i64 >> sh) as u64 } else { v << sh >> sh }
 }
 
 fn get(b: &[u8], mem: MemOp) -> u64 {
     let mut x = [0u8; 8];
-    let n = mem.bytes() as usize;
+    let n = mem.bytes().min(8) as usize;
     x[..n].copy_from_slice(&b[..n]);
     if mem.is_big_endian() {
         x[..n].reverse();
@@ -90,7 +96,7 @@ fn get(b: &[u8], mem: MemOp) -> u64 {
 }
 
 fn put(b: &mut [u8], mem: MemOp, v: u64) {
-    let n = mem.bytes() as usize;
+    let n = mem.bytes().min(8) as usize;
     let mut x = v.to_le_bytes();
     if mem.is_big_endian() {
         x[..n].reverse();
@@ -103,7 +109,12 @@ unsafe extern "C" fn load(env: *mut u8, va: u64, desc: u32, pc: u64) -> HelperRe
     // SAFETY: called with a machine's environment.
     unsafe {
         match range(env, va, mem, pc) {
-            Some(at) => HelperRet::ok(get(&ram(env).bytes[at..], mem)),
+            Some(at) => {
+                if mem.bytes() == 16 {
+                    (*header(env)).scratch[0] = get(&ram(env).bytes[at + 8..], MemOp::U64);
+                }
+                HelperRet::ok(get(&ram(env).bytes[at..], mem))
+            }
             None => HelperRet::exit(env::exit::FAULT),
         }
     }
@@ -115,6 +126,9 @@ unsafe extern "C" fn store(env: *mut u8, va: u64, desc: u32, pc: u64, v: u64) ->
     unsafe {
         match range(env, va, mem, pc) {
             Some(at) => {
+                if mem.bytes() == 16 {
+                    put(&mut ram(env).bytes[at + 8..], MemOp::U64, (*header(env)).scratch[0]);
+                }
                 put(&mut ram(env).bytes[at..], mem, v);
                 HelperRet::ok(0)
             }
@@ -223,7 +237,8 @@ impl Machine {
         let stubs = translator.stubs(code.bytes(), exec).unwrap();
         let env = Map::new(size_of::<Env<State>>(), false);
         let ram = Box::new(Ram { bytes: vec![0; RAM_SIZE], fill: true, slow_calls: 0, fault: None });
-        let interp = Interpreter::new();
+        let mut interp = Interpreter::new();
+        interp.native = Some(Box::new(NativeRunner::new().unwrap()));
         Machine { env, code, ram, translator, stubs, interp, helpers, compiled_len: 0 }
     }
 
@@ -319,6 +334,7 @@ impl Machine {
                 v.extend(s.f);
                 v.extend(s.w.chunks(2).map(|w| u64::from(w[0]) | u64::from(w[1]) << 32));
                 v.extend(s.last_helper);
+                v.extend(s.v.as_flattened());
                 v
             };
             for (n, (g, w)) in words(&got).iter().zip(words(&want)).enumerate() {
@@ -448,7 +464,7 @@ pub const SPECIAL32: [u32; 20] = [
 ];
 
 pub fn random_state(rng: &mut Rng) -> State {
-    let mut s = State { x: [0; 32], f: [0; 32], w: [0; 16], last_helper: [0; 8] };
+    let mut s = State { x: [0; 32], f: [0; 32], w: [0; 16], last_helper: [0; 8], v: [[0; 2]; 24] };
     for v in &mut s.x {
         *v = rng.int();
     }
@@ -457,6 +473,9 @@ pub fn random_state(rng: &mut Rng) -> State {
     }
     for v in &mut s.w {
         *v = rng.int() as u32;
+    }
+    for v in s.v.as_flattened_mut() {
+        *v = if rng.below(2) == 0 { rng.float() } else { rng.int() };
     }
     s
 }
