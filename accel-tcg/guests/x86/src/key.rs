@@ -49,8 +49,10 @@ bitflags::bitflags! {
         const AVX = 1 << 16;
         /// IOPL allows CLI, STI and port I/O.
         const IOPL_OK = 1 << 17;
-        /// MMU index of loads and stores, three bits: see [`idx`].
-        const MMU_IDX = 7 << 18;
+        /// MMU index of loads and stores, two bits: see [`idx`].
+        const MMU_IDX = 3 << 18;
+        /// The guest has unmasked SIMD floating-point exceptions ([`crate::state::X86::mxcsr_unmasked`] is not 0).
+        const SIMD_TRAPS = 1 << 20;
         /// Alignment checks are on (CR0.AM, RFLAGS.AC, CPL 3).
         const ALIGN = 1 << 21;
         /// Any of DR7's data or I/O breakpoints is enabled.
@@ -93,6 +95,6 @@ impl Key {
 
     /// MMU index of loads and stores.
     pub fn mmu_idx(self) -> u8 {
-        (self.bits() >> 18 & 7) as u8
+        (self.bits() >> 18 & 3) as u8
     }
 }

@@ -182,8 +182,9 @@ pub struct X86 {
     pub vec_scratch: [[u64; 4]; 4],
     /// x87.
     pub x87: X87,
-    /// Padding.
-    pub pad1: [u64; 1],
+    /// Bits 7 to 12: SIMD floating-point exceptions that are unmasked in the guest's MXCSR (the host's has all masked);
+    /// bit 15: FZ, when unmasked underflow makes it void. See `fpu::mxcsr`.
+    pub mxcsr_unmasked: u64,
 }
 
 const _: () = assert!(offset_of!(X86, ymm).is_multiple_of(64));
