@@ -185,6 +185,43 @@ pub struct X86 {
     /// Bits 7 to 12: SIMD floating-point exceptions that are unmasked in the guest's MXCSR (the host's has all masked);
     /// bit 15: FZ, when unmasked underflow makes it void. See `fpu::mxcsr`.
     pub mxcsr_unmasked: u64,
+    /// The PDPTE registers of PAE paging (SDM volume 3, section 4.4.1).
+    pub pdpte: [u64; 4],
+    /// Bits of CR4 that this processor has.
+    pub cr4_bits: u64,
+    /// Bits of IA32_EFER that it has.
+    pub efer_bits: u64,
+    /// Bits of XCR0 that it has.
+    pub xcr0_bits: u64,
+    /// Width of physical addresses in bits.
+    pub phys_bits: u64,
+    /// Debug exceptions to raise behind the instruction that was just done: bits of DR6, 0 for none.
+    pub debug_pending: u64,
+    /// Padding.
+    pub pad2: [u64; 6],
+    /// How many of `cpuid` there are.
+    pub cpuid_count: u64,
+    /// What CPUID says.
+    pub cpuid: [CpuidLeaf; CPUID_LEAVES],
+}
+
+/// Most leaves that CPUID has.
+pub const CPUID_LEAVES: usize = 80;
+
+/// A CPUID leaf.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct CpuidLeaf {
+    /// Input EAX.
+    pub function: u32,
+    /// Input ECX.
+    pub index: u32,
+    /// 1 if ECX selects it, else 0.
+    pub indexed: u32,
+    /// Zero.
+    pub pad: u32,
+    /// EAX, EBX, ECX, EDX.
+    pub regs: [u32; 4],
 }
 
 const _: () = assert!(offset_of!(X86, ymm).is_multiple_of(64));

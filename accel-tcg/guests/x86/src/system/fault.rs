@@ -1,0 +1,53 @@
+//! Exceptions as faults of the runtime: `cause` is the vector, `value` CR2, `aux` the error code and what follows.
+
+use holdfast_tcg_runtime::Fault;
+
+use super::regs::vector;
+
+/// Bit of `aux`: there is an error code, in the low 32 bits.
+pub(crate) const HAS_CODE: u64 = 1 << 32;
+
+/// An exception without an error code.
+pub(crate) fn plain(vector: u8) -> Fault {
+    Fault { cause: u64::from(vector), value: 0, aux: 0 }
+}
+
+/// An exception with an error code.
+pub(crate) fn coded(vector: u8, code: u32) -> Fault {
+    Fault { cause: u64::from(vector), value: 0, aux: HAS_CODE | u64::from(code) }
+}
+
+/// #UD
+pub(crate) fn ud() -> Fault {
+    plain(vector::UD)
+}
+
+/// #GP
+pub(crate) fn gp(code: u32) -> Fault {
+    coded(vector::GP, code)
+}
+
+/// #SS
+pub(crate) fn ss(code: u32) -> Fault {
+    coded(vector::SS, code)
+}
+
+/// #NP
+pub(crate) fn np(code: u32) -> Fault {
+    coded(vector::NP, code)
+}
+
+/// #TS
+pub(crate) fn ts(code: u32) -> Fault {
+    coded(vector::TS, code)
+}
+
+/// #PF at `va`.
+pub(crate) fn pf(va: u64, code: u32) -> Fault {
+    Fault { cause: u64::from(vector::PF), value: va, aux: HAS_CODE | u64::from(code) }
+}
+
+/// The error code of a fault, if it has one.
+pub(crate) fn code(fault: &Fault) -> Option<u32> {
+    (fault.aux & HAS_CODE != 0).then_some(fault.aux as u32)
+}
