@@ -70,10 +70,11 @@ pub mod idx {
     pub const USER: u8 = 1;
     /// Supervisor with RFLAGS.AC set: user pages may be accessed.
     pub const KERNEL_AC: u8 = 2;
-    /// Implicit supervisor accesses (descriptor tables, TSS, interrupt stacks of inner levels).
-    pub const SYSTEM: u8 = 3;
+    /// Implicit supervisor accesses (descriptor tables, TSS, interrupt stacks of inner levels): SMAP is in force for
+    /// them whatever RFLAGS.AC says.
+    pub const SYSTEM: u8 = KERNEL;
     /// How many.
-    pub const COUNT: u8 = 4;
+    pub const COUNT: u8 = 3;
 }
 
 impl Key {

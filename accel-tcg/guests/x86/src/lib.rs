@@ -7,3 +7,4 @@ pub mod apic;
 pub mod flags;
 pub mod key;
 pub mod state;
+pub mod system;

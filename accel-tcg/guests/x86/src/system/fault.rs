@@ -51,3 +51,6 @@ pub(crate) fn pf(va: u64, code: u32) -> Fault {
 pub(crate) fn code(fault: &Fault) -> Option<u32> {
     (fault.aux & HAS_CODE != 0).then_some(fault.aux as u32)
 }
+
+/// Bit of `aux`: the pushed flags have RF set (instruction breakpoints).
+pub(crate) const RESUME: u64 = 1 << 33;

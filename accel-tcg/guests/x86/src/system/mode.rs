@@ -88,25 +88,6 @@ impl X86 {
         let shift = 64 - self.linear_bits();
         ((va << shift) as i64 >> shift) as u64 == va
     }
-
-    /// All of RFLAGS.
-    pub(crate) fn rflags(&self) -> u64 {
-        self.flags | rflags::FIXED | crate::flags::status(self.cc_op, self.cc_dst, self.cc_src, self.cc_aux)
-    }
-
-    /// Replaces all of RFLAGS.
-    pub(crate) fn set_rflags(&mut self, value: u64) {
-        self.flags = value & !rflags::STATUS | rflags::FIXED;
-        self.set_status(value);
-    }
-
-    /// Replaces the status flags.
-    pub(crate) fn set_status(&mut self, value: u64) {
-        self.cc_op = crate::flags::CcOp::FLAGS.0 as u64;
-        self.cc_dst = 0;
-        self.cc_src = value & rflags::STATUS;
-        self.cc_aux = 0;
-    }
 }
 
 /// Usable, base 0, limit 4 GiB, writable data that does not expand down.
@@ -157,6 +138,7 @@ pub(crate) fn key(s: &X86) -> Key {
     let iopl_ok = if s.vm86() { s.iopl() == 3 } else { s.cr0 & cr0::PE == 0 || s.cpl <= s.iopl() };
     key.set(Key::IOPL_OK, iopl_ok);
     key.set(Key::ALIGN, s.cpl == 3 && s.cr0 & cr0::AM != 0 && s.flags & rflags::AC != 0);
+    key.set(Key::SIMD_TRAPS, s.mxcsr_unmasked != 0);
     key.set(Key::UMIP, s.cpl > 0 && s.cr4 & cr4::UMIP != 0);
     key | Key::from_bits_truncate(u32::from(s.data_idx()) << 18)
 }

@@ -1,0 +1,202 @@
+//! CPUID: what translation offers, and the instruction (SDM volume 2, CPUID; APM volume 3, appendix E).
+
+use holdfast_arch::x86_64::{CpuidEntry, CpuidModel, cpuid as tables};
+use holdfast_tcg_runtime::{Cpu, Fault};
+
+use super::regs::cr4;
+use crate::apic;
+use crate::state::X86;
+
+/// Leaf 1 EDX: everything up to SSE2 but VME, PSN, DS, ACPI, SS, TM and PBE.
+const BASE_EDX: u32 = 0x078b_fbfd;
+/// Leaf 1 ECX, done by translated code or helpers: CX16, PCID, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND.
+const BASE_ECX: u32 =
+    1 << 13 | 1 << 17 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 26 | 1 << 30;
+/// Leaf 1 ECX, run by the host's processor: SSE3, PCLMULQDQ, SSSE3, FMA, SSE4.1, SSE4.2, AES, AVX, F16C.
+const VECTOR_ECX: u32 =
+    1 | 1 << 1 | 1 << 9 | 1 << 12 | 1 << 19 | 1 << 20 | 1 << 25 | 1 << 28 | 1 << 29;
+/// Leaf 7 EBX: FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB.
+const BASE_7_EBX: u32 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 7
+    | 1 << 8
+    | 1 << 9
+    | 1 << 10
+    | 1 << 18
+    | 1 << 19
+    | 1 << 20
+    | 1 << 23
+    | 1 << 24;
+/// Leaf 7 EBX, run by the host's: AVX2, SHA.
+const VECTOR_7_EBX: u32 = 1 << 5 | 1 << 29;
+/// Leaf 7 ECX: UMIP, RDPID.
+const BASE_7_ECX: u32 = 1 << 2 | 1 << 22;
+/// Leaf 7 ECX, run by the host's: VAES, VPCLMULQDQ.
+const VECTOR_7_ECX: u32 = 1 << 9 | 1 << 10;
+/// Leaf 7 ECX: five-level paging, which costs every page walk and so is given to models that name it only.
+const LA57: u32 = 1 << 16;
+/// Leaf 7 EDX: fast short REP MOV.
+const BASE_7_EDX: u32 = 1 << 4;
+/// Leaf 0x80000001 ECX: LAHF, CR8 in 32-bit mode, LZCNT, PREFETCHW.
+const EXT_ECX: u32 = 1 | 1 << 4 | 1 << 5 | 1 << 8;
+/// Leaf 0x80000001 EDX, besides the copies of leaf 1: SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
+const EXT_EDX: u32 = 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
+/// The bits of leaf 1 EDX that AMD's processors repeat there.
+const EXT_COPIES: u32 = 0x0183_f3ff;
+
+/// EBX of leaf 0 of AMD's processors: "Auth".
+const AMD: u32 = 0x6874_7541;
+/// The same of Intel's: "Genu".
+const INTEL: u32 = 0x756e_6547;
+
+/// Size of the XSAVE area with x87, SSE and AVX state.
+const XSAVE_SIZE: u32 = 832;
+
+#[cfg(target_arch = "x86_64")]
+fn host(function: u32, index: u32) -> [u32; 4] {
+    let r = std::arch::x86_64::__cpuid_count(function & 0x8000_0000, 0);
+    if function > r.eax {
+        return [0; 4];
+    }
+    let r = std::arch::x86_64::__cpuid_count(function, index);
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+/// On other hosts vector instructions are not run: there are those of x86-64's base only.
+#[cfg(not(target_arch = "x86_64"))]
+fn host(function: u32, _index: u32) -> [u32; 4] {
+    match function {
+        0 => [0xd, 0x756e_6547, 0x6c65_746e, 0x4965_6e69],
+        1 => [0x0006_0fb1, 0x800, 0, 0],
+        0x8000_0008 => [0x3028, 0, 0, 0],
+        _ => [0; 4],
+    }
+}
+
+fn entry(function: u32, regs: [u32; 4]) -> CpuidEntry {
+    CpuidEntry { function, index: 0, indexed: false, regs }
+}
+
+fn sub(function: u32, index: u32, regs: [u32; 4]) -> CpuidEntry {
+    CpuidEntry { function, index, indexed: true, regs }
+}
+
+/// Everything that translation offers on this host.
+pub(crate) fn supported() -> Vec<CpuidEntry> {
+    let [_, b0, c0, d0] = host(0, 0);
+    let [a1, _, c1, _] = host(1, 0);
+    let [_, b7, c7, _] = host(7, 0);
+    let [a8, ..] = host(0x8000_0008, 0);
+    let vectors = c1 & VECTOR_ECX;
+    let avx = vectors >> 28 & 1 != 0;
+    let xcr0 = if avx { 7 } else { 3 };
+    let ecx7 = BASE_7_ECX | c7 & VECTOR_7_ECX | LA57;
+    let amd = b0 == AMD;
+    let mut out = vec![
+        entry(0, [if amd { 0x10 } else { 0x1f }, b0, c0, d0]),
+        // CLFLUSH works on 64 bytes.
+        entry(1, [a1, 8 << 8, BASE_ECX | vectors, BASE_EDX]),
+        entry(2, [0x0000_0001, 0, 0, 0]),
+        sub(4, 0, [0x0000_0121, 0x01c0_003f, 63, 0]),
+        sub(4, 1, [0x0000_0122, 0x01c0_003f, 63, 0]),
+        sub(4, 2, [0x0000_0143, 0x01c0_003f, 1023, 0]),
+        sub(4, 3, [0x0000_0163, 0x03c0_003f, 0x3fff, 4]),
+        sub(4, 4, [0; 4]),
+        entry(6, [4, 0, 0, 0]), // the APIC timer always runs
+        sub(7, 0, [0, BASE_7_EBX | b7 & VECTOR_7_EBX, ecx7, BASE_7_EDX]),
+        sub(0xd, 0, [xcr0, XSAVE_SIZE, XSAVE_SIZE, 0]),
+        sub(0xd, 1, [0; 4]),
+    ];
+    if avx {
+        out.push(sub(0xd, 2, [256, 576, 0, 0]));
+    }
+    // The TSC runs at a crystal of 25 MHz times 40.
+    out.push(entry(0x15, [1, 40, 25_000_000, 0]));
+    out.push(entry(0x16, [1000, 1000, 25, 0]));
+    out.push(entry(0x4000_0000, [0x4000_0010, 0x6466_6c48, 0x2054_6166, 0x2020_4743]));
+    // The frequencies of TSC and APIC bus in kHz.
+    out.push(entry(0x4000_0010, [1_000_000, 1_000_000, 0, 0]));
+    extended(&mut out, a1, a8, (b0, c0, d0));
+    out
+}
+
+fn extended(out: &mut Vec<CpuidEntry>, a1: u32, a8: u32, (b0, c0, d0): (u32, u32, u32)) {
+    let amd = b0 == AMD;
+    let top = if amd { 0x8000_001e } else { 0x8000_0008 };
+    out.push(entry(0x8000_0000, [top, b0, c0, d0]));
+    let copies = if amd { BASE_EDX & EXT_COPIES } else { 0 };
+    out.push(entry(0x8000_0001, [a1, 0, EXT_ECX, EXT_EDX | copies]));
+    for function in 0x8000_0002..=0x8000_0004 {
+        out.push(entry(function, host(function, 0)));
+    }
+    out.push(entry(0x8000_0005, [0x01ff_01ff, 0x01ff_01ff, 0x2008_0140, 0x2008_0140]));
+    out.push(entry(0x8000_0006, [0, 0x4200_4200, 0x0200_8140, 0]));
+    out.push(entry(0x8000_0007, [0, 0, 0, 1 << 8])); // the TSC is invariant
+    let bits = if a8 & 0xff == 0 { 40 } else { (a8 & 0xff).clamp(36, 52) };
+    out.push(entry(0x8000_0008, [0x3000 | bits, 0, 0, 0]));
+    if amd {
+        out.push(entry(0x8000_001e, [0; 4]));
+    }
+}
+
+/// The table of a model: what of it translation offers.
+pub(crate) fn table(model: &CpuidModel) -> Vec<CpuidEntry> {
+    let mut supported = supported();
+    if model.entries.is_empty() {
+        for e in supported.iter_mut().filter(|e| e.function == 7 && e.index == 0) {
+            e.regs[2] &= !LA57;
+        }
+    }
+    tables::intersect(&supported, &model.entries)
+}
+
+/// EAX of leaf 1: family, model and stepping.
+pub(crate) fn signature(s: &X86) -> u32 {
+    find(s, 1, 0).unwrap_or_default()[0]
+}
+
+fn find(s: &X86, function: u32, index: u32) -> Option<[u32; 4]> {
+    let count = (s.cpuid_count as usize).min(s.cpuid.len());
+    let all = s.cpuid.get(..count)?;
+    all.iter().find(|e| e.function == function && (e.indexed == 0 || e.index == index)).map(|e| e.regs)
+}
+
+/// The leaf that answers `function`: beyond the highest, the highest basic one does (as Intel's processors have it;
+/// AMD's give zeros).
+fn answering(s: &X86, function: u32, index: u32) -> [u32; 4] {
+    if let Some(regs) = find(s, function, index) {
+        return regs;
+    }
+    let [max, vendor, ..] = find(s, 0, 0).unwrap_or_default();
+    let basic = function < 0x4000_0000;
+    // An index that a leaf does not have gives zeros, and so does a leaf in range.
+    if vendor == INTEL && basic && function > max { find(s, max, index).unwrap_or_default() } else { [0; 4] }
+}
+
+/// CPUID: reads EAX and ECX, sets EAX, EBX, ECX and EDX.
+pub(crate) fn cpuid(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
+    let enabled = apic::of(cpu).is_some_and(|a| a.base() >> 11 & 1 != 0);
+    let s = cpu.state::<X86>();
+    let (function, index) = (s.gpr[0] as u32, s.gpr[1] as u32);
+    let mut regs = answering(s, function, index);
+    match function {
+        1 => {
+            regs[2] = regs[2] & !tables::OSXSAVE | if s.cr4 & cr4::OSXSAVE != 0 { tables::OSXSAVE } else { 0 };
+            if !enabled {
+                regs[3] &= !(1 << 9);
+            }
+        }
+        7 if index == 0 && s.cr4 & cr4::PKE != 0 => regs[2] |= 1 << 4,
+        0xd if index == 0 && find(s, 0xd, 0).is_some() => {
+            regs[1] = if s.xcr0 & 4 != 0 { XSAVE_SIZE } else { 576 };
+        }
+        _ => {}
+    }
+    let [a, b, c, d] = regs.map(u64::from);
+    s.gpr[0] = a;
+    s.gpr[3] = b;
+    s.gpr[1] = c;
+    s.gpr[2] = d;
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! x87, SSE and AVX state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
+
+use holdfast_tcg_runtime::Cpu;
+
+use crate::state::X86;
+
+const LEGACY: usize = 512;
+const AVX: usize = 576;
+const SIZE: usize = 832;
+const MXCSR_MASK: u32 = 0xffff;
+
+fn put(area: &mut [u8], at: usize, bytes: &[u8]) {
+    if let Some(place) = area.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+}
+
+fn take<const N: usize>(area: &[u8], at: usize) -> [u8; N] {
+    area.get(at..at + N).and_then(|b| b.try_into().ok()).unwrap_or([0; N])
+}
+
+fn u64_at(area: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(take(area, at))
+}
+
+/// The area: 832 bytes.
+pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
+    let mxcsr = cpu.mxcsr();
+    let s = cpu.state::<X86>();
+    let mut a = vec![0; SIZE];
+    let x = &s.x87;
+    put(&mut a, 0, &(x.control as u16).to_le_bytes());
+    put(&mut a, 2, &((x.status & !0x3800 | (x.top & 7) << 11) as u16).to_le_bytes());
+    put(&mut a, 4, &[x.valid as u8]);
+    put(&mut a, 6, &(x.opcode as u16).to_le_bytes());
+    put(&mut a, 8, &x.ip.to_le_bytes());
+    put(&mut a, 16, &x.dp.to_le_bytes());
+    put(&mut a, 24, &mxcsr.to_le_bytes());
+    put(&mut a, 28, &MXCSR_MASK.to_le_bytes());
+    for n in 0..8 {
+        // ST(n), not Rn.
+        let r = x.r[(x.top as usize + n) & 7];
+        put(&mut a, 32 + 16 * n, &r.significand.to_le_bytes());
+        put(&mut a, 40 + 16 * n, &(r.sign_exponent as u16).to_le_bytes());
+    }
+    for (n, r) in s.ymm.iter().enumerate() {
+        for (half, word) in r.iter().enumerate() {
+            let at = if half < 2 { 160 + 16 * n + 8 * half } else { AVX + 16 * n + 8 * (half - 2) };
+            put(&mut a, at, &word.to_le_bytes());
+        }
+    }
+    put(&mut a, LEGACY, &(s.xcr0 & 7 | 3).to_le_bytes());
+    a
+}
+
+/// Takes over an area. Parts that its header marks as initial are initialised.
+///
+/// # Errors
+/// A text that says what does not fit.
+pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
+    if area.is_empty() {
+        return Ok(());
+    }
+    if area.len() < AVX {
+        return Err(format!("an XSAVE area of {} bytes", area.len()));
+    }
+    let present = u64_at(area, LEGACY);
+    let beyond = present & !cpu.state::<X86>().xcr0_bits;
+    if beyond != 0 {
+        return Err(format!("XSAVE components {beyond:#x} that this processor has not"));
+    }
+    let mxcsr = u32::from_le_bytes(take(area, 24));
+    cpu.set_mxcsr(if present & 6 != 0 { mxcsr & MXCSR_MASK } else { 0x1f80 });
+    let s = cpu.state::<X86>();
+    let x = &mut s.x87;
+    *x = crate::state::X87 { control: 0x37f, ..crate::state::X87::default() };
+    if present & 1 != 0 {
+        x.control = u64::from(u16::from_le_bytes(take(area, 0)));
+        let status = u64::from(u16::from_le_bytes(take(area, 2)));
+        x.status = status & !0x3800;
+        x.top = status >> 11 & 7;
+        x.valid = u64::from(take::<1>(area, 4)[0]);
+        x.opcode = u64::from(u16::from_le_bytes(take(area, 6)) & 0x7ff);
+        x.ip = u64_at(area, 8);
+        x.dp = u64_at(area, 16);
+        for n in 0..8 {
+            let r = &mut x.r[(x.top as usize + n) & 7];
+            r.significand = u64_at(area, 32 + 16 * n);
+            r.sign_exponent = u64::from(u16::from_le_bytes(take(area, 40 + 16 * n)));
+        }
+    }
+    for (n, r) in s.ymm.iter_mut().enumerate() {
+        *r = [0; 4];
+        if present & 2 != 0 {
+            r[0] = u64_at(area, 160 + 16 * n);
+            r[1] = u64_at(area, 168 + 16 * n);
+        }
+        if present & 4 != 0 {
+            r[2] = u64_at(area, AVX + 16 * n);
+            r[3] = u64_at(area, AVX + 16 * n + 8);
+        }
+    }
+    Ok(())
+}
