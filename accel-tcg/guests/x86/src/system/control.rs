@@ -67,8 +67,7 @@ pub(crate) fn write_cr0(cpu: &mut Cpu<'_>, value: u64) -> Result<(), Fault> {
     let old = s.cr0;
     let new = value & cr0::ALL | cr0::ET;
     let on = new & !old;
-    let inconsistent =
-        new & cr0::PG != 0 && new & cr0::PE == 0 || new & cr0::NW != 0 && new & cr0::CD == 0;
+    let inconsistent = new & cr0::PG != 0 && new & cr0::PE == 0 || new & cr0::NW != 0 && new & cr0::CD == 0;
     if value >> 32 != 0 || inconsistent {
         return Err(gp(0));
     }

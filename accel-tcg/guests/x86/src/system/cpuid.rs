@@ -10,11 +10,9 @@ use crate::state::X86;
 /// Leaf 1 EDX: everything up to SSE2 but VME, PSN, DS, ACPI, SS, TM and PBE.
 const BASE_EDX: u32 = 0x078b_fbfd;
 /// Leaf 1 ECX, done by translated code or helpers: CX16, PCID, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND.
-const BASE_ECX: u32 =
-    1 << 13 | 1 << 17 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 26 | 1 << 30;
+const BASE_ECX: u32 = 1 << 13 | 1 << 17 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 26 | 1 << 30;
 /// Leaf 1 ECX, run by the host's processor: SSE3, PCLMULQDQ, SSSE3, FMA, SSE4.1, SSE4.2, AES, AVX, F16C.
-const VECTOR_ECX: u32 =
-    1 | 1 << 1 | 1 << 9 | 1 << 12 | 1 << 19 | 1 << 20 | 1 << 25 | 1 << 28 | 1 << 29;
+const VECTOR_ECX: u32 = 1 | 1 << 1 | 1 << 9 | 1 << 12 | 1 << 19 | 1 << 20 | 1 << 25 | 1 << 28 | 1 << 29;
 /// Leaf 7 EBX: FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB.
 const BASE_7_EBX: u32 = 1
     | 1 << 1
@@ -182,7 +180,8 @@ pub(crate) fn cpuid(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
     let mut regs = answering(s, function, index);
     match function {
         1 => {
-            regs[2] = regs[2] & !tables::OSXSAVE | if s.cr4 & cr4::OSXSAVE != 0 { tables::OSXSAVE } else { 0 };
+            regs[2] =
+                regs[2] & !tables::OSXSAVE | if s.cr4 & cr4::OSXSAVE != 0 { tables::OSXSAVE } else { 0 };
             if !enabled {
                 regs[3] &= !(1 << 9);
             }

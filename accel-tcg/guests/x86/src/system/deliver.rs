@@ -203,10 +203,12 @@ fn gate_target(cpu: &mut Cpu<'_>, event: &Event, gate: &Descriptor) -> Result<De
     if selector & !3 == 0 {
         return Err(gp(ext));
     }
-    let with_ext = |f: Fault| if fault::code(&f).is_some() && f.cause == u64::from(vector::GP) {
-        Fault { aux: f.aux | u64::from(ext), ..f }
-    } else {
-        f
+    let with_ext = |f: Fault| {
+        if fault::code(&f).is_some() && f.cause == u64::from(vector::GP) {
+            Fault { aux: f.aux | u64::from(ext), ..f }
+        } else {
+            f
+        }
     };
     let code = selector_code(selector) | ext;
     let mut d = fetch(cpu, selector).map_err(with_ext)?;

@@ -99,11 +99,7 @@ fn enter(cpu: &mut Cpu<'_>, d: &Descriptor, target: Target, level: u64) -> Resul
 }
 
 /// Checks a call gate and reads where it leads.
-fn through_gate(
-    cpu: &mut Cpu<'_>,
-    gate: &Descriptor,
-    selector: u16,
-) -> Result<(Descriptor, Target), Fault> {
+fn through_gate(cpu: &mut Cpu<'_>, gate: &Descriptor, selector: u16) -> Result<(Descriptor, Target), Fault> {
     let code = selector_code(selector);
     let s = cpu.state::<X86>();
     let (cpl, long) = (s.cpl, s.long());

@@ -292,7 +292,11 @@ fn load_table(cpu: &mut Cpu<'_>, [which, at, size, idx, _]: [u64; 5]) -> HelperR
     if size == 8 && !s.canonical(base) {
         return Err(gp(0).into());
     }
-    if which & 1 != 0 { s.idt = [base, limit] } else { s.gdt = [base, limit] }
+    if which & 1 != 0 {
+        s.idt = [base, limit]
+    } else {
+        s.gdt = [base, limit]
+    }
     Ok(0)
 }
 

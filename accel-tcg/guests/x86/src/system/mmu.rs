@@ -170,7 +170,11 @@ fn walk_narrow(s: &X86, phys: &PhysMemory, va: u64, path: &mut Path) -> Result<L
 }
 
 fn walk(s: &X86, phys: &PhysMemory, va: u64, path: &mut Path) -> Result<Leaf, Miss> {
-    if s.cr4 & cr4::PAE != 0 || s.long() { walk_wide(s, phys, va, path) } else { walk_narrow(s, phys, va, path) }
+    if s.cr4 & cr4::PAE != 0 || s.long() {
+        walk_wide(s, phys, va, path)
+    } else {
+        walk_narrow(s, phys, va, path)
+    }
 }
 
 /// PKRU: (reads are denied, writes are denied) for the leaf.

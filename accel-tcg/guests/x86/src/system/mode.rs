@@ -98,8 +98,8 @@ fn flat(s: &SegmentRegister) -> bool {
 
 fn step(s: &X86) -> bool {
     let dr7 = s.dr[dr::DR7];
-    let fetch_breakpoint = dr7 & 0xff != 0
-        && (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0);
+    let fetch_breakpoint =
+        dr7 & 0xff != 0 && (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0);
     s.flags & rflags::TF != 0 || fetch_breakpoint
 }
 

@@ -91,8 +91,7 @@ pub(crate) fn init(cpu: &mut Cpu<'_>) {
     flags::write(s, rflags::FIXED);
     let data = SegmentRegister { base: 0, limit: 0xffff, selector: 0, attributes: 0x93 };
     s.seg = [data; 6];
-    s.seg[seg::CS] =
-        SegmentRegister { base: 0xffff_0000, limit: 0xffff, selector: 0xf000, attributes: 0x9b };
+    s.seg[seg::CS] = SegmentRegister { base: 0xffff_0000, limit: 0xffff, selector: 0xf000, attributes: 0x9b };
     s.ldt = SegmentRegister { attributes: 0x82, ..data };
     s.tr = SegmentRegister { attributes: 0x8b, ..data };
     s.gdt = [0, 0xffff];

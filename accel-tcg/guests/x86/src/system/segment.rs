@@ -230,7 +230,6 @@ fn stack(cpu: &mut Cpu<'_>, selector: u16, cpl: u64) -> Result<SegmentRegister, 
     Ok(d.register(selector))
 }
 
-
 /// Checks `selector` for DS, ES, FS and GS.
 fn data(cpu: &mut Cpu<'_>, selector: u16, old: &SegmentRegister) -> Result<SegmentRegister, Fault> {
     if selector & !3 == 0 {

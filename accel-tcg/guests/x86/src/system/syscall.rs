@@ -20,7 +20,12 @@ const CODE32: u64 = 0xc09b;
 const CODE64: u64 = 0xa09b;
 
 fn flat(selector: u64, attributes: u64, dpl: u64) -> SegmentRegister {
-    SegmentRegister { base: 0, limit: 0xffff_ffff, selector: selector & 0xffff, attributes: attributes | dpl << 5 }
+    SegmentRegister {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector: selector & 0xffff,
+        attributes: attributes | dpl << 5,
+    }
 }
 
 fn set_segments(s: &mut X86, cs: u64, ss: u64, code: u64, level: u64) {

@@ -52,12 +52,7 @@ fn segment(s: &SegmentRegister) -> Segment {
 
 fn register(s: &Segment) -> SegmentRegister {
     let attributes = if s.unusable { 0 } else { u64::from(s.attributes & 0xf0ff) };
-    SegmentRegister {
-        base: s.base,
-        limit: u64::from(s.limit),
-        selector: u64::from(s.selector),
-        attributes,
-    }
+    SegmentRegister { base: s.base, limit: u64::from(s.limit), selector: u64::from(s.selector), attributes }
 }
 
 fn table(t: [u64; 2]) -> Table {
@@ -225,8 +220,8 @@ fn resume_delivery(cpu: &mut Cpu<'_>, state: &State) {
 /// Register dump.
 pub(crate) fn describe(state: &State) -> String {
     const NAMES: [&str; 16] = [
-        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13", "R14",
-        "R15",
+        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8", "R9", "R10", "R11", "R12", "R13",
+        "R14", "R15",
     ];
     let mut out = String::new();
     for (n, (name, value)) in NAMES.iter().zip(state.gpr).enumerate() {
@@ -234,12 +229,18 @@ pub(crate) fn describe(state: &State) -> String {
     }
     let _ = writeln!(out, "RIP={:016x} RFL={:08x} EFER={:x}", state.rip, state.rflags, state.efer);
     for (name, s) in ["ES", "CS", "SS", "DS", "FS", "GS"].iter().zip(&state.segments) {
-        let _ = writeln!(out, "{name} ={:04x} {:016x} {:08x} {:04x}", s.selector, s.base, s.limit, s.attributes);
+        let _ =
+            writeln!(out, "{name} ={:04x} {:016x} {:08x} {:04x}", s.selector, s.base, s.limit, s.attributes);
     }
     for (name, s) in [("LDT", &state.ldt), ("TR ", &state.tr)] {
-        let _ = writeln!(out, "{name}={:04x} {:016x} {:08x} {:04x}", s.selector, s.base, s.limit, s.attributes);
+        let _ =
+            writeln!(out, "{name}={:04x} {:016x} {:08x} {:04x}", s.selector, s.base, s.limit, s.attributes);
     }
-    let _ = writeln!(out, "GDT={:016x} {:04x} IDT={:016x} {:04x}", state.gdt.base, state.gdt.limit, state.idt.base, state.idt.limit);
+    let _ = writeln!(
+        out,
+        "GDT={:016x} {:04x} IDT={:016x} {:04x}",
+        state.gdt.base, state.gdt.limit, state.idt.base, state.idt.limit
+    );
     let [cr0, cr2, cr3, cr4, cr8] = state.cr;
     let _ = writeln!(out, "CR0={cr0:08x} CR2={cr2:016x} CR3={cr3:016x} CR4={cr4:08x} CR8={cr8:x}");
     out
