@@ -25,6 +25,8 @@ pub struct Builder {
     effects: Vec<(Effects, Type)>,
     /// Sign extensions of this block: (operand, result), direct mapped.
     extended: [(u32, u32); 8],
+    /// Zero extensions likewise.
+    extended_u: [(u32, u32); 8],
 }
 
 impl Builder {
@@ -89,6 +91,7 @@ impl Builder {
     fn new_block(&mut self) {
         self.known.fill((u32::MAX, 0));
         self.extended = [(u32::MAX, 0); 8];
+        self.extended_u = [(u32::MAX, 0); 8];
     }
 
     #[inline]
@@ -246,10 +249,20 @@ impl Builder {
 
     /// `I32` to `I64` with zeroes.
     pub fn zext(&mut self, a: Val) -> Val {
-        match self.as_const(a) {
-            Some(x) => self.constant(Type::I64, x & 0xffff_ffff),
-            None => self.push_op(Op::ZExt, Type::I64, 0, (a.0, 0, 0)),
+        if let Some(x) = self.as_const(a) {
+            return self.constant(Type::I64, x & 0xffff_ffff);
         }
+        // The same extension again.
+        let n = a.index() % self.extended_u.len().max(1);
+        match self.extended_u.get(n) {
+            Some(&(of, v)) if of == a.0 => return Val(v),
+            _ => {}
+        }
+        let v = self.push_op(Op::ZExt, Type::I64, 0, (a.0, 0, 0));
+        if let Some(e) = self.extended_u.get_mut(n) {
+            *e = (a.0, v.0);
+        }
+        v
     }
 
     /// `I64` to `I32`.
@@ -260,6 +273,12 @@ impl Builder {
             Op::SExt | Op::ZExt => Val(d.a),
             _ => self.push_op(Op::Trunc, Type::I32, 0, (a.0, 0, 0)),
         }
+    }
+
+    /// Whether `a cc b`, if that is known now: a branch on it would fold.
+    pub fn known_cond(&mut self, cc: Cond, a: Val, b: Val) -> Option<bool> {
+        let (cc, a, b) = self.order(cc, a, b);
+        fold::cond(cc, self.ty(a), (a, self.as_const(a)), (b, self.as_const(b)))
     }
 
     /// `I64` 1 when `a cc b`, else 0.

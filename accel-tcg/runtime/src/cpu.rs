@@ -81,6 +81,11 @@ impl<'a> Cpu<'a> {
         self.core.shared.request(crate::shared::request::INTERRUPT);
     }
 
+    /// True if translated code is asked to leave: helpers that run for long return early then.
+    pub fn exit_requested(&self) -> bool {
+        self.core.shared.env().exit_request().load(std::sync::atomic::Ordering::Relaxed) != 0
+    }
+
     /// The guest says that it spins. Now and then the host's CPU is offered to others: the vCPU that it waits
     /// for may need it.
     pub fn spins(&mut self) {

@@ -1,0 +1,256 @@
+//! Near jumps, calls, returns and loops.
+
+use holdfast_tcg_ir::{Cond, JumpHint, Val};
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::cc::Test;
+use super::{Size, Translator};
+use crate::key::{CodeSize, Key};
+
+/// The linear address that a relative jump of whole RIP or EIP goes to. `None` if it depends on the base of CS, or
+/// for other instructions.
+pub(super) fn target(insn: &Instruction, key: Key) -> Option<u64> {
+    match insn.op0_kind() {
+        OpKind::NearBranch64 => Some(insn.near_branch64()),
+        OpKind::NearBranch32 if key.contains(Key::CS_FLAT) => Some(u64::from(insn.near_branch32())),
+        _ => None,
+    }
+}
+
+/// Whether the region ends behind the instruction because it may change what the key is made of. (Those that do not
+/// go on at the next instruction end it anyway.)
+pub(super) fn ends_region(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    match insn.mnemonic() {
+        Popf | Popfd | Popfq | Sti | Clac | Stac | Clts | Lmsw | Lldt | Ltr | Lgdt | Lidt | Invlpg | Invpcid
+        | Wrmsr | Xsetbv | Wrpkru | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss | Swapgs | Wbinvd
+        | Invd | Wrfsbase | Wrgsbase | Xrstors | Xrstors64 | Fxrstor | Fxrstor64 | Xrstor | Xrstor64
+        | Ldmxcsr | Vldmxcsr | Insb | Insw | Insd | Outsb | Outsw | Outsd | In | Out | Cpuid | Serialize => true,
+        Mov | Pop => {
+            let r = if insn.op0_kind() == OpKind::Register { insn.op0_register() } else { Register::None };
+            r.is_segment_register() || r.is_cr() || r.is_dr()
+        }
+        _ => false,
+    }
+}
+
+impl Translator<'_> {
+    pub(super) fn control(&mut self, insn: &Instruction) -> bool {
+        match insn.flow_control() {
+            FlowControl::ConditionalBranch => self.conditional_jump(insn),
+            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => self.near_jump(insn),
+            FlowControl::Call | FlowControl::IndirectCall => self.near_call(insn),
+            FlowControl::Return => self.near_return(insn),
+            _ => false,
+        }
+    }
+
+    /// Where a relative jump goes, as linear address.
+    fn relative(&mut self, insn: &Instruction) -> Val {
+        let bits = match insn.op0_kind() {
+            OpKind::NearBranch16 => 16,
+            OpKind::NearBranch32 => 32,
+            _ => 64,
+        };
+        let displacement = match bits {
+            16 => i64::from(insn.near_branch16().wrapping_sub(self.next as u16) as i16),
+            32 => i64::from(insn.near_branch32().wrapping_sub(self.next as u32) as i32),
+            _ => insn.near_branch64().wrapping_sub(self.next) as i64,
+        };
+        let next = self.next;
+        let ip = self.ip_of(next);
+        let ip = self.b.addi(ip, displacement);
+        let ip = match bits {
+            16 => self.b.andi(ip, 0xffff),
+            32 => self.wrap32(ip),
+            _ => ip,
+        };
+        self.pc_of(ip)
+    }
+
+    fn jump_relative(&mut self, insn: &Instruction) {
+        match target(insn, self.key) {
+            Some(to) => self.jump(to),
+            None => {
+                let to = self.relative(insn);
+                self.goto_val(to, JumpHint::Jump);
+            }
+        }
+    }
+
+    /// A relative jump if `test`.
+    fn jump_if(&mut self, insn: &Instruction, test: Test) {
+        if let Some(to) = target(insn, self.key) {
+            return self.branch(test, to);
+        }
+        self.sync();
+        let (cc, a, b) = test;
+        match self.b.known_cond(cc, a, b) {
+            Some(true) => self.jump_relative(insn),
+            Some(false) => {}
+            None => {
+                let taken = self.b.label();
+                let after = self.b.label_at(self.next);
+                self.b.brcond(cc, a, b, taken);
+                self.b.br(after);
+                self.b.bind(taken);
+                self.cc = super::Cc::default();
+                self.jump_relative(insn);
+                self.b.bind(after);
+                self.cc = super::Cc::default();
+            }
+        }
+    }
+
+    fn conditional_jump(&mut self, insn: &Instruction) -> bool {
+        use Mnemonic::*;
+        let test = match insn.mnemonic() {
+            Jcxz | Jecxz | Jrcxz => {
+                let bits = match insn.mnemonic() {
+                    Jcxz => 16,
+                    Jecxz => 32,
+                    _ => 64,
+                };
+                self.count_test(Cond::Eq, bits)
+            }
+            Loop | Loope | Loopne => self.loop_test(insn),
+            _ => {
+                let code = insn.condition_code() as u8;
+                if code == 0 {
+                    return false; // XBEGIN
+                }
+                self.condition(code - 1)
+            }
+        };
+        self.jump_if(insn, test);
+        true
+    }
+
+    /// (E/R)CX compared with 0.
+    fn count_test(&mut self, cc: Cond, bits: u32) -> Test {
+        let count = self.gpr(1);
+        let count = match bits {
+            16 => self.b.andi(count, 0xffff),
+            32 => self.wrap32(count),
+            _ => count,
+        };
+        (cc, count, self.b.iconst(0))
+    }
+
+    fn loop_test(&mut self, insn: &Instruction) -> Test {
+        use iced_x86::Code::*;
+        let bits = match insn.code() {
+            Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
+            | Loopne_rel8_32_CX => 16,
+            Loop_rel8_16_ECX | Loop_rel8_32_ECX | Loop_rel8_64_ECX | Loope_rel8_16_ECX | Loope_rel8_32_ECX
+            | Loope_rel8_64_ECX | Loopne_rel8_16_ECX | Loopne_rel8_32_ECX | Loopne_rel8_64_ECX => 32,
+            _ => 64,
+        };
+        let size = Size::of(bits as usize / 8);
+        // The condition first: it is of the flags, which the count does not change.
+        let flag = match insn.mnemonic() {
+            Mnemonic::Loope => Some(self.condition(4)),
+            Mnemonic::Loopne => Some(self.condition(5)),
+            _ => None,
+        };
+        let flag = flag.map(|(cc, a, b)| self.b.setcond(cc, a, b));
+        let count = self.gpr_low(1, size);
+        let count = self.b.subi(count, 1);
+        self.set_gpr_low(1, size, count);
+        let (cc, a, b) = self.count_test(Cond::Ne, bits);
+        match flag {
+            None => (cc, a, b),
+            Some(flag) => {
+                let more = self.b.setcond(cc, a, b);
+                let both = self.b.and(more, flag);
+                (Cond::Ne, both, self.b.iconst(0))
+            }
+        }
+    }
+
+    /// Size of the instruction pointer that a near indirect branch loads.
+    fn branch_size(&self, insn: &Instruction) -> Size {
+        match self.op_size(insn, 0) {
+            Size::B1 => Size::B4,
+            s => s,
+        }
+    }
+
+    fn near_jump(&mut self, insn: &Instruction) -> bool {
+        match insn.op0_kind() {
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
+                if insn.mnemonic() != Mnemonic::Jmp {
+                    return false;
+                }
+                self.jump_relative(insn);
+                true
+            }
+            OpKind::Register | OpKind::Memory if insn.is_jmp_near_indirect() => {
+                let size = self.branch_size(insn);
+                let ip = self.read_op(insn, 0, size);
+                let ip = self.to64(size, ip);
+                let to = self.pc_of(ip);
+                self.goto_val(to, JumpHint::Jump);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn near_call(&mut self, insn: &Instruction) -> bool {
+        let relative = match insn.op0_kind() {
+            OpKind::NearBranch16 => Some(Size::B2),
+            OpKind::NearBranch32 => Some(Size::B4),
+            OpKind::NearBranch64 => Some(Size::B8),
+            _ => None,
+        };
+        if let Some(size) = relative {
+            let next = self.next;
+            let back = self.ip_of(next);
+            let back = self.narrow(size, back);
+            self.push(size, back);
+            match target(insn, self.key) {
+                Some(to) => self.goto(to),
+                None => {
+                    let to = self.relative(insn);
+                    self.goto_val(to, JumpHint::Call);
+                }
+            }
+            return true;
+        }
+        if !insn.is_call_near_indirect() {
+            return false;
+        }
+        let size = self.branch_size(insn);
+        let ip = self.read_op(insn, 0, size);
+        let next = self.next;
+        let back = self.ip_of(next);
+        let back = self.narrow(size, back);
+        self.push(size, back);
+        let ip = self.to64(size, ip);
+        let to = self.pc_of(ip);
+        self.goto_val(to, JumpHint::Call);
+        true
+    }
+
+    fn near_return(&mut self, insn: &Instruction) -> bool {
+        use iced_x86::Code::*;
+        let size = match insn.code() {
+            Retnw | Retnw_imm16 => Size::B2,
+            Retnd | Retnd_imm16 => Size::B4,
+            Retnq | Retnq_imm16 => Size::B8,
+            _ => return false,
+        };
+        let extra = if insn.op_count() == 1 { insn.immediate16() } else { 0 };
+        let ip = self.pop(size, i64::from(extra));
+        let ip = self.to64(size, ip);
+        let to = self.pc_of(ip);
+        self.goto_val(to, JumpHint::Return);
+        true
+    }
+
+    /// Whether this is 64-bit code.
+    pub(super) fn long(&self) -> bool {
+        self.size == CodeSize::Bits64
+    }
+}

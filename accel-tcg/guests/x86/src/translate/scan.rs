@@ -1,0 +1,356 @@
+//! Which instructions make a region.
+
+use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::{STATUS, control};
+use crate::key::{CodeSize, Key};
+
+/// More instructions than this are not worth translating before it is known that they run.
+const MAX_INSNS: u32 = 96;
+
+/// A region goes on behind an unconditional jump if an earlier branch goes there, over a gap of at most
+/// this many bytes (padding).
+const MAX_GAP: u64 = 16;
+
+const PAGE: u64 = 0xfff;
+
+/// Bytes are read in units of this size, aligned: what a region's invalidation distinguishes.
+const GRANULE: u64 = 64;
+
+/// The longest instruction.
+const MAX_LEN: usize = 15;
+
+/// An instruction of the region.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Line {
+    pub pc: u64,
+    pub insn: Instruction,
+    pub len: u8,
+    /// More than 15 bytes.
+    pub too_long: bool,
+    /// Some branch of the region goes here.
+    pub target: bool,
+    /// It may fault or leave in its middle, so that the flags before it can be seen.
+    pub faults: bool,
+    /// The status flags that may be read after it.
+    pub live: u32,
+}
+
+/// The instructions of a region, by rising pc.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    pub lines: Vec<Line>,
+    /// Behind the last byte.
+    pub end: u64,
+    /// What follows is an instruction across two pages: it has to be looked up.
+    pub end_indirect: bool,
+}
+
+impl Scan {
+    /// The instruction that starts at `pc`.
+    pub fn index_of(&self, pc: u64) -> Option<usize> {
+        self.lines.binary_search_by_key(&pc, |l| l.pc).ok()
+    }
+}
+
+/// How an instruction passes control on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    /// To the next.
+    Next,
+    /// To the next or to a constant.
+    Branch(u64),
+    /// To a constant only.
+    Jump(u64),
+    /// Elsewhere.
+    Away,
+    /// To the next, but the region ends.
+    Stop,
+}
+
+fn flow(line: &Line, key: Key) -> Flow {
+    let insn = &line.insn;
+    match insn.flow_control() {
+        FlowControl::Next if control::ends_region(insn) => Flow::Stop,
+        FlowControl::Next => Flow::Next,
+        FlowControl::ConditionalBranch => match control::target(insn, key) {
+            Some(to) => Flow::Branch(to),
+            None => Flow::Next,
+        },
+        FlowControl::UnconditionalBranch => match control::target(insn, key) {
+            Some(to) => Flow::Jump(to),
+            None => Flow::Away,
+        },
+        _ => Flow::Away,
+    }
+}
+
+/// Reads bytes of one page (and of the next, for an instruction that runs into it) as they are wanted.
+struct Bytes {
+    start: u64,
+    buffer: Vec<u8>,
+}
+
+impl Bytes {
+    /// Reads up to the end of the granule behind what there is.
+    fn more(&mut self, code: &mut CodeReader<'_, '_>) -> Result<(), Fault> {
+        let mut at = self.start.wrapping_add(self.buffer.len() as u64);
+        let end = (at | (GRANULE - 1)).wrapping_add(1);
+        while at != end {
+            if at & 1 == 0 {
+                self.buffer.extend_from_slice(&code.u16(at)?.to_le_bytes());
+                at = at.wrapping_add(2);
+            } else {
+                self.buffer.push(code.u8(at)?);
+                at = at.wrapping_add(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes the instruction at `pc`. `Ok(None)`: it runs into the next page and is not the first.
+    fn decode(
+        &mut self,
+        code: &mut CodeReader<'_, '_>,
+        pc: u64,
+        key: Key,
+    ) -> Result<Option<Line>, Fault> {
+        let bits = match key.code_size() {
+            CodeSize::Bits16 => 16,
+            CodeSize::Bits32 => 32,
+            CodeSize::Bits64 => 64,
+        };
+        let from = pc.wrapping_sub(self.start) as usize;
+        while self.buffer.len() <= from {
+            self.more(code)?;
+        }
+        let mut line = Line {
+            pc,
+            insn: Instruction::default(),
+            len: 0,
+            too_long: false,
+            target: false,
+            faults: true,
+            live: STATUS,
+        };
+        loop {
+            let bytes = self.buffer.get(from..).unwrap_or(&[]);
+            let mut decoder = Decoder::with_ip(bits, bytes, pc, DecoderOptions::NONE);
+            decoder.decode_out(&mut line.insn);
+            let used = decoder.position();
+            if decoder.last_error() != DecoderError::NoMoreBytes {
+                line.len = used.clamp(1, MAX_LEN) as u8;
+                // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
+                line.too_long = line.insn.is_invalid() && used >= MAX_LEN;
+                break;
+            }
+            let end = self.start.wrapping_add(self.buffer.len() as u64);
+            if from != 0 && end & PAGE == 0 {
+                return Ok(None);
+            }
+            self.more(code)?;
+        }
+        line.faults = can_fault(&line.insn);
+        Ok(Some(line))
+    }
+}
+
+/// Collects the region at `request.pc`.
+///
+/// # Errors
+/// The fault of fetching the first instruction.
+pub(crate) fn run(
+    request: &TranslateRequest,
+    key: Key,
+    code: &mut CodeReader<'_, '_>,
+) -> Result<Scan, Fault> {
+    let single = key.intersects(Key::STEP | Key::SHADOW);
+    let limit = if single { 1 } else { request.max_insns.clamp(1, MAX_INSNS) as usize };
+    let mut scan = Scan { lines: Vec::with_capacity(limit.min(24)), end: request.pc, end_indirect: false };
+    let mut bytes = Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize) };
+    let mut targets: Vec<u64> = Vec::new();
+    let mut pc = request.pc;
+    loop {
+        let first = scan.lines.is_empty();
+        if !first && ((pc ^ request.pc) & !PAGE != 0 || code.is_break(pc) || scan.lines.len() >= limit) {
+            break;
+        }
+        let line = match bytes.decode(code, pc, key) {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                scan.end_indirect = true;
+                break;
+            }
+            Err(fault) if first => return Err(fault),
+            Err(_) => break,
+        };
+        let next = pc.wrapping_add(u64::from(line.len));
+        scan.lines.push(line);
+        scan.end = next;
+        if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || line.insn.is_invalid() {
+            break; // it ran into the next page: alone
+        }
+        pc = match flow(&line, key) {
+            Flow::Next => next,
+            Flow::Branch(to) => {
+                targets.push(to);
+                next
+            }
+            Flow::Stop => break,
+            ended => {
+                if let Flow::Jump(to) = ended {
+                    targets.push(to);
+                }
+                match targets.iter().copied().filter(|t| *t >= next && *t - next <= MAX_GAP).min() {
+                    Some(target) => target,
+                    None => break,
+                }
+            }
+        };
+    }
+    for target in targets {
+        if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
+            line.target = true;
+        }
+    }
+    liveness(&mut scan, key);
+    Ok(scan)
+}
+
+/// Which status flags may be read after each instruction: a backward pass in which branches backward, and ways
+/// out of the region, read all.
+fn liveness(scan: &mut Scan, key: Key) {
+    let mut before: Vec<u32> = vec![STATUS; scan.lines.len()];
+    let mut live = STATUS;
+    for i in (0..scan.lines.len()).rev() {
+        let Some(line) = scan.lines.get(i) else { continue };
+        let insn = &line.insn;
+        let out = match flow(line, key) {
+            Flow::Next => live,
+            Flow::Branch(to) => {
+                let there = scan.index_of(to).filter(|&at| at > i).and_then(|at| before.get(at));
+                live | there.copied().unwrap_or(STATUS)
+            }
+            _ => STATUS,
+        };
+        live = if line.faults {
+            STATUS
+        } else {
+            let changed = if counted(insn) { 0 } else { insn.rflags_modified() };
+            (out & !changed | insn.rflags_read()) & STATUS
+        };
+        if let Some(b) = before.get_mut(i) {
+            *b = live;
+        }
+        if let Some(line) = scan.lines.get_mut(i) {
+            line.live = out;
+        }
+    }
+}
+
+/// Shifts and rotations by CL: a count of 0 leaves the flags.
+fn counted(insn: &Instruction) -> bool {
+    (1..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n) == Register::CL)
+}
+
+/// Whether the instruction may fault or leave translated code other than at its end.
+fn can_fault(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    if matches!(insn.mnemonic(), Lea | Nop) {
+        return false;
+    }
+    for n in 0..insn.op_count() {
+        match insn.op_kind(n) {
+            OpKind::Register => {
+                if !insn.op_register(n).is_gpr() {
+                    return true;
+                }
+            }
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {}
+            OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64 => {}
+            _ => return true,
+        }
+    }
+    if insn.condition_code() != iced_x86::ConditionCode::None {
+        return false; // Jcc, SETcc, CMOVcc
+    }
+    !matches!(
+        insn.mnemonic(),
+        Mov | Add
+            | Adc
+            | And
+            | Cmp
+            | Dec
+            | Inc
+            | Neg
+            | Not
+            | Or
+            | Sbb
+            | Sub
+            | Test
+            | Xor
+            | Shl
+            | Shr
+            | Sar
+            | Rol
+            | Ror
+            | Shld
+            | Shrd
+            | Imul
+            | Mul
+            | Movzx
+            | Movsx
+            | Movsxd
+            | Cbw
+            | Cwde
+            | Cdqe
+            | Cwd
+            | Cdq
+            | Cqo
+            | Bt
+            | Bts
+            | Btr
+            | Btc
+            | Bsf
+            | Bsr
+            | Tzcnt
+            | Lzcnt
+            | Popcnt
+            | Bswap
+            | Xchg
+            | Xadd
+            | Cmpxchg
+            | Clc
+            | Stc
+            | Cmc
+            | Cld
+            | Std
+            | Lahf
+            | Sahf
+            | Jmp
+            | Andn
+            | Bextr
+            | Blsi
+            | Blsmsk
+            | Blsr
+            | Bzhi
+            | Mulx
+            | Pdep
+            | Pext
+            | Rorx
+            | Sarx
+            | Shlx
+            | Shrx
+            | Endbr64
+            | Endbr32
+    )
+}
