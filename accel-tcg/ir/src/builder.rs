@@ -163,6 +163,15 @@ impl Builder {
         *self.known_at(slot) = (slot.offset, v.0);
     }
 
+    /// Forgets what value a slot has: a helper that is not said to write slots may have written this one, which is
+    /// not pinned.
+    pub fn forget(&mut self, slot: Slot) {
+        let known = self.known_at(slot);
+        if known.0 == slot.offset {
+            *known = (u32::MAX, 0);
+        }
+    }
+
     // ---- integers ----
 
     /// Any two-operand integer instruction on equal types.

@@ -61,7 +61,8 @@ impl EngineKind {
         let kind = match self {
             Self::Interpreter => {
                 let mut interpreter = Interpreter::new();
-                let native = NativeRunner::new().map_err(|e| RuntimeError::Memory("single instructions", e))?;
+                let native =
+                    NativeRunner::new().map_err(|e| RuntimeError::Memory("single instructions", e))?;
                 interpreter.native = Some(Box::new(native));
                 Kind::Interpreter(interpreter, Arc::clone(guest))
             }

@@ -8,11 +8,15 @@ pub(crate) mod string;
 use holdfast_tcg_ir::{Effects, HelperId, HelperTable, Type};
 use holdfast_tcg_runtime::{faulting_helper, plain_helper};
 
+use crate::system;
+
 /// The helpers' names in the IR.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ids {
     /// Integer and control-flow instructions.
     pub int: Int,
+    /// System instructions.
+    pub sys: system::helpers::Ids,
 }
 
 /// Of integer instructions.
@@ -20,8 +24,6 @@ pub(crate) struct Ids {
 pub(crate) struct Int {
     /// (vector, error code or -1, pc): raises an exception.
     pub raise: HelperId,
-    /// What precedes a single-stepped or shadowed instruction.
-    pub begin: HelperId,
     /// The status flags.
     pub status: HelperId,
     /// (condition): 1 if it holds.
@@ -30,8 +32,6 @@ pub(crate) struct Int {
     pub segment: HelperId,
     /// (how): a repeated string instruction; see [`string::How`].
     pub string: HelperId,
-    /// (value, size): POPF.
-    pub popf: HelperId,
     /// (kind | log2 size << 4, value, count): a rotation's result; it reads CF.
     pub rotate: HelperId,
     /// The same: the status flags after it.
@@ -56,16 +56,14 @@ pub(crate) struct Int {
 pub(crate) fn table() -> (HelperTable, Ids) {
     let mut t = HelperTable::new();
     let none = Effects::empty();
-    let system = Effects::READS_SLOTS | Effects::WRITES_SLOTS | Effects::MAY_FLUSH;
+    let all = Effects::READS_SLOTS | Effects::WRITES_SLOTS | Effects::MAY_FLUSH;
     let both = Effects::READS_SLOTS | Effects::WRITES_SLOTS;
     let int = Int {
         raise: t.faulting("raise", raise, Type::Void, 3, none),
-        begin: t.faulting("begin", begin, Type::Void, 0, Effects::MAY_FLUSH),
         status: t.plain("status", status, Type::I64, 0, none),
         holds: t.plain("holds", holds, Type::I64, 1, none),
         segment: t.faulting("segment", segment_address, Type::I64, 2, none),
-        string: t.faulting("string", string_run, Type::Void, 1, system),
-        popf: t.faulting("popf", popf, Type::Void, 2, system),
+        string: t.faulting("string", string_run, Type::Void, 1, all),
         rotate: t.plain("rotate", rotate, Type::I64, 3, none),
         rotate_flags: t.plain("rotate_flags", rotate_flags, Type::I64, 3, none),
         div64: t.faulting("div64", div64, Type::I64, 3, none),
@@ -74,18 +72,17 @@ pub(crate) fn table() -> (HelperTable, Ids) {
         pext: t.plain("pext", pext, Type::I64, 2, Effects::PURE),
         crc32: t.plain("crc32", crc32, Type::I64, 3, Effects::PURE),
         decimal: t.faulting("decimal", decimal, Type::Void, 2, both),
-        cmpxchg16b: t.faulting("cmpxchg16b", cmpxchg16b, Type::I64, 2, system),
+        cmpxchg16b: t.faulting("cmpxchg16b", cmpxchg16b, Type::I64, 2, all),
     };
-    (t, Ids { int })
+    let sys = system::helpers::register(&mut t);
+    (t, Ids { int, sys })
 }
 
 faulting_helper!(raise, control::raise);
-faulting_helper!(begin, control::begin);
 plain_helper!(status, control::status);
 plain_helper!(holds, control::holds);
 faulting_helper!(segment_address, segment::address);
 faulting_helper!(string_run, string::run);
-faulting_helper!(popf, control::popf);
 plain_helper!(rotate, arithmetic::rotate);
 plain_helper!(rotate_flags, arithmetic::rotate_flags);
 faulting_helper!(div64, arithmetic::div64);

@@ -5,6 +5,11 @@
 
 pub mod apic;
 pub mod flags;
+mod guest;
+mod helpers;
 pub mod key;
 pub mod state;
 pub mod system;
+mod translate;
+
+pub use guest::X86Guest;

@@ -77,13 +77,7 @@ impl Memory for SlowMemory {
 /// Runs host instructions for the interpreter, which shares nothing else with the host.
 pub trait Native: std::fmt::Debug + Send {
     /// Executes a vector instruction with a result of type `ty` under the guest's MXCSR, which is updated. `None` if it cannot.
-    fn vec(
-        &mut self,
-        insn: &VecInsn,
-        ty: Type,
-        args: [(Type, u128); 3],
-        mxcsr: &mut u32,
-    ) -> Option<u128>;
+    fn vec(&mut self, insn: &VecInsn, ty: Type, args: [(Type, u128); 3], mxcsr: &mut u32) -> Option<u128>;
 
     /// Runs host code on the environment under its MXCSR, which is updated. False if it cannot.
     ///

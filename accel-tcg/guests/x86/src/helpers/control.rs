@@ -2,25 +2,16 @@
 
 use holdfast_tcg_runtime::{AccessKind, Cpu, HelperResult};
 
-use crate::flags::{self, rflags};
+use crate::flags;
 use crate::state::X86;
-use crate::system::{control, events, fault, iret};
+use crate::system::fault;
 
 /// (vector, error code or -1, pc): raises an exception of the instruction at `pc`.
 pub(crate) fn raise(cpu: &mut Cpu<'_>, [vector, code, pc, ..]: [u64; 5]) -> HelperResult {
     cpu.set_pc(pc);
-    let fault = if code as i64 == -1 {
-        fault::plain(vector as u8)
-    } else {
-        fault::coded(vector as u8, code as u32)
-    };
+    let fault =
+        if code as i64 == -1 { fault::plain(vector as u8) } else { fault::coded(vector as u8, code as u32) };
     Err(fault.into())
-}
-
-/// What precedes an instruction that is single-stepped, may have a breakpoint, or is in an interrupt shadow.
-pub(crate) fn begin(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
-    events::begin(cpu)?;
-    Ok(0)
 }
 
 /// The status flags.
@@ -31,26 +22,6 @@ pub(crate) fn status(cpu: &mut Cpu<'_>, _: [u64; 5]) -> u64 {
 /// 1 if a condition holds.
 pub(crate) fn holds(cpu: &mut Cpu<'_>, [code, ..]: [u64; 5]) -> u64 {
     u64::from(flags::holds(code as u8, flags::status(cpu.state())))
-}
-
-/// POPF: the value that was popped, and its size in bytes.
-pub(crate) fn popf(cpu: &mut Cpu<'_>, [value, size, ..]: [u64; 5]) -> HelperResult {
-    let s = cpu.state::<X86>();
-    let mut mask = iret::changeable(s, size as u8) & !rflags::RF;
-    if s.flags & rflags::VM != 0 {
-        mask &= !rflags::IOPL;
-    }
-    let old = flags::read(s);
-    let new = (old & !mask | value & mask) & !rflags::RF;
-    flags::write(s, new);
-    let changed = old ^ new;
-    if changed & !(rflags::STATUS | rflags::DF | rflags::IF | rflags::ID | rflags::NT) != 0 {
-        cpu.mode_changed();
-    }
-    if changed & new & rflags::IF != 0 {
-        control::interrupts_enabled(cpu);
-    }
-    Ok(0)
 }
 
 /// CMPXCHG16B at an aligned address; 1 if it was equal. ZF is the caller's.

@@ -240,7 +240,9 @@ impl Translator<'_> {
             (0, Some(_), _) if self.cc.turn_of => None,
             (3, Some(_), _) | (3, _, Some(_)) => None,
             // OF could be the slots' rotation's, and is this one's.
-            (0 | 2 | 4..=7, turn, Some(s)) if turn.is_none() || !self.cc.turn_of || matches!(n, 2 | 4 | 5) => {
+            (0 | 2 | 4..=7, turn, Some(s))
+                if turn.is_none() || !self.cc.turn_of || matches!(n, 2 | 4 | 5) =>
+            {
                 self.step_condition(n, s)
             }
             (6 | 7, Some(_), _) if self.cc.turn_of => None,

@@ -22,10 +22,11 @@ pub(super) fn target(insn: &Instruction, key: Key) -> Option<u64> {
 pub(super) fn ends_region(insn: &Instruction) -> bool {
     use Mnemonic::*;
     match insn.mnemonic() {
-        Popf | Popfd | Popfq | Sti | Clac | Stac | Clts | Lmsw | Lldt | Ltr | Lgdt | Lidt | Invlpg | Invpcid
-        | Wrmsr | Xsetbv | Wrpkru | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss | Swapgs | Wbinvd
-        | Invd | Wrfsbase | Wrgsbase | Xrstors | Xrstors64 | Fxrstor | Fxrstor64 | Xrstor | Xrstor64
-        | Ldmxcsr | Vldmxcsr | Insb | Insw | Insd | Outsb | Outsw | Outsd | In | Out | Cpuid | Serialize => true,
+        Popf | Popfd | Popfq | Sti | Clac | Stac | Clts | Lmsw | Lldt | Ltr | Lgdt | Lidt | Invlpg
+        | Invpcid | Wrmsr | Xsetbv | Wrpkru | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss
+        | Swapgs | Wbinvd | Invd | Wrfsbase | Wrgsbase | Xrstors | Xrstors64 | Fxrstor | Fxrstor64
+        | Xrstor | Xrstor64 | Ldmxcsr | Vldmxcsr | Insb | Insw | Insd | Outsb | Outsw | Outsd | In | Out
+        | Cpuid | Serialize => true,
         Mov | Pop => {
             let r = if insn.op0_kind() == OpKind::Register { insn.op0_register() } else { Register::None };
             r.is_segment_register() || r.is_cr() || r.is_dr()
@@ -142,8 +143,9 @@ impl Translator<'_> {
         let bits = match insn.code() {
             Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
             | Loopne_rel8_32_CX => 16,
-            Loop_rel8_16_ECX | Loop_rel8_32_ECX | Loop_rel8_64_ECX | Loope_rel8_16_ECX | Loope_rel8_32_ECX
-            | Loope_rel8_64_ECX | Loopne_rel8_16_ECX | Loopne_rel8_32_ECX | Loopne_rel8_64_ECX => 32,
+            Loop_rel8_16_ECX | Loop_rel8_32_ECX | Loop_rel8_64_ECX | Loope_rel8_16_ECX
+            | Loope_rel8_32_ECX | Loope_rel8_64_ECX | Loopne_rel8_16_ECX | Loopne_rel8_32_ECX
+            | Loopne_rel8_64_ECX => 32,
             _ => 64,
         };
         let size = Size::of(bits as usize / 8);

@@ -147,7 +147,7 @@ impl Translator<'_> {
         self.live = line.live;
         self.b.insn(line.pc, u32::from(line.len));
         if self.key.intersects(Key::STEP | Key::SHADOW) {
-            self.b.call(self.ids.int.begin, &[]);
+            self.b.call(self.ids.sys.begin, &[]);
         }
         if line.faults {
             self.sync();
@@ -299,6 +299,11 @@ impl Translator<'_> {
     pub(super) fn call_system(&mut self, id: HelperId, args: &[Val]) -> Val {
         self.sync();
         let v = self.b.call(id, args);
+        for slot in
+            [slot::CC_OP, slot::CC_SRC, slot::CC_DST, slot::CC_AUX, slot::CC_INC, slot::CC_ROT, slot::FLAGS]
+        {
+            self.b.forget(slot);
+        }
         self.cc = Cc::default();
         v
     }

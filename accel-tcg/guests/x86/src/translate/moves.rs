@@ -117,7 +117,8 @@ impl Translator<'_> {
             return false;
         }
         if insn.op_count() == 1 {
-            if self.op_size(insn, 0) != Size::B1 || !matches!(insn.op_kind(0), OpKind::Register | OpKind::Memory)
+            if self.op_size(insn, 0) != Size::B1
+                || !matches!(insn.op_kind(0), OpKind::Register | OpKind::Memory)
             {
                 return false; // LOOPcc
             }

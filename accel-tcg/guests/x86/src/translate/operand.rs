@@ -290,7 +290,11 @@ impl Translator<'_> {
             Register::RIP => 64,
             Register::EIP => 32,
             _ if r.is_vector_register() => {
-                if self.size == CodeSize::Bits64 { 64 } else { 32 }
+                if self.size == CodeSize::Bits64 {
+                    64
+                } else {
+                    32
+                }
             }
             _ => r.size() as u32 * 8,
         }

@@ -110,12 +110,7 @@ impl Bytes {
     }
 
     /// Decodes the instruction at `pc`. `Ok(None)`: it runs into the next page and is not the first.
-    fn decode(
-        &mut self,
-        code: &mut CodeReader<'_, '_>,
-        pc: u64,
-        key: Key,
-    ) -> Result<Option<Line>, Fault> {
+    fn decode(&mut self, code: &mut CodeReader<'_, '_>, pc: u64, key: Key) -> Result<Option<Line>, Fault> {
         let bits = match key.code_size() {
             CodeSize::Bits16 => 16,
             CodeSize::Bits32 => 32,

@@ -125,11 +125,8 @@ impl Translator<'_> {
         let from = self.stack_at(sp, 0, size, false);
         let v = self.load(size, from);
         let uses_sp = insn.memory_base().full_register() == Register::RSP;
-        let at = if uses_sp {
-            self.pop_address(insn, sp, size)
-        } else {
-            self.address(insn, size.bytes(), true)
-        };
+        let at =
+            if uses_sp { self.pop_address(insn, sp, size) } else { self.address(insn, size.bytes(), true) };
         self.store(size, at, v);
         self.move_sp(sp, i64::from(size.bytes()));
         true
@@ -259,7 +256,7 @@ impl Translator<'_> {
         let v = self.pop(size, 0);
         let v = self.to64(size, v);
         let bytes = self.b.iconst(i64::from(size.bytes()));
-        self.call_system(self.ids.int.popf, &[v, bytes]);
+        self.call_system(self.ids.sys.popf, &[v, bytes]);
         let next = self.next;
         self.goto_lookup(next);
     }

@@ -1,0 +1,139 @@
+//! The guest trait for x86.
+
+use holdfast_arch::{Arch, CpuModel, CpuState};
+use holdfast_tcg_ir::{Builder, HelperTable};
+use holdfast_tcg_runtime::{
+    Access, CodeReader, Cpu, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,
+};
+
+use crate::helpers::{self, Ids};
+use crate::key::idx;
+use crate::state::X86;
+use crate::system::regs::vector;
+use crate::system::{deliver, events, fault, mmu, mode, reset, transfer};
+use crate::translate;
+
+/// The x86 guest: 64-bit processors and everything older that they run.
+#[derive(Debug)]
+pub struct X86Guest {
+    spec: GuestSpec,
+    helpers: HelperTable,
+    ids: Ids,
+}
+
+impl X86Guest {
+    /// The guest.
+    pub fn new() -> Self {
+        let (helpers, ids) = helpers::table();
+        let ir =
+            holdfast_tcg_ir::GuestSpec { name: "x86_64", pins: translate::PINS, pc_shift: 0, page_bits: 12 };
+        let spec = GuestSpec {
+            name: "x86_64",
+            arch: Arch::X86_64,
+            state_size: size_of::<X86>(),
+            ir,
+            mmu_modes: idx::COUNT,
+            insn_align: 1,
+            max_insn_len: 15,
+            misaligned_ok: true,
+        };
+        Self { spec, helpers, ids }
+    }
+}
+
+impl Default for X86Guest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Guest for X86Guest {
+    fn spec(&self) -> &GuestSpec {
+        &self.spec
+    }
+
+    fn helpers(&self) -> &HelperTable {
+        &self.helpers
+    }
+
+    fn reset(&self, cpu: &mut Cpu<'_>, model: &CpuModel) -> Result<(), String> {
+        let CpuModel::X86_64(model) = model else {
+            return Err("the CPU model is not one of x86_64".into());
+        };
+        reset::power_up(cpu, model)
+    }
+
+    fn mode(&self, cpu: &mut Cpu<'_>) -> Mode {
+        mode::mode(cpu.state())
+    }
+
+    fn translate(
+        &self,
+        request: &TranslateRequest,
+        code: &mut CodeReader<'_, '_>,
+        builder: &mut Builder,
+    ) -> Result<Translated, Fault> {
+        let translated = translate::region(request, code, builder, &self.ids)?;
+        debug_assert_eq!(
+            holdfast_tcg_ir::verify(builder.region(), &self.helpers),
+            Ok(()),
+            "at {:#x}",
+            request.pc
+        );
+        Ok(translated)
+    }
+
+    fn fill(&self, cpu: &mut Cpu<'_>, access: &Access) -> Result<Translation, Fault> {
+        let phys = cpu.phys();
+        let mut translation = mmu::translate(cpu.state(), &phys, access)?;
+        if events::watch(cpu.state(), access) {
+            translation.cacheable = false;
+        }
+        Ok(translation)
+    }
+
+    fn probe(&self, cpu: &mut Cpu<'_>, gva: u64) -> Option<u64> {
+        let phys = cpu.phys();
+        mmu::probe(cpu.state(), &phys, gva)
+    }
+
+    fn bus_fault(&self, _access: &Access, _gpa: u64) -> Option<Fault> {
+        None // reads as all ones, writes are dropped
+    }
+
+    fn misaligned_fault(&self, _access: &Access, _atomic: bool) -> Fault {
+        fault::coded(vector::AC, 0)
+    }
+
+    fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault) {
+        deliver::raise(cpu, fault);
+        cpu.mode_changed();
+    }
+
+    fn take_interrupt(&self, cpu: &mut Cpu<'_>) -> bool {
+        events::take(cpu)
+    }
+
+    fn wakes(&self, cpu: &mut Cpu<'_>) -> bool {
+        events::wakes(cpu)
+    }
+
+    fn export(&self, cpu: &mut Cpu<'_>) -> CpuState {
+        CpuState::X86_64(Box::new(transfer::export(cpu)))
+    }
+
+    fn import(&self, cpu: &mut Cpu<'_>, state: &CpuState) -> Result<(), String> {
+        let CpuState::X86_64(state) = state else {
+            return Err("the state is not one of x86_64".into());
+        };
+        transfer::import(cpu, state)?;
+        cpu.flush(Flush::All);
+        cpu.mode_changed();
+        cpu.request_exit();
+        Ok(())
+    }
+
+    fn describe(&self, cpu: &mut Cpu<'_>) -> String {
+        transfer::describe(&transfer::export(cpu))
+    }
+}
