@@ -1,6 +1,6 @@
 //! The RISC-V machine `virt`.
 
-mod fdt;
+pub mod fdt;
 mod load;
 pub mod plan;
 

@@ -1,15 +1,15 @@
 //! Registers of the PC: PIC, PIT, CMOS, i8042, ACPI PM, serial, fw_cfg on ports; IOAPIC and HPET in memory.
-#![no_main]
 
 use std::sync::OnceLock;
 
-use holdfast_fuzz::{Rig, access_windows};
+use crate::access::access_windows;
+use crate::rig::Rig;
 use holdfast_machines::q35::Q35Module;
-use libfuzzer_sys::fuzz_target;
 
 static RIG: OnceLock<Rig> = OnceLock::new();
 
-fuzz_target!(|data: &[u8]| {
+/// Runs one input.
+pub fn run(data: &[u8]) {
     let rig = RIG.get_or_init(|| Rig::new(&Q35Module));
     let Some((&bus, data)) = data.split_first() else { return };
     rig.reset();
@@ -26,4 +26,4 @@ fuzz_target!(|data: &[u8]| {
         access_windows(rig, &rig.context.pio, |name| !name.starts_with("pci"), data);
     }
     rig.check_state();
-});
+}

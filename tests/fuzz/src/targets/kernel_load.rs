@@ -1,6 +1,5 @@
 //! Kernels: RISC-V `Image` headers and where things are placed, x86 bzImages and ELF images with and
 //! without a PVH note.
-#![no_main]
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -9,8 +8,8 @@ use std::io::{Seek, Write};
 use holdfast_arch::riscv64::boot::{ImageHeader, Sizes, place};
 use holdfast_arch::x86_64::boot::{ACPI_AREA, BootRequest, load, memory_map};
 use holdfast_memory::GuestMemory;
-use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
+use vmm_sys_util::tempfile::TempFile;
 
 const RAM: u64 = 32 << 20;
 
@@ -22,16 +21,9 @@ struct Rig {
 
 thread_local!(static RIG: OnceCell<Rig> = const { OnceCell::new() });
 
-fn file(name: &str) -> File {
-    let path = std::env::temp_dir().join(format!("fuzz-{name}-{}", std::process::id()));
-    let options = File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
-    std::fs::remove_file(path).expect("removed");
-    options
-}
-
 fn build() -> Rig {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM as usize)]).expect("RAM");
-    Rig { memory, kernel: file("kernel"), initramfs: file("initramfs") }
+    Rig { memory, kernel: TempFile::new().expect("a file").into_file(), initramfs: TempFile::new().expect("a file").into_file() }
 }
 
 fn riscv(data: &[u8]) {
@@ -71,8 +63,9 @@ fn x86(rig: &Rig, len: u8, data: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-fuzz_target!(|data: &[u8]| {
+/// Runs one input.
+pub fn run(data: &[u8]) {
     let Some((&first, data)) = data.split_first() else { return };
     riscv(data);
     RIG.with(|rig| x86(rig.get_or_init(build), first, data).expect("files work"));
-});
+}

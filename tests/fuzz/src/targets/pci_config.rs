@@ -1,22 +1,23 @@
 //! PCI configuration space of the PC through ECAM and ports 0xcf8 and 0xcfc, with two devices that have
 //! MSI-X, and whatever their BARs then show wherever they then are.
-#![no_main]
 
 use std::sync::{Arc, OnceLock};
 
 use holdfast_device::{Access, BusDevice};
 use holdfast_devices::pci::{Ecam, Windows};
-use holdfast_fuzz::{Rig, steps};
+use crate::access::steps;
+use crate::rig::Rig;
+use holdfast_machines::MachineModule;
 use holdfast_machines::q35::Q35Module;
 use holdfast_virtio::balloon::{self, config::BalloonConfig};
 use holdfast_virtio::rng::{self, config::RngConfig};
 use holdfast_virtio::{Slot, plug};
-use libfuzzer_sys::fuzz_target;
 
 static RIG: OnceLock<Rig> = OnceLock::new();
 
-fn build() -> Rig {
-    let mut rig = Rig::new(&Q35Module);
+/// A machine with an entropy source and a balloon on its PCI bus.
+pub fn machine(module: &dyn MachineModule) -> Rig {
+    let mut rig = Rig::new(module);
     let bus = rig.machine.pci_bus().expect("a PCI bus");
     let slot = |device| Slot::Pci { bus: Arc::clone(&bus), device: Some(device) };
     let rng = rng::build("_rng", &RngConfig::default(), &rig.context).expect("an rng");
@@ -26,8 +27,13 @@ fn build() -> Rig {
     rig
 }
 
-fuzz_target!(|data: &[u8]| {
-    let rig = RIG.get_or_init(build);
+/// Runs one input.
+pub fn run(data: &[u8]) {
+    run_on(RIG.get_or_init(|| machine(&Q35Module)), data);
+}
+
+/// Runs one input on a machine made by [`machine`].
+pub fn run_on(rig: &Rig, data: &[u8]) {
     let bus = rig.machine.pci_bus().expect("a PCI bus");
     rig.reset();
     let windows = Windows { mem64: (0x40_0000_0000, 1 << 20), ..Windows::default() };
@@ -64,4 +70,4 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     rig.check_state();
-});
+}

@@ -1,13 +1,12 @@
 //! Bodies of REST requests.
-#![no_main]
 
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| {
+/// Runs one input.
+pub fn run(data: &[u8]) {
     if let Ok(config) = holdfast_config::VmConfig::from_json(data) {
         // Whatever parses can be checked, and written and read again.
         let _ = config.validate();
         let text = serde_json::to_vec(&config).expect("serialisable");
         assert_eq!(holdfast_config::VmConfig::from_json(&text).expect("our own output"), config);
     }
-});
+}

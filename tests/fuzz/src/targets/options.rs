@@ -1,10 +1,9 @@
 //! key=value options of the command line.
-#![no_main]
 
 use holdfast_config as config;
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| {
+/// Runs one input.
+pub fn run(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = holdfast_keyval::pairs(text);
     let _ = holdfast_keyval::parse_size(text);
@@ -19,4 +18,4 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(cpus) = cpus {
         let _ = config::VmConfig { cpus, ..config::VmConfig::default() }.validate();
     }
-});
+}

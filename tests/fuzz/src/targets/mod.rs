@@ -1,0 +1,32 @@
+//! The targets, one in each module.
+
+macro_rules! targets {
+    ($($name:ident),* $(,)?) => {
+        $(pub mod $name;)*
+
+        /// All targets by name.
+        pub const TARGETS: &[(&str, fn(&[u8]))] = &[$((stringify!($name), $name::run)),*];
+    };
+}
+
+targets![
+    acpi_tables,
+    device_state,
+    fdt_tree,
+    flash_commands,
+    fw_cfg,
+    kernel_load,
+    mmio_registers,
+    options,
+    pci_config,
+    pci_config_virt,
+    pio_registers,
+    qmp_lines,
+    rest_body,
+    riscv_decode,
+    snapshot_files,
+    virtio_console,
+    virtio_net,
+    virtio_pci,
+    virtqueue,
+];
