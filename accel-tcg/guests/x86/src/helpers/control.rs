@@ -52,10 +52,24 @@ pub(crate) fn cmpxchg16b(cpu: &mut Cpu<'_>, [at, idx, ..]: [u64; 5]) -> HelperRe
 
 #[cfg(target_arch = "x86_64")]
 fn wide_compare_exchange(host: *mut u8, expected: u128, new: u128) -> u128 {
-    use std::sync::atomic::Ordering::SeqCst;
     if std::is_x86_feature_detected!("cmpxchg16b") {
+        let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
         // SAFETY: the host has the instruction; the pointer is to 16 bytes of guest RAM, aligned like the guest address.
-        return unsafe { std::arch::x86_64::cmpxchg16b(host.cast(), expected, new, SeqCst, SeqCst) };
+        // rbx, which the compiler keeps for itself, is exchanged and put back.
+        unsafe {
+            std::arch::asm!(
+                "xchg rbx, rsi",
+                "lock cmpxchg16b [rdi]",
+                "mov rbx, rsi",
+                inout("rsi") new as u64 => _,
+                in("rdi") host,
+                in("rcx") (new >> 64) as u64,
+                inout("rax") low,
+                inout("rdx") high,
+                options(nostack),
+            );
+        }
+        return u128::from(high) << 64 | u128::from(low);
     }
     plain_compare_exchange(host, expected, new)
 }
