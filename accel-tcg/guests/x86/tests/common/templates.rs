@@ -66,6 +66,9 @@ impl Templates {
         for ((code, head, opcode, memory), (regs, rms)) in found {
             by_code.entry(code).or_default().push(Template { head, opcode, memory, regs, rms });
         }
+        if let Ok(only) = std::env::var("HOLDFAST_FUZZ_ONLY") {
+            by_code.retain(|code, _| only.split(',').any(|group| in_group(*code, group)));
+        }
         let mut codes: Vec<Code> = by_code.keys().copied().collect();
         codes.sort_unstable();
         Self { bits, codes, by_code }
@@ -74,6 +77,26 @@ impl Templates {
     /// The encodings of `code`.
     pub fn of(&self, code: Code) -> &[Template] {
         self.by_code.get(&code).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Groups that a run can be limited to: `int`, `x87`, `mmx`, `vec`, or a part of the code's name.
+fn in_group(code: Code, group: &str) -> bool {
+    let named = |part: &[&str]| {
+        code.cpuid_features().iter().any(|f| {
+            let name = format!("{f:?}");
+            part.iter().any(|p| name.starts_with(p))
+        })
+    };
+    let x87 = named(&["FPU"]);
+    let mmx = format!("{code:?}").contains("mm_") && !format!("{code:?}").contains("mm_mm_") && named(&["MMX"]);
+    let vec = named(&["SSE", "SSSE", "AVX", "FMA", "F16C", "AES", "SHA", "PCLMUL"]);
+    match group {
+        "int" => !x87 && !vec && !named(&["MMX", "FXSR"]),
+        "x87" => x87,
+        "mmx" => mmx || named(&["MMX"]),
+        "vec" => vec,
+        part => format!("{code:?}").contains(part),
     }
 }
 
