@@ -168,7 +168,8 @@ impl Run {
         }
         // Registers that wrap, and limits: one by one.
         let last = (run.max(1).min(count) - 1) * self.size;
-        let wraps = if self.down { offset < last } else { offset + last + self.size - 1 > self.mask };
+        let end = offset.checked_add(last + self.size - 1);
+        let wraps = if self.down { offset < last } else { end.is_none_or(|end| end > self.mask) };
         let far = if self.down { offset.wrapping_sub(last) } else { offset.wrapping_add(last) };
         if wraps || !s.code64() && segment::linear(s, segment, far & self.mask, self.size, write).is_err() {
             run = 1;
