@@ -1,4 +1,4 @@
-//! Memory for translated code: one memfd, mapped once writable and once executable.
+//! Memory for translated code: mapped once writable and once executable.
 //!
 //! It is cut into segments. A vCPU fills one segment at a time; when none is free the oldest full one
 //! is evicted. A segment is used again only when every vCPU has passed a safe point since (see
@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -57,7 +56,6 @@ pub struct CodeCache {
     state: Mutex<Segments>,
     used_bytes: AtomicU64,
     evictions: AtomicU64,
-    _fd: OwnedFd,
 }
 
 // SAFETY: the mappings are plain memory; segments have one writer at a time and code is published by
@@ -66,10 +64,34 @@ unsafe impl Send for CodeCache {}
 // SAFETY: as above.
 unsafe impl Sync for CodeCache {}
 
-fn map(fd: &OwnedFd, len: usize, prot: libc::c_int) -> io::Result<*mut u8> {
+/// Maps the same `len` bytes of fresh memory twice: writable, and executable. They belong to no file that has a name, or
+/// profilers would look there for symbols.
+fn map_twice(len: usize) -> io::Result<(*mut u8, *mut u8)> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let p = unsafe { libc::mmap(ptr::null_mut(), len, prot, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
-    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
+    let rx = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, -1, 0) };
+    if rx == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // An old size of 0 leaves the mapping and makes another of the same pages (mremap(2)).
+    // SAFETY: the mapping is shared and whole; the new one is put where the kernel finds room.
+    let rw = unsafe { libc::mremap(rx, 0, len, libc::MREMAP_MAYMOVE) };
+    let done = rw != libc::MAP_FAILED && {
+        // SAFETY: a mapping that was just made and that nobody uses yet.
+        unsafe { libc::mprotect(rw, len, libc::PROT_READ | libc::PROT_WRITE) == 0 }
+    };
+    if !done {
+        let error = io::Error::last_os_error();
+        // SAFETY: what was mapped above.
+        unsafe {
+            libc::munmap(rx, len);
+            if rw != libc::MAP_FAILED {
+                libc::munmap(rw, len);
+            }
+        }
+        return Err(error);
+    }
+    Ok((rw.cast(), rx.cast()))
 }
 
 impl CodeCache {
@@ -85,26 +107,7 @@ impl CodeCache {
         let segment = if wanted / segment < 2 * vcpus + 2 { MIN_SEGMENT } else { segment };
         let count = wanted / segment;
         let len = count * segment;
-        // SAFETY: a valid, terminated name and known flags.
-        let fd = unsafe { libc::memfd_create(c"holdfast-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: the descriptor is open; the length is positive.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let rw = map(&fd, len, libc::PROT_READ | libc::PROT_WRITE)?;
-        let rx = match map(&fd, len, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(p) => p,
-            Err(e) => {
-                // SAFETY: mapped above with this length.
-                unsafe { libc::munmap(rw.cast(), len) };
-                return Err(e);
-            }
-        };
+        let (rw, rx) = map_twice(len)?;
         // Translated code is spread over the cache: huge pages spare the host's instruction TLB.
         // SAFETY: advice on our own mapping; failure does not matter.
         unsafe { libc::madvise(rx.cast(), len, libc::MADV_HUGEPAGE) };
@@ -117,7 +120,6 @@ impl CodeCache {
             state: Mutex::new(state),
             used_bytes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
-            _fd: fd,
         })
     }
 

@@ -222,7 +222,7 @@ pub trait Vm: Send + Sync + Debug {
     fn start_perf_map(&self) -> Result<(), AccelError> {
         Err(AccelError::Unsupported {
             accel: self.accel(),
-            what: "a perf map: it runs guest code as it is; `--accel tcg` translates".into(),
+            what: "a perf map (only `--accel tcg` translates)".into(),
         })
     }
 
