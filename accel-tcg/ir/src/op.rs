@@ -302,6 +302,12 @@ impl Inst {
         MemOp(self.aux & MemOp::MASK)
     }
 
+    /// As [`Inst::mem`] for an [`Op::Load`], with [`MemOp::FOR_UPDATE`].
+    #[inline]
+    pub const fn load_mem(&self) -> MemOp {
+        MemOp(self.aux & (MemOp::MASK | MemOp::FOR_UPDATE))
+    }
+
     /// Kind of an [`Op::AtomicRmw`].
     #[inline]
     pub const fn rmw(&self) -> RmwKind {
@@ -538,6 +544,8 @@ impl MemOp {
     pub const BITS: u16 = 10;
     /// Mask of the bits used.
     pub const MASK: u16 = (1 << Self::BITS) - 1;
+    /// Set in the attributes of an [`Op::Load`] whose location is stored to next: it probes, and faults, as a store.
+    pub const FOR_UPDATE: u16 = 1 << Self::BITS;
     /// One byte, zero-extended, little-endian, any alignment, MMU index 0.
     pub const U8: MemOp = MemOp(0);
     /// Two bytes.
@@ -565,6 +573,18 @@ impl MemOp {
     #[inline]
     pub const fn aligned(self) -> Self {
         MemOp(self.0 | 0x20)
+    }
+
+    /// The same load, of a location that is stored to next.
+    #[inline]
+    pub const fn for_update(self) -> Self {
+        MemOp(self.0 | Self::FOR_UPDATE)
+    }
+
+    /// Whether a load is of a location that is stored to next.
+    #[inline]
+    pub const fn is_for_update(self) -> bool {
+        self.0 & Self::FOR_UPDATE != 0
     }
 
     /// The same access through MMU index `i` (less than [`crate::env::MMU_MODES`]).

@@ -43,7 +43,7 @@ fn finish(core: &mut VcpuCore, pc: u64, result: Result<u64, Fault>) -> HelperRet
 unsafe extern "C" fn load(env: *mut u8, va: u64, desc: u32, pc: u64) -> HelperRet {
     // SAFETY: called by translated code or the interpreter on the vCPU's thread.
     let core = unsafe { VcpuCore::from_env(env) };
-    let result = core.load(va, MemOp(desc as u16 & MemOp::MASK));
+    let result = core.load(va, MemOp(desc as u16 & (MemOp::MASK | MemOp::FOR_UPDATE)));
     finish(core, pc, result)
 }
 
@@ -234,7 +234,8 @@ impl VcpuCore {
 
     /// A load by translated code.
     pub(crate) fn load(&mut self, va: u64, mem: MemOp) -> Result<u64, Fault> {
-        let access = Self::access(va, mem, AccessKind::Read);
+        let kind = if mem.is_for_update() { AccessKind::Write } else { AccessKind::Read };
+        let access = Self::access(va, mem, kind);
         self.check_alignment(&access, mem)?;
         let bytes = mem.bytes();
         if mem.bytes() == 16 {
@@ -410,10 +411,13 @@ impl VcpuCore {
     fn atomic(&mut self, va: u64, mem: MemOp, next: impl Fn(u64) -> Option<u64>) -> Result<u64, Fault> {
         let access = Self::access(va, mem, AccessKind::Write);
         let bytes = mem.bytes().min(8);
-        if !va.is_multiple_of(u64::from(bytes)) {
-            return Err(self.guest.misaligned_fault(&access, true));
-        }
         let swapped = |old: u64| next(extend(old, mem) & low_mask(bytes)).map(|new| to_memory(new, mem));
+        if !va.is_multiple_of(u64::from(bytes)) {
+            if mem.is_aligned() || !self.guest.spec().misaligned_ok {
+                return Err(self.guest.misaligned_fault(&access, true));
+            }
+            return Ok(extend(self.atomic_misaligned(&access, swapped)?, mem));
+        }
         let old = match self.place(&access)? {
             Place::Host(host, report) => {
                 // SAFETY: the place is valid, and aligned as the address is.
@@ -430,5 +434,85 @@ impl VcpuCore {
             }
         };
         Ok(extend(old, mem))
+    }
+
+    /// An atomic access that is not aligned. Where the host has one for it (x86), it is atomic if the memory is one
+    /// piece on the host; otherwise only against others of this kind.
+    fn atomic_misaligned(
+        &mut self,
+        access: &Access,
+        next: impl Fn(u64) -> Option<u64>,
+    ) -> Result<u64, Fault> {
+        let (va, bytes) = (access.gva, u32::from(access.size));
+        // The last page's first byte, or that of the access if there is only one. Both ends have to be writable before
+        // anything happens.
+        let last = va.wrapping_add(u64::from(bytes) - 1);
+        let last = va.max(last & !(PAGE_SIZE - 1));
+        let first = self.place(&Access { size: 1, ..*access })?;
+        let end = self.place(&Access { gva: last, size: 1, ..*access })?;
+        if let (Place::Host(host, report), Place::Host(end, end_report)) = (first, end)
+            && host.wrapping_add((last - va) as usize) == end
+            && let Some(old) = split::update(host, bytes, &next)
+        {
+            self.report(report, bytes);
+            self.report(end_report, 1);
+            return Ok(old);
+        }
+        let _alone = split::LOCK.lock();
+        let old = self.load_part(va, bytes, access)?;
+        if let Some(new) = next(old) {
+            self.store_part(va, bytes, new, access)?;
+        }
+        Ok(old)
+    }
+}
+
+/// Atomic accesses that are not aligned, which Rust's atomics do not have.
+mod split {
+    use parking_lot::Mutex;
+
+    /// Held by those that the host cannot do.
+    pub static LOCK: Mutex<()> = Mutex::new(());
+
+    /// Replaces the value at `host` by what `next` makes of it, if anything; gives the old one. `None` if the host
+    /// has no such access.
+    #[cfg(target_arch = "x86_64")]
+    pub fn update(host: *mut u8, bytes: u32, next: &impl Fn(u64) -> Option<u64>) -> Option<u64> {
+        macro_rules! exchange {
+            ($int:ident, $new:literal) => {{
+                // SAFETY: guest RAM, which others may change meanwhile: then the exchange fails.
+                let mut old = unsafe { host.cast::<$int>().read_unaligned() };
+                loop {
+                    let Some(new) = next(u64::from(old)) else { break };
+                    let expected = old;
+                    // SAFETY: guest RAM; LOCK CMPXCHG takes any alignment.
+                    unsafe {
+                        std::arch::asm!(
+                            concat!("lock cmpxchg [{host}], ", $new),
+                            host = in(reg) host,
+                            new = in(reg) new as $int,
+                            inout("rax") old,
+                            options(nostack),
+                        );
+                    }
+                    if old == expected {
+                        break;
+                    }
+                }
+                Some(u64::from(old))
+            }};
+        }
+        match bytes {
+            2 => exchange!(u16, "{new:x}"),
+            4 => exchange!(u32, "{new:e}"),
+            8 => exchange!(u64, "{new:r}"),
+            _ => None,
+        }
+    }
+
+    /// Other hosts have none.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn update(_: *mut u8, _: u32, _: &impl Fn(u64) -> Option<u64>) -> Option<u64> {
+        None
     }
 }

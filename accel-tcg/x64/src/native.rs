@@ -125,13 +125,7 @@ impl Drop for NativeRunner {
 }
 
 impl Native for NativeRunner {
-    fn vec(
-        &mut self,
-        insn: &VecInsn,
-        ty: Type,
-        args: [(Type, u128); 3],
-        mxcsr: &mut u32,
-    ) -> Option<u128> {
+    fn vec(&mut self, insn: &VecInsn, ty: Type, args: [(Type, u128); 3], mxcsr: &mut u32) -> Option<u128> {
         let vex = insn.encoding == VecEncoding::Vex;
         if vex && !self.features.avx {
             return None;

@@ -4,9 +4,7 @@
 mod common;
 
 use common::{Machine, RAM, RAM_SIZE, Rng, random_memory, random_state, v, x};
-use holdfast_tcg_ir::{
-    Builder, Effects, HelperTable, MemOp, Slot, Type, Val, VecEncoding, VecForm, VecInsn,
-};
+use holdfast_tcg_ir::{Builder, Effects, HelperTable, MemOp, Slot, Type, Val, VecEncoding, VecForm, VecInsn};
 use holdfast_tcg_x64::HostFeatures;
 
 const fn insn(form: VecForm, pp: u8, map: u8, opcode: u8) -> VecInsn {
@@ -23,22 +21,22 @@ const fn vex(v: VecInsn, w: bool) -> VecInsn {
 
 /// Binary: (instruction, raises flags).
 const BINARY: [(VecInsn, bool); 8] = [
-    (insn(VecForm::Binary, 0, 1, 0x58), true),                  // addps
-    (insn(VecForm::Binary, 3, 1, 0x59), true),                  // mulsd
-    (insn(VecForm::Binary, 1, 1, 0xfe), false),                 // paddd
-    (insn(VecForm::Binary, 1, 1, 0xf8), false),                 // psubb
-    (insn(VecForm::Binary, 1, 2, 0x00), false),                 // pshufb
-    (imm(insn(VecForm::Binary, 0, 1, 0xc6), 0x1b), false),      // shufps
-    (imm(insn(VecForm::Binary, 1, 3, 0x0f), 5), false),         // palignr
-    (insn(VecForm::Binary, 1, 1, 0xd3), false),                 // psrlq
+    (insn(VecForm::Binary, 0, 1, 0x58), true),             // addps
+    (insn(VecForm::Binary, 3, 1, 0x59), true),             // mulsd
+    (insn(VecForm::Binary, 1, 1, 0xfe), false),            // paddd
+    (insn(VecForm::Binary, 1, 1, 0xf8), false),            // psubb
+    (insn(VecForm::Binary, 1, 2, 0x00), false),            // pshufb
+    (imm(insn(VecForm::Binary, 0, 1, 0xc6), 0x1b), false), // shufps
+    (imm(insn(VecForm::Binary, 1, 3, 0x0f), 5), false),    // palignr
+    (insn(VecForm::Binary, 1, 1, 0xd3), false),            // psrlq
 ];
 
 const UNARY: [(VecInsn, bool); 5] = [
-    (insn(VecForm::Unary, 1, 1, 0x51), true),                // sqrtpd
-    (imm(insn(VecForm::Unary, 1, 1, 0x70), 0x39), false),    // pshufd
-    (insn(VecForm::Unary, 0, 1, 0x5b), true),                // cvtdq2ps
-    (insn(VecForm::Unary, 1, 2, 0x1c), false),               // pabsb
-    (insn(VecForm::Unary, 1, 2, 0x20), false),               // pmovsxbw
+    (insn(VecForm::Unary, 1, 1, 0x51), true),             // sqrtpd
+    (imm(insn(VecForm::Unary, 1, 1, 0x70), 0x39), false), // pshufd
+    (insn(VecForm::Unary, 0, 1, 0x5b), true),             // cvtdq2ps
+    (insn(VecForm::Unary, 1, 2, 0x1c), false),            // pabsb
+    (insn(VecForm::Unary, 1, 2, 0x20), false),            // pmovsxbw
 ];
 
 extern "C" fn nothing(_: *mut u8, a: u64, _: u64, _: u64, _: u64, _: u64) -> u64 {
@@ -110,7 +108,8 @@ impl Gen<'_> {
                 let b = self.vector();
                 let r = match self.rng.below(3) {
                     0 => {
-                        let r = self.b.vec(imm(insn(VecForm::Extract, 1, 3, 0x16), 2), false, Type::I32, &[a]);
+                        let r =
+                            self.b.vec(imm(insn(VecForm::Extract, 1, 3, 0x16), 2), false, Type::I32, &[a]);
                         self.b.zext(r)
                     }
                     1 => {

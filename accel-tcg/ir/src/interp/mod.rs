@@ -230,7 +230,7 @@ impl Interpreter {
                 let test = if narrow { self.val(i.a) & 0xffff_ffff } else { self.val(i.a) };
                 self.wide(if test != 0 { i.b } else { i.c })
             }
-            Op::Load => match mem.load(va, i.mem(), self.pc) {
+            Op::Load => match mem.load(va, i.load_mem(), self.pc) {
                 // SAFETY: the slow path has put the upper half there.
                 Ok(v) if wide => u128::from(v) | u128::from(unsafe { scratch.read() }) << 64,
                 Ok(v) => u128::from(v),
@@ -328,7 +328,7 @@ impl Interpreter {
         let (a, b, c) = (self.val(i.a), self.val(i.b), self.val(i.c));
         let va = a.wrapping_add(i.disp() as u64);
         match i.op {
-            Op::Load => mem.load(va, i.mem(), self.pc),
+            Op::Load => mem.load(va, i.load_mem(), self.pc),
             Op::Store => mem.store(va, i.mem(), self.pc, b).map(|()| 0),
             Op::AtomicRmw => mem.rmw(a, i.aux, self.pc, b),
             _ => mem.cas(a, i.mem(), self.pc, (b, c)),

@@ -236,7 +236,8 @@ impl Cx<'_> {
         // A vector takes two slots next to each other.
         let wide = self.r.ty(v) == Type::V128;
         let taken = self.st.al.spills;
-        let n = if wide { (taken | taken >> 1 | 1 << 63).trailing_ones() } else { taken.trailing_ones() } as usize;
+        let n = if wide { (taken | taken >> 1 | 1 << 63).trailing_ones() } else { taken.trailing_ones() }
+            as usize;
         if n >= SPILLS || (wide && n + 1 >= SPILLS) {
             self.error = Some(CodegenError::TooLong(self.r.insts.len()));
             return;

@@ -107,7 +107,14 @@ impl Analysis {
                     *o = (0, 0);
                 }
             }
-            Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Call | Op::Host | Op::Label | Op::BrCond => {
+            Op::Load
+            | Op::Store
+            | Op::AtomicRmw
+            | Op::AtomicCas
+            | Op::Call
+            | Op::Host
+            | Op::Label
+            | Op::BrCond => {
                 self.epoch += 1;
             }
             _ if i.op.is_terminator() => self.epoch += 1,

@@ -91,8 +91,8 @@ impl Cx<'_> {
     }
 
     /// Whether a load goes through a page whose register is needed further.
-    fn page_goes_on(&self, mem: MemOp, at: (Val, i32)) -> bool {
-        self.find_page(mem, at, false).is_some_and(|p| p.last > self.at)
+    fn page_goes_on(&self, mem: MemOp, at: (Val, i32), write: bool) -> bool {
+        self.find_page(mem, at, write).is_some_and(|p| p.last > self.at)
     }
 
     /// An access through a page that an earlier probe found.
@@ -252,17 +252,20 @@ impl Cx<'_> {
         }
         // The pin is written only when the access has succeeded, so it may be the destination.
         let mut d = self.hinted();
-        if d.is_none() && self.page_goes_on(mem, at) {
+        if d.is_none() && self.page_goes_on(mem, at, i.load_mem().is_for_update()) {
             d = Some(self.temp());
         }
-        let p = self.probe(mem, at, false);
+        // A store follows, and shares the probe.
+        let update = i.load_mem().is_for_update();
+        let p = self.probe(mem, at, update);
         let Some(d) = d.or(p.dest) else {
             self.error = Some(CodegenError::Unsupported(i.op));
             return;
         };
         let w = i.ty == Type::I64;
         self.load_int(mem, w, d, p.host());
-        self.cold_access(Slow::Load, mem.0, &p, (Source::None, Source::None, Source::Gpr(d, w)));
+        let desc = i.load_mem().0;
+        self.cold_access(Slow::Load, desc, &p, (Source::None, Source::None, Source::Gpr(d, w)));
         self.define(d);
     }
 

@@ -1,5 +1,5 @@
 //! Repeated string instructions, in runs within pages. RCX, RSI and RDI are exact at every fault and whenever the run is
-//! interrupted; the flags are those before the instruction then, as the architecture has it.
+//! interrupted; the flags are those of the last comparison then.
 
 use holdfast_tcg_ir::env::exit;
 use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, HelperResult, Leave};
@@ -117,13 +117,13 @@ pub(crate) fn run(cpu: &mut Cpu<'_>, [how, ..]: [u64; 5]) -> HelperResult {
             return Ok(0);
         }
         let done = run.chunk(cpu, if how.single { 1 } else { count })?;
-        run.account(cpu.state(), &done);
+        let s = cpu.state::<X86>();
+        run.account(s, &done);
+        if let Some((a, b)) = done.compared {
+            s.cc_op = Kind::Cmp.op(u32::from(how.log2));
+            (s.cc_dst, s.cc_src) = (a, b);
+        }
         if done.ended || done.elements == count {
-            if let Some((a, b)) = done.compared {
-                let s = cpu.state::<X86>();
-                s.cc_op = Kind::Cmp.op(u32::from(how.log2));
-                (s.cc_dst, s.cc_src) = (a, b);
-            }
             return Ok(0);
         }
         if how.single || cpu.exit_requested() {
@@ -225,16 +225,17 @@ impl Run {
                 let first = self.operand(s, RSI, segment, count, false)?;
                 let second = self.operand(s, RDI, seg::ES, count, false)?;
                 let n = first.run.min(second.run);
+                // Processors read what RDI points to first.
                 if n > 0
-                    && let Some(a) = cpu.host_range(first.at, self.size, AccessKind::Read, idx)?
                     && let Some(b) = cpu.host_range(second.at, self.size, AccessKind::Read, idx)?
+                    && let Some(a) = cpu.host_range(first.at, self.size, AccessKind::Read, idx)?
                 {
                     return Ok(self.search(n, |i| {
                         (bulk::read(a, i, self.size, self.down), bulk::read(b, i, self.size, self.down))
                     }));
                 }
-                let a = cpu.load(first.at, size, idx)?;
                 let b = cpu.load(second.at, size, idx)?;
+                let a = cpu.load(first.at, size, idx)?;
                 Ok(self.search(1, |_| (a, b)))
             }
             What::Scas => {

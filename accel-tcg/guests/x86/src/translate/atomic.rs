@@ -71,7 +71,7 @@ impl Translator<'_> {
         let (mem, addr) = self.atomic_at(size, at);
         let before = self.cc;
         let carry = if insn.mnemonic() == Mnemonic::Neg { None } else { Some(self.carry()) };
-        let old = self.load(size, at);
+        let old = self.load_for_update(size, at);
         let new = match carry {
             None => self.negate(size, old),
             Some(carry) => self.with_carry(insn.mnemonic() == Mnemonic::Adc, size, (old, b), carry),
@@ -111,7 +111,7 @@ impl Translator<'_> {
             self.b.atomic_rmw(RmwKind::Add, mem, at, b)
         } else {
             let at = self.address(insn, size.bytes(), true);
-            let a = self.load(size, at);
+            let a = self.load_for_update(size, at);
             let sum = self.b.add(a, b);
             self.store(size, at, sum);
             a
@@ -129,9 +129,13 @@ impl Translator<'_> {
             let r = insn.op_register(0);
             let old = self.read_reg(r);
             let old = self.zero_extended(size, old);
-            // A 32-bit destination is written in either case, and zero-extended by it.
-            let v = self.b.movcond(Cond::Eq, (old, expected), new, old);
-            self.write_reg(r, v);
+            // Nothing of the destination is written when the comparison fails, its upper half neither.
+            let n = self.whole_register(r);
+            let before = self.gpr(n);
+            self.write_reg(r, new);
+            let after = self.gpr(n);
+            let v = self.b.movcond(Cond::Eq, (old, expected), after, before);
+            self.set_gpr(n, v);
             old
         } else {
             let at = self.address(insn, size.bytes(), true);
@@ -149,19 +153,14 @@ impl Translator<'_> {
                 self.b.or(high, low)
             }
         };
-        let equal_keeps = insn.op_kind(0) == OpKind::Register
-            && insn.op_register(0).number() == RAX
-            && insn.op_register(0).is_gpr32();
-        if !equal_keeps {
-            let v = self.b.movcond(Cond::Eq, (old, expected), before, loaded);
-            self.set_gpr(RAX, v);
-        }
+        let v = self.b.movcond(Cond::Eq, (old, expected), before, loaded);
+        self.set_gpr(RAX, v);
         let d = self.b.sub(expected, old);
         self.set_record(Record { kind: Kind::Sub, size, dst: d, src: old, aux: None, lhs: Some(expected) });
     }
 
     /// ZF becomes `equal` (`I64` 0 or 1), the others stay.
-    fn set_zero_flag(&mut self, equal: Val) {
+    pub(super) fn set_zero_flag(&mut self, equal: Val) {
         let flags = self.flags();
         let flags = self.b.andi(flags, !(rflags::ZF as i64));
         let equal = self.b.shli(equal, 6);

@@ -96,7 +96,7 @@ impl Translator<'_> {
                 let (mem, at) = self.atomic_at(size, at);
                 self.b.atomic_rmw(kind, mem, at, operand)
             } else {
-                let old = self.load(size, at);
+                let old = if plain { self.load(size, at) } else { self.load_for_update(size, at) };
                 if !plain {
                     let mask = self.b.shl(one, n);
                     let new = self.change_bit(insn, old, mask);

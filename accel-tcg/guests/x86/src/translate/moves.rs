@@ -101,6 +101,12 @@ impl Translator<'_> {
                 let v = self.b.xori(v, 1);
                 self.set_carry(v, true);
             }
+            Mnemonic::Salc => {
+                let carry = self.carry();
+                let v = self.b.neg(carry);
+                let v = self.b.trunc(v);
+                self.set_gpr_low(0, Size::B1, v);
+            }
             Mnemonic::Xlatb => self.xlat(insn),
             _ => return self.conditional(insn),
         }

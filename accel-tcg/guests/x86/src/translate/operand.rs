@@ -76,6 +76,8 @@ fn number(r: Register) -> (usize, bool) {
         Register::CH => (1, true),
         Register::DH => (2, true),
         Register::BH => (3, true),
+        // SPL and the like are numbered on from BH.
+        _ if r.is_gpr8() => (r.full_register().number(), false),
         _ => (r.number(), false),
     }
 }
@@ -114,6 +116,11 @@ impl Translator<'_> {
             }
         };
         self.set_gpr(n, v);
+    }
+
+    /// Number of the 64-bit register that an operand is part of.
+    pub(super) fn whole_register(&self, r: Register) -> usize {
+        number(r).0
     }
 
     /// Reads a register operand.
@@ -237,7 +244,7 @@ impl Translator<'_> {
             return self.write_reg(r, new);
         }
         let at = self.address(insn, size.bytes(), true);
-        let old = self.load(size, at);
+        let old = self.load_for_update(size, at);
         let new = f(self, old);
         self.store(size, at, new);
     }
@@ -253,6 +260,12 @@ impl Translator<'_> {
     /// Loads, zero-extended in the size's type.
     pub(super) fn load(&mut self, size: Size, at: Addr) -> Val {
         self.b.load(size.ty(), self.access(size), at.base, at.disp)
+    }
+
+    /// Loads what is stored to next: it faults as a store, and both share a probe.
+    pub(super) fn load_for_update(&mut self, size: Size, at: Addr) -> Val {
+        let mem = self.access(size).for_update();
+        self.b.load(size.ty(), mem, at.base, at.disp)
     }
 
     /// Loads sign-extended to `to`'s type.

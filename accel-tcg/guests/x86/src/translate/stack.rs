@@ -1,6 +1,6 @@
 //! PUSH, POP, ENTER, LEAVE, and the flags on the stack.
 
-use holdfast_tcg_ir::Val;
+use holdfast_tcg_ir::{Cond, Val};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{Addr, Size, Translator};
@@ -81,6 +81,7 @@ impl Translator<'_> {
             Pushf | Pushfd | Pushfq => self.push_flags(flags_size(insn)),
             Popf | Popfd | Popfq => self.pop_flags(flags_size(insn)),
             Bound => self.bound(insn),
+            Arpl => self.arpl(insn),
             _ => return false,
         }
         true
@@ -193,7 +194,7 @@ impl Translator<'_> {
         }
         // A page below that cannot be written faults before anything changes.
         let last = self.stack_at(sp, -used - frame, size, true);
-        let probe = self.load(size, last);
+        let probe = self.load_for_update(size, last);
         let _ = probe;
         self.move_sp(sp, -used - frame);
         let new_bp = self.narrow(size, new_bp);
@@ -269,8 +270,45 @@ impl Translator<'_> {
         let high = self.load_signed(size, size, high_at);
         let index = self.read_reg(insn.op0_register());
         let index = self.sign_extended(size, index);
-        self.raise_if((holdfast_tcg_ir::Cond::LtS, index, low), vector::BR, None);
-        self.raise_if((holdfast_tcg_ir::Cond::GtS, index, high), vector::BR, None);
+        self.raise_if((Cond::LtS, index, low), vector::BR, None);
+        self.raise_if((Cond::GtS, index, high), vector::BR, None);
+    }
+
+    /// Raises the RPL of a selector to another's.
+    fn arpl(&mut self, insn: &Instruction) {
+        if !self.key.contains(Key::PROTECTED) {
+            return self.raise(vector::UD, None);
+        }
+        let b = self.read_op(insn, 1, Size::B2);
+        let rpl = self.b.andi(b, 3);
+        let memory = insn.op0_kind() == OpKind::Memory;
+        let at = memory.then(|| self.address(insn, 2, false));
+        let n = if memory { 0 } else { insn.op0_register().number() };
+        let a = match at {
+            Some(at) => self.load(Size::B2, at),
+            None => self.gpr_low(n, Size::B2),
+        };
+        let old = self.b.andi(a, 3);
+        // Memory is written only when it changes.
+        let (keep, end) = (self.b.label(), self.b.label());
+        self.b.brcond(Cond::GeU, old, rpl, keep);
+        let others = self.b.andi(a, !3);
+        let new = self.b.or(others, rpl);
+        match at {
+            Some(at) => self.store(Size::B2, at, new),
+            None => self.set_gpr_low(n, Size::B2, new),
+        }
+        for (zero, label) in [(1, keep), (0, end)] {
+            let zf = self.b.iconst(zero);
+            self.live |= super::STATUS;
+            self.set_zero_flag(zf);
+            self.sync();
+            if zero == 1 {
+                self.b.br(end);
+            }
+            self.b.bind(label);
+            self.cc = super::Cc::default();
+        }
     }
 
     fn op_size_register(&self, insn: &Instruction) -> Size {

@@ -81,10 +81,11 @@ impl Translator<'_> {
                 self.advance(&[RSI], address, size);
             }
             What::Cmps => {
-                let first = self.string_at(RSI, source, address, size, false);
-                let a = self.load(size, first);
+                // Processors read what RDI points to first.
                 let second = self.string_at(RDI, seg::ES, address, size, false);
                 let b = self.load(size, second);
+                let first = self.string_at(RSI, source, address, size, false);
+                let a = self.load(size, first);
                 self.set_cc(Kind::Cmp, size, a, b);
                 self.advance(&[RSI, RDI], address, size);
             }
