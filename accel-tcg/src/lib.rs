@@ -8,6 +8,11 @@ pub use holdfast_tcg_runtime::{
     Cpu, Engine, Guest, Io, RuntimeError, Stop, TcgVcpu, TcgVm, VcpuShared, VmParts, request,
 };
 
+/// What x86 guests ask of the local APICs that they are given.
+pub mod x86 {
+    pub use holdfast_guest_x86::apic::{ApicHandle, ApicState, LocalApic, Signals};
+}
+
 /// There is no translator for this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("there is no translator for {0} guests")]
@@ -20,6 +25,6 @@ pub struct NoGuest(pub Arch);
 pub fn guest(arch: Arch) -> Result<Arc<dyn Guest>, NoGuest> {
     match arch {
         Arch::Riscv64 => Ok(Arc::new(holdfast_guest_riscv::RiscvGuest::new())),
-        Arch::X86_64 => Err(NoGuest(arch)),
+        Arch::X86_64 => Ok(Arc::new(holdfast_guest_x86::X86Guest::new())),
     }
 }

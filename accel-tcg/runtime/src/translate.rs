@@ -157,7 +157,8 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
         pc: key.pc,
         key: key.mode & !KEY_STEP,
         max_insns: if step { 1 } else { MAX_INSNS.min(source.core.engine.limit()) },
-        no_chain: step,
+        // Loops back to a breakpoint leave the region: the debugger stops there every time round.
+        no_chain: step || source.breakpoints.binary_search(&key.pc).is_ok(),
     };
     let mut builder = source.core.engine.take_builder();
     builder.start(key.pc);

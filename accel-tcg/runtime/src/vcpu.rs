@@ -526,6 +526,8 @@ impl TcgVcpu {
         let core = &mut *self.core;
         core.pending_fault = None;
         core.from = None;
+        // A breakpoint under the new pc counts again.
+        core.debug.passed = None;
         let guest = Arc::clone(&core.guest);
         guest.import(&mut Cpu::new(core), state).map_err(RuntimeError::State)?;
         self.state_changed();

@@ -6,16 +6,18 @@
 mod bus;
 mod vcpu;
 mod vm;
+mod x86;
 
 use std::io;
 use std::sync::Arc;
 
-use holdfast_accel::{AccelError, Accelerator, Vm, VmSpec};
+use holdfast_accel::{AccelError, Accelerator, IrqChip, Vm, VmSpec};
 use holdfast_arch::Arch;
 use holdfast_tcg::{Engine, RuntimeError, TcgVm, VmParts};
 
 use bus::BusIo;
 use vm::TcgVmHandle;
+use x86::Apics;
 
 /// The accelerator's name in options, messages and states.
 const NAME: &str = "tcg";
@@ -73,7 +75,15 @@ impl Accelerator for TcgAccelerator {
 
     fn create_vm(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, AccelError> {
         self.probe(spec.arch)?;
+        if spec.arch == Arch::X86_64 && spec.irqchip == IrqChip::On {
+            return Err(unsupported("`kernel_irqchip=on` (use `split` or `off`)"));
+        }
         let guest = holdfast_tcg::guest(spec.arch).map_err(|e| unsupported(e.to_string()))?;
+        let apics = match spec.arch {
+            Arch::X86_64 => Some(Apics::new(spec.vcpus, &spec.timers, &spec.mmio)?),
+            Arch::Riscv64 => None,
+        };
+        let controllers = apics.as_ref().map(|a| a.controllers(spec.vcpus)).unwrap_or_default();
         let parts = VmParts {
             guest,
             memory: spec.memory,
@@ -83,9 +93,12 @@ impl Accelerator for TcgAccelerator {
             vcpus: spec.vcpus,
             code_cache: spec.code_cache,
             engine: self.engine,
-            controllers: Vec::new(),
+            controllers,
         };
         let vm = TcgVm::new(parts).map_err(|e| explain(None, e))?;
-        Ok(Arc::new(TcgVmHandle::new(vm)))
+        if let Some(apics) = &apics {
+            apics.connect(&vm);
+        }
+        Ok(Arc::new(TcgVmHandle::new(vm, apics.map(|a| a.bus), spec.vcpus)))
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, Vcpu};
 use holdfast_arch::CpuState;
+use holdfast_devices::x86::Lapic;
 use holdfast_tcg::{Stop, TcgVcpu, VcpuShared, request};
 
 use crate::{explain, unsupported};
@@ -12,6 +13,8 @@ use crate::{explain, unsupported};
 #[derive(Debug)]
 pub struct TcgVcpuHandle {
     vcpu: TcgVcpu,
+    /// Of x86 guests.
+    apic: Option<Arc<Lapic>>,
 }
 
 /// Interrupts a run.
@@ -26,8 +29,8 @@ impl Kicker for TcgKicker {
 
 impl TcgVcpuHandle {
     /// Around `vcpu`.
-    pub fn new(vcpu: TcgVcpu) -> Self {
-        Self { vcpu }
+    pub fn new(vcpu: TcgVcpu, apic: Option<Arc<Lapic>>) -> Self {
+        Self { vcpu, apic }
     }
 
     fn index(&self) -> u32 {
@@ -67,7 +70,10 @@ impl Vcpu for TcgVcpuHandle {
     }
 
     fn inject_nmi(&mut self) -> Result<(), AccelError> {
-        Err(unsupported("a non-maskable interrupt for this guest"))
+        let apic =
+            self.apic.as_ref().ok_or_else(|| unsupported("a non-maskable interrupt for this guest"))?;
+        apic.raise_nmi();
+        Ok(())
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {

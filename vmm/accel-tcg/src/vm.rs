@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use holdfast_accel::{AccelError, RomWindow, Vcpu, Vm};
 use holdfast_arch::CpuModel;
+use holdfast_arch::x86_64::CpuTopology;
 use holdfast_device::{CpuLines, ExtInt, IoEvents, IrqSink, MsiController};
+use holdfast_devices::x86::LapicBus;
 use holdfast_tcg::{TcgVcpu, TcgVm};
 
 use crate::vcpu::TcgVcpuHandle;
@@ -15,23 +17,44 @@ use crate::{NAME, explain};
 pub struct TcgVmHandle {
     vm: Arc<TcgVm>,
     lines: Arc<Lines>,
+    /// Of x86 guests.
+    apics: Option<Arc<LapicBus>>,
+    vcpus: u32,
 }
 
 /// The vCPUs' interrupt pins.
 #[derive(Debug)]
-struct Lines(Arc<TcgVm>);
+struct Lines {
+    vm: Arc<TcgVm>,
+    apics: Option<Arc<LapicBus>>,
+}
 
 impl CpuLines for Lines {
     fn set_cpu_pin(&self, vcpu: u32, pin: u32, level: bool) {
-        self.0.set_pin(vcpu, pin, level);
+        match &self.apics {
+            Some(apics) => apics.set_pin(vcpu, pin, level),
+            None => self.vm.set_pin(vcpu, pin, level),
+        }
     }
 }
 
 impl TcgVmHandle {
-    /// Around `vm`.
-    pub fn new(vm: Arc<TcgVm>) -> Self {
-        let lines = Arc::new(Lines(Arc::clone(&vm)));
-        Self { vm, lines }
+    /// Around `vm` of `vcpus` vCPUs, which have `apics` if it is an x86 guest.
+    pub fn new(vm: Arc<TcgVm>, apics: Option<Arc<LapicBus>>, vcpus: u32) -> Self {
+        let lines = Arc::new(Lines { vm: Arc::clone(&vm), apics: apics.clone() });
+        Self { vm, lines, apics, vcpus }
+    }
+
+    /// The model with the arrangement of vCPUs that it leaves open; the APIC id goes to the APIC.
+    fn place(&self, index: u32, model: &CpuModel) -> CpuModel {
+        let mut model = model.clone();
+        if let CpuModel::X86_64(x86) = &mut model {
+            let topology = *x86.topology.get_or_insert_with(|| CpuTopology::flat(self.vcpus));
+            if let Some(apic) = self.apics.as_ref().and_then(|a| a.apic(index)) {
+                apic.set_id(topology.apic_id(index));
+            }
+        }
+        model
     }
 }
 
@@ -41,8 +64,10 @@ impl Vm for TcgVmHandle {
     }
 
     fn create_vcpu(&self, index: u32, model: &CpuModel) -> Result<Box<dyn Vcpu>, AccelError> {
-        let vcpu = TcgVcpu::new(&self.vm, index, model).map_err(|e| explain(Some(index), e))?;
-        Ok(Box::new(TcgVcpuHandle::new(vcpu)))
+        let model = self.place(index, model);
+        let vcpu = TcgVcpu::new(&self.vm, index, &model).map_err(|e| explain(Some(index), e))?;
+        let apic = self.apics.as_ref().and_then(|a| a.apic(index)).cloned();
+        Ok(Box::new(TcgVcpuHandle::new(vcpu, apic)))
     }
 
     fn map_rom(&self, rom: &RomWindow) -> Result<(), AccelError> {
@@ -58,7 +83,7 @@ impl Vm for TcgVmHandle {
     }
 
     fn msi(&self) -> Option<Arc<dyn MsiController>> {
-        None
+        self.apics.clone().map(|a| a as Arc<dyn MsiController>)
     }
 
     fn kernel_irq_sink(&self) -> Option<Arc<dyn IrqSink>> {
@@ -69,12 +94,16 @@ impl Vm for TcgVmHandle {
         None
     }
 
-    fn connect_ext_int(&self, _source: Arc<dyn ExtInt>) {
-        tracing::warn!("external interrupts of 8259s go to x86 vCPUs only; there are none in this VM");
+    fn connect_ext_int(&self, source: Arc<dyn ExtInt>) {
+        if !self.apics.as_ref().is_some_and(|a| a.connect_ext_int(source)) {
+            tracing::warn!("a source of external interrupts is ignored: there is one, or this is no x86 VM");
+        }
     }
 
-    fn connect_eoi(&self, _receiver: Arc<dyn Fn(u8) + Send + Sync>) {
-        tracing::warn!("EOI broadcasts come from x86 vCPUs only; there are none in this VM");
+    fn connect_eoi(&self, receiver: Arc<dyn Fn(u8) + Send + Sync>) {
+        if !self.apics.as_ref().is_some_and(|a| a.connect_eoi(receiver)) {
+            tracing::warn!("a receiver of EOI broadcasts is ignored: there is one, or this is no x86 VM");
+        }
     }
 
     fn start_dirty_log(&self) -> Result<(), AccelError> {

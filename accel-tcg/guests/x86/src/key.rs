@@ -78,6 +78,9 @@ pub mod idx {
 }
 
 impl Key {
+    /// Regions of one instruction, that begin with [`crate::system`]'s `begin` and end with an exit.
+    pub const SINGLE: Key = Key::STEP.union(Key::SHADOW).union(Key::WATCH);
+
     /// The size of code.
     pub fn code_size(self) -> CodeSize {
         if self.contains(Key::CODE64) {

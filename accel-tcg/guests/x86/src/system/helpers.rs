@@ -101,7 +101,6 @@ helpers! {
     hlt = hlt_helper(hlt): Void, 1, SYSTEM;
     /// (1 if another instruction of the region follows)
     sti = sti_helper(sti): Void, 1, SYSTEM;
-    cli = cli_helper(cli): Void, 0, SYSTEM;
     /// (value, operand size)
     popf = popf_helper(popf): Void, 2, SYSTEM;
     /// (port, size): value.
@@ -120,10 +119,10 @@ helpers! {
     wrpkru = wrpkru_helper(wrpkru): Void, 0, ALL;
     /// (1 for STAC)
     set_ac = set_ac_helper(set_ac): Void, 1, SYSTEM;
+    /// The guest spins.
+    pause = pause_helper(pause): Void, 0, Effects::empty();
     /// Fails below privilege level 0.
     privileged = privileged_helper(privileged): Void, 0, SYSTEM;
-    /// (vector, error code or -1)
-    raise_now = raise_helper(raise): Void, 2, SYSTEM;
 }
 
 const RAX: usize = 0;
@@ -412,16 +411,6 @@ fn sti(cpu: &mut Cpu<'_>, [followed, ..]: [u64; 5]) -> HelperResult {
     Ok(0)
 }
 
-fn cli(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
-    let s = state(cpu);
-    let virtual_only = if s.vm86() { s.iopl() < 3 } else { s.protected() && s.cpl > s.iopl() };
-    if virtual_only {
-        return Err(gp(0).into());
-    }
-    s.flags &= !rflags::IF;
-    Ok(0)
-}
-
 fn popf(cpu: &mut Cpu<'_>, [value, size, ..]: [u64; 5]) -> HelperResult {
     let s = state(cpu);
     if s.vm86() && s.iopl() < 3 {
@@ -634,10 +623,7 @@ fn privileged(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
     Ok(0)
 }
 
-fn raise(_: &mut Cpu<'_>, [vector, code, ..]: [u64; 5]) -> HelperResult {
-    let fault = match u32::try_from(code) {
-        Ok(code) => super::fault::coded(vector as u8, code),
-        Err(_) => super::fault::plain(vector as u8),
-    };
-    Err(fault.into())
+fn pause(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
+    cpu.spins();
+    Ok(0)
 }

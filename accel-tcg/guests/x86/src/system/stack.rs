@@ -61,12 +61,6 @@ impl Stack {
         Self { base: 0, limit: 0, attributes: 0, sp, mask: u64::MAX, idx: idx::SYSTEM, long: true, size: 8 }
     }
 
-    /// Accesses as a program of privilege `cpl` makes them.
-    pub fn as_level(mut self, cpl: u64) -> Self {
-        self.idx = if cpl == 3 { idx::USER } else { idx::SYSTEM };
-        self
-    }
-
     fn linear(&self, sp: u64) -> Result<u64, Fault> {
         let offset = sp & self.mask;
         if self.long {

@@ -22,9 +22,8 @@ pub(super) fn target(insn: &Instruction, key: Key) -> Option<u64> {
 pub(super) fn ends_region(insn: &Instruction) -> bool {
     use Mnemonic::*;
     match insn.mnemonic() {
-        Popf | Popfd | Popfq | Sti | Clac | Stac | Clts | Lmsw | Lldt | Ltr | Lgdt | Lidt | Invlpg
-        | Invpcid | Wrmsr | Xsetbv | Wrpkru | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss
-        | Swapgs | Wbinvd | Invd | Wrfsbase | Wrgsbase | Xrstors | Xrstors64 | Fxrstor | Fxrstor64
+        Popf | Popfd | Popfq | Clac | Stac | Clts | Lmsw | Invlpg | Invpcid | Wrmsr | Xsetbv | Wrpkru
+        | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss | Xrstors | Xrstors64 | Fxrstor | Fxrstor64
         | Xrstor | Xrstor64 | Ldmxcsr | Vldmxcsr | Insb | Insw | Insd | Outsb | Outsw | Outsd | In | Out
         | Cpuid | Serialize => true,
         Mov | Pop => {

@@ -18,6 +18,7 @@ mod scan;
 mod shift;
 mod stack;
 mod string;
+mod sys;
 
 use holdfast_tcg_ir::{Builder, Cond, HelperId, JumpHint, Label, Slot, Val, env::exit};
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest, Translated};
@@ -93,7 +94,7 @@ pub(crate) fn region(
         ids,
         key,
         size: key.code_size(),
-        no_chain: request.no_chain || key.intersects(Key::STEP | Key::SHADOW),
+        no_chain: request.no_chain || key.intersects(Key::SINGLE),
         pc: request.pc,
         next: request.pc,
         cc: Cc::default(),
@@ -146,7 +147,7 @@ impl Translator<'_> {
         self.next = line.pc.wrapping_add(u64::from(line.len));
         self.live = line.live;
         self.b.insn(line.pc, u32::from(line.len));
-        if self.key.intersects(Key::STEP | Key::SHADOW) {
+        if self.key.intersects(Key::SINGLE) {
             self.b.call(self.ids.sys.begin, &[]);
         }
         if line.faults {
@@ -172,6 +173,7 @@ impl Translator<'_> {
             || self.bits(insn)
             || self.atomic(insn)
             || self.string(insn)
+            || self.system(insn)
     }
 
     // ---- leaving ----

@@ -160,7 +160,7 @@ pub(crate) fn run(
     key: Key,
     code: &mut CodeReader<'_, '_>,
 ) -> Result<Scan, Fault> {
-    let single = key.intersects(Key::STEP | Key::SHADOW);
+    let single = key.intersects(Key::SINGLE);
     let limit = if single { 1 } else { request.max_insns.clamp(1, MAX_INSNS) as usize };
     let mut scan = Scan { lines: Vec::with_capacity(limit.min(24)), end: request.pc, end_indirect: false };
     let mut bytes = Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize) };

@@ -34,7 +34,7 @@ impl Translator<'_> {
     }
 
     /// The linear address of `size` bytes at `sp + disp`.
-    fn stack_at(&mut self, sp: Val, disp: i64, size: Size, write: bool) -> Addr {
+    pub(super) fn stack_at(&mut self, sp: Val, disp: i64, size: Size, write: bool) -> Addr {
         let at = if self.long() {
             Addr { base: sp, disp: disp as i32 }
         } else {
@@ -45,7 +45,7 @@ impl Translator<'_> {
     }
 
     /// Sets the stack pointer to `sp + change`.
-    fn move_sp(&mut self, sp: Val, change: i64) {
+    pub(super) fn move_sp(&mut self, sp: Val, change: i64) {
         let new = self.b.addi(sp, change);
         let size = self.stack_size();
         let new = self.narrow(size, new);
@@ -88,7 +88,7 @@ impl Translator<'_> {
     }
 
     /// Size of a PUSH or POP.
-    fn item_size(insn: &Instruction) -> Size {
+    pub(super) fn item_size(insn: &Instruction) -> Size {
         Size::of(insn.stack_pointer_increment().unsigned_abs() as usize)
     }
 

@@ -238,7 +238,8 @@ pub fn minimise(
         }
     }
     let mut shorter = best.clone();
-    let nops = shorter.code.iter().take_while(|b| **b == 0x90).count().min(shorter.code.len().saturating_sub(1));
+    let nops =
+        shorter.code.iter().take_while(|b| **b == 0x90).count().min(shorter.code.len().saturating_sub(1));
     shorter.code.drain(..nops);
     shorter.at += nops;
     if let Some(mismatch) = attempt(&shorter, a, b, data) {

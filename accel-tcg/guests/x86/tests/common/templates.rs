@@ -89,7 +89,8 @@ fn in_group(code: Code, group: &str) -> bool {
         })
     };
     let x87 = named(&["FPU"]);
-    let mmx = format!("{code:?}").contains("mm_") && !format!("{code:?}").contains("mm_mm_") && named(&["MMX"]);
+    let mmx =
+        format!("{code:?}").contains("mm_") && !format!("{code:?}").contains("mm_mm_") && named(&["MMX"]);
     let vec = named(&["SSE", "SSSE", "AVX", "FMA", "F16C", "AES", "SHA", "PCLMUL"]);
     match group {
         "int" => !x87 && !vec && !named(&["MMX", "FXSR"]),
