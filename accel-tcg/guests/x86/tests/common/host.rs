@@ -262,9 +262,10 @@ impl Host {
         // SAFETY: mapped above.
         unsafe { libc::close(file) };
         let this = Self { _one: one, memory, _thread: PhantomData };
-        let mut end = [0u8; 14];
-        end[..2].copy_from_slice(&[0xff, 0x25]);
-        end[6..].copy_from_slice(&(holdfast_fuzz_exit as *const () as usize as u64).to_le_bytes());
+        // A jump through a pointer that is aligned, for alignment checks may be on.
+        let mut end = [0u8; 16];
+        end[..3].copy_from_slice(&[0xff, 0x25, 2]);
+        end[8..].copy_from_slice(&(holdfast_fuzz_exit as *const () as usize as u64).to_le_bytes());
         this.write(CODE_SIZE, &end);
         let mut back = [0xea, 0, 0, 0, 0, CS64 as u8, 0];
         back[1..5].copy_from_slice(&(END as u32).to_le_bytes());
