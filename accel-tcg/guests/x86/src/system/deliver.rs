@@ -4,6 +4,7 @@ use holdfast_tcg_runtime::{Cpu, Fault};
 
 use super::fault::{self, gp, np, ss, ts};
 use super::mode::attr;
+use super::noncanonical;
 use super::regs::{cr0, dr, vector};
 use super::segment::{Descriptor, fetch, real, selector_code, set_accessed, sys_load, system};
 use super::stack::{RSP, Stack};
@@ -70,7 +71,8 @@ fn combine(first: Option<u8>, second: u8) -> Combined {
 pub(crate) fn raise(cpu: &mut Cpu<'_>, fault: &Fault) {
     let pc = cpu.pc();
     let ip = cpu.state::<X86>().ip_of(pc);
-    let event = note(cpu, fault, ip);
+    let fault = noncanonical::refine(cpu, fault);
+    let event = note(cpu, &fault, ip);
     deliver_or_escalate(cpu, event);
 }
 

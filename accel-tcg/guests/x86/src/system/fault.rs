@@ -47,6 +47,11 @@ pub(crate) fn pf(va: u64, code: u32) -> Fault {
     Fault { cause: u64::from(vector::PF), value: va, aux: HAS_CODE | u64::from(code) }
 }
 
+/// #GP(0) of an access to `va`, which is not canonical; #SS(0) if it is by the stack segment.
+pub(crate) fn non_canonical(va: u64) -> Fault {
+    Fault { cause: u64::from(vector::GP), value: va, aux: HAS_CODE | NON_CANONICAL }
+}
+
 /// The error code of a fault, if it has one.
 pub(crate) fn code(fault: &Fault) -> Option<u32> {
     (fault.aux & HAS_CODE != 0).then_some(fault.aux as u32)
@@ -54,3 +59,6 @@ pub(crate) fn code(fault: &Fault) -> Option<u32> {
 
 /// Bit of `aux`: the pushed flags have RF set (instruction breakpoints).
 pub(crate) const RESUME: u64 = 1 << 33;
+
+/// Bit of `aux`: the address accessed, in `value`, is not canonical.
+pub(crate) const NON_CANONICAL: u64 = 1 << 34;

@@ -267,7 +267,10 @@ pub(crate) fn translate(s: &X86, phys: &PhysMemory, access: &Access) -> Result<T
         return Ok(all);
     }
     if s.long() && !s.canonical(access.gva) {
-        return Err(fault::gp(0));
+        return Err(match access.kind {
+            AccessKind::Fetch => fault::gp(0),
+            AccessKind::Read | AccessKind::Write => fault::non_canonical(access.gva),
+        });
     }
     loop {
         let mut path = Path::default();

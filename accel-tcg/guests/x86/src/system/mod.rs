@@ -11,6 +11,7 @@ pub(crate) mod iret;
 pub(crate) mod mmu;
 pub(crate) mod mode;
 pub(crate) mod msr;
+pub(crate) mod noncanonical;
 pub(crate) mod ports;
 pub mod regs;
 pub(crate) mod reset;

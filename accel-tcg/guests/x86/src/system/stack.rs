@@ -2,9 +2,8 @@
 
 use holdfast_tcg_runtime::{Cpu, Fault};
 
-use super::fault::{gp, ss};
+use super::fault::{self, ss};
 use super::mode::attr;
-use super::regs::vector;
 use crate::key::idx;
 use crate::state::{SegmentRegister, X86, seg};
 
@@ -118,6 +117,6 @@ impl Stack {
 
     /// Stack addresses that are not canonical are #SS.
     fn as_stack_fault(&self, f: Fault) -> Fault {
-        if self.long && f == gp(0) && f.cause == u64::from(vector::GP) { ss(0) } else { f }
+        if self.long && f.aux & fault::NON_CANONICAL != 0 { ss(0) } else { f }
     }
 }
