@@ -6,7 +6,7 @@ mod common;
 use std::process::ExitCode;
 
 use holdfast_api::cli::{self, Invocation};
-use holdfast_api::process::{describe, run};
+use holdfast_api::process::{Unconfined, describe, run};
 use holdfast_threads::PlainSpawner;
 
 fn main() -> ExitCode {
@@ -14,12 +14,9 @@ fn main() -> ExitCode {
         eprintln!("usage: fake run OPTIONS");
         return ExitCode::FAILURE;
     };
-    match run(
-        *options,
-        &PlainSpawner::shared(),
-        || Ok(()),
-        |inbox| common::FakeManager::default().serve(&inbox),
-    ) {
+    match run(*options, &PlainSpawner::shared(), &Unconfined, |inbox| {
+        common::FakeManager::default().serve(&inbox)
+    }) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("fake: {}", describe(&error));

@@ -1,15 +1,17 @@
 //! The `holdfast` program.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
 use holdfast_api::client;
-use holdfast_api::process::{self, describe};
-use holdfast_sandbox::Sandbox;
+use holdfast_api::process::{self, Confinement, describe};
+use holdfast_config::RestoreConfig;
+use holdfast_sandbox::{Sandbox, SandboxError};
 use holdfast_threads::Role;
+use holdfast_vmm::confine;
 use holdfast_vmm::manager::{Manager, ManagerOptions};
 
 /// Exit status for a command line that cannot be used, as is customary.
@@ -58,6 +60,22 @@ fn man(directory: &Path) -> ExitCode {
     }
 }
 
+/// This process's sandbox.
+struct Confined(Arc<Sandbox>);
+
+impl Confinement for Confined {
+    fn paths(&self, options: &RunOptions, sockets: &[PathBuf]) -> Result<(), SandboxError> {
+        self.0.keep_sockets_removable(sockets);
+        let Some(more) = &options.landlock else { return Ok(()) };
+        let restore_from = options.restore.as_ref().and_then(RestoreConfig::directory);
+        confine::limit_process(&self.0, options.config.as_deref(), restore_from.as_deref(), more, sockets)
+    }
+
+    fn main_thread(&self) -> Result<(), SandboxError> {
+        self.0.confine(Role::Api)
+    }
+}
+
 fn run(options: RunOptions) -> ExitCode {
     let sandbox = match Sandbox::new(options.seccomp) {
         Ok(sandbox) => sandbox,
@@ -65,8 +83,8 @@ fn run(options: RunOptions) -> ExitCode {
     };
     let spawner = sandbox.spawner();
     let manager = ManagerOptions { sandbox: Arc::clone(&sandbox), no_shutdown: options.no_shutdown };
-    let confine = || sandbox.confine(Role::Api);
-    match process::run(options, &spawner, confine, move |inbox| Manager::new(inbox, manager)?.run()) {
+    let confinement = Confined(sandbox);
+    match process::run(options, &spawner, &confinement, move |inbox| Manager::new(inbox, manager)?.run()) {
         Ok(status) => ExitCode::from(status),
         Err(error) => fail(&describe(&error), 1),
     }

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 
@@ -34,8 +35,8 @@ pub enum ProcessError {
     /// The host has no thread, eventfd or the like.
     #[error("{0}")]
     Host(&'static str, #[source] io::Error),
-    /// The main thread cannot be confined.
-    #[error("the main thread cannot be confined")]
+    /// The process or its main thread cannot be confined.
+    #[error("the process cannot be confined")]
     Confine(#[source] SandboxError),
     /// The VM manager failed.
     #[error("the VM manager failed")]
@@ -51,8 +52,37 @@ pub fn describe(error: &dyn Error) -> String {
     chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// Runs `manager` on the `vmm` thread with everything that `options` ask for around it, until it ends. `confine`
-/// is called on this thread once all others have been made.
+/// How a process is confined.
+pub trait Confinement {
+    /// Called before there are other threads, when all files are open that the options themselves name. The control
+    /// sockets are in the directories `sockets`, and are removed from there at the end.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; the process ends then.
+    fn paths(&self, options: &RunOptions, sockets: &[PathBuf]) -> Result<(), SandboxError>;
+
+    /// Called on the main thread once all others have been made.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; the process ends then.
+    fn main_thread(&self) -> Result<(), SandboxError>;
+}
+
+/// No confinement, for tests.
+#[derive(Debug, Clone, Copy)]
+pub struct Unconfined;
+
+impl Confinement for Unconfined {
+    fn paths(&self, _options: &RunOptions, _sockets: &[PathBuf]) -> Result<(), SandboxError> {
+        Ok(())
+    }
+
+    fn main_thread(&self) -> Result<(), SandboxError> {
+        Ok(())
+    }
+}
+
+/// Runs `manager` on the `vmm` thread with everything that `options` ask for around it, until it ends.
 /// Returns the exit status of the process.
 ///
 /// # Errors
@@ -60,7 +90,7 @@ pub fn describe(error: &dyn Error) -> String {
 pub fn run(
     options: RunOptions,
     spawner: &Arc<dyn Spawner>,
-    confine: impl FnOnce() -> Result<(), SandboxError>,
+    confinement: &dyn Confinement,
     manager: impl FnOnce(ControlInbox) -> io::Result<u8> + Send + 'static,
 ) -> Result<u8, ProcessError> {
     logging::start(options.log_file.as_deref(), options.verbosity).map_err(ProcessError::Log)?;
@@ -70,6 +100,7 @@ pub fn run(
     let listeners = listeners.map_err(ProcessError::Serve)?;
     let monitor = options.event_monitor.as_ref().map(monitor::open).transpose();
     let monitor = monitor.map_err(ProcessError::EventMonitor)?;
+    confinement.paths(&options, &listeners.directories()).map_err(ProcessError::Confine)?;
     let (handle, inbox) = control().map_err(|error| ProcessError::Host("no eventfd", error))?;
     let monitor = monitor.map(|file| EventMonitor::start(&**spawner, handle.events(), file)).transpose();
     let monitor = monitor.map_err(ProcessError::EventMonitor)?;
@@ -83,7 +114,7 @@ pub fn run(
         Some(ApiThread::start(&**spawner, handle.clone(), listeners).map_err(ProcessError::Serve)?)
     };
     // All threads but those that the manager makes are there. This one only waits from now on.
-    let started = match confine() {
+    let started = match confinement.main_thread() {
         Ok(()) => start(&handle, options).map_err(ProcessError::Start),
         Err(error) => Err(ProcessError::Confine(error)),
     };

@@ -131,6 +131,17 @@ impl Listeners {
         Ok(listeners)
     }
 
+    /// The directories of the UNIX sockets, from which they are removed at the end.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        let sockets = [self.rest.as_ref(), self.qmp_unix.as_ref()];
+        let paths = sockets.into_iter().flatten().filter_map(|socket| socket.path.as_ref());
+        let directory = |socket: &SocketPath| match socket.path.parent() {
+            Some(parent) if parent != Path::new("") => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        paths.map(directory).collect()
+    }
+
     /// Whether there is nothing to serve.
     pub fn is_empty(&self) -> bool {
         self.rest.is_none() && self.qmp_unix.is_none() && self.qmp_tcp.is_none()

@@ -59,12 +59,9 @@ fn ctl_drives_a_whole_process() {
         ..RunOptions::default()
     };
     let ended = std::thread::spawn(move || {
-        process::run(
-            options,
-            &PlainSpawner::shared(),
-            || Ok(()),
-            |inbox| common::FakeManager::default().serve(&inbox),
-        )
+        process::run(options, &PlainSpawner::shared(), &process::Unconfined, |inbox| {
+            common::FakeManager::default().serve(&inbox)
+        })
         .unwrap()
     });
     wait_for(&socket);

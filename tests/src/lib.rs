@@ -38,6 +38,15 @@ pub fn riscv64_guest() -> PathBuf {
     String::from_utf8(output.stdout).expect("a path").trim().into()
 }
 
+/// The value that the guest printed after `key`.
+///
+/// # Panics
+/// If the guest printed no line that starts with `key`.
+pub fn printed(output: &str, key: &str) -> String {
+    let line = output.lines().find_map(|l| l.trim().strip_prefix(key));
+    line.unwrap_or_else(|| panic!("the guest printed no {key}:\n{output}")).trim().to_owned()
+}
+
 /// Arguments that boot the riscv64 guest under translation with its console on the program's
 /// standard output. `test` is what the guest's init is to run; empty for a shell.
 pub fn riscv64_args(vcpus: u32, test: &str) -> Vec<String> {

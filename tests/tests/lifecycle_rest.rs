@@ -103,7 +103,7 @@ fn every_state_is_reached_and_reported() {
     assert!(program.wait_exit(BOOT).success());
 }
 
-fn snapshot_and_restore(mode: &str) {
+fn snapshot_and_restore(mode: &str, prefault: bool) {
     let dir = tempfile::tempdir().expect("directory");
     let saved = dir.path().join("saved");
     std::fs::create_dir(&saved).expect("directory");
@@ -123,9 +123,16 @@ fn snapshot_and_restore(mode: &str) {
     assert!(ram.len() == 512 << 20 && ram.blocks() * 512 < ram.len(), "the file is sparse");
 
     std::fs::remove_file(dir.path().join("api")).expect("the dead process's socket");
-    let (_second, api) = vmm(dir.path());
+    let (second, api) = vmm(dir.path());
     std::thread::sleep(Duration::from_secs(1));
-    api.put("vm.restore", &json!({ "source_url": url, "memory_restore_mode": mode }));
+    api.put("vm.restore", &json!({ "source_url": url, "memory_restore_mode": mode, "prefault": prefault }));
+    if prefault {
+        // All of RAM is there before the guest runs, what it never touched included.
+        let status = std::fs::read_to_string(format!("/proc/{}/status", second.pid())).expect("status");
+        let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("VmRSS").trim();
+        let rss: u64 = rss.trim_end_matches(" kB").trim().parse().expect("a number");
+        assert!(rss > 512 << 10, "only {rss} KiB are resident");
+    }
     assert_eq!(state(&api), "Paused");
     api.put("vm.resume", &Value::Null);
     let &(last, sum, uptime) = before.last().expect("it counted");
@@ -140,12 +147,53 @@ fn snapshot_and_restore(mode: &str) {
 
 #[test]
 fn a_snapshot_goes_on_in_another_process_by_copy() {
-    snapshot_and_restore("Copy");
+    snapshot_and_restore("Copy", false);
 }
 
 #[test]
 fn a_snapshot_goes_on_in_another_process_on_demand() {
-    snapshot_and_restore("OnDemand");
+    snapshot_and_restore("OnDemand", false);
+}
+
+#[test]
+fn a_snapshot_goes_on_with_all_of_its_ram_present() {
+    snapshot_and_restore("Copy", true);
+}
+
+#[test]
+fn prefaulting_and_paging_on_demand_exclude_each_other() {
+    let dir = tempfile::tempdir().expect("directory");
+    let saved = dir.path().join("saved");
+    std::fs::create_dir(&saved).expect("directory");
+    let url = format!("file://{}", saved.display());
+    let (_program, api) = vmm(dir.path());
+    api.put("vm.create", &config(&dir.path().join("console"), "counter"));
+    api.put("vm.boot", &Value::Null);
+    api.put("vm.pause", &Value::Null);
+    api.put("vm.snapshot", &json!({ "destination_url": url }));
+    api.put("vm.delete", &Value::Null);
+    let body = json!({ "source_url": url, "memory_restore_mode": "OnDemand", "prefault": true });
+    let refused = api.request("PUT", "vm.restore", &body);
+    assert_eq!(refused.status, 500);
+    assert!(refused.body.contains("exclude each other"), "{}", refused.body);
+}
+
+#[test]
+fn the_power_button_of_virt_is_one_that_guests_know() {
+    let dir = tempfile::tempdir().expect("directory");
+    let console = dir.path().join("console");
+    let (mut program, api) = vmm(dir.path());
+    api.put("vm.create", &config(&console, "button"));
+    api.put("vm.boot", &Value::Null);
+    // Until its driver listens, the guest has no button, and that is said.
+    let deaf = api.request("PUT", "vm.power-button", &Value::Null);
+    assert_eq!(deaf.status, 500);
+    assert!(deaf.body.contains("virtio_input and evdev"), "{}", deaf.body);
+    let text = wait_in(&console, "READY");
+    assert!(text.contains("Power Button"), "{text}");
+    api.put("vm.power-button", &Value::Null);
+    wait_in(&console, "POWER-BUTTON");
+    assert!(program.wait_exit(BOOT).success(), "the guest switched itself off");
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub mod kind {
     pub const RNG: u32 = 4;
     /// Memory balloon.
     pub const BALLOON: u32 = 5;
+    /// Input: keyboards and the like.
+    pub const INPUT: u32 = 18;
 }
 
 /// Feature bits of all devices (virtio 1.2 section 6).

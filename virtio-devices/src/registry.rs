@@ -4,11 +4,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use holdfast_device::{BuildContext, BuildError, Device, IrqLine};
-use holdfast_devices::chardev::CharBackend;
 use holdfast_devices::pci::PciBus;
 use serde::de::DeserializeOwned;
 
 use crate::config::FieldError;
+use crate::console::PortArgs;
 use crate::device::VirtioDevice;
 use crate::transport::mmio::MmioTransport;
 use crate::transport::pci::PciTransport;
@@ -20,8 +20,8 @@ pub struct BuildArgs {
     pub id: String,
     /// Its config, as JSON.
     pub config: serde_json::Value,
-    /// What its ports are connected to (console).
-    pub chardevs: Vec<Arc<dyn CharBackend>>,
+    /// Its ports (console).
+    pub ports: Vec<PortArgs>,
     /// Open file descriptors that were handed over with the config (net: one for each queue pair).
     pub fds: Vec<OwnedFd>,
 }
@@ -80,7 +80,7 @@ pub fn registry() -> &'static [VirtioDeviceModule] {
             aliases: &["virtio-serial", "virtio-serial-pci", "virtio-serial-device"],
             build: |args, context| {
                 let config = parse(&args)?;
-                Ok(crate::console::build(&args.id, &config, args.chardevs, context)?)
+                Ok(crate::console::build(&args.id, &config, args.ports, context)?)
             },
         },
     ];

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use holdfast_config::VmConfig;
-use holdfast_sandbox::{PathRule, Sandbox, SandboxError};
+use holdfast_config::{LandlockConfig, VmConfig};
+use holdfast_sandbox::{PathAccess, PathRule, Sandbox, SandboxError};
+
+use crate::snapshot::SnapshotDir;
 
 /// Paths that are read wherever they exist: default firmware, devices, what the C library asks for.
 const READ: [&str; 7] = [
@@ -20,8 +22,29 @@ const READ: [&str; 7] = [
 /// Devices that are opened for writing where they exist.
 const WRITE: [&str; 6] = ["/dev/kvm", "/dev/net/tun", "/dev/ptmx", "/dev/pts", "/dev/null", "/dev/shm"];
 
+/// A VM that may not be made, because Landlock keeps the process from what it needs.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Landlock keeps this process to the paths that it was started with or that its first VM named, and `{path}` is \
+     not among them for {access}; name it in --landlock-rules at the start, or use a new process"
+)]
+pub struct OutOfReach {
+    /// The path.
+    path: PathBuf,
+    /// `reading` or `writing`.
+    access: &'static str,
+}
+
+impl OutOfReach {
+    fn of(rule: &PathRule) -> Self {
+        let access = if rule.access.write { "writing" } else { "reading" };
+        Self { path: rule.path.clone(), access }
+    }
+}
+
 /// If the config asks for Landlock, lets this thread and those that it starts open only what the config
-/// names. `restore_from` is the directory of the snapshot that is being restored.
+/// names; if the process is limited already, that stays. `restore_from` is the directory of the snapshot that is
+/// being restored.
 ///
 /// # Errors
 /// [`SandboxError`] if the kernel has no Landlock.
@@ -30,25 +53,79 @@ pub fn limit_paths(
     config: &VmConfig,
     restore_from: Option<&Path>,
 ) -> Result<(), SandboxError> {
-    if !config.landlock_enable {
+    if !config.landlock_enable || sandbox.is_limited() {
         return Ok(());
     }
     sandbox.limit_paths(rules(config, restore_from))
 }
 
-/// The rules for `config`, a path at most once.
+/// Checks that a process that is limited already may open what `config` names.
+///
+/// # Errors
+/// [`OutOfReach`] for the first path that it may not.
+pub fn check(sandbox: &Sandbox, config: &VmConfig, restore_from: Option<&Path>) -> Result<(), OutOfReach> {
+    match named(config, restore_from).into_rules().iter().find(|rule| !sandbox.permits(rule)) {
+        Some(rule) => Err(OutOfReach::of(rule)),
+        None => Ok(()),
+    }
+}
+
+/// Checks that a process that is limited already may write files in `directory`.
+///
+/// # Errors
+/// [`OutOfReach`].
+pub fn check_output(sandbox: &Sandbox, directory: &Path) -> Result<(), OutOfReach> {
+    let rule = PathRule::new(directory, true);
+    if sandbox.permits(&rule) { Ok(()) } else { Err(OutOfReach::of(&rule)) }
+}
+
+/// Limits the whole process, if called on its main thread before there are others (`--landlock`): to what `config`
+/// names, or what the snapshot in `restore_from` names, and to `more`. Files may be removed from the directories of
+/// `sockets`.
+///
+/// # Errors
+/// [`SandboxError`] if the kernel has no Landlock.
+pub fn limit_process(
+    sandbox: &Sandbox,
+    config: Option<&VmConfig>,
+    restore_from: Option<&Path>,
+    more: &[LandlockConfig],
+    sockets: &[PathBuf],
+) -> Result<(), SandboxError> {
+    // A snapshot that cannot be read is complained of by whoever restores it.
+    let saved = restore_from.and_then(|path| SnapshotDir::open(path).ok()?.config().ok());
+    let none = VmConfig::default();
+    let mut all = rules(config.or(saved.as_ref()).unwrap_or(&none), restore_from);
+    let mut extra = Rules::default();
+    extra.granted(more);
+    all.extend(extra.into_rules());
+    all.extend(sockets.iter().map(PathRule::removing));
+    sandbox.limit_paths(all)
+}
+
+/// The rules for `config`.
 fn rules(config: &VmConfig, restore_from: Option<&Path>) -> Vec<PathRule> {
-    let mut rules = Rules::default();
+    let mut rules = named(config, restore_from);
     for path in READ {
         rules.existing(Path::new(path), false);
     }
     for path in WRITE {
         rules.existing(Path::new(path), true);
     }
+    rules.granted(config.landlock_rules.as_deref().unwrap_or_default());
+    rules.into_rules()
+}
+
+/// What the config itself names.
+fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
+    let mut rules = Rules::default();
     if let Some(payload) = &config.payload {
         for path in [&payload.kernel, &payload.firmware, &payload.initramfs].into_iter().flatten() {
             rules.existing(path, false);
         }
+    }
+    for flash in config.pflash() {
+        rules.existing(&flash.path, !flash.readonly);
     }
     for disk in config.disks() {
         if let Some(path) = &disk.path {
@@ -63,7 +140,8 @@ fn rules(config: &VmConfig, restore_from: Option<&Path>) -> Vec<PathRule> {
         &config.console.socket,
         &config.debug_console.file,
     ];
-    for path in outputs.into_iter().flatten() {
+    let ports = config.console_ports().iter().flat_map(|port| [&port.file, &port.socket]);
+    for path in outputs.into_iter().chain(ports).flatten() {
         rules.made(path);
     }
     if config.perf_map {
@@ -72,21 +150,23 @@ fn rules(config: &VmConfig, restore_from: Option<&Path>) -> Vec<PathRule> {
     if let Some(directory) = restore_from {
         rules.existing(directory, false);
     }
-    for rule in config.landlock_rules.iter().flatten() {
-        rules.existing(&rule.path, rule.access.contains('w'));
-    }
-    rules.0.into_iter().map(|(path, write)| PathRule::new(path, write)).collect()
+    rules
 }
 
-/// Paths, and whether they are written.
+/// Paths, each once, and what is done with them.
 #[derive(Default)]
-struct Rules(BTreeMap<PathBuf, bool>);
+struct Rules(BTreeMap<PathBuf, PathAccess>);
 
 impl Rules {
     /// A path that is opened. One that does not exist is left to whoever opens it to complain of.
     fn existing(&mut self, path: &Path, write: bool) {
+        self.add(path, PathAccess { read: true, write, remove: false });
+    }
+
+    fn add(&mut self, path: &Path, access: PathAccess) {
         if path.exists() {
-            *self.0.entry(path.to_owned()).or_default() |= write;
+            let all = self.0.entry(path.to_owned()).or_default();
+            *all = all.or(access);
         }
     }
 
@@ -96,6 +176,19 @@ impl Rules {
             Some(parent) if parent != Path::new("") => self.existing(parent, true),
             _ => self.existing(Path::new("."), true),
         }
+    }
+
+    /// What `--landlock-rules` grant; their access was checked when the config
+    /// was. That they exist is not, so that Landlock complains if they do not.
+    fn granted(&mut self, more: &[LandlockConfig]) {
+        for rule in more {
+            let all = self.0.entry(rule.path.clone()).or_default();
+            *all = all.or(rule.access.parse().unwrap_or_default());
+        }
+    }
+
+    fn into_rules(self) -> Vec<PathRule> {
+        self.0.into_iter().map(|(path, access)| PathRule { path, access }).collect()
     }
 }
 

@@ -42,6 +42,12 @@ const SAFETY: &str = "Hardening";
 pub(super) const OPTIONS: &[Opt] = &[
     opt("kernel", Shape::Text("PATH"), BOOT, "Kernel image"),
     opt("firmware", Shape::Text("PATH"), BOOT, "Firmware image"),
+    opt(
+        "pflash",
+        Shape::Many(holdfast_keyval::keys::<config::PflashConfig>),
+        BOOT,
+        "Contents of a flash bank, first bank first (virt)",
+    ),
     opt("initramfs", Shape::Text("PATH"), BOOT, "Initial RAM disk"),
     opt("cmdline", Shape::Text("TEXT"), BOOT, "Kernel command line"),
     opt(
@@ -98,6 +104,12 @@ pub(super) const OPTIONS: &[Opt] = &[
         Shape::Keys(holdfast_keyval::keys::<config::ConsoleConfig>),
         CONSOLES,
         "virtio console: off, null, tty, pty or file=PATH [default: tty]",
+    ),
+    opt(
+        "console-port",
+        Shape::Many(holdfast_keyval::keys::<config::ConsolePortConfig>),
+        CONSOLES,
+        "Named port of the virtio console: name=NAME and file=PATH, socket=PATH, mode=pty or mode=null",
     ),
     opt(
         "debug-console",

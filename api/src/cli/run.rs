@@ -8,7 +8,8 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use holdfast_config::{
     self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig, MachineConfig,
-    MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RestoreConfig, RngConfig, SerialConfig, VmConfig,
+    MemoryConfig, NetConfig, PayloadConfig, PflashConfig, PlatformConfig, RestoreConfig, RngConfig,
+    SerialConfig, VmConfig,
 };
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
@@ -65,6 +66,8 @@ pub struct RunOptions {
     pub log_file: Option<PathBuf>,
     /// How much is logged: 0 warnings, 1 information, 2 debugging, 3 tracing.
     pub verbosity: u8,
+    /// The whole process opens only what the VM's config names, and this (`--landlock`, `--landlock-rules`).
+    pub landlock: Option<Vec<LandlockConfig>>,
     /// System-call filters.
     pub seccomp: SeccompMode,
     /// The process stays when the guest has switched itself off.
@@ -89,9 +92,8 @@ const DESCRIBES_VM: &[&str] = &[
     "balloon",
     "serial",
     "console",
+    "console-port",
     "debug-console",
-    "landlock",
-    "landlock-rules",
 ];
 
 pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
@@ -100,19 +102,19 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
         return Err(CliError::UnsupportedOption { option: option.name.to_owned() });
     }
     let restore: Option<RestoreConfig> = keyval(matches, "restore")?;
-    let boots = given("kernel") || given("firmware");
+    let boots = given("kernel") || given("firmware") || given("pflash");
     let described = DESCRIBES_VM.iter().find(|name| given(name));
     if let (Some(name), false) = (described, boots) {
         let reason = if restore.is_some() {
             "a restored VM has its own"
         } else {
-            "nothing boots: give --kernel or --firmware"
+            "nothing boots: give --kernel, --firmware or --pflash"
         };
         return Err(CliError::Together(format!("--{name} describes a VM, but {reason}")));
     }
     if boots && restore.is_some() {
         return Err(CliError::Together(
-            "--restore brings a VM of its own; leave --kernel and --firmware out".into(),
+            "--restore brings a VM of its own; leave --kernel, --firmware and --pflash out".into(),
         ));
     }
     let api_socket = endpoint(matches, "api-socket", true)?;
@@ -130,9 +132,26 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
         event_monitor: endpoint(matches, "event-monitor", false)?,
         log_file: text(matches, "log-file").map(PathBuf::from),
         verbosity: matches.get_count("verbose"),
+        landlock: landlock(matches)?,
         seccomp: seccomp(matches)?,
         no_shutdown: matches.get_flag("no-shutdown"),
     })
+}
+
+fn landlock(matches: &ArgMatches) -> Result<Option<Vec<LandlockConfig>>, CliError> {
+    let rules = keyvals::<LandlockConfig>(matches, "landlock-rules")?;
+    match (matches.get_flag("landlock"), rules) {
+        (false, Some(_)) => {
+            Err(CliError::Together("--landlock-rules add to --landlock; give it as well".into()))
+        }
+        (false, None) => Ok(None),
+        (true, rules) => {
+            let rules = rules.unwrap_or_default();
+            let config = VmConfig { landlock_rules: Some(rules.clone()), ..VmConfig::default() };
+            config.validate().map_err(CliError::Config)?;
+            Ok(Some(rules))
+        }
+    }
 }
 
 fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
@@ -154,6 +173,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         balloon: keyval(matches, "balloon")?,
         serial: console::<SerialConfig>(matches, "serial")?.unwrap_or_default(),
         console: console::<ConsoleConfig>(matches, "console")?.unwrap_or_default(),
+        console_ports: consoles(matches, "console-port")?,
         debug_console: console::<DebugConsoleConfig>(matches, "debug-console")?.unwrap_or_default(),
         platform: keyval::<PlatformConfig>(matches, "platform")?,
         landlock_enable: matches.get_flag("landlock"),
@@ -163,6 +183,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         machine: keyval::<MachineConfig>(matches, "machine")?.unwrap_or_default(),
         accel: parsed(matches, "accel")?.unwrap_or_default(),
         perf_map: matches.get_flag("perf-map"),
+        pflash: keyvals::<PflashConfig>(matches, "pflash")?,
     };
     config.validate_for_boot().map_err(CliError::Config)?;
     Ok(config)
@@ -206,12 +227,25 @@ fn keyvals<T: DeserializeOwned + JsonSchema>(
     values.map(|value| read_keys(name, value)).collect::<Result<_, _>>().map(Some)
 }
 
+/// Consoles of an option that is given several times.
+fn consoles<T: DeserializeOwned + JsonSchema>(
+    matches: &ArgMatches,
+    name: &str,
+) -> Result<Option<Vec<T>>, CliError> {
+    let Some(values) = matches.get_many::<String>(name) else { return Ok(None) };
+    values.map(|value| console_value(name, value)).collect::<Result<_, _>>().map(Some)
+}
+
 /// Consoles: `file=` and `socket=` alone say the mode, too.
 fn console<T: DeserializeOwned + JsonSchema>(
     matches: &ArgMatches,
     name: &str,
 ) -> Result<Option<T>, CliError> {
-    let Some(value) = text(matches, name) else { return Ok(None) };
+    text(matches, name).map(|value| console_value(name, value)).transpose()
+}
+
+/// One console's value.
+fn console_value<T: DeserializeOwned + JsonSchema>(name: &str, value: &str) -> Result<T, CliError> {
     let wrong = |source| CliError::Value { option: name.to_owned(), source };
     let pairs = holdfast_keyval::pairs(value).map_err(wrong)?;
     let has_mode = pairs.iter().any(|(key, value)| value.is_none() || key == "mode");
@@ -220,8 +254,8 @@ fn console<T: DeserializeOwned + JsonSchema>(
         _ => None,
     });
     match implied {
-        Some(mode) => read_keys(name, &format!("mode={mode},{value}")).map(Some),
-        None => read_keys(name, value).map(Some),
+        Some(mode) => read_keys(name, &format!("mode={mode},{value}")),
+        None => read_keys(name, value),
     }
 }
 

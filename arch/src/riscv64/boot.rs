@@ -45,7 +45,8 @@ pub struct ImageHeader {
 }
 
 impl ImageHeader {
-    /// Checks the first [`HEADER_LEN`] bytes of a kernel whose file is `file_size` bytes long.
+    /// Checks the first [`HEADER_LEN`] bytes of a kernel whose file is `file_size` bytes long. What is nothing known
+    /// is taken for a plain program.
     ///
     /// # Errors
     /// [`BootError`] saying what the file is instead, or what is wrong with the header.
@@ -63,11 +64,12 @@ impl ImageHeader {
         let word =
             |at: usize| -> Option<u64> { Some(u64::from_le_bytes(head.get(at..at + 8)?.try_into().ok()?)) };
         if head.get(56..60) != Some(b"RSC\x05") {
-            return not(if head.get(56..60) == Some(b"ARM\x64") {
-                "an arm64 `Image`"
-            } else {
-                "something else"
-            });
+            return match head {
+                _ if head.get(56..60) == Some(b"ARM\x64") => not("an arm64 `Image`"),
+                _ if head.len() < HEADER_LEN => not("too short"),
+                // A bootloader such as U-Boot: a plain program for the first 2 MiB boundary after the firmware.
+                _ => Ok(Self { text_offset: ALIGN, image_size: file_size }),
+            };
         }
         let (Some(text_offset), Some(image_size), Some(flags)) = (word(8), word(16), word(24)) else {
             return not("too short");
@@ -255,6 +257,11 @@ mod tests {
         assert!(found(b"\x7fELF").contains("ELF"));
         assert!(found(&[0x1f, 0x8b, 8]).contains("gzip"));
         assert!(found(b"MZ\0\0zimg").contains("zboot"));
+        let plain = ImageHeader::parse(&[0x13; HEADER_LEN], 0x10_0000).expect("a plain program");
+        assert_eq!(plain, ImageHeader { text_offset: ALIGN, image_size: 0x10_0000 });
+        let mut arm = [0; HEADER_LEN];
+        arm[56..60].copy_from_slice(b"ARM\x64");
+        assert!(found(&arm).contains("arm64"));
     }
 
     #[test]

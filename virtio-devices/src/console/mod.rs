@@ -130,19 +130,18 @@ struct SavedPort {
     input: Vec<u8>,
 }
 
-/// Builds a console with one terminal for each back end.
+/// Builds a console with these ports.
 ///
 /// # Errors
 /// [`BuildError`] naming the field or what the host refused.
 pub fn build(
     id: &str,
     config: &ConsoleConfig,
-    backends: Vec<Arc<dyn CharBackend>>,
+    ports: Vec<PortArgs>,
     context: &BuildContext,
 ) -> Result<Arc<Console>, BuildError> {
     crate::registry::check(id, config.validate())?;
-    let ports = backends.into_iter().map(|backend| PortArgs { name: None, is_console: true, backend });
-    Console::new(id, ports.collect(), context)
+    Console::new(id, ports, context)
 }
 
 impl Console {

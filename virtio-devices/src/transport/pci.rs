@@ -155,6 +155,7 @@ fn class(device_type: u32) -> u32 {
         kind::NET => 0x02_0000,
         kind::BLOCK => 0x01_8000,
         kind::CONSOLE => 0x07_8000,
+        kind::INPUT => 0x09_8000,
         _ => 0x00_ff00,
     }
 }

@@ -27,6 +27,21 @@ impl Default for SerialConfig {
     }
 }
 
+/// A named port of the virtio console: a stream of bytes that guests find as `/dev/virtio-ports/NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ConsolePortConfig {
+    /// Its name in the guest, for example `org.qemu.guest_agent.0`.
+    pub name: String,
+    /// Output file for mode File; the pseudo-terminal of mode Pty once the VM has booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// UNIX socket for mode Socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Where the bytes go: Null, Pty, File or Socket.
+    pub mode: ConsoleMode,
+}
+
 /// Default I/O port of the x86 debug console.
 pub(crate) const DEBUG_CONSOLE_PORT: u16 = 0xe9;
 

@@ -19,7 +19,7 @@ mod unsupported;
 mod validate;
 mod vm;
 
-pub use console::{DebugConsoleConfig, SerialConfig};
+pub use console::{ConsolePortConfig, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CpuAffinity, CpuTopology, CpusConfig};
 pub use error::{ConfigError, Problem, Problems};
 pub use holdfast_virtio::balloon::config::BalloonConfig;
@@ -28,7 +28,9 @@ pub use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
 pub use holdfast_virtio::net::config::NetConfig;
 pub use holdfast_virtio::rng::config::RngConfig;
 pub use ids::IdAllocator;
-pub use machine::{AccelChoice, AccelKind, IrqChipMode, MachineConfig, UnknownAccel};
+pub use machine::{
+    AccelChoice, AccelKind, IrqChipMode, MachineConfig, PflashConfig, UnknownAccel, VirtioTransport,
+};
 pub use memory::MemoryConfig;
 pub use platform::{LandlockAccess, LandlockConfig, PlatformConfig};
 pub use requests::{

@@ -1,6 +1,7 @@
 //! Machine and accelerator: Holdfast's own fields.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
@@ -19,6 +20,26 @@ pub enum IrqChipMode {
     Off,
 }
 
+/// How the guest finds its virtio devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VirtioTransport {
+    /// As functions on the PCI bus (virtio-pci).
+    #[default]
+    Pci,
+    /// In windows of their own that the device tree names (virtio-mmio).
+    Mmio,
+}
+
+impl fmt::Display for VirtioTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pci => "pci",
+            Self::Mmio => "mmio",
+        })
+    }
+}
+
 /// The machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct MachineConfig {
@@ -33,6 +54,20 @@ pub struct MachineConfig {
     /// `v * 2 + 1`. q35 only; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debug_exit: Option<u16>,
+    /// How the guest finds its virtio devices: on PCI, or in virtio-mmio windows, of which `virt` has eight and
+    /// q35 none.
+    #[serde(default)]
+    pub virtio: VirtioTransport,
+}
+
+/// What a flash bank holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PflashConfig {
+    /// The file, of exactly the bank's size (`virt`: 32 MiB).
+    pub path: PathBuf,
+    /// The guest cannot write it.
+    #[serde(default)]
+    pub readonly: bool,
 }
 
 /// An accelerator.

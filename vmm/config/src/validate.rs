@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use holdfast_virtio::FieldError;
 use holdfast_virtio::blk::config::DiskConfig;
+use holdfast_virtio::console::MAX_PORTS;
 use holdfast_virtio::console::config::ConsoleMode;
 use holdfast_virtio::net::config::NetConfig;
 
@@ -45,7 +46,7 @@ impl VmConfig {
             }
         };
         let payload = self.payload.clone().unwrap_or_default();
-        if !payload.is_bootable() {
+        if !payload.is_bootable() && self.pflash().is_empty() {
             problems.add("payload", "names neither a kernel nor a firmware to boot");
         }
         if payload.initramfs.is_some() && payload.kernel.is_none() {
@@ -160,6 +161,31 @@ impl VmConfig {
         if serial.mode == ConsoleMode::Socket && serial.socket.is_none() {
             problems.add("serial.socket", "is missing; mode Socket needs it");
         }
+        let ports = self.console_ports();
+        if ports.len() >= MAX_PORTS {
+            problems.add("console_ports", format!("are {}; a console has {}", ports.len(), MAX_PORTS - 1));
+        }
+        for (i, port) in ports.iter().enumerate() {
+            let mut wrong = |field: &str, reason: &str| {
+                problems.add(format!("console_ports[{i}].{field}"), reason);
+            };
+            match port.mode {
+                ConsoleMode::Off | ConsoleMode::Tty => {
+                    wrong("mode", "is not one of Null, Pty, File and Socket")
+                }
+                ConsoleMode::File if port.file.is_none() => wrong("file", "is missing; mode File needs it"),
+                ConsoleMode::Socket if port.socket.is_none() => {
+                    wrong("socket", "is missing; mode Socket needs it");
+                }
+                _ => {}
+            }
+            if port.name.is_empty() || port.name.len() > 255 {
+                wrong("name", "must have 1 to 255 bytes");
+            }
+            if ports.iter().take(i).any(|other| other.name == port.name) {
+                wrong("name", "is the name of another port");
+            }
+        }
         let debug = &self.debug_console;
         if debug.mode == ConsoleMode::File && debug.file.is_none() {
             problems.add("debug_console.file", "is missing; mode File needs it");
@@ -193,6 +219,12 @@ impl VmConfig {
                 let reason = format!("is `{}`; use r, w or rw", rule.access);
                 problems.add(format!("landlock_rules[{i}].access"), reason);
             }
+        }
+        let banks = if self.machine_name() == "virt" { 2 } else { 0 };
+        if self.pflash().len() > banks {
+            let reason =
+                format!("are {}; machine `{}` has {banks}", self.pflash().len(), self.machine_name());
+            problems.add("pflash", reason);
         }
         let x86 = self.guest_arch() == holdfast_arch::Arch::X86_64;
         if self.machine.kernel_irqchip != IrqChipMode::Split && !x86 {

@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AccelChoice, ConfigError, CpusConfig, DebugConsoleConfig, LandlockConfig, MachineConfig, MemoryConfig,
-    PlatformConfig, Problems, SerialConfig,
+    AccelChoice, ConfigError, ConsolePortConfig, CpusConfig, DebugConsoleConfig, LandlockConfig,
+    MachineConfig, MemoryConfig, PflashConfig, PlatformConfig, Problems, SerialConfig,
 };
 
 /// What the guest boots from.
@@ -71,6 +71,9 @@ pub struct VmConfig {
     /// virtio console.
     #[serde(default)]
     pub console: ConsoleConfig,
+    /// Further ports of the virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console_ports: Option<Vec<ConsolePortConfig>>,
     /// x86 debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
@@ -93,6 +96,9 @@ pub struct VmConfig {
     /// The machine.
     #[serde(default)]
     pub machine: MachineConfig,
+    /// Contents of the flash banks, first bank first; `virt` only, which has two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pflash: Option<Vec<PflashConfig>>,
     /// Accelerators to try, in order.
     #[serde(default)]
     pub accel: AccelChoice,
@@ -118,6 +124,7 @@ impl Default for VmConfig {
             balloon: None,
             serial: SerialConfig::default(),
             console: ConsoleConfig::default(),
+            console_ports: None,
             debug_console: DebugConsoleConfig::default(),
             platform: None,
             landlock_enable: false,
@@ -125,6 +132,7 @@ impl Default for VmConfig {
             name: None,
             arch: None,
             machine: MachineConfig::default(),
+            pflash: None,
             accel: AccelChoice::Auto,
             perf_map: false,
         }
@@ -161,6 +169,11 @@ impl VmConfig {
         }
     }
 
+    /// What the flash banks hold.
+    pub fn pflash(&self) -> &[PflashConfig] {
+        self.pflash.as_deref().unwrap_or_default()
+    }
+
     /// All disks.
     pub fn disks(&self) -> &[DiskConfig] {
         self.disks.as_deref().unwrap_or_default()
@@ -173,7 +186,12 @@ impl VmConfig {
 
     /// Whether there is a virtio console.
     pub fn has_console(&self) -> bool {
-        self.console.mode != ConsoleMode::Off
+        self.console.mode != ConsoleMode::Off || !self.console_ports().is_empty()
+    }
+
+    /// The further ports of the virtio console.
+    pub fn console_ports(&self) -> &[ConsolePortConfig] {
+        self.console_ports.as_deref().unwrap_or_default()
     }
 
     /// The machine's UUID, if one is set and [valid](Self::validate).

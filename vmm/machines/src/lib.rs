@@ -27,6 +27,17 @@ pub struct Payload {
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+    /// Contents of the flash banks, by bank.
+    pub flash: Vec<FlashImage>,
+}
+
+/// What a flash bank holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FlashImage {
+    /// The file, of exactly the bank's size.
+    pub path: PathBuf,
+    /// The guest cannot write it.
+    pub readonly: bool,
 }
 
 /// CPU topology: the product is the number of vCPUs.
@@ -192,8 +203,11 @@ pub trait Machine: Send + Sync + Debug {
     /// The state in which vCPU `index` starts after [`Machine::load`], given its reset state.
     fn start_state(&self, index: u32, reset: CpuState) -> CpuState;
 
-    /// Presses the power button. False if the machine has none.
+    /// Presses the power button. False if the machine has none: then it gets a virtio device for one.
     fn power_button(&self) -> bool;
+
+    /// Whether [`Machine::power_button`] does something.
+    fn has_power_button(&self) -> bool;
 }
 
 /// All machines.

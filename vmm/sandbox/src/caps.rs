@@ -80,8 +80,8 @@ pub fn keep_only(keep: u64) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Empties the bounding and ambient sets of this thread, which later threads inherit. Without privileges there is
-/// nothing to give up.
+/// Empties the bounding and ambient sets of this thread, which later threads inherit. That takes nothing that the
+/// thread holds: it only ends what executing a program could give. Without privileges there is nothing to give up.
 ///
 /// # Errors
 /// [`SandboxError::Privileges`].

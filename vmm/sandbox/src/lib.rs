@@ -6,6 +6,13 @@
 //! that make threads have the wide lists that this takes.
 //!
 //! A forbidden system call kills the process: a handler of `SIGSYS` writes which one, and in which thread.
+//!
+//! Capabilities: the bounding and ambient sets of all threads are empty from the start, so nothing can be gained by
+//! executing a program. Roles that build VMs keep `CAP_NET_ADMIN` and a few more for as long as they live, because a
+//! VM, with taps to make, can be asked for at any time; vCPUs, devices, timers and signals keep none.
+//!
+//! Landlock: API threads open no files, so they are kept from all of them (but for removing their sockets) wherever
+//! the kernel has Landlock, asked for or not.
 
 mod caps;
 mod fds;
@@ -15,8 +22,10 @@ mod names;
 mod paths;
 mod trap;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,7 +34,6 @@ use holdfast_threads::{Role, Spawner};
 use parking_lot::RwLock;
 use seccompiler::BpfProgram;
 
-pub use caps::drop_bounding_set;
 pub use fds::inheritable_fds;
 pub use paths::{PathAccess, PathRule};
 
@@ -109,6 +117,11 @@ pub const ROLES: [Role; 9] = [
     Role::Migration,
 ];
 
+thread_local! {
+    /// The role as which this thread is confined.
+    static ROLE: Cell<Option<Role>> = const { Cell::new(None) };
+}
+
 /// The confinement of this process.
 pub struct Sandbox {
     mode: SeccompMode,
@@ -116,6 +129,8 @@ pub struct Sandbox {
     /// Makes glibc fall back to `clone`, whose flags a filter can see.
     no_clone3: BpfProgram,
     paths: RwLock<Option<Vec<PathRule>>>,
+    /// What API threads may do in the file system.
+    api_paths: RwLock<Vec<PathRule>>,
     keep_privileges: bool,
 }
 
@@ -126,7 +141,8 @@ impl std::fmt::Debug for Sandbox {
 }
 
 impl Sandbox {
-    /// Compiles the filters of all roles and, to say of what the process dies, takes over `SIGSYS`.
+    /// Compiles the filters of all roles and, to say of what the process dies, takes over `SIGSYS`. To be called
+    /// on the main thread before there are others: it also empties the capability bounding set, which they inherit.
     ///
     /// # Errors
     /// [`SandboxError`].
@@ -142,23 +158,61 @@ impl Sandbox {
             trap::install()
                 .map_err(|source| SandboxError::Privileges { what: "cannot handle SIGSYS", source })?;
         }
+        if mode != SeccompMode::Off {
+            caps::drop_bounding_set()?;
+        }
         Ok(Arc::new(Self {
             mode,
             programs,
             no_clone3: filters::compile_no_clone3()?,
             paths: RwLock::default(),
+            api_paths: RwLock::default(),
             keep_privileges: mode == SeccompMode::Off,
         }))
     }
 
-    /// From now on this thread, and threads that are started later, open only what `rules` permit.
+    /// From now on this thread, and threads that are started later, open only what `rules` permit. Threads that are
+    /// there already [join](Self::join_limits).
     ///
     /// # Errors
-    /// [`SandboxError::Landlock`] if the kernel cannot do that or a path does not exist.
+    /// [`SandboxError::Landlock`] if the kernel cannot do that, a path does not exist, or there are limits already,
+    /// which cannot be changed.
     pub fn limit_paths(&self, rules: Vec<PathRule>) -> Result<(), SandboxError> {
+        let mut paths = self.paths.write();
+        if paths.is_some() {
+            return Err(SandboxError::Landlock("the process keeps to other paths already".into()));
+        }
         paths::restrict(&rules)?;
-        *self.paths.write() = Some(rules);
+        paths::set_within(true);
+        *paths = Some(rules);
         Ok(())
+    }
+
+    /// Puts this thread within the limits of the process, if there are any and it is not yet.
+    ///
+    /// # Errors
+    /// [`SandboxError::Landlock`].
+    pub fn join_limits(&self) -> Result<(), SandboxError> {
+        let paths = self.paths.read();
+        let Some(rules) = paths.as_ref().filter(|_| !paths::is_within()) else { return Ok(()) };
+        paths::restrict(rules)?;
+        paths::set_within(true);
+        Ok(())
+    }
+
+    /// Whether the process keeps to certain paths.
+    pub fn is_limited(&self) -> bool {
+        self.paths.read().is_some()
+    }
+
+    /// Whether the limits of the process, if there are any, permit `wanted`.
+    pub fn permits(&self, wanted: &PathRule) -> bool {
+        self.paths.read().as_ref().is_none_or(|rules| paths::permit(rules, wanted))
+    }
+
+    /// API threads that start from now on may remove files from `directories`, and touch no others.
+    pub fn keep_sockets_removable(&self, directories: &[PathBuf]) {
+        *self.api_paths.write() = directories.iter().map(PathRule::removing).collect();
     }
 
     /// Confines the calling thread as `role`: what the spawner does for the threads that it starts, and what the
@@ -167,8 +221,12 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`]; the thread must not go on then.
     pub fn confine(&self, role: Role) -> Result<(), SandboxError> {
-        if let Some(rules) = self.paths.read().as_ref() {
-            paths::restrict(rules)?;
+        ROLE.set(Some(role));
+        trap::unblock();
+        self.join_limits()?;
+        if role == Role::Api && self.mode != SeccompMode::Off {
+            // Without Landlock in the kernel there still is the filter.
+            paths::restrict_if_possible(&self.api_paths.read())?;
         }
         caps::no_new_privileges()?;
         if !self.keep_privileges {
@@ -176,13 +234,7 @@ impl Sandbox {
         }
         let Some(program) = self.programs.get(&role) else { return Ok(()) };
         for filter in [&self.no_clone3, program] {
-            seccompiler::apply_filter(filter).map_err(|e| {
-                let source = match e {
-                    seccompiler::Error::Prctl(source) | seccompiler::Error::Seccomp(source) => source,
-                    other => io::Error::other(other.to_string()),
-                };
-                SandboxError::Install { role, source }
-            })?;
+            filters::apply(filter).map_err(|source| SandboxError::Install { role, source })?;
         }
         Ok(())
     }
@@ -200,7 +252,14 @@ pub struct SandboxSpawner(Arc<Sandbox>);
 impl Spawner for SandboxSpawner {
     fn spawn(&self, name: &str, role: Role, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
         let sandbox = Arc::clone(&self.0);
+        let maker = ROLE.get();
+        if sandbox.mode == SeccompMode::Kill && maker.is_some_and(|role| !filters::may_start_threads(role)) {
+            // The C library blocks all signals around this call, so the handler would not be heard.
+            trap::die_of(libc::SYS_clone);
+        }
+        let within = paths::is_within();
         let confined = move || {
+            paths::set_within(within);
             if let Err(error) = sandbox.confine(role) {
                 // A thread that cannot be confined must not run, and without it the process is not whole.
                 tracing::error!(%error, "a thread cannot be confined");

@@ -1,6 +1,7 @@
 //! Landlock: only the paths that the configuration names can be opened.
 
-use std::path::PathBuf;
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use landlock::{
@@ -11,12 +12,33 @@ use landlock::{
 use crate::SandboxError;
 
 /// What may be done with a path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PathAccess {
     /// Reading files and listing directories.
     pub read: bool,
     /// Writing, creating and removing.
     pub write: bool,
+    /// Removing files, which [`PathAccess::write`] includes.
+    pub remove: bool,
+}
+
+impl PathAccess {
+    /// Whether everything that `other` permits is permitted.
+    fn covers(self, other: Self) -> bool {
+        (self.read || !other.read)
+            && (self.write || !other.write)
+            && (self.write || self.remove || !other.remove)
+    }
+
+    /// What either permits.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            read: self.read || other.read,
+            write: self.write || other.write,
+            remove: self.remove || other.remove,
+        }
+    }
 }
 
 /// A word that is no access.
@@ -29,9 +51,9 @@ impl FromStr for PathAccess {
 
     fn from_str(s: &str) -> Result<Self, UnknownAccess> {
         match s {
-            "r" => Ok(Self { read: true, write: false }),
-            "w" => Ok(Self { read: false, write: true }),
-            "rw" | "wr" => Ok(Self { read: true, write: true }),
+            "r" => Ok(Self { read: true, ..Self::default() }),
+            "w" => Ok(Self { write: true, ..Self::default() }),
+            "rw" | "wr" => Ok(Self { read: true, write: true, remove: false }),
             _ => Err(UnknownAccess(s.to_owned())),
         }
     }
@@ -49,8 +71,37 @@ pub struct PathRule {
 impl PathRule {
     /// A rule for reading `path`, and for writing it if `write`.
     pub fn new(path: impl Into<PathBuf>, write: bool) -> Self {
-        Self { path: path.into(), access: PathAccess { read: true, write } }
+        Self { path: path.into(), access: PathAccess { read: true, write, remove: false } }
     }
+
+    /// A rule for removing files from `directory`, and nothing else.
+    pub fn removing(directory: impl Into<PathBuf>) -> Self {
+        let access = PathAccess { remove: true, ..PathAccess::default() };
+        Self { path: directory.into(), access }
+    }
+}
+
+/// Whether `rules` together permit what `wanted` asks.
+pub fn permit(rules: &[PathRule], wanted: &PathRule) -> bool {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let path = real(&wanted.path);
+    let above = rules.iter().filter(|rule| path.starts_with(real(&rule.path)));
+    above.fold(PathAccess::default(), |all, rule| all.or(rule.access)).covers(wanted.access)
+}
+
+thread_local! {
+    /// Whether this thread is inside the rules of the process already; its threads are, too.
+    static WITHIN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is inside the rules of the process.
+pub fn is_within() -> bool {
+    WITHIN.get()
+}
+
+/// Notes that this thread is, or is not, inside the rules of the process.
+pub fn set_within(within: bool) {
+    WITHIN.set(within);
 }
 
 /// The rights that rules speak of. Later kernels know more; the newest that are needed are those of the third ABI.
@@ -65,6 +116,9 @@ fn rights(rule: &PathRule) -> BitFlags<AccessFs> {
     if rule.access.write {
         rights |= AccessFs::from_write(LEVEL);
     }
+    if rule.access.remove {
+        rights |= AccessFs::RemoveFile;
+    }
     if !rule.path.is_dir() {
         rights &= AccessFs::from_file(LEVEL);
     }
@@ -77,6 +131,16 @@ fn fail(e: impl std::fmt::Display) -> SandboxError {
 
 /// Restricts this thread and those that it starts.
 pub fn restrict(rules: &[PathRule]) -> Result<(), SandboxError> {
+    if restrict_if_possible(rules)? {
+        return Ok(());
+    }
+    Err(SandboxError::Landlock(
+        "the kernel does not have it; boot it with `lsm=landlock,...` or do without `--landlock`".into(),
+    ))
+}
+
+/// Restricts this thread and those that it starts; false if the kernel cannot do that.
+pub fn restrict_if_possible(rules: &[PathRule]) -> Result<bool, SandboxError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LEVEL))
@@ -87,10 +151,5 @@ pub fn restrict(rules: &[PathRule]) -> Result<(), SandboxError> {
         ruleset = ruleset.add_rule(PathBeneath::new(path, rights(rule))).map_err(fail)?;
     }
     let status = ruleset.restrict_self().map_err(fail)?;
-    if status.ruleset == RulesetStatus::NotEnforced {
-        return Err(SandboxError::Landlock(
-            "the kernel does not have it; boot it with `lsm=landlock,...` or do without `--landlock`".into(),
-        ));
-    }
-    Ok(())
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
 }

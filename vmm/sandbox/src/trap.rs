@@ -58,17 +58,53 @@ impl Line {
 extern "C" fn report(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo, which for SIGSYS is laid out as `SigsysInfo`.
     let info = unsafe { &*info.cast::<SigsysInfo>() };
+    say((info.code == SYS_SECCOMP).then(|| i64::from(info.syscall)));
+    // SAFETY: no filter allows this call; with SIGSYS blocked, as it is here, the kernel kills the process.
+    unsafe { libc::syscall(libc::SYS_execve, 0, 0, 0) };
+    // SAFETY: not reached under a filter. Without one the signal was forged, and the process ends all the same.
+    unsafe { libc::_exit(159) };
+}
+
+/// Ends the process as if this thread had just made forbidden system call `call`: for calls that the C library
+/// makes with all signals blocked, when the kernel would end the process without a word.
+pub fn die_of(call: i64) -> ! {
+    say(Some(call));
+    change_mask(libc::SIG_BLOCK);
+    // SAFETY: no filter allows this call; with SIGSYS blocked the kernel kills the process.
+    unsafe { libc::syscall(libc::SYS_execve, 0, 0, 0) };
+    // SAFETY: not reached under a filter; without one there is no forbidden call to die of.
+    unsafe { libc::_exit(159) };
+}
+
+/// Makes this thread take SIGSYS, whatever mask it has inherited: only a signal that is not blocked reaches the
+/// handler.
+pub fn unblock() {
+    change_mask(libc::SIG_UNBLOCK);
+}
+
+fn change_mask(how: libc::c_int) {
+    // SAFETY: sigset_t is plain data that sigemptyset initialises; the signal number is valid.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGSYS);
+        libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut());
+    }
+}
+
+/// Writes which call this thread made; `None`: the signal came from elsewhere.
+fn say(call: Option<i64>) {
     let mut line = Line { bytes: [0; 192], len: 0 };
     line.push(b"holdfast: thread `");
     let mut name = [0u8; 16];
     // SAFETY: PR_GET_NAME writes at most 16 bytes; every filter allows it.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
     line.push(name.split(|b| *b == 0).next().unwrap_or_default());
-    if info.code == SYS_SECCOMP {
+    if let Some(call) = call {
         line.push(b"` made system call `");
-        match name_of(i64::from(info.syscall)) {
+        match name_of(call) {
             Some(name) => line.push(name.as_bytes()),
-            None => line.number(info.syscall as u64),
+            None => line.number(call as u64),
         }
         line.push(b"`, which the sandbox forbids there; `--seccomp log` lets it pass and logs it\n");
     } else {
@@ -76,10 +112,6 @@ extern "C" fn report(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
     }
     // SAFETY: writes the filled part of the buffer; every filter allows it.
     unsafe { libc::write(2, line.bytes.as_ptr().cast(), line.len) };
-    // SAFETY: no filter allows this call; with SIGSYS blocked, as it is here, the kernel kills the process.
-    unsafe { libc::syscall(libc::SYS_execve, 0, 0, 0) };
-    // SAFETY: not reached under a filter. Without one the signal was forged, and the process ends all the same.
-    unsafe { libc::_exit(159) };
 }
 
 /// Installs the handler.

@@ -3,6 +3,7 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use holdfast_sandbox::{PathRule, ROLES, Sandbox, SeccompMode};
@@ -38,9 +39,31 @@ fn errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
+thread_local! {
+    /// The sandbox of the thread under test, to start threads with.
+    static SANDBOX: std::cell::RefCell<Option<Arc<Sandbox>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// Blocks all signals, as the C library does for itself at times.
+fn block_signals() {
+    // SAFETY: sigset_t is plain data that sigfillset initialises.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+    }
+}
+
 /// Runs `body` on a confined thread and prints what it returns.
 fn confined(mode: SeccompMode, role: Role, body: fn() -> String) {
     let sandbox = Sandbox::new(mode).expect("sandbox");
+    let own = Arc::clone(&sandbox);
+    let body = move || {
+        SANDBOX.set(Some(own));
+        body()
+    };
+    // What a thread inherits must not silence the message.
+    block_signals();
     let (send, receive) = channel();
     let thread = sandbox.spawner().spawn("subject", role, Box::new(move || drop(send.send(body()))));
     thread.expect("thread").join().expect("join");
@@ -78,6 +101,17 @@ fn call_by_name(name: &str) -> fn() -> String {
             format!("{result}")
         },
         "kill-other" => || format!("{}", call(libc::SYS_tgkill)),
+        "own-thread" => || {
+            let sandbox = SANDBOX.take().expect("a sandbox");
+            let made = sandbox.spawner().spawn("inner", Role::Timer, Box::new(|| {}));
+            format!("own thread {}", made.is_ok_and(|thread| thread.join().is_ok()))
+        },
+        "passwd" => || format!("{:?}", std::fs::read("/etc/passwd").map(|_| ()).map_err(|e| e.kind())),
+        "bounding-set" => || {
+            // SAFETY: prctl with integer arguments; it fails for capabilities that the kernel does not have.
+            let has = |cap: u64| unsafe { libc::prctl(libc::PR_CAPBSET_READ, cap, 0, 0, 0) } == 1;
+            format!("bounded to {}", (0..64).filter(|cap| has(*cap)).count())
+        },
         "thread" => || std::thread::spawn(|| "thread made".to_owned()).join().expect("join"),
         "work" => || {
             let mut file = std::io::sink();
@@ -171,9 +205,29 @@ fn threads_can_be_made_by_those_who_may_and_never_by_clone3() {
     }
     let output = child("true Vmm clone3");
     assert!(text(&output).contains(&format!("result: -1 {}", libc::ENOSYS)), "{}", text(&output));
-    // Here libc blocks all signals around the call, so the process dies without a message.
-    let output = child("true Vcpu thread");
-    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{}", text(&output));
+}
+
+#[test]
+fn threads_that_may_not_start_others_die_of_it() {
+    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Signal] {
+        dies(role, "own-thread", "clone");
+        // Around the spawner, the C library makes the call with all signals blocked: the kernel kills, and only its
+        // own log says of what.
+        let output = child(&format!("true {role:?} thread"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{role:?} {}", text(&output));
+    }
+    for role in [Role::Vmm, Role::Api, Role::Migration] {
+        let output = child(&format!("true {role:?} own-thread"));
+        assert!(text(&output).contains("result: own thread true"), "{role:?}: {}", text(&output));
+    }
+}
+
+#[test]
+fn api_threads_open_no_files() {
+    let output = child("true Api passwd");
+    assert!(text(&output).contains("result: Err(PermissionDenied)"), "{}", text(&output));
+    let output = child("true Vmm passwd");
+    assert!(text(&output).contains("result: Ok(())"), "{}", text(&output));
 }
 
 #[test]
@@ -191,6 +245,10 @@ fn threads_keep_no_privilege_that_they_do_not_need() {
     let output = child("log Vcpu caps");
     assert!(text(&output).contains("CapEff:\t0000000000000000"), "{}", text(&output));
     assert!(text(&output).contains("NoNewPrivs:\t1"), "{}", text(&output));
+    for role in ROLES {
+        let output = child(&format!("log {role:?} bounding-set"));
+        assert!(text(&output).contains("result: bounded to 0"), "{role:?}: {}", text(&output));
+    }
 }
 
 #[test]

@@ -30,14 +30,15 @@ impl Manager {
             Stage::Built { .. } => Err(ControlError::new(ErrorKind::Failed, "VM is already running")),
             Stage::Created => self.config.validate_for_boot().map_err(ControlError::from),
         });
+        // On this thread, so that every later job is limited as well.
+        let limit = || confine::limit_paths(&self.options.sandbox, &self.config, None);
+        let checked = checked.and_then(|()| limit().map_err(failed("The VM could not be confined")));
         if let Err(error) = checked {
             return reply.respond(Err(error));
         }
         self.events.publish(Event::Booting);
         let (config, host) = (self.config.clone(), self.host());
-        let sandbox = Arc::clone(&self.options.sandbox);
         let work = move || -> Result<Arc<Vm>, ControlError> {
-            confine::limit_paths(&sandbox, &config, None).map_err(failed("The VM could not be confined"))?;
             let vm = Vm::build(config, host).map_err(failed("The VM could not boot"))?;
             vm.power_on().map_err(failed("The VM could not boot"))?;
             Ok(Arc::new(vm))
@@ -110,8 +111,10 @@ impl Manager {
             let invalid = || {
                 ControlError::new(ErrorKind::Failed, "destination_url is not file:// and an absolute path")
             };
-            let dir = SnapshotDir::open(directory.ok_or_else(invalid)?)
-                .map_err(failed("The VM could not be saved"))?;
+            let directory = directory.ok_or_else(invalid)?;
+            let reach = confine::check_output(&self.options.sandbox, directory);
+            reach.map_err(failed("The VM could not be saved"))?;
+            let dir = SnapshotDir::open(directory).map_err(failed("The VM could not be saved"))?;
             Ok((vm, dir))
         });
         let (vm, dir) = match checked {
@@ -161,6 +164,10 @@ impl Manager {
         let reply = share(reply);
         let answer = Arc::clone(&reply);
         let started = self.start_job("restore", work, move |manager, result| {
+            // The job may have limited itself to what the snapshot's config names.
+            let joined = manager.options.sandbox.join_limits();
+            let joined = joined.map_err(failed("The VM manager could not be confined"));
+            let result = result.and_then(|vm| joined.map(|()| vm));
             let run = if resume { Run::Running } else { Run::Paused };
             let result = result.map(|vm| manager.adopt(vm, run, Event::Restored));
             respond(&answer, result);
@@ -206,6 +213,7 @@ fn restore(config: &RestoreConfig, host: Host, sandbox: &Sandbox) -> Result<Vm, 
         vm_config.memory.prefault = true;
     }
     vm_config.validate_for_boot().map_err(failed(MESSAGE))?;
+    confine::check(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
     confine::limit_paths(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
     let file = dir.ram().map_err(failed(MESSAGE))?;
     let spawner = Arc::clone(&host.spawner);

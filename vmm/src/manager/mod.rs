@@ -280,6 +280,7 @@ impl Manager {
             events: self.events.clone(),
             quit: Arc::new(move || quit.send(Message::Quit)),
             tap_fds: std::mem::take(&mut self.tap_fds),
+            accelerator: None,
         }
     }
 

@@ -9,6 +9,7 @@ use holdfast_config::{
 };
 
 use super::{Manager, Run, Stage, query};
+use crate::confine;
 use crate::control::{
     BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, ErrorKind, Event, KvmInfo, MachineInfo,
     MemoryRead, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
@@ -25,6 +26,12 @@ impl Manager {
                 Err(ControlError::unsupported("adding or removing a device of a VM that has booted"))
             }
         }
+    }
+
+    /// Fails if Landlock keeps the process from what `config` names.
+    fn in_reach(&self, config: &VmConfig) -> Result<(), ControlError> {
+        confine::check(&self.options.sandbox, config, None)
+            .map_err(|e| ControlError::failed("The VM is out of reach", e))
     }
 
     /// Checks or makes the id of a device that is added.
@@ -51,6 +58,7 @@ impl VmManager for Manager {
             return Err(ControlError::new(ErrorKind::Failed, "VM is already created"));
         }
         config.validate()?;
+        self.in_reach(&config)?;
         self.ids.assign(&mut config);
         self.config = *config;
         self.stage = Stage::Created;
@@ -96,11 +104,11 @@ impl VmManager for Manager {
 
     fn power_button(&mut self) -> Result<(), ControlError> {
         let vm = self.built_and(Run::Running, "VM is not running")?;
-        if !vm.machine().power_button() {
-            let machine = vm.module().name();
+        if !vm.press_power_button() {
             return Err(ControlError::new(
                 ErrorKind::Failed,
-                format!("Machine `{machine}` has no power button"),
+                "The guest does not listen to its power button, a virtio input device: it needs the drivers \
+                 virtio_input and evdev, and something like systemd-logind or acpid",
             ));
         }
         self.events.publish(Event::PowerButton);
@@ -157,6 +165,7 @@ impl VmManager for Manager {
     fn add_disk(&mut self, mut disk: DiskConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
         self.open_config()?;
         validate_disk(&disk)?;
+        self.in_reach(&VmConfig { disks: Some(vec![disk.clone()]), ..VmConfig::default() })?;
         self.name_device(&mut disk.id, "_disk")?;
         self.open_config()?.disks.get_or_insert_default().push(disk);
         Ok(None)

@@ -4,17 +4,21 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use holdfast_accel::{IrqChip, VmSpec};
+use holdfast_accel::{Accelerator, IrqChip, VmSpec};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::CpuTopology;
 use holdfast_clock::{HostRandom, Timers, VmClock};
-use holdfast_config::{ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, VmConfig};
+use holdfast_config::{
+    ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, PflashConfig, VirtioTransport, VmConfig,
+};
 use holdfast_device::{BuildContext, Bus, SystemSink};
 use holdfast_devices::chardev::{self, CharBackend, CharContext, CharSpec};
 use holdfast_machines::{
-    Machine, MachineContext, MachineModule, MachineRequest, Payload, Topology, VirtioSlot, registry,
+    FlashImage, Machine, MachineContext, MachineModule, MachineRequest, Payload, Topology, VirtioSlot,
+    registry,
 };
 use holdfast_threads::Spawner;
+use holdfast_virtio::console::PortArgs;
 
 use super::plug::Plugs;
 use super::vcpus::{VcpuEvents, VcpuSetup, Vcpus};
@@ -37,6 +41,8 @@ pub struct Host {
     pub quit: Arc<dyn Fn() + Send + Sync>,
     /// Tap devices that came with requests, by device id.
     pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
+    /// Runs the guest instead of what the config asks for: a test's own accelerator.
+    pub accelerator: Option<Arc<dyn Accelerator>>,
 }
 
 impl std::fmt::Debug for Host {
@@ -60,6 +66,8 @@ struct Chardevs {
     serial: Option<Arc<dyn CharBackend>>,
     console: Option<Arc<dyn CharBackend>>,
     debug: Option<Arc<dyn CharBackend>>,
+    /// Further ports of the virtio console, with their names.
+    ports: Vec<(String, Arc<dyn CharBackend>)>,
 }
 
 impl Vm {
@@ -88,7 +96,10 @@ impl Vm {
             code_cache: 0,
             x86_tss_base: module.x86_tss_base(),
         };
-        let vm = accel::create_vm(&config.accel, &spec)?;
+        let vm = match &host.accelerator {
+            Some(accelerator) => accelerator.create_vm(spec)?,
+            None => accel::create_vm(&config.accel, &spec)?,
+        };
         if config.perf_map {
             vm.start_perf_map()?;
         }
@@ -109,7 +120,7 @@ impl Vm {
         };
         let cpu = request.cpu.clone();
         let machine = module.build(request, MachineContext { build: build.clone(), vm: Arc::clone(&vm) })?;
-        let plugs = plug_all(&config, &mut host, &build, machine.as_ref(), chardevs.console.clone())?;
+        let plugs = plug_all(&config, &mut host, &build, machine.as_ref(), chardevs.console_ports())?;
         let affinity = affinity(&config.cpus);
         let vcpus = Vcpus::start(&VcpuSetup {
             vm: &vm,
@@ -134,6 +145,7 @@ impl Vm {
             machine,
             plugged: plugs.devices,
             balloon: plugs.balloon,
+            power_button: plugs.power_button,
             chardevs: chardevs.list(),
             pager: None,
         })
@@ -169,6 +181,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             firmware: payload.firmware,
             initramfs: payload.initramfs,
             cmdline: payload.cmdline.unwrap_or_default(),
+            flash: config.pflash().iter().map(flash_image).collect(),
         },
         cpu: cpu_model(module, topology),
         irqchip: match config.machine.kernel_irqchip {
@@ -185,6 +198,10 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
     }
+}
+
+fn flash_image(config: &PflashConfig) -> FlashImage {
+    FlashImage { path: config.path.clone(), readonly: config.readonly }
 }
 
 /// The machine's default CPU, arranged as the user wants it.
@@ -222,7 +239,19 @@ impl Chardevs {
         let named = [("serial0", self.serial), ("console0", self.console), ("debugcon0", self.debug)];
         let some =
             |(id, backend): (&str, Option<_>)| backend.map(|backend| Chardev { id: id.to_owned(), backend });
-        named.into_iter().filter_map(some).collect()
+        let ports = self.ports.into_iter().map(|(id, backend)| Chardev { id, backend });
+        named.into_iter().filter_map(some).chain(ports).collect()
+    }
+
+    /// The ports of the virtio console: the terminal first, then the named ones.
+    fn console_ports(&self) -> Vec<PortArgs> {
+        let Some(terminal) = self.console.clone() else { return Vec::new() };
+        let mut ports = vec![PortArgs { name: None, is_console: true, backend: terminal }];
+        for (name, backend) in &self.ports {
+            let (name, backend) = (Some(name.clone()), Arc::clone(backend));
+            ports.push(PortArgs { name, is_console: false, backend });
+        }
+        ports
     }
 }
 
@@ -238,7 +267,9 @@ fn open_chardevs(config: &mut VmConfig, host: &Host) -> Result<Chardevs, VmError
     let serial_backend = open("serial", spec)?;
     let console = &mut config.console;
     let spec = char_spec(console.mode, console.file.as_ref(), console.socket.as_ref());
-    let console_backend = open("console", spec)?;
+    // The first port of a console is a terminal, whether it is used or not.
+    let unused = config.console_ports.as_ref().is_some_and(|p| !p.is_empty()).then_some(CharSpec::Null);
+    let console_backend = open("console", spec.or(unused))?;
     let debug = &mut config.debug_console;
     let debug_backend = open("debugcon", char_spec(debug.mode, debug.file.as_ref(), None))?;
     let published = [
@@ -251,7 +282,16 @@ fn open_chardevs(config: &mut VmConfig, host: &Host) -> Result<Chardevs, VmError
             *file = Some(path);
         }
     }
-    Ok(Chardevs { serial: serial_backend, console: console_backend, debug: debug_backend })
+    let mut ports = Vec::new();
+    for port in config.console_ports.iter_mut().flatten() {
+        let spec = char_spec(port.mode, port.file.as_ref(), port.socket.as_ref());
+        let Some(backend) = open("port", spec)? else { continue };
+        if let Some(path) = backend.pty_path() {
+            port.file = Some(path);
+        }
+        ports.push((port.name.clone(), backend));
+    }
+    Ok(Chardevs { serial: serial_backend, console: console_backend, debug: debug_backend, ports })
 }
 
 fn char_spec(
@@ -270,23 +310,27 @@ fn char_spec(
     }
 }
 
-/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, balloon.
+/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, balloon; then the power button of
+/// machines that have none of their own.
 fn plug_all<'a>(
     config: &VmConfig,
     host: &mut Host,
     build: &'a BuildContext,
     machine: &dyn Machine,
-    console: Option<Arc<dyn CharBackend>>,
+    console: Vec<PortArgs>,
 ) -> Result<Plugs<'a>, VmError> {
+    let transport = config.machine.virtio;
     let slot = || -> Result<VirtioSlot, VmError> {
-        let pci = machine.pci_bus().map(VirtioSlot::Pci);
-        pci.or_else(|| machine.take_mmio_slot()).ok_or_else(|| {
-            VmError::Unsupported("the machine has no slot left for another virtio device".into())
-        })
+        let slot = match transport {
+            VirtioTransport::Pci => machine.pci_bus().map(VirtioSlot::Pci),
+            VirtioTransport::Mmio => machine.take_mmio_slot(),
+        };
+        let none = || format!("the machine has no slot left for another virtio device (virtio={transport})");
+        slot.ok_or_else(|| VmError::Unsupported(none()))
     };
     let mut plugs = Plugs::new(build);
-    if let Some(backend) = console {
-        plugs.console(&config.console, backend, slot()?)?;
+    if !console.is_empty() {
+        plugs.console(&config.console, console, slot()?)?;
     }
     for disk in config.disks() {
         plugs.disk(disk, slot()?)?;
@@ -298,6 +342,9 @@ fn plug_all<'a>(
     plugs.rng(&config.rng, slot()?)?;
     if let Some(balloon) = &config.balloon {
         plugs.balloon(balloon, slot()?)?;
+    }
+    if !machine.has_power_button() {
+        plugs.power_button(slot()?)?;
     }
     Ok(plugs)
 }

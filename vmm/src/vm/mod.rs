@@ -109,6 +109,7 @@ pub struct Vm {
     machine: Box<dyn Machine>,
     plugged: Vec<Plugged>,
     balloon: Option<Arc<holdfast_virtio::balloon::Balloon>>,
+    power_button: Option<Arc<holdfast_virtio::input::PowerButton>>,
     chardevs: Vec<assemble::Chardev>,
     pager: Option<DemandPager>,
 }
@@ -181,6 +182,14 @@ impl Vm {
     /// The balloon, if there is one.
     pub fn balloon(&self) -> Option<&holdfast_virtio::balloon::Balloon> {
         self.balloon.as_deref()
+    }
+
+    /// Presses the power button. False if the guest has no driver that would notice.
+    pub fn press_power_button(&self) -> bool {
+        match &self.power_button {
+            Some(button) => button.press(),
+            None => self.machine.power_button(),
+        }
     }
 
     /// All devices in the order in which they are saved: the machine's, then those plugged in.

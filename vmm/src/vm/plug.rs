@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use holdfast_config::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, RngConfig};
 use holdfast_device::{BuildContext, BuildError};
-use holdfast_devices::chardev::CharBackend;
 use holdfast_devices::pci::PciBus;
 use holdfast_machines::VirtioSlot;
 use holdfast_virtio::balloon::Balloon;
+use holdfast_virtio::console::PortArgs;
+use holdfast_virtio::input::PowerButton;
 use holdfast_virtio::registry::{self, BuildArgs};
 use holdfast_virtio::{Slot, VirtioDevice};
 use serde::Serialize;
@@ -20,11 +21,12 @@ pub(super) struct Plugs<'a> {
     build: &'a BuildContext,
     pub(super) devices: Vec<Plugged>,
     pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) power_button: Option<Arc<PowerButton>>,
 }
 
 impl<'a> Plugs<'a> {
     pub(super) fn new(build: &'a BuildContext) -> Self {
-        Self { build, devices: Vec::new(), balloon: None }
+        Self { build, devices: Vec::new(), balloon: None, power_button: None }
     }
 
     pub(super) fn disk(&mut self, config: &DiskConfig, slot: VirtioSlot) -> Result<(), VmError> {
@@ -45,10 +47,10 @@ impl<'a> Plugs<'a> {
     pub(super) fn console(
         &mut self,
         config: &ConsoleConfig,
-        backend: Arc<dyn CharBackend>,
+        ports: Vec<PortArgs>,
         slot: VirtioSlot,
     ) -> Result<(), VmError> {
-        let args = BuildArgs { chardevs: vec![backend], ..arguments(config.id.as_ref(), config)? };
+        let args = BuildArgs { ports, ..arguments(config.id.as_ref(), config)? };
         self.named("virtio-console", args, slot, config.pci_device_id)
     }
 
@@ -63,6 +65,13 @@ impl<'a> Plugs<'a> {
         // The VM keeps it by its own type as well: it is resized while it runs.
         self.balloon = Some(Arc::clone(&balloon));
         self.plug("virtio-balloon", &id, balloon, slot, config.pci_device_id)
+    }
+
+    pub(super) fn power_button(&mut self, slot: VirtioSlot) -> Result<(), VmError> {
+        const ID: &str = "__power-button";
+        let button = holdfast_virtio::input::build_power_button(ID, self.build)?;
+        self.power_button = Some(Arc::clone(&button));
+        self.plug("virtio-input", ID, button, slot, None)
     }
 
     /// Builds a device by its name in the registry and plugs it in.
@@ -88,6 +97,10 @@ impl<'a> Plugs<'a> {
         slot: VirtioSlot,
         pci_device: Option<u8>,
     ) -> Result<(), VmError> {
+        if let (VirtioSlot::Mmio { .. }, Some(number)) = (&slot, pci_device) {
+            let reason = format!("pci_device_id={number} needs a PCI bus; the machine has virtio=mmio");
+            return Err(BuildError::Config { id: id.to_owned(), reason }.into());
+        }
         let (slot, bus) = match slot {
             VirtioSlot::Pci(bus) => (Slot::Pci { bus: Arc::clone(&bus), device: pci_device }, Some(bus)),
             VirtioSlot::Mmio { base, irq } => (Slot::Mmio { base, irq }, None),

@@ -299,6 +299,10 @@ impl Machine for Q35 {
         self.parts.pm.press_power_button();
         true
     }
+
+    fn has_power_button(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -162,6 +162,7 @@ fn try_rig(kernel: Option<&[u8]>, firmware: Option<&[u8]>, irqchip: IrqChip) -> 
         firmware: file("firmware", firmware),
         initramfs: None,
         cmdline: "quiet".into(),
+        ..Payload::default()
     };
     let request = request(payload, irqchip);
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("RAM");

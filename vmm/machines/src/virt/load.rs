@@ -94,8 +94,8 @@ pub fn load(
     memory: &GuestMemory,
     random: &dyn RandomSource,
 ) -> Result<Vec<u8>, MachineError> {
-    if payload.kernel.is_none() && payload.firmware.is_none() {
-        let reason = "neither a kernel nor a firmware is given".into();
+    if payload.kernel.is_none() && payload.firmware.is_none() && payload.flash.is_empty() {
+        let reason = "neither a kernel nor a firmware is given, nor flash".into();
         return Err(MachineError::Request { machine: super::plan::NAME, reason });
     }
     if payload.kernel.is_none() && (payload.initramfs.is_some() || !payload.cmdline.is_empty()) {
@@ -144,7 +144,9 @@ pub fn load(
     memory
         .write_slice(&blob, GuestAddress(placement.fdt))
         .map_err(|e| failure("firmware", &firmware.path, format!("no device tree in RAM: {e}")))?;
-    let info = DynamicInfo { next_addr: placement.kernel.unwrap_or(0), boot_hart: 0 };
+    // Without a kernel, OpenSBI goes on with what is in flash: UEFI, for instance.
+    let flash = if payload.flash.is_empty() { 0 } else { super::plan::flash_bank(0).base };
+    let info = DynamicInfo { next_addr: placement.kernel.unwrap_or(flash), boot_hart: 0 };
     Ok(boot::reset_rom(plan.ram.gpa, placement.fdt, info, others))
 }
 

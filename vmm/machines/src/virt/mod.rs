@@ -24,7 +24,8 @@ use holdfast_memory::GuestRegion;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use crate::{
-    Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange, VirtioSlot,
+    FlashImage, Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange,
+    VirtioSlot,
 };
 use plan::{Plan, Window};
 
@@ -146,11 +147,12 @@ impl Virt {
         let mut devices: Vec<Arc<dyn Device>> = vec![plic.clone(), aclint, serial, rtc, syscon, fw_cfg];
         for bank in 0..2 {
             let window = plan::flash_bank(bank);
+            let id = format!("flash{bank}");
             let flash = Flash::new(FlashSpec {
-                id: format!("flash{bank}"),
                 gpa: window.base,
                 size: window.len,
-                backing: Backing::Erased,
+                backing: flash_backing(&id, request.payload.flash.get(bank as usize))?,
+                id,
                 rom: Some(Arc::new(VmRom(Arc::clone(&context.vm)))),
             })?;
             attach(window, "flash", Arc::clone(&flash) as Arc<dyn BusDevice>)?;
@@ -167,6 +169,15 @@ impl Virt {
             context,
         })
     }
+}
+
+/// Opens what a flash bank holds.
+fn flash_backing(id: &str, image: Option<&FlashImage>) -> Result<Backing, BuildError> {
+    let Some(FlashImage { path, readonly }) = image else { return Ok(Backing::Erased) };
+    let what = || format!("flash image `{}` cannot be opened", path.display());
+    let file = std::fs::File::options().read(true).write(!readonly).open(path);
+    let file = file.map_err(|source| BuildError::Host { id: id.to_owned(), what: what(), source })?;
+    Ok(Backing::File { file, readonly: *readonly })
 }
 
 /// Maps flash in array mode as ROM.
@@ -259,6 +270,10 @@ impl Machine for Virt {
     }
 
     fn power_button(&self) -> bool {
+        false
+    }
+
+    fn has_power_button(&self) -> bool {
         false
     }
 }

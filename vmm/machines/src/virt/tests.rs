@@ -178,6 +178,7 @@ fn a_kernel_is_loaded_behind_its_firmware_and_found_again_after_a_reset() {
         firmware: Some(firmware),
         initramfs: Some(initramfs),
         cmdline: "console=ttyS0 quiet".into(),
+        ..Payload::default()
     };
     let rig = rig(payload);
     assert!(rig.machine.take_mmio_slot().is_some());
