@@ -100,15 +100,41 @@ fn greeting_and_negotiation() {
     let mut client = server.client();
     let greeting = client.receive();
     assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
-    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
     let (class, description) = client.error(json!({ "execute": "query-status" }));
     assert_eq!(class, "CommandNotFound");
     assert_eq!(description, "Expecting capabilities negotiation with 'qmp_capabilities'");
-    let oob = json!({ "execute": "qmp_capabilities", "arguments": { "enable": ["oob"] } });
-    assert_eq!(client.error(oob).1, "Capability 'oob' is not available");
+    let other = json!({ "execute": "qmp_capabilities", "arguments": { "enable": ["time-travel"] } });
+    assert_eq!(client.error(other).1, "Parameter 'enable' does not accept value 'time-travel'");
     let reply = client.ask(json!({ "execute": "qmp_capabilities", "id": { "n": 1 } }));
     assert_eq!(reply, json!({ "return": {}, "id": { "n": 1 } }));
     assert_eq!(client.error(json!({ "execute": "qmp_capabilities" })).0, "CommandNotFound");
+}
+
+#[test]
+fn out_of_band_requests_are_for_those_who_enabled_them_and_overtake() {
+    let server = Server::start();
+    let mut client = server.negotiated();
+    let unexpected = client.error(json!({ "exec-oob": "query-status" }));
+    assert_eq!(unexpected.1, "QMP input member 'exec-oob' is unexpected");
+    let mut client = server.client();
+    client.receive();
+    let enable = json!({ "execute": "qmp_capabilities", "arguments": { "enable": ["oob"] } });
+    assert_eq!(client.ask(enable), json!({ "return": {} }));
+    let refused = client.error(json!({ "exec-oob": "query-status", "id": 1 }));
+    assert_eq!(refused.1, "The command query-status does not support OOB");
+    assert_eq!(client.error(json!({ "exec-oob": "no-such" })).0, "CommandNotFound");
+    let both = client.error(json!({ "exec-oob": "query-status", "execute": "query-status" }));
+    assert_eq!(both.1, "QMP input member 'exec-oob' clashes with 'execute'");
+    // In one packet: the out-of-band request is answered before the requests that came first.
+    let requests = [
+        json!({ "execute": "query-version", "id": "a" }),
+        json!({ "execute": "query-status", "id": "b" }),
+        json!({ "exec-oob": "stop", "id": "c" }),
+    ];
+    client.send(&requests.map(|r| r.to_string()).join(""));
+    let ids: Vec<Value> = (0..3).map(|_| client.receive()["id"].clone()).collect();
+    assert_eq!(ids, ["c", "a", "b"]);
 }
 
 #[test]

@@ -30,6 +30,20 @@ fn eight_vcpus() {
 }
 
 #[test]
+fn a_guest_that_switches_off_at_once_ends_the_program() {
+    // lui t0, 0x100; lui t1, 0x5; addi t1, t1, 0x555; sw t1, 0(t0): the test finisher; j .
+    let code = [0x0010_02b7u32, 0x0000_5337, 0x5553_0313, 0x0062_a023, 0x0000_006f];
+    let file = tempfile::NamedTempFile::new().expect("file");
+    std::fs::write(file.path(), code.map(u32::to_le_bytes).as_flattened()).expect("written");
+    let firmware = file.path().to_str().expect("UTF-8");
+    let common = ["--arch", "riscv64", "--accel", "tcg", "--memory", "size=32M", "--console", "off"];
+    let args: Vec<_> = common.into_iter().chain(["--firmware", firmware]).collect();
+    for _ in 0..5 {
+        assert!(Program::run(&args).wait_exit(BOOT).success());
+    }
+}
+
+#[test]
 fn the_shell_answers_and_ctrl_a_x_quits() {
     let mut vm = Program::run(&riscv64_args(2, ""));
     vm.wait_for("BOOTED", BOOT);

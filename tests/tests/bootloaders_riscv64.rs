@@ -80,12 +80,12 @@ fn uefi_in_flash_reaches_its_shell_and_keeps_its_variables() {
     let mut vm = Program::run(&arguments(&["--pflash", &banks[0], "--pflash", &banks[1]]));
     let at = vm.wait_for("UEFI Interactive Shell", BOOT);
     let at = vm.wait_for_after("Shell> ", at, BOOT);
-    vm.type_in("setvar HoldfastTest -guid 8be4df61-93ca-11d2-aa0d-00e098032b8c -bs -rt -nv =L\"kept\"\r");
+    vm.type_in("setvar HoldfastTest -guid 5f1b2d3c-0a1b-4c2d-8e3f-102030405060 -bs -rt -nv =L\"kept\"\r");
     let at = vm.wait_for_after("Shell> ", at, BOOT);
     vm.type_in("reset\r");
     let at = vm.wait_for_after("UEFI Interactive Shell", at, BOOT);
     let at = vm.wait_for_after("Shell> ", at, BOOT);
-    vm.type_in("setvar HoldfastTest -guid 8be4df61-93ca-11d2-aa0d-00e098032b8c\r");
+    vm.type_in("setvar HoldfastTest -guid 5f1b2d3c-0a1b-4c2d-8e3f-102030405060\r");
     // "kept" in UTF-16, as the shell dumps it.
     let at = vm.wait_for_after("6B 00 65 00 70 00 74 00", at, BOOT);
     vm.wait_for_after("Shell> ", at, BOOT);

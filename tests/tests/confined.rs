@@ -56,7 +56,8 @@ fn refused(api: &Api, route: &str, body: &Value, path: &Path) {
 
 #[test]
 fn rules_at_the_start_hold_for_vms_that_are_made_later() {
-    let (inside, outside) = (tempfile::tempdir().expect("directory"), tempfile::tempdir().expect("directory"));
+    let (inside, outside) =
+        (tempfile::tempdir().expect("directory"), tempfile::tempdir().expect("directory"));
     let (good, bad) = (disk_in(inside.path()), disk_in(outside.path()));
     let socket = inside.path().join("api");
     let rules = [(riscv64_guest(), "r"), (inside.path().to_owned(), "rw")]
@@ -89,7 +90,8 @@ fn rules_at_the_start_hold_for_vms_that_are_made_later() {
 
 #[test]
 fn the_first_vm_that_asks_for_landlock_decides_for_the_process() {
-    let (inside, outside) = (tempfile::tempdir().expect("directory"), tempfile::tempdir().expect("directory"));
+    let (inside, outside) =
+        (tempfile::tempdir().expect("directory"), tempfile::tempdir().expect("directory"));
     let (good, bad) = (disk_in(inside.path()), disk_in(outside.path()));
     let socket = inside.path().join("api");
     let mut program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
@@ -123,6 +125,7 @@ fn a_vm_from_the_command_line_runs_in_a_limited_process() {
 
 #[test]
 fn rules_without_landlock_are_refused() {
-    let mut program = Program::run(&["--landlock-rules", "path=/,access=r", "--api-socket", "/nonexistent/api"]);
+    let mut program =
+        Program::run(&["--landlock-rules", "path=/,access=r", "--api-socket", "/nonexistent/api"]);
     assert_eq!(program.wait_exit(BOOT).code(), Some(2));
 }

@@ -86,7 +86,8 @@ fn room(path: &Path) -> u64 {
 fn discard_gives_room_back(transport: &str) {
     let dir = tempfile::tempdir().expect("directory");
     let raw = dir.path().join("raw.img");
-    let content: Vec<u8> = (0..4u32 << 20).flat_map(|i| (i.wrapping_mul(2_654_435_761) | 1).to_le_bytes()).collect();
+    let content: Vec<u8> =
+        (0..4u32 << 20).flat_map(|i| (i.wrapping_mul(2_654_435_761) | 1).to_le_bytes()).collect();
     std::fs::write(&raw, &content).expect("file");
     let ext4 = ext4_image(dir.path());
     let (raw_before, ext4_before) = (room(&raw), room(&ext4));

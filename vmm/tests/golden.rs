@@ -9,6 +9,7 @@ mod still;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use holdfast_accel::AccelError;
 use holdfast_config::VmConfig;
@@ -68,16 +69,26 @@ fn read(path: &Path) -> Value {
 }
 
 /// Builds the VM of a golden snapshot, with empty files where its config names files.
-fn build(golden: &Path, dir: &Path, tap: &str) -> Vm {
+fn build(golden: &Path, dir: &Path) -> Vm {
+    // A tap that was just closed is busy for a moment.
+    static TAPS: AtomicU32 = AtomicU32::new(0);
+    let tap = format!("hfgold-{}", TAPS.fetch_add(1, Ordering::Relaxed));
     for (name, size) in [("disk", 1 << 20), ("kernel", 4096), ("initramfs", 4096), ("firmware", 256 << 10)] {
         let file = std::fs::File::create(dir.join(name)).expect("a file");
         file.set_len(size).expect("a sparse file");
     }
     let text = read(&golden.join("config.json")).to_string();
-    let text = text.replace("@DIR@", &dir.display().to_string()).replace("hfgolden0", tap);
+    let text = text.replace("@DIR@", &dir.display().to_string()).replace("hfgolden0", &tap);
     let config = VmConfig::from_json(text.as_bytes()).expect("the golden config is valid");
     Vm::build(config, host()).unwrap_or_else(|e| panic!("{}: {e:?}", golden.display()))
 }
+
+/// What the calendar clock catches up with when it is saved: it keeps the host's time.
+const FOLLOWS_WALL_TIME: [&str; 3] = [
+    "[mc146818][1].data.cmos[12]: was",
+    "[mc146818][1].data.noticed: was",
+    "[mc146818][1].data.periodic: was",
+];
 
 /// Where `a` and `b` differ, by path.
 fn differences(path: &str, a: Option<&Value>, b: Option<&Value>, found: &mut Vec<String>) {
@@ -95,7 +106,12 @@ fn differences(path: &str, a: Option<&Value>, b: Option<&Value>, found: &mut Vec
                 differences(&format!("{path}[{step}]"), a.get(i), b.get(i), found);
             }
         }
-        (Some(a), Some(b)) => found.push(format!("{path}: was {a}, is {b}")),
+        (Some(a), Some(b)) => {
+            let text = format!("{path}: was {a}, is {b}");
+            if !FOLLOWS_WALL_TIME.iter().any(|field| text.contains(field)) {
+                found.push(text);
+            }
+        }
         (Some(a), None) => found.push(format!("{path}: was {a}, is gone")),
         (None, Some(b)) => found.push(format!("{path}: is new, {b}")),
         (None, None) => {}
@@ -109,13 +125,13 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Restores the snapshot into a new VM and saves that; the differences between the two.
-fn round_trip(golden: &Path, tap: &str) -> Result<(), String> {
+fn round_trip(golden: &Path) -> Result<(), String> {
     let at = golden.display();
     let state = read(&golden.join("state.json"));
     let saved: SavedVm =
         serde_json::from_value(state.clone()).map_err(|e| format!("{at} does not parse any more: {e}"))?;
     let dir = tempfile::tempdir().expect("directory");
-    let vm = build(golden, dir.path(), tap);
+    let vm = build(golden, dir.path());
     vm.restore(&saved).map_err(|e| format!("{at} cannot be restored any more: {}{ADVICE}", chain(&e)))?;
     let now = serde_json::to_value(vm.save().expect("saved")).expect("JSON");
     let migrated = golden.join("migrated.json");
@@ -133,8 +149,7 @@ fn round_trip(golden: &Path, tap: &str) -> Result<(), String> {
 fn golden_snapshots_come_back_as_they_were() {
     let goldens = goldens();
     assert!(goldens.len() >= 3, "only {goldens:?} are there");
-    let failures: Vec<_> =
-        goldens.iter().filter_map(|golden| round_trip(golden, "hfgolden1").err()).collect();
+    let failures: Vec<_> = goldens.iter().filter_map(|golden| round_trip(golden).err()).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
 
@@ -188,7 +203,7 @@ fn changes_without_a_migration_are_noticed() {
         change(&mut state);
         std::fs::copy(golden.join("config.json"), dir.path().join("config.json")).expect("copied");
         std::fs::write(dir.path().join("state.json"), state.to_string()).expect("written");
-        round_trip(dir.path(), "hfgolden2").expect_err("noticed")
+        round_trip(dir.path()).expect_err("noticed")
     };
     let section = |state: &mut Value, id: &str, with: &dyn Fn(&mut Value)| {
         let devices = state["devices"].as_array_mut().expect("devices");
@@ -207,6 +222,6 @@ fn changes_without_a_migration_are_noticed() {
             d["data"].as_object_mut().expect("an object").remove("mtimecmp").expect("a field");
         });
     });
-    assert!(renamed.contains("mtimecmp"), "{renamed}");
+    assert!(renamed.contains("`riscv-aclint` state is invalid"), "{renamed}");
     assert!(renamed.contains("HOLDFAST_GOLDEN=migrate"), "it says what to do");
 }

@@ -65,7 +65,15 @@ struct UuidInfo {
 #[derive(Debug, Deserialize, JsonSchema)]
 struct Capabilities {
     #[serde(default)]
-    enable: Option<Vec<String>>,
+    enable: Option<Vec<Capability>>,
+}
+
+/// What a client can enable.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Capability {
+    /// Out-of-band execution.
+    Oob,
 }
 
 /// Arguments of `human-monitor-command`.
@@ -139,6 +147,14 @@ pub(super) async fn run(
     let missing = || QmpError::not_found(format!("The command {command} has not been found"));
     let found = found.ok_or_else(missing)?;
     (found.run)(handle, arguments).await
+}
+
+/// Why `command` is not run out of band.
+pub(super) fn refuse_out_of_band(command: &str) -> QmpError {
+    if COMMANDS.iter().any(|other| other.name == command) {
+        return QmpError::generic(format!("The command {command} does not support OOB"));
+    }
+    QmpError::not_found(format!("The command {command} has not been found"))
 }
 
 /// Reads arguments with QEMU's words for what is wrong.

@@ -40,7 +40,7 @@ pub fn read_stream(data: &[u8]) -> usize {
     let (mut framer, mut messages) = (Framer::default(), VecDeque::new());
     framer.feed(data, &mut messages);
     let requests = messages.iter().filter_map(|message| match message {
-        Message::Object(text) => Request::parse(text).ok(),
+        Message::Object(text) => Request::parse(text, true).ok(),
         Message::Malformed(_) => None,
     });
     requests
@@ -129,6 +129,8 @@ struct Session<S> {
     waiting: VecDeque<Message>,
     running: Option<Running>,
     negotiated: bool,
+    /// The client has enabled out-of-band execution.
+    oob: bool,
 }
 
 enum Step {
@@ -154,12 +156,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             waiting: VecDeque::new(),
             running: None,
             negotiated: false,
+            oob: false,
         }
     }
 
     async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> io::Result<()> {
         let version = serde_json::to_value(commands::version()).unwrap_or_default();
-        self.send(&json!({ "QMP": { "version": version, "capabilities": [] } })).await?;
+        self.send(&json!({ "QMP": { "version": version, "capabilities": [request::OOB] } })).await?;
         let mut buffer = vec![0_u8; 4096];
         loop {
             match self.step(&mut buffer, &mut shutdown).await? {
@@ -167,6 +170,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 Step::Read(count) => {
                     let data = buffer.get(..count).unwrap_or_default();
                     self.framer.feed(data, &mut self.waiting);
+                    self.answer_out_of_band().await?;
                 }
                 Step::Event(event) => self.send_event(&event).await?,
                 Step::Reply(reply) => {
@@ -200,12 +204,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
+    /// Answers out-of-band requests ahead of those that wait. No command can be run that way: like QEMU's, ours are
+    /// in-band unless the schema says otherwise (`allow-oob`), and none has reason to.
+    async fn answer_out_of_band(&mut self) -> io::Result<()> {
+        if !self.oob {
+            return Ok(());
+        }
+        for message in std::mem::take(&mut self.waiting) {
+            let Message::Object(text) = &message else {
+                self.waiting.push_back(message);
+                continue;
+            };
+            match Request::parse(text, true) {
+                Ok(request) if request.oob => {
+                    let error = commands::refuse_out_of_band(&request.command);
+                    self.send(&error.message(request.id)).await?;
+                }
+                _ => self.waiting.push_back(message),
+            }
+        }
+        Ok(())
+    }
+
     /// Starts the next request if none runs; answers what needs no running.
     async fn start_next(&mut self) -> io::Result<()> {
         while self.running.is_none() {
             let Some(message) = self.waiting.pop_front() else { return Ok(()) };
             let request = match message {
-                Message::Object(text) => Request::parse(&text),
+                Message::Object(text) => Request::parse(&text, self.oob),
                 Message::Malformed(reason) => Err((None, QmpError::generic(reason))),
             };
             let request = match request {
@@ -226,9 +252,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     /// Whether `request` was capabilities negotiation, which is then done.
     fn check_mode(&mut self, request: &Request) -> Result<bool, QmpError> {
+        if request.oob {
+            return Err(commands::refuse_out_of_band(&request.command));
+        }
         match (request.command.as_str(), self.negotiated) {
             ("qmp_capabilities", false) => {
-                request::negotiate(&request.arguments)?;
+                self.oob = request::negotiate(&request.arguments)?;
                 self.negotiated = true;
                 Ok(true)
             }

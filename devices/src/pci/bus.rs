@@ -24,11 +24,16 @@ pub trait PciDevice: Send + Sync + Debug {
         None
     }
 
-    /// A read of registers in `bar`; `access.offset` counts from the BAR's start.
-    fn read_bar(&self, bar: u8, access: Access, data: &mut [u8]);
+    /// A read of registers in `bar`; `access.offset` counts from the BAR's start. Functions without BARs have none.
+    fn read_bar(&self, bar: u8, access: Access, data: &mut [u8]) {
+        let _ = (bar, access);
+        data.fill(0xff);
+    }
 
     /// A write to registers in `bar`.
-    fn write_bar(&self, bar: u8, access: Access, data: &[u8]);
+    fn write_bar(&self, bar: u8, access: Access, data: &[u8]) {
+        let _ = (bar, access, data);
+    }
 
     /// A guest's read of configuration space, for devices with registers that have side effects.
     fn read_config(&self, offset: u16, data: &mut [u8]) {

@@ -297,7 +297,10 @@ impl Device for AcpiPm {
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(KIND, 1, &*self.state.lock())
+        let mut s = self.state.lock();
+        // Turns that nobody has looked at yet: the saved state says what a read would.
+        self.update(&mut s);
+        DeviceState::new(KIND, 1, &*s)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use holdfast_device::{Access, BuildError, Device, DeviceState, StateError};
+use holdfast_device::{BuildError, Device, DeviceState, StateError};
 
 use super::mch::pci_error;
 use super::{AcpiPm, Gsi, PM_BASE};
@@ -107,12 +107,6 @@ impl PciDevice for Lpc {
     fn config(&self) -> &Arc<PciConfig> {
         &self.config
     }
-
-    fn read_bar(&self, _bar: u8, _access: Access, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_bar(&self, _bar: u8, _access: Access, _data: &[u8]) {}
 
     fn write_config(&self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use holdfast_device::{Access, BuildContext, BuildError, Bus, BusDevice, Device, DeviceState, StateError};
+use holdfast_device::{BuildContext, BuildError, Bus, BusDevice, Device, DeviceState, StateError};
 use parking_lot::Mutex;
 
 use crate::pci::{ConfigBuilder, Ecam, Identity, PciBus, PciConfig, PciConfigState, PciDevice, PciError};
@@ -116,12 +116,6 @@ impl PciDevice for Mch {
     fn config(&self) -> &Arc<PciConfig> {
         &self.config
     }
-
-    fn read_bar(&self, _bar: u8, _access: Access, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_bar(&self, _bar: u8, _access: Access, _data: &[u8]) {}
 
     fn write_config(&self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);

@@ -56,6 +56,12 @@ enum Message {
     Done(Box<dyn FnOnce(&mut Manager) + Send>),
 }
 
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Message")
+    }
+}
+
 /// The way for the VM's threads to wake the manager.
 #[derive(Clone)]
 struct Wire {
@@ -136,6 +142,8 @@ pub struct Manager {
     spawner: Arc<dyn Spawner>,
     wire: Wire,
     messages: Receiver<Message>,
+    /// What a VM had to say while the job that builds it was not done yet.
+    held: Vec<Message>,
     config: VmConfig,
     ids: IdAllocator,
     tap_fds: TapFds,
@@ -164,6 +172,7 @@ impl Manager {
             options,
             wire: Wire { messages: messages_in, wake },
             messages,
+            held: Vec::new(),
             config: VmConfig::default(),
             ids: IdAllocator::default(),
             tap_fds: TapFds::new(),
@@ -270,8 +279,11 @@ impl Manager {
         }
     }
 
-    /// What VMs are built with.
+    /// What VMs are built with. What an earlier VM still had to say is done with first.
     fn host(&mut self) -> Host {
+        while let Ok(message) = self.messages.try_recv() {
+            self.take(message);
+        }
         let quit = self.wire.clone();
         Host {
             spawner: Arc::clone(&self.spawner),
@@ -285,8 +297,18 @@ impl Manager {
     }
 
     fn take(&mut self, message: Message) {
+        let built = matches!(self.stage, Stage::Built { .. });
         match message {
-            Message::Done(done) => done(self),
+            // A guest may be quicker than the thread that has just started it.
+            Message::System(_) | Message::VcpuFailed(..) if self.job.is_some() && !built => {
+                self.held.push(message);
+            }
+            Message::Done(done) => {
+                done(self);
+                for held in std::mem::take(&mut self.held) {
+                    self.take(held);
+                }
+            }
             Message::Quit => {
                 self.events.publish(Event::Shutdown(Origin::HostQuit));
                 self.exit = Some(0);

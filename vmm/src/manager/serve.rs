@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use holdfast_arch::Arch;
 use holdfast_config::{
     DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize,
     VmSnapshotConfig, check_id, validate_disk, validate_net,
@@ -117,6 +118,11 @@ impl VmManager for Manager {
 
     fn nmi(&mut self) -> Result<(), ControlError> {
         let vm = self.built_and(Run::Running, "VM is not running")?;
+        if vm.arch() == Arch::Riscv64 {
+            // As with QEMU's machine of this name. Resumable NMIs (Smrnmi) would need firmware that handles them.
+            let text = "Machine `virt` does not provide NMIs: its RISC-V harts have none (no Smrnmi)";
+            return Err(ControlError::new(ErrorKind::Failed, text));
+        }
         vm.vcpus().nmi().map_err(|e| ControlError::failed("The NMI could not be injected", e))
     }
 

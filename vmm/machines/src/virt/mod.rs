@@ -94,12 +94,6 @@ impl PciDevice for HostBridge {
     fn config(&self) -> &Arc<PciConfig> {
         &self.0
     }
-
-    fn read_bar(&self, _bar: u8, _access: holdfast_device::Access, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_bar(&self, _bar: u8, _access: holdfast_device::Access, _data: &[u8]) {}
 }
 
 impl Virt {

@@ -369,7 +369,7 @@ fn harts_wait_for_opensbi_and_enter_other_firmware_at_once() {
     opensbi[3000..3018].copy_from_slice(b"\nOpenSBI v%d.%d\n\0\0");
     for (firmware, waits) in [(vec![0x6f; 5000], false), (opensbi, true)] {
         let firmware = Some(files.put("fw.bin", &firmware));
-        let rig = rig(Payload { kernel: None, firmware, initramfs: None, cmdline: String::new() });
+        let rig = rig(Payload { firmware, ..Payload::default() });
         rig.machine.load().expect("loads");
         let rom = rig.vm.roms.lock()[0].clone();
         let third = rom.region.read_obj::<u32>(MemoryRegionAddress(8)).expect("in the ROM");
