@@ -186,7 +186,7 @@ pub trait Guest: Send + Sync + Debug + 'static {
 
     /// The exception for a misaligned access that the architecture or this guest does not do.
     /// `atomic`: it is an atomic instruction.
-    fn misaligned_fault(&self, access: &Access, atomic: bool) -> Fault;
+    fn misaligned_fault(&self, cpu: &mut Cpu<'_>, access: &Access, atomic: bool) -> Fault;
 
     /// Delivers an exception: [`Cpu::pc`] is the faulting instruction's on entry, the handler's on exit.
     fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault);

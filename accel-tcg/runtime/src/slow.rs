@@ -247,12 +247,17 @@ impl VcpuCore {
         Ok(extend(self.load_part(va, bytes, &access)?, mem))
     }
 
-    fn check_alignment(&self, access: &Access, mem: MemOp) -> Result<(), Fault> {
+    fn check_alignment(&mut self, access: &Access, mem: MemOp) -> Result<(), Fault> {
         let misaligned = !access.gva.is_multiple_of(u64::from(mem.bytes()));
         if misaligned && (mem.is_aligned() || !self.guest.spec().misaligned_ok) {
-            return Err(self.guest.misaligned_fault(access, false));
+            return Err(self.misaligned(access, false));
         }
         Ok(())
+    }
+
+    fn misaligned(&mut self, access: &Access, atomic: bool) -> Fault {
+        let guest = Arc::clone(&self.guest);
+        guest.misaligned_fault(&mut Cpu::new(self), access, atomic)
     }
 
     /// Loads `bytes` (1 to 8) little-endian, across pages if need be.
@@ -414,7 +419,7 @@ impl VcpuCore {
         let swapped = |old: u64| next(extend(old, mem) & low_mask(bytes)).map(|new| to_memory(new, mem));
         if !va.is_multiple_of(u64::from(bytes)) {
             if mem.is_aligned() || !self.guest.spec().misaligned_ok {
-                return Err(self.guest.misaligned_fault(&access, true));
+                return Err(self.misaligned(&access, true));
             }
             return Ok(extend(self.atomic_misaligned(&access, swapped)?, mem));
         }

@@ -97,7 +97,7 @@ impl Guest for RiscvGuest {
         Some(mmu::access_fault(access))
     }
 
-    fn misaligned_fault(&self, access: &Access, _atomic: bool) -> Fault {
+    fn misaligned_fault(&self, _cpu: &mut Cpu<'_>, access: &Access, _atomic: bool) -> Fault {
         let cause = match access.kind {
             AccessKind::Read => cause::LOAD_MISALIGNED,
             AccessKind::Write => cause::STORE_MISALIGNED,

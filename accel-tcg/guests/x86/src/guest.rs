@@ -101,7 +101,10 @@ impl Guest for X86Guest {
         None // reads as all ones, writes are dropped
     }
 
-    fn misaligned_fault(&self, _access: &Access, _atomic: bool) -> Fault {
+    fn misaligned_fault(&self, cpu: &mut Cpu<'_>, access: &Access, _atomic: bool) -> Fault {
+        if let Some(fault) = mmu::non_canonical(cpu.state(), access) {
+            return fault;
+        }
         fault::coded(vector::AC, 0)
     }
 

@@ -225,17 +225,17 @@ impl Run {
                 let first = self.operand(s, RSI, segment, count, false)?;
                 let second = self.operand(s, RDI, seg::ES, count, false)?;
                 let n = first.run.min(second.run);
-                // Processors read what RDI points to first.
+                // Processors read what RSI points to first, other than without a repetition.
                 if n > 0
-                    && let Some(b) = cpu.host_range(second.at, self.size, AccessKind::Read, idx)?
                     && let Some(a) = cpu.host_range(first.at, self.size, AccessKind::Read, idx)?
+                    && let Some(b) = cpu.host_range(second.at, self.size, AccessKind::Read, idx)?
                 {
                     return Ok(self.search(n, |i| {
                         (bulk::read(a, i, self.size, self.down), bulk::read(b, i, self.size, self.down))
                     }));
                 }
-                let b = cpu.load(second.at, size, idx)?;
                 let a = cpu.load(first.at, size, idx)?;
+                let b = cpu.load(second.at, size, idx)?;
                 Ok(self.search(1, |_| (a, b)))
             }
             What::Scas => {

@@ -248,6 +248,17 @@ fn mark(phys: &PhysMemory, path: &Path, write: bool) -> bool {
     true
 }
 
+/// The fault of an access to an address that is not canonical.
+pub(crate) fn non_canonical(s: &X86, access: &Access) -> Option<Fault> {
+    if !s.long() || s.canonical(access.gva) {
+        return None;
+    }
+    Some(match access.kind {
+        AccessKind::Fetch => fault::gp(0),
+        AccessKind::Read | AccessKind::Write => fault::non_canonical(access.gva),
+    })
+}
+
 /// Translates an address, with accessed and dirty bits set as the access needs.
 ///
 /// # Errors
@@ -266,11 +277,8 @@ pub(crate) fn translate(s: &X86, phys: &PhysMemory, access: &Access) -> Result<T
         };
         return Ok(all);
     }
-    if s.long() && !s.canonical(access.gva) {
-        return Err(match access.kind {
-            AccessKind::Fetch => fault::gp(0),
-            AccessKind::Read | AccessKind::Write => fault::non_canonical(access.gva),
-        });
+    if let Some(fault) = non_canonical(s, access) {
+        return Err(fault);
     }
     loop {
         let mut path = Path::default();

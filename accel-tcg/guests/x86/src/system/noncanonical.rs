@@ -48,5 +48,8 @@ fn by_stack(s: &X86, insn: &Instruction, va: u64) -> bool {
         return true;
     }
     let memory = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Memory);
-    memory && insn.memory_segment() == Register::SS
+    // An override that names SS is ignored in 64-bit mode, as are those of CS, DS and ES.
+    let base = insn.memory_base().full_register();
+    let other = matches!(insn.segment_prefix(), Register::FS | Register::GS);
+    memory && matches!(base, Register::RSP | Register::RBP) && !other
 }

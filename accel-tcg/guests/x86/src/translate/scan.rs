@@ -61,6 +61,8 @@ enum Flow {
     Next,
     /// To the next or to a constant.
     Branch(u64),
+    /// To the next or elsewhere.
+    Fork,
     /// To a constant only.
     Jump(u64),
     /// Elsewhere.
@@ -76,7 +78,7 @@ fn flow(line: &Line, key: Key) -> Flow {
         FlowControl::Next => Flow::Next,
         FlowControl::ConditionalBranch => match control::target(insn, key) {
             Some(to) => Flow::Branch(to),
-            None => Flow::Next,
+            None => Flow::Fork,
         },
         FlowControl::UnconditionalBranch => match control::target(insn, key) {
             Some(to) => Flow::Jump(to),
@@ -187,7 +189,7 @@ pub(crate) fn run(
             break; // it ran into the next page: alone
         }
         pc = match flow(&line, key) {
-            Flow::Next => next,
+            Flow::Next | Flow::Fork => next,
             Flow::Branch(to) => {
                 targets.push(to);
                 next

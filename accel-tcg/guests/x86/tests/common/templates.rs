@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Mnemonic};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Mnemonic};
 
 /// What stands before the opcode byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -143,7 +143,7 @@ fn scan(bits: u32, head: Head, found: &mut Found) {
             bytes.extend_from_slice(&[0x20, 0, 0, 0, 0, 0, 0, 0, 0]);
             let mut decoder = Decoder::with_ip(bits, &bytes, 0x1000, DecoderOptions::NONE);
             let insn = decoder.decode();
-            if insn.is_invalid() || !wanted(insn.code()) || insn.code().op_code_is_prefix_only(head) {
+            if insn.is_invalid() || !wanted(insn.code()) || insn.code().op_code_is_prefix_only(bits, head) {
                 continue;
             }
             let entry = found.entry((insn.code(), head, opcode, modrm < 0xc0)).or_insert((0, 0));
@@ -171,12 +171,16 @@ fn is_opcode(bits: u32, head: Head, opcode: u8) -> bool {
 
 trait Redundant {
     /// F2 or F3 that mean nothing.
-    fn op_code_is_prefix_only(self, head: Head) -> bool;
+    fn op_code_is_prefix_only(self, bits: u32, head: Head) -> bool;
 }
 
 impl Redundant for Code {
-    fn op_code_is_prefix_only(self, head: Head) -> bool {
+    fn op_code_is_prefix_only(self, bits: u32, head: Head) -> bool {
         let Head::Legacy { map, prefix, .. } = head else { return false };
+        // Processors disagree on 66 before near branches of 64-bit code.
+        if bits == 64 && prefix == 0x66 && self.flow_control() != FlowControl::Next {
+            return true;
+        }
         map == 0 && matches!(prefix, 0xf2 | 0xf3) && !is_string(self.mnemonic()) && self != Code::Pause
     }
 }
