@@ -156,7 +156,14 @@ impl Builder {
     /// Writes a slot. `v` must have the slot's type.
     pub fn set(&mut self, slot: Slot, v: Val) {
         debug_assert_eq!(self.ty(v), slot.ty);
-        if *self.known_at(slot) == (slot.offset, v.0) {
+        let known = *self.known_at(slot);
+        if known == (slot.offset, v.0) {
+            return;
+        }
+        if known.0 == slot.offset
+            && let (Some(old), Some(new)) = (self.as_const(Val(known.1)), self.as_const(v))
+            && old == new
+        {
             return;
         }
         self.push_op(Op::SetSlot, slot.ty, 0, (slot.offset, v.0, 0));
@@ -355,15 +362,20 @@ impl Builder {
     }
 
     fn fold_addr(&mut self, addr: Val, disp: i32) -> (Val, i32) {
-        let i = *self.region.def(addr);
-        if i.op == Op::Add
-            && let Some(c) = self.as_const(Val(i.b))
-            && let Ok(c) = i32::try_from(c as i64)
-            && let Some(d) = disp.checked_add(c)
-        {
-            return (Val(i.a), d);
+        let (mut addr, mut disp) = (addr, disp);
+        // Through chains, as pushes make them: then all of them have one base.
+        loop {
+            let i = *self.region.def(addr);
+            if i.op == Op::Add
+                && let Some(c) = self.as_const(Val(i.b))
+                && let Ok(c) = i32::try_from(c as i64)
+                && let Some(d) = disp.checked_add(c)
+            {
+                (addr, disp) = (Val(i.a), d);
+            } else {
+                return (addr, disp);
+            }
         }
-        (addr, disp)
     }
 
     /// Atomic read-modify-write; yields the old value in `v`'s type. 1 to 8 bytes.

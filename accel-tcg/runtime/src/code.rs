@@ -23,6 +23,11 @@ impl<'a, 'b> CodeReader<'a, 'b> {
         Self { source }
     }
 
+    /// Runs `f` with a reader of `bytes`, which are at `pc`; all else cannot be fetched. For tests and measurements.
+    pub fn over<R>(pc: u64, bytes: &[u8], f: impl FnOnce(&mut CodeReader<'_, '_>) -> R) -> R {
+        f(&mut CodeReader { source: &mut Plain { pc, bytes } })
+    }
+
     /// The byte at `pc`.
     ///
     /// # Errors
@@ -53,5 +58,26 @@ impl<'a, 'b> CodeReader<'a, 'b> {
     /// one that would start there is never asked for.
     pub fn is_break(&self, pc: u64) -> bool {
         self.source.is_break(pc)
+    }
+}
+
+/// Bytes in memory.
+struct Plain<'a> {
+    pc: u64,
+    bytes: &'a [u8],
+}
+
+impl CodeSource for Plain<'_> {
+    fn half(&mut self, pc: u64) -> Result<u16, Fault> {
+        Ok(u16::from_le_bytes([self.byte(pc)?, self.byte(pc.wrapping_add(1))?]))
+    }
+
+    fn byte(&mut self, pc: u64) -> Result<u8, Fault> {
+        let at = usize::try_from(pc.wrapping_sub(self.pc)).ok().and_then(|at| self.bytes.get(at));
+        at.copied().ok_or(Fault { cause: 0, value: pc, aux: 0 })
+    }
+
+    fn is_break(&self, _pc: u64) -> bool {
+        false
     }
 }

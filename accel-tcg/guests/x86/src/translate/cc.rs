@@ -159,8 +159,11 @@ impl Translator<'_> {
         }
         let op = match cc.record {
             Some(r) => {
-                let v = self.wide(r.src);
-                self.b.set(slot::CC_SRC, v);
+                // A logic operation has but its result.
+                if r.kind != Kind::Logic {
+                    let v = self.wide(r.src);
+                    self.b.set(slot::CC_SRC, v);
+                }
                 if r.kind != Kind::Flags {
                     let v = self.wide(r.dst);
                     self.b.set(slot::CC_DST, v);
