@@ -34,8 +34,31 @@ const BASE_7_ECX: u32 = 1 << 2 | 1 << 22;
 const VECTOR_7_ECX: u32 = 1 << 9 | 1 << 10;
 /// Leaf 7 ECX: five-level paging, which costs every page walk and so is given to models that name it only.
 const LA57: u32 = 1 << 16;
-/// Leaf 7 EDX: fast short REP MOV.
-const BASE_7_EDX: u32 = 1 << 4;
+/// Leaf 7 EDX: fast short REP MOV, and with IA32_SPEC_CTRL and IA32_ARCH_CAPABILITIES that there is nothing to
+/// mitigate: see [`AMD_IMMUNE`].
+const BASE_7_EDX: u32 = 1 << 4 | 1 << 26 | 1 << 29;
+/// IA32_ARCH_CAPABILITIES: not vulnerable to what the SDM lists (volume 4, table 2-2), and IBRS all the time.
+pub(crate) const IMMUNE: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+/// Leaf 0x80000021 EAX: no nested data breakpoints, LFENCE serializes, null selectors clear the base, automatic IBRS,
+/// SRSO_NO. What guests do against speculation has no effect on translated code and much on its speed: a retpoline is a
+/// jump through the translator's own cache. Isolation is the host's business, whose mitigations apply.
+const AMD_IMMUNE: u32 = 1 | 1 << 2 | 1 << 6 | 1 << 8 | 1 << 29;
+/// Leaf 0x80000008 EBX: SSB_NO, BTC_NO.
+const AMD_IMMUNE_8: u32 = 1 << 26 | 1 << 29;
 /// Leaf 0x80000001 ECX: LAHF, CR8 in 32-bit mode, LZCNT, PREFETCHW.
 const EXT_ECX: u32 = 1 | 1 << 4 | 1 << 5 | 1 << 8;
 /// Leaf 0x80000001 EDX, besides the copies of leaf 1: SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
@@ -121,7 +144,7 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
 
 fn extended(out: &mut Vec<CpuidEntry>, a1: u32, a8: u32, (b0, c0, d0): (u32, u32, u32)) {
     let amd = b0 == AMD;
-    let top = if amd { 0x8000_001e } else { 0x8000_0008 };
+    let top = if amd { 0x8000_0021 } else { 0x8000_0008 };
     out.push(entry(0x8000_0000, [top, b0, c0, d0]));
     let copies = if amd { BASE_EDX & EXT_COPIES } else { 0 };
     out.push(entry(0x8000_0001, [a1, 0, EXT_ECX, EXT_EDX | copies]));
@@ -132,9 +155,11 @@ fn extended(out: &mut Vec<CpuidEntry>, a1: u32, a8: u32, (b0, c0, d0): (u32, u32
     out.push(entry(0x8000_0006, [0, 0x4200_4200, 0x0200_8140, 0]));
     out.push(entry(0x8000_0007, [0, 0, 0, 1 << 8])); // the TSC is invariant
     let bits = if a8 & 0xff == 0 { 40 } else { (a8 & 0xff).clamp(36, 52) };
-    out.push(entry(0x8000_0008, [0x3000 | bits, 0, 0, 0]));
+    out.push(entry(0x8000_0008, [0x3000 | bits, if amd { AMD_IMMUNE_8 } else { 0 }, 0, 0]));
     if amd {
         out.push(entry(0x8000_001e, [0; 4]));
+        // Nor to transient scheduler attacks.
+        out.push(entry(0x8000_0021, [AMD_IMMUNE, 0, 1 << 1 | 1 << 2, 0]));
     }
 }
 

@@ -81,7 +81,7 @@ fn constant(number: u32) -> Option<(u64, bool)> {
         msr::MCG_STATUS | msr::PLATFORM_ID | msr::DEBUGCTL => (0, true),
         msr::MC0_CTL..=0x427 => (0, true),
         msr::BIOS_SIGN_ID => (1 << 32, true),
-        msr::ARCH_CAPABILITIES => (0, false),
+        msr::ARCH_CAPABILITIES => (super::cpuid::IMMUNE, false),
         // RAPL, temperatures, the bus frequency: nothing.
         0x34 | 0xcd | 0xce | 0x140 | 0x198 | 0x199 | 0x19a..=0x19d => (0, true),
         0x8000_0000..=0xffff_ffff if AMD_IGNORED.contains(&number) => (0, true),

@@ -52,6 +52,7 @@ pub mod efer {
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
     pub const FFXSR: u64 = 1 << 14;
+    pub const AUTOIBRS: u64 = 1 << 21;
 }
 
 /// DR6 and DR7.

@@ -73,7 +73,8 @@ fn install(s: &mut X86, table: &[CpuidEntry]) -> Result<(), String> {
     s.efer_bits = on(edx_ext, 11, efer::SCE)
         | on(edx_ext, 20, efer::NXE)
         | on(edx_ext, 25, efer::FFXSR)
-        | on(edx_ext, 29, efer::LME);
+        | on(edx_ext, 29, efer::LME)
+        | on(leaf(table, 0x8000_0021)[0], 8, efer::AUTOIBRS);
     let xsave = table.iter().find(|e| e.function == 0xd && e.index == 0);
     let offered = xsave.map_or(0, |e| u64::from(e.regs[3]) << 32 | u64::from(e.regs[0]));
     s.xcr0_bits = 1 | offered;
