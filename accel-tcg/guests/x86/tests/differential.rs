@@ -103,6 +103,10 @@ fn corpus_agrees_with_the_host() {
             ours.place(case.at, &case.bytes());
             if let (_, Some(m)) = compare(&case, &mut host, ours, &patterns[case.pattern()]) {
                 bad += &format!("{} {line}\n    {}\n", ours.name(), m.text);
+                if std::env::var_os("HOLDFAST_FUZZ_STATE").is_some() {
+                    let image = case.image();
+                    bad += &format!("    {:x?} rflags {:#x}\n", image.gpr, image.rflags);
+                }
             }
             count += 1;
         }

@@ -2,11 +2,13 @@
 //! interrupted; the flags are those of the last comparison then.
 
 use holdfast_tcg_ir::env::exit;
-use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, HelperResult, Leave};
+use holdfast_tcg_runtime::{Access, AccessKind, Cpu, Fault, HelperResult, Leave};
 
 use super::segment;
 use crate::flags::{Kind, rflags};
 use crate::state::{X86, seg};
+use crate::system::regs::vector;
+use crate::system::{fault, mmu};
 
 const PAGE: u64 = 4096;
 const RAX: usize = 0;
@@ -40,6 +42,8 @@ pub(crate) struct How {
     pub mmu_idx: u8,
     /// One element only: single step.
     pub single: bool,
+    /// Alignment is checked.
+    pub align: bool,
 }
 
 impl How {
@@ -51,6 +55,7 @@ impl How {
             | u64::from(self.until_equal) << 32
             | u64::from(self.mmu_idx) << 40
             | u64::from(self.single) << 48
+            | u64::from(self.align) << 56
     }
 
     fn unpack(v: u64) -> Self {
@@ -70,6 +75,7 @@ impl How {
             until_equal: byte(4) != 0,
             mmu_idx: byte(5),
             single: byte(6) != 0,
+            align: byte(7) != 0,
         }
     }
 }
@@ -132,6 +138,12 @@ pub(crate) fn run(cpu: &mut Cpu<'_>, [how, ..]: [u64; 5]) -> HelperResult {
     }
 }
 
+/// #AC, or what comes before it.
+fn misaligned(s: &X86, at: u64) -> Fault {
+    let access = Access { gva: at, size: 1, kind: AccessKind::Read, mmu_idx: 0 };
+    mmu::non_canonical(s, &access).unwrap_or(fault::coded(vector::AC, 0))
+}
+
 impl Run {
     /// Moves the registers over what was done.
     fn account(&self, s: &mut X86, done: &Done) {
@@ -160,6 +172,9 @@ impl Run {
     fn operand(&self, s: &X86, r: usize, segment: usize, count: u64, write: bool) -> Result<Operand, Fault> {
         let offset = s.gpr[r] & self.mask;
         let at = segment::linear(s, segment, offset, self.size, write)?;
+        if self.how.align && !at.is_multiple_of(self.size) {
+            return Err(misaligned(s, at));
+        }
         let in_page = at % PAGE;
         // Up to the page's end, or down to its start; an element across the end is done alone.
         let mut run = if self.down { in_page / self.size + 1 } else { (PAGE - in_page) / self.size };

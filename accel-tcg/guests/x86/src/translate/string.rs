@@ -54,6 +54,7 @@ impl Translator<'_> {
                 until_equal: insn.has_repne_prefix(),
                 mmu_idx: self.key.mmu_idx(),
                 single: self.key.contains(Key::STEP),
+                align: self.key.contains(Key::ALIGN),
             };
             let how = self.b.iconst(how.pack() as i64);
             self.call_system(self.ids.int.string, &[how]);

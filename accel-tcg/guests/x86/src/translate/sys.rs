@@ -335,6 +335,9 @@ impl Translator<'_> {
     fn descriptors(&mut self, insn: &Instruction) -> bool {
         use Mnemonic::*;
         match insn.mnemonic() {
+            Lldt | Ltr | Lmsw if self.key.contains(Key::PROTECTED) && self.key.cpl() != 0 => {
+                self.raise(vector::GP, Some(0));
+            }
             Lldt | Ltr => {
                 let v = self.selector_operand(insn, 0);
                 let id = if insn.mnemonic() == Lldt { self.ids.sys.lldt } else { self.ids.sys.ltr };

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use iced_x86::FlowControl;
 
 use super::case::{CODE_SIZE, Case, DATA_SIZE, End, Outcome, Processor, patterns};
-use super::compare::{compare, decode, listing, minimise};
+use super::compare::{Mismatch, compare, decode, listing, minimise};
 use super::generate::Generator;
 use super::random::Random;
 
@@ -68,8 +68,8 @@ pub fn run(seed: u64, limits: Limits, a: &mut dyn Processor, b: &mut dyn Process
         for case in &cases {
             bad.extend(states(case, &patterns, a, b, (&mut generator, &mut report.insns)));
         }
-        for case in bad {
-            note(&case, &patterns[case.pattern()], a, b, &mut report);
+        for (case, first) in bad {
+            note((&case, first), &patterns[case.pattern()], a, b, &mut report);
         }
     }
     coverage(&generator, &mut report);
@@ -83,14 +83,14 @@ fn states(
     a: &mut dyn Processor,
     b: &mut dyn Processor,
     (generator, insns): (&mut Generator, &mut u64),
-) -> Option<Case> {
+) -> Option<(Case, Mismatch)> {
     let mut seeds = Random::new(case.seed);
     for _ in 0..STATES {
         let case = Case { seed: seeds.next(), ..case.clone() };
         let (outcome, mismatch) = compare(&case, a, b, &patterns[case.pattern()]);
         *insns += count(&case, &outcome, generator);
-        if mismatch.is_some() {
-            return Some(case);
+        if let Some(mismatch) = mismatch {
+            return Some((case, mismatch));
         }
     }
     None
@@ -115,13 +115,13 @@ fn count(case: &Case, outcome: &Outcome, generator: &mut Generator) -> u64 {
 }
 
 fn note(
-    case: &Case,
+    (case, first): (&Case, Mismatch),
     data: &[u8; DATA_SIZE],
     a: &mut dyn Processor,
     b: &mut dyn Processor,
     report: &mut Report,
 ) {
-    let (small, mismatch) = minimise(case, a, b, data);
+    let (small, mismatch) = minimise((case, first), a, b, data);
     let text = format!("{small}\n  {}\n    {}", listing(&small), mismatch.text);
     let entry = report.kinds.entry(mismatch.kind).or_insert((text, 0));
     entry.1 += 1;

@@ -177,7 +177,7 @@ fn end_name(ends: (End, End)) -> String {
 /// Linux reports page faults at supervisor addresses as protection faults, whatever is there.
 fn normal_end(end: End) -> End {
     match end {
-        End::Fault { vector: 14, error, address } if address >> 47 != 0 => {
+        End::Fault { vector: 14, error, address } if address >= 0x7fff_ffff_f000 => {
             End::Fault { vector: 14, error: error | 1, address }
         }
         other => other,
@@ -202,7 +202,14 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
         }
         _ => false,
     };
-    wide_shift || across || !canonical(left) || !canonical(right)
+    // Which operand of CMPS is read first depends on its size and prefixes; POPA may write registers before it faults.
+    let compared = insns.iter().any(|i| {
+        use iced_x86::Mnemonic as M;
+        matches!(i.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Popa | M::Popad)
+            && i.ip() == left.image.rip
+    });
+    let either = compared && left.end != End::Done && right.end != End::Done;
+    wide_shift || across || either || !canonical(left) || !canonical(right)
 }
 
 /// The instructions of a case as text.
@@ -219,14 +226,14 @@ pub fn listing(case: &Case) -> String {
 
 /// The case with as few instructions as show a mismatch.
 pub fn minimise(
-    case: &Case,
+    (case, first): (&Case, Mismatch),
     a: &mut dyn Processor,
     b: &mut dyn Processor,
     data: &[u8; super::case::DATA_SIZE],
 ) -> (Case, Mismatch) {
     let mut best = case.clone();
     let mut shown = attempt(&best, a, b, data)
-        .unwrap_or_else(|| Mismatch { kind: "does not happen again".into(), text: case.to_string() });
+        .unwrap_or_else(|| Mismatch { kind: format!("does not happen again: {}", first.kind), ..first });
     // From the end: what comes behind the difference goes at once.
     let insns = decode(&best);
     let straight = insns.iter().all(|i| i.flow_control() == FlowControl::Next);

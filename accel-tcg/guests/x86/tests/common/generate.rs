@@ -186,6 +186,10 @@ impl Generator {
             if insn.code() != code && !insn.has_lock_prefix() || !super::templates::wanted(insn.code()) {
                 continue;
             }
+            // 90 with REX.B is XCHG, whatever is before it.
+            if insn.code() == Code::Pause && bytes.len() > 2 {
+                continue;
+            }
             if insn.rflags_read() & draft.undefined != 0 {
                 continue;
             }
