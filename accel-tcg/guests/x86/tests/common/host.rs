@@ -226,7 +226,9 @@ fn map(at: u64, len: usize, protection: c_int, file: c_int, offset: usize) -> *m
     let fixed = if at == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
     let hint = ptr::with_exposed_provenance_mut::<c_void>(at as usize);
     // SAFETY: never over an existing mapping.
-    let got = unsafe { libc::mmap(hint, len, protection, libc::MAP_SHARED | fixed, file, offset as i64) };
+    let got = unsafe {
+        libc::mmap(hint, len, protection, libc::MAP_SHARED | libc::MAP_POPULATE | fixed, file, offset as i64)
+    };
     assert!(got != libc::MAP_FAILED, "mmap {at:#x}: {}", std::io::Error::last_os_error());
     got.cast()
 }
