@@ -318,7 +318,12 @@ impl Device for Flash {
         let state: State = state.parse(KIND, 1)?;
         let invalid = |reason: &str| StateError::Invalid { kind: KIND, reason: reason.to_owned() };
         let buffered: usize = state.regs.buffer.iter().map(|(_, bytes)| bytes.len()).sum();
-        if buffered > BUFFER {
+        // What the guest may still add counts too: it would be added without another look.
+        let expected = match state.regs.mode {
+            Mode::BufferData(left, _) => left as usize,
+            _ => 0,
+        };
+        if buffered > BUFFER || state.regs.buffer.len().saturating_add(expected) > BUFFER / 4 {
             return Err(invalid("its write buffer is larger than this device's"));
         }
         let mut inner = self.inner.lock();

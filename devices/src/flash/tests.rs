@@ -183,8 +183,14 @@ fn state_survives() {
     assert_eq!(read(&other, 0), 0x0089_0089);
     other.reset();
     assert_eq!(read(&other, 2 * BLOCK + 4), 7, "contents survive a reset");
+    let whole = state.clone();
     state.data["programmed"] = serde_json::json!([[SIZE - 1, [1, 2]]]);
     assert!(other.restore(&state).is_err());
+    let mut state = whole;
+    state.data["regs"]["mode"] = serde_json::json!({ "BufferData": [u32::MAX, 0] });
+    assert!(other.restore(&state).is_err(), "a guest could fill the host's memory");
+    state.data["regs"]["mode"] = serde_json::json!({ "BufferData": [4, 0] });
+    other.restore(&state).expect("four more words fit");
 }
 
 #[test]
