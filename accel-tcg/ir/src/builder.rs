@@ -153,6 +153,12 @@ impl Builder {
         v
     }
 
+    /// The value that a slot is known to have here.
+    pub fn known(&self, slot: Slot) -> Option<Val> {
+        let &(offset, v) = self.known.get(slot.index())?;
+        (offset == slot.offset && self.ty(Val(v)) == slot.ty).then_some(Val(v))
+    }
+
     /// Writes a slot. `v` must have the slot's type.
     pub fn set(&mut self, slot: Slot, v: Val) {
         debug_assert_eq!(self.ty(v), slot.ty);

@@ -14,9 +14,8 @@
 //!
 //! **Soft TLB.** Entry `(va >> 12) & (TLB_ENTRIES - 1)` of the array for the MMU index and kind of access holds
 //! `tag = (va & !0xfff) | gen_tag` and `addend = host address - guest address`. A probe computes
-//! `((va + size - 1) & !0xfff) | gen_tag` (so accesses that cross a page miss; with [`crate::MemOp::aligned`] it is
-//! `(va & !0xfff) + (va << (64 - log2(size)))`, so misaligned ones miss: no entry is for a page so far
-//! up) and compares. [`TLB_SLOW`] in a tag makes it never match:
+//! `((va + size - 1) & !0xfff) | gen_tag` (so accesses that cross a page miss; with [`crate::MemOp::aligned`] the
+//! address itself is tested before) and compares. [`TLB_SLOW`] in a tag makes it never match:
 //! for MMIO, pages with code (write array), clean pages under dirty logging (write array), watchpoints.
 //! The generation occupies bits 1..=11 and is never 0, so zeroed arrays hold no entries.
 //! Atomic instructions probe the write array; the runtime must enter only pages that are readable too there.

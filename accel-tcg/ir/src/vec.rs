@@ -13,13 +13,15 @@ pub enum VecForm {
     Unary,
     /// `result = op(a, b)`: a is the legacy encoding's destination or VEX.vvvv, b is r/m.
     Binary,
+    /// The same for instructions that do something else, or do not exist, with memory in place of b: `movss`, `movsd`.
+    Merge,
     /// `result = op(a, b, c)`: a is the destination (reg), b VEX.vvvv, c r/m. VEX only.
     Ternary,
     /// `result = op(a, b, c)`: a is VEX.vvvv, b r/m, c the register in the immediate's upper half. VEX only.
     Is4,
     /// `result = op(a)` by an immediate, with `/n` in reg.
     ShiftImm,
-    /// `result = op(a)`: reg is a, r/m is the result (a general register).
+    /// `result = op(a)`: reg is a, r/m is the result, mostly a general register.
     Extract,
     /// The status flags, in their places in RFLAGS, that comparing a (reg) and b (r/m) gives. OF is 0.
     Flags,

@@ -171,9 +171,10 @@ fn vec_types_fit(v: &VecInsn, ty: Type, [a, b, c]: [Type; 3]) -> bool {
     match v.form {
         VecForm::Unary => (vector(a) || a.is_int()) && (vector(ty) || ty.is_int() && vector(a)),
         VecForm::Binary => vector(ty) && vector(a) && (vector(b) || b.is_int()),
+        VecForm::Merge => vector(ty) && vector(a) && vector(b),
         VecForm::Ternary | VecForm::Is4 => vector(ty) && vector(a) && vector(b) && vector(c),
         VecForm::ShiftImm => vector(ty) && vector(a),
-        VecForm::Extract => ty.is_int() && vector(a),
+        VecForm::Extract => (ty.is_int() || vector(ty)) && vector(a),
         VecForm::Flags => ty == Type::I64 && vector(a) && vector(b),
     }
 }

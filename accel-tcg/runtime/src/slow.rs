@@ -369,8 +369,12 @@ impl VcpuCore {
         let value = to_memory(value, mem);
         if mem.bytes() == 16 {
             let high = self.shared.env().scratch();
-            // Both halves have to be writable before either is written.
-            self.place(&Access { gva: va.wrapping_add(15), size: 1, ..access })?;
+            // Both pages have to be writable before either is written; the first one's fault comes first.
+            let room = PAGE_SIZE - va % PAGE_SIZE;
+            if room < 16 {
+                self.place(&Access { gva: va, size: 1, ..access })?;
+                self.place(&Access { gva: va.wrapping_add(room), size: 1, ..access })?;
+            }
             self.store_part(va, 8, value, &access)?;
             return self.store_part(va.wrapping_add(8), 8, high, &access);
         }

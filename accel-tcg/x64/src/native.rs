@@ -92,8 +92,8 @@ impl NativeRunner {
         let out = if out_int { Reg::RDX.0 } else { x3.0 };
         match v.form {
             VecForm::Unary => asm.vector(v, vex, (out, 0), a, v.imm),
-            VecForm::Binary if vex => asm.vector(v, true, (3, 0), b, v.imm),
-            VecForm::Binary => {
+            VecForm::Binary | VecForm::Merge if vex => asm.vector(v, true, (3, 0), b, v.imm),
+            VecForm::Binary | VecForm::Merge => {
                 asm.movaps(x3, x0);
                 asm.vector(v, false, (3, 0), b, v.imm);
             }
@@ -107,7 +107,7 @@ impl NativeRunner {
                 asm.movaps(x3, x0);
                 asm.vector(v, false, (v.ext, 0), x3.into(), v.imm);
             }
-            VecForm::Extract => asm.vector(v, vex, (0, 0), Reg::RDX.into(), v.imm),
+            VecForm::Extract => asm.vector(v, vex, (0, 0), Rm::R(out), v.imm),
             VecForm::Flags => {
                 asm.vector(v, vex, (0, 0), b, v.imm);
                 asm.flags_to_rax(0xd5);

@@ -105,7 +105,8 @@ impl Guest for X86Guest {
         if let Some(fault) = mmu::non_canonical(cpu.state(), access) {
             return fault;
         }
-        fault::coded(vector::AC, 0)
+        // Vectors have to be aligned in any case; all else only while alignment is checked.
+        if access.size == 16 { fault::gp(0) } else { fault::coded(vector::AC, 0) }
     }
 
     fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault) {

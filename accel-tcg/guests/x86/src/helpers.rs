@@ -15,6 +15,8 @@ use crate::system;
 pub(crate) struct Ids {
     /// Integer and control-flow instructions.
     pub int: Int,
+    /// Vector and x87 instructions.
+    pub fpu: crate::fpu::Ids,
     /// System instructions.
     pub sys: system::helpers::Ids,
 }
@@ -75,7 +77,8 @@ pub(crate) fn table() -> (HelperTable, Ids) {
         cmpxchg16b: t.faulting("cmpxchg16b", cmpxchg16b, Type::I64, 2, all),
     };
     let sys = system::helpers::register(&mut t);
-    (t, Ids { int, sys })
+    let fpu = crate::fpu::register(&mut t);
+    (t, Ids { int, fpu, sys })
 }
 
 faulting_helper!(raise, control::raise);

@@ -5,6 +5,7 @@
 
 pub mod apic;
 pub mod flags;
+pub mod fpu;
 mod guest;
 mod helpers;
 pub mod key;

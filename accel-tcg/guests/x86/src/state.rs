@@ -264,6 +264,28 @@ pub mod slot {
     pub const fn xmm(r: usize) -> Slot {
         Slot::new((offset_of!(X86, ymm) + 32 * (r & 15)) as u32, Type::V128)
     }
+    /// 16 bytes of [`X86::vec_scratch`], 0 to 7.
+    pub const fn scratch(n: usize) -> Slot {
+        Slot::new((offset_of!(X86, vec_scratch) + 16 * (n & 7)) as u32, Type::V128)
+    }
+    /// 8 bytes of [`X86::vec_scratch`], 4 to 15: apart from `scratch(0)` and `scratch(1)`.
+    pub const fn scratch64(n: usize) -> Slot {
+        Slot::i64(offset_of!(X86, vec_scratch) + 8 * (n & 15))
+    }
+    /// [`X86::x87`]'s TOP.
+    pub const X87_TOP: Slot = Slot::i64(offset_of!(X86, x87) + offset_of!(X87, top));
+    /// [`X86::x87`]'s tags.
+    pub const X87_VALID: Slot = Slot::i64(offset_of!(X86, x87) + offset_of!(X87, valid));
+    /// [`X86::x87`]'s status word.
+    pub const X87_STATUS: Slot = Slot::i64(offset_of!(X86, x87) + offset_of!(X87, status));
+    /// The significand of x87 register `r` (physical), which is MMX register `r`.
+    pub const fn mmx(r: usize) -> Slot {
+        Slot::i64(offset_of!(X86, x87) + 16 * (r & 7))
+    }
+    /// Sign and exponent of x87 register `r` (physical).
+    pub const fn x87_exponent(r: usize) -> Slot {
+        Slot::i64(offset_of!(X86, x87) + 16 * (r & 7) + 8)
+    }
     /// The upper half of YMM register `r`.
     pub const fn ymm_high(r: usize) -> Slot {
         Slot::new((offset_of!(X86, ymm) + 32 * (r & 15) + 16) as u32, Type::V128)

@@ -51,8 +51,8 @@ pub(crate) struct Access {
 pub(crate) enum Cold {
     /// Slow path of a memory access; comes back.
     Access { from: usize, back: usize, pc: u64, access: Access },
-    /// Another jump to the cold path that the rel32 at `to` goes to (that one follows in the list).
-    Jump { from: usize, to: usize },
+    /// Another jump to the cold path of the access that follows in the list.
+    Jump { from: usize },
     /// Leaves with a code at a pc.
     Exit { from: usize, code: u32, pc: u64 },
     /// Asks for link `n`, and looks its target up in the indirect-branch cache.
@@ -71,18 +71,17 @@ pub(crate) enum Cold {
 
 impl Cx<'_> {
     pub(crate) fn cold_paths(&mut self) {
-        let mut jumps: Option<(usize, usize)> = None;
+        let mut jumps: [Option<usize>; 2] = [None; 2];
         for n in 0..self.st.cold.len() {
             if !self.st.asm.room() {
                 return;
             }
             let here = self.st.asm.pos();
             match self.st.cold[n] {
-                Cold::Jump { from, to } => jumps = Some((from, to)),
+                Cold::Jump { from } => jumps = [Some(from), jumps[0]],
                 Cold::Access { from, back, pc, access } => {
                     self.st.asm.patch_rel(from, here);
-                    if let Some((j, to)) = jumps.take() {
-                        debug_assert_eq!(to, from);
+                    for j in std::mem::take(&mut jumps).into_iter().flatten() {
                         self.st.asm.patch_rel(j, here);
                     }
                     self.cold_access_path(pc, &access);

@@ -17,6 +17,8 @@ use holdfast_tcg_ir::{FenceKind, Inst, MemOp, Op, RmwKind, Type, Val};
 pub(crate) struct Probe {
     /// rel32 of the jump to the cold path.
     pub(crate) miss: usize,
+    /// The same of the jump that is taken when the address is misaligned.
+    misaligned: Option<usize>,
     /// Guest address, before the constant.
     pub(crate) base: Base,
     /// Constant to add to it.
@@ -67,7 +69,7 @@ impl Cx<'_> {
                 _ => continue,
             };
             let m = i.mem();
-            let same = self.st.an.root(Val(i.a)) == addr && m.mmu_idx() == mem.mmu_idx() && !m.is_aligned();
+            let same = self.st.an.root(Val(i.a)) == addr && m.mmu_idx() == mem.mmu_idx();
             if !same || store && !write {
                 continue;
             }
@@ -87,7 +89,7 @@ impl Cx<'_> {
         let fits = |p: &Page| {
             p.base == addr && p.mmu_idx == mem.mmu_idx() && (p.write || !write) && p.lo <= disp && end <= p.hi
         };
-        if mem.is_aligned() { None } else { self.st.al.pages().find(fits) }
+        self.st.al.pages().find(fits)
     }
 
     /// Whether a load goes through a page whose register is needed further.
@@ -108,20 +110,43 @@ impl Cx<'_> {
         }
         // The cold path zeroes the register anyway, so it may use it.
         let dest = ends.then_some(page.reg);
-        Some(Probe { miss, base: Base::Reg(base), disp, addend: page.reg, other: page.reg, dest, page: None })
+        let (base, addend, other) = (Base::Reg(base), page.reg, page.reg);
+        Some(Probe { miss, misaligned: None, base, disp, addend, other, dest, page: None })
     }
 
     /// Emits the probe for a load or store at `addr + disp`.
     fn probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
         let addr = self.st.an.root(addr);
-        if mem.is_aligned() {
-            return self.full_probe(mem, (addr, disp), write);
+        let misaligned = self.check_alignment(mem, (addr, disp));
+        let p = self.any_probe(mem, (addr, disp), write);
+        Probe { misaligned, ..p }
+    }
+
+    /// Leaves for the cold path if the access has to be aligned and is not.
+    fn check_alignment(&mut self, mem: MemOp, (addr, disp): (Val, i32)) -> Option<usize> {
+        if !mem.is_aligned() || mem.bytes() == 1 {
+            return None;
         }
+        let low = mem.bytes() as i32 - 1;
+        let base = self.gpr(addr);
+        if disp & low == 0 {
+            self.st.asm.test_imm(false, base, low);
+        } else {
+            let t = self.temp();
+            self.st.asm.lea(false, t, Mem::base(base, disp));
+            self.st.asm.test_imm(false, t, low);
+            self.st.al.locked &= !(1 << t.0);
+        }
+        Some(self.st.asm.jcc(Cc::Ne))
+    }
+
+    /// The probe of an access, however it is aligned.
+    fn any_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
         if let Some(p) = self.reuse_page(mem, (addr, disp), write) {
             return p;
         }
         let Some(Range { lo, hi, last }) = self.range(mem, (addr, disp), write) else {
-            return self.full_probe(mem, (addr, disp), write);
+            return self.lone_probe(mem, (addr, disp), write);
         };
         let mut p = self.probe_range(mem, addr, (lo, hi), write);
         p.disp = disp;
@@ -130,9 +155,16 @@ impl Cx<'_> {
         p
     }
 
-    /// A probe for one access.
+    /// A probe for one access with its alignment check (atomics).
     fn full_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
-        // Misaligned accesses miss by the bits that must be zero; others by the page of their last byte.
+        let misaligned = self.check_alignment(mem, (addr, disp));
+        let p = self.lone_probe(mem, (addr, disp), write);
+        Probe { misaligned, ..p }
+    }
+
+    /// A probe for one access.
+    fn lone_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Probe {
+        // Aligned accesses cross no page; others miss by the page of their last byte.
         let size = if mem.is_aligned() { 1 } else { mem.bytes() as i32 };
         let hi = disp.saturating_add(size);
         let addr = self.st.an.root(addr);
@@ -149,8 +181,7 @@ impl Cx<'_> {
         let base = i32::try_from(self.konst(addr)? as i64).ok()?;
         let va = base.checked_add(disp)?;
         let last = va.checked_add(mem.bytes() as i32 - 1)?;
-        let misaligned = mem.is_aligned() && va & (mem.bytes() as i32 - 1) != 0;
-        if (va ^ last) >> TLB_PAGE_BITS != 0 || misaligned {
+        if (va ^ last) >> TLB_PAGE_BITS != 0 {
             return None;
         }
         let (t1, t2) = (self.temp(), self.temp());
@@ -161,7 +192,8 @@ impl Cx<'_> {
         a.alu(Alu::Cmp, true, t2, Mem::env(entry));
         let miss = a.jcc(Cc::Ne);
         a.mov(true, t1, Mem::env(entry + 8));
-        Some(Probe { miss, base: Base::Const(base), disp, addend: t1, other: t2, dest: None, page: None })
+        let base = Base::Const(base);
+        Some(Probe { miss, misaligned: None, base, disp, addend: t1, other: t2, dest: None, page: None })
     }
 
     /// Emits the probe for `addr + lo .. addr + hi`.
@@ -170,16 +202,6 @@ impl Cx<'_> {
         let (t1, t2) = (self.temp(), self.temp());
         let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
         let a = &mut self.st.asm;
-        // An aligned access adds the bits that must be zero to the tag's highest bits, where no entry has any: further
-        // down they could pass for the slow bit or for a generation.
-        let log2 = if mem.is_aligned() { mem.log2() as u8 } else { 0 };
-        if log2 != 0 {
-            a.lea(true, t1, Mem::base(base, lo));
-            a.mov(true, t2, t1);
-            a.shift_imm(Shift::Shl, true, t2, 64 - log2);
-            a.alu_imm(Alu::And, true, t1, -4096);
-            a.alu(Alu::Add, true, t2, t1);
-        }
         // t1 = index * 16: the page number's low bits, shifted to where an entry's offset has them.
         let down = (TLB_PAGE_BITS - 4) as u8;
         if lo != 0 {
@@ -191,22 +213,19 @@ impl Cx<'_> {
             a.mov(true, t1, base);
             a.shift_imm(Shift::Shr, true, t1, down);
         }
-        if log2 != 0 {
-            // Done above.
-        } else if hi == 1 {
+        if hi == 1 {
             a.mov(true, t2, base);
         } else {
             a.lea(true, t2, Mem::base(base, hi.wrapping_sub(1)));
         }
         a.alu_imm(Alu::And, false, t1, (TLB_ENTRIES as i32 - 1) << 4);
-        if log2 == 0 {
-            a.alu_imm(Alu::And, true, t2, -4096);
-        }
+        a.alu_imm(Alu::And, true, t2, -4096);
         a.alu(Alu::Add, true, t2, Reg::R15);
         a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, array));
         let miss = a.jcc(Cc::Ne);
         a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, array + 8));
-        Probe { miss, base: Base::Reg(base), disp: lo, addend: t1, other: t2, dest: None, page: None }
+        let base = Base::Reg(base);
+        Probe { miss, misaligned: None, base, disp: lo, addend: t1, other: t2, dest: None, page: None }
     }
 
     /// Notes the cold path of the access just emitted.
@@ -219,6 +238,9 @@ impl Cx<'_> {
     ) {
         if let Some(page) = p.page {
             self.st.al.add_page(page);
+        }
+        if let Some(from) = p.misaligned {
+            self.st.cold.push(Cold::Jump { from });
         }
         let pages = self.st.al.pages().fold(0, |m, p| m | 1 << p.reg.0);
         let keep_xmm = self.st.al.xmm_in_use();
@@ -413,7 +435,7 @@ impl Cx<'_> {
             // No fast path: jump to the slow one although the probe hit.
             let again = self.st.asm.jmp();
             let back = self.st.asm.pos();
-            self.st.cold.push(Cold::Jump { from: again, to: p.miss });
+            self.st.cold.push(Cold::Jump { from: again });
             debug_assert_eq!(back, self.st.asm.pos());
         } else if simple {
             self.st.asm.mov(true, d, val);
@@ -478,7 +500,7 @@ impl Cx<'_> {
             self.extend_old(mem, i.ty, Reg::RAX);
         } else {
             let again = self.st.asm.jmp();
-            self.st.cold.push(Cold::Jump { from: again, to: p.miss });
+            self.st.cold.push(Cold::Jump { from: again });
         }
         let w = i.ty == Type::I64;
         let parts = (Source::Gpr(Reg::RAX, true), Source::Gpr(new, true), Source::Gpr(Reg::RAX, w));

@@ -27,6 +27,10 @@ impl Cx<'_> {
         match v.form {
             VecForm::Unary => self.vec_unary(i, &v, vex),
             VecForm::Binary => self.vec_binary(&v, vex, a, b),
+            VecForm::Merge => {
+                self.xmm(b);
+                self.vec_binary(&v, vex, a, b);
+            }
             VecForm::Ternary => {
                 let x = self.xmm(b);
                 let y = self.xrm(c);
@@ -56,6 +60,11 @@ impl Cx<'_> {
             }
             VecForm::Extract => {
                 let x = self.xmm(a);
+                if i.ty == Type::V128 {
+                    let d = self.xdest(Some(a));
+                    self.st.asm.vector(&v, vex, (x.0, 0), d.into(), v.imm);
+                    return self.xdefine(d);
+                }
                 let d = self.dest(None);
                 self.st.asm.vector(&v, vex, (x.0, 0), d.into(), v.imm);
                 self.define(d);

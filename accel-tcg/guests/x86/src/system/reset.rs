@@ -32,7 +32,7 @@ pub(crate) fn power_up(cpu: &mut Cpu<'_>, model: &CpuidModel) -> Result<(), Stri
     // Firmware locks it, and without virtualization there is nothing else in it.
     s.feature_control = 1;
     s.x87.control = 0x40;
-    cpu.set_mxcsr(0x1f80);
+    crate::fpu::set_mxcsr(cpu, 0x1f80);
     if let Some(apic) = apic::of(cpu) {
         apic.reset(false);
     }

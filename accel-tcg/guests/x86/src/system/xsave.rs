@@ -25,7 +25,7 @@ fn u64_at(area: &[u8], at: usize) -> u64 {
 
 /// The area: 832 bytes.
 pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
-    let mxcsr = cpu.mxcsr();
+    let mxcsr = crate::fpu::mxcsr(cpu);
     let s = cpu.state::<X86>();
     let mut a = vec![0; SIZE];
     let x = &s.x87;
@@ -70,7 +70,7 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
         return Err(format!("XSAVE components {beyond:#x} that this processor has not"));
     }
     let mxcsr = u32::from_le_bytes(take(area, 24));
-    cpu.set_mxcsr(if present & 6 != 0 { mxcsr & MXCSR_MASK } else { 0x1f80 });
+    crate::fpu::set_mxcsr(cpu, if present & 6 != 0 { mxcsr & MXCSR_MASK } else { 0x1f80 });
     let s = cpu.state::<X86>();
     let x = &mut s.x87;
     *x = crate::state::X87 { control: 0x37f, ..crate::state::X87::default() };

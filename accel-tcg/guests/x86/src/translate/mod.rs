@@ -11,6 +11,7 @@ mod atomic;
 mod bits;
 mod cc;
 mod control;
+mod mmx;
 mod moves;
 mod muldiv;
 mod operand;
@@ -19,6 +20,8 @@ mod shift;
 mod stack;
 mod string;
 mod sys;
+mod vec;
+mod x87;
 
 use holdfast_tcg_ir::{Builder, Cond, HelperId, JumpHint, Label, Slot, Val, env::exit};
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest, Translated};
@@ -174,6 +177,10 @@ impl Translator<'_> {
             || self.atomic(insn)
             || self.string(insn)
             || self.system(insn)
+            || self.vec(insn)
+            || self.vec_misc(insn)
+            || self.x87(insn)
+            || self.mmx(insn)
     }
 
     // ---- leaving ----

@@ -1,0 +1,159 @@
+//! The vector and x87 units: what translated code leaves to Rust, and what they offer.
+
+pub(crate) mod area;
+mod masked;
+pub(crate) mod simd;
+pub(crate) mod x87;
+mod x87_env;
+mod x87_native;
+
+use std::sync::LazyLock;
+
+use holdfast_tcg_ir::{Effects, HelperId, HelperTable, Type};
+use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, faulting_helper, plain_helper};
+
+use crate::state::X86;
+
+pub use simd::{mxcsr, set_mxcsr};
+
+/// Vector extensions of the host's processor that guests may use: their instructions are run by it.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs, reason = "the names are CPUID's")]
+pub struct HostVector {
+    pub sse3: bool,
+    pub ssse3: bool,
+    pub sse41: bool,
+    pub sse42: bool,
+    pub aes: bool,
+    pub pclmulqdq: bool,
+    pub sha: bool,
+    pub avx: bool,
+    pub avx2: bool,
+    pub fma: bool,
+    pub f16c: bool,
+}
+
+static HOST: LazyLock<HostVector> = LazyLock::new(|| {
+    let avx = is_x86_feature_detected!("avx");
+    HostVector {
+        sse3: is_x86_feature_detected!("sse3"),
+        ssse3: is_x86_feature_detected!("ssse3"),
+        sse41: is_x86_feature_detected!("sse4.1"),
+        sse42: is_x86_feature_detected!("sse4.2"),
+        aes: is_x86_feature_detected!("aes"),
+        pclmulqdq: is_x86_feature_detected!("pclmulqdq"),
+        sha: is_x86_feature_detected!("sha"),
+        avx,
+        avx2: avx && is_x86_feature_detected!("avx2"),
+        fma: avx && is_x86_feature_detected!("fma"),
+        f16c: avx && is_x86_feature_detected!("f16c"),
+    }
+});
+
+/// What this host has.
+pub fn host() -> &'static HostVector {
+    &HOST
+}
+
+/// CPUID bits of the extensions whose instructions the host runs for the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OfferedFeatures {
+    /// Leaf 1, ECX.
+    pub leaf1_ecx: u32,
+    /// Leaf 7, EBX.
+    pub leaf7_ebx: u32,
+    /// Leaf 7, ECX: VAES and VPCLMULQDQ, which are done half by half.
+    pub leaf7_ecx: u32,
+}
+
+/// What may be offered on this host.
+pub fn offered_features() -> OfferedFeatures {
+    let h = host();
+    let bit = |on: bool, n: u32| u32::from(on) << n;
+    OfferedFeatures {
+        leaf1_ecx: bit(h.sse3, 0)
+            | bit(h.pclmulqdq, 1)
+            | bit(h.ssse3, 9)
+            | bit(h.fma, 12)
+            | bit(h.sse41, 19)
+            | bit(h.sse42, 20)
+            | bit(h.aes, 25)
+            | bit(h.avx, 28)
+            | bit(h.f16c, 29),
+        leaf7_ebx: bit(h.avx2, 5) | bit(h.sha, 29),
+        leaf7_ecx: bit(h.avx && h.aes, 9) | bit(h.avx && h.pclmulqdq, 10),
+    }
+}
+
+/// The helpers' names in the IR.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ids {
+    /// Before an instruction that may raise unmasked SIMD exceptions.
+    pub simd_begin: HelperId,
+    /// After it: raises them.
+    pub simd_check: HelperId,
+    /// (value): loads MXCSR.
+    pub ldmxcsr: HelperId,
+    /// MXCSR.
+    pub stmxcsr: HelperId,
+    /// (address, data register | mask register << 8)
+    pub maskmovdqu: HelperId,
+    /// (address, mask, data): MMX.
+    pub maskmovq: HelperId,
+    /// (address, [`masked::How`])
+    pub mask_store: HelperId,
+    /// (address, [`masked::How`])
+    pub mask_load: HelperId,
+    /// (base address, how)
+    pub gather: HelperId,
+    /// (opcode, address, offset, flags): an x87 instruction; gives the status flags after it.
+    pub x87: HelperId,
+    /// (what, address, offset): a control instruction; gives what goes to AX.
+    pub x87_control: HelperId,
+    /// (kind, address): FXSAVE and its kin.
+    pub area: HelperId,
+}
+
+/// Adds the helpers to the table.
+pub(crate) fn register(t: &mut HelperTable) -> Ids {
+    let writes = Effects::WRITES_SLOTS | Effects::READS_SLOTS | Effects::MAY_FLUSH;
+    let fp = Effects::USES_FP;
+    Ids {
+        simd_begin: t.plain("simd_begin", simd_begin, Type::Void, 0, fp),
+        simd_check: t.faulting("simd_check", simd_check, Type::Void, 0, fp),
+        ldmxcsr: t.faulting("ldmxcsr", ldmxcsr, Type::Void, 1, fp | writes),
+        stmxcsr: t.plain("stmxcsr", stmxcsr, Type::I64, 0, fp),
+        maskmovdqu: t.faulting("maskmovdqu", maskmovdqu, Type::Void, 2, writes),
+        maskmovq: t.faulting("maskmovq", maskmovq, Type::Void, 3, writes),
+        mask_store: t.faulting("mask_store", mask_store, Type::Void, 2, writes),
+        mask_load: t.faulting("mask_load", mask_load, Type::Void, 2, writes),
+        gather: t.faulting("gather", gather, Type::Void, 2, writes),
+        x87: t.faulting("x87", x87_run, Type::I64, 4, writes),
+        x87_control: t.faulting("x87_control", x87_control, Type::I64, 3, writes),
+        area: t.faulting("area", save_area, Type::Void, 2, writes | fp),
+    }
+}
+
+plain_helper!(simd_begin, simd::begin);
+faulting_helper!(simd_check, simd::check);
+faulting_helper!(ldmxcsr, simd::ldmxcsr);
+plain_helper!(stmxcsr, simd::stmxcsr);
+faulting_helper!(maskmovdqu, masked::maskmovdqu);
+faulting_helper!(maskmovq, masked::maskmovq);
+faulting_helper!(mask_store, masked::store);
+faulting_helper!(mask_load, masked::load);
+faulting_helper!(gather, masked::gather);
+faulting_helper!(x87_run, x87::run);
+faulting_helper!(x87_control, x87::control);
+faulting_helper!(save_area, area::run);
+
+/// Raises the fault that a store of `len` bytes (over two pages at most) would raise, before anything is changed.
+fn probe(cpu: &mut Cpu<'_>, va: u64, len: u64) -> Result<(), Fault> {
+    let idx = cpu.state::<X86>().data_idx();
+    cpu.host_range(va, 1, AccessKind::Write, idx)?;
+    let last = va.wrapping_add(len - 1);
+    if (va ^ last) & !0xfff != 0 {
+        cpu.host_range(last & !0xfff, 1, AccessKind::Write, idx)?;
+    }
+    Ok(())
+}
