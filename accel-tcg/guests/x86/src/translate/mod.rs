@@ -118,7 +118,7 @@ impl Translator<'_> {
             scan.lines.iter().map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc))).collect();
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {
-                if !self.b.terminated() {
+                if !self.b.terminated() && line.live_before != 0 {
                     self.sync();
                 }
                 self.b.bind(label);
@@ -243,17 +243,28 @@ impl Translator<'_> {
         self.labels.get(at).copied().flatten()
     }
 
+    /// The status flags that are live before the instruction at `pc` of the region.
+    fn live_at(&self, pc: u64) -> u32 {
+        let line = self.scan.index_of(pc).and_then(|at| self.scan.lines.get(at));
+        line.map_or(STATUS, |l| l.live_before)
+    }
+
     /// Goes on at linear `target` if `a cc b`.
     pub(super) fn branch(&mut self, (cc, a, b): (Cond, Val, Val), target: u64) {
-        self.sync();
         match self.b.known_cond(cc, a, b) {
             Some(true) => return self.jump(target),
             Some(false) => return,
             None => {}
         }
         match self.label_of(target) {
-            Some(label) => self.b.brcond(cc, a, b, label),
+            Some(label) => {
+                if self.live_at(target) != 0 {
+                    self.sync();
+                }
+                self.b.brcond(cc, a, b, label);
+            }
             None => {
+                self.sync();
                 let label = self.b.label();
                 self.b.brcond(cc, a, b, label);
                 self.leaving.push((label, target));
@@ -263,9 +274,13 @@ impl Translator<'_> {
 
     /// Goes on at linear `target`, within the region if it is there.
     pub(super) fn jump(&mut self, target: u64) {
-        self.sync();
         match self.label_of(target) {
-            Some(label) => self.b.br(label),
+            Some(label) => {
+                if self.live_at(target) != 0 {
+                    self.sync();
+                }
+                self.b.br(label);
+            }
             None => self.goto(target),
         }
     }

@@ -35,6 +35,8 @@ pub(crate) struct Line {
     pub faults: bool,
     /// The status flags that may be read after it.
     pub live: u32,
+    /// The same before it.
+    pub live_before: u32,
 }
 
 /// The instructions of a region, by rising pc.
@@ -129,7 +131,8 @@ impl Bytes {
             too_long: false,
             target: false,
             faults: true,
-            live: STATUS,
+            live: 0,
+            live_before: 0,
         };
         loop {
             let bytes = self.buffer.get(from..).unwrap_or(&[]);
@@ -215,33 +218,47 @@ pub(crate) fn run(
     Ok(scan)
 }
 
-/// Which status flags may be read after each instruction: a backward pass in which branches backward, and ways
-/// out of the region, read all.
+/// Which status flags may be read before and after each instruction: backward passes until nothing changes. Ways out
+/// of the region read all.
+///
+/// An instruction that faults reads none by that. So what a handler finds in RFLAGS is exact but for flags that the
+/// program sets anew, whatever happens, before it reads them; nothing but a look at the saved RFLAGS can tell.
 fn liveness(scan: &mut Scan, key: Key) {
-    let mut before: Vec<u32> = vec![STATUS; scan.lines.len()];
-    let mut live = STATUS;
-    for i in (0..scan.lines.len()).rev() {
-        let Some(line) = scan.lines.get(i) else { continue };
-        let insn = &line.insn;
-        let out = match flow(line, key) {
-            Flow::Next => live,
-            Flow::Branch(to) => {
-                let there = scan.index_of(to).filter(|&at| at > i).and_then(|at| before.get(at));
-                live | there.copied().unwrap_or(STATUS)
-            }
-            _ => STATUS,
-        };
-        live = if line.faults {
-            STATUS
-        } else {
+    if let [line] = scan.lines.as_mut_slice() {
+        // It may be one that must not jump to itself.
+        (line.live, line.live_before) = (STATUS, STATUS);
+        return;
+    }
+    loop {
+        let (mut backward, mut grew) = (false, false);
+        let mut live = STATUS;
+        for i in (0..scan.lines.len()).rev() {
+            let Some(line) = scan.lines.get(i) else { continue };
+            let insn = &line.insn;
+            let there = |to| scan.index_of(to).and_then(|at| Some((at, scan.lines.get(at)?.live_before)));
+            let out = match flow(line, key) {
+                Flow::Next => live,
+                Flow::Branch(to) | Flow::Jump(to) => {
+                    let next = if matches!(flow(line, key), Flow::Jump(_)) { 0 } else { live };
+                    match there(to) {
+                        Some((at, before)) => {
+                            backward |= at <= i;
+                            next | before
+                        }
+                        None => STATUS,
+                    }
+                }
+                _ => STATUS,
+            };
             let changed = if counted(insn) { 0 } else { insn.rflags_modified() };
-            (out & !changed | insn.rflags_read()) & STATUS
-        };
-        if let Some(b) = before.get_mut(i) {
-            *b = live;
+            live = (out & !changed | insn.rflags_read()) & STATUS;
+            if let Some(line) = scan.lines.get_mut(i) {
+                grew |= line.live_before != live;
+                (line.live, line.live_before) = (out, live);
+            }
         }
-        if let Some(line) = scan.lines.get_mut(i) {
-            line.live = out;
+        if !(backward && grew) {
+            return;
         }
     }
 }

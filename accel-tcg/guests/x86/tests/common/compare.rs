@@ -40,13 +40,27 @@ impl Undefined {
 /// Flags that are undefined when the run ended.
 fn undefined(insns: &[Instruction], outcome: &Outcome) -> u64 {
     let mut undefined = Undefined::default();
-    for insn in insns {
+    for (n, insn) in insns.iter().enumerate() {
         if outcome.end != End::Done && insn.ip() == outcome.image.rip {
-            break;
+            return rflags_mask(undefined.flags | dead(&insns[n..]));
         }
         undefined.pass(insn);
     }
     rflags_mask(undefined.flags)
+}
+
+/// Flags that `insns` set before any of them reads them: translation does not keep them for exception handlers to
+/// look at. Behind a branch that may be so for all.
+fn dead(insns: &[Instruction]) -> u32 {
+    let (mut read, mut changed) = (0, 0);
+    for insn in insns {
+        read |= insn.rflags_read() & !changed;
+        if insn.flow_control() != FlowControl::Next {
+            return !read;
+        }
+        changed |= insn.rflags_modified();
+    }
+    changed & !read
 }
 
 /// The XSAVE area with components that are in their initial state written out.
