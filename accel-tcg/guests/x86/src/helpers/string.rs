@@ -200,7 +200,14 @@ impl Run {
         match self.how.what {
             What::Movs => {
                 let from = self.operand(s, RSI, segment, count, false)?;
-                let to = self.operand(s, RDI, seg::ES, count, true)?;
+                let to = match self.operand(s, RDI, seg::ES, count, true) {
+                    Ok(to) => to,
+                    Err(fault) => {
+                        // The source's faults come first.
+                        cpu.load(from.at, size, idx)?;
+                        return Err(fault);
+                    }
+                };
                 let n = from.run.min(to.run);
                 if n > 0
                     && let Some(source) = cpu.host_range(from.at, self.size, AccessKind::Read, idx)?

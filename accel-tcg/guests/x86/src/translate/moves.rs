@@ -35,6 +35,14 @@ impl Translator<'_> {
             | Mnemonic::Prefetchw
             | Mnemonic::Prefetchwt1
             | Mnemonic::Reservednop => {}
+            _ => return self.conditional(insn) || self.accumulator(insn),
+        }
+        true
+    }
+
+    /// Those that work on RAX or on flags.
+    fn accumulator(&mut self, insn: &Instruction) -> bool {
+        match insn.mnemonic() {
             Mnemonic::Cbw | Mnemonic::Cwde | Mnemonic::Cdqe => {
                 let (from, to) = match insn.mnemonic() {
                     Mnemonic::Cbw => (Size::B1, Size::B2),
@@ -108,7 +116,7 @@ impl Translator<'_> {
                 self.set_gpr_low(0, Size::B1, v);
             }
             Mnemonic::Xlatb => self.xlat(insn),
-            _ => return self.conditional(insn),
+            _ => return false,
         }
         true
     }

@@ -263,15 +263,17 @@ fn liveness(scan: &mut Scan, key: Key) {
     }
 }
 
-/// Shifts and rotations by CL: a count of 0 leaves the flags.
+/// Shifts and rotations by CL, and repeated comparisons: a count of 0 leaves the flags.
 fn counted(insn: &Instruction) -> bool {
+    if insn.has_rep_prefix() || insn.has_repne_prefix() {
+        return insn.is_string_instruction();
+    }
     (1..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n) == Register::CL)
 }
 
 /// Whether the instruction may fault or leave translated code other than at its end.
 fn can_fault(insn: &Instruction) -> bool {
-    use Mnemonic::*;
-    if matches!(insn.mnemonic(), Lea | Nop) {
+    if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
         return false;
     }
     for n in 0..insn.op_count() {
@@ -294,11 +296,15 @@ fn can_fault(insn: &Instruction) -> bool {
             _ => return true,
         }
     }
-    if insn.condition_code() != iced_x86::ConditionCode::None {
-        return false; // Jcc, SETcc, CMOVcc
-    }
-    !matches!(
-        insn.mnemonic(),
+    let conditional = insn.condition_code() != iced_x86::ConditionCode::None; // Jcc, SETcc, CMOVcc
+    !conditional && !is_plain(insn.mnemonic())
+}
+
+/// Instructions that fault by memory operands only.
+fn is_plain(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
         Mov | Add
             | Adc
             | And

@@ -105,14 +105,14 @@ impl Translator<'_> {
                     result
                 });
                 if let Some(s) = shifted {
-                    self.set_counted(size, s, count);
+                    self.set_counted(size, &s, count);
                 }
             }
         }
     }
 
     /// The flags of a shift by `count` (`I64`), which leaves them if it is 0.
-    fn set_counted(&mut self, size: Size, s: Shifted, count: Val) {
+    fn set_counted(&mut self, size: Size, s: &Shifted, count: Val) {
         if self.live & STATUS == 0 {
             return;
         }
@@ -224,7 +224,7 @@ impl Translator<'_> {
             result
         });
         if let Some(s) = shifted {
-            self.set_counted(size, s, count);
+            self.set_counted(size, &s, count);
         }
     }
 

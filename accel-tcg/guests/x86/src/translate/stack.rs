@@ -282,7 +282,7 @@ impl Translator<'_> {
         let b = self.read_op(insn, 1, Size::B2);
         let rpl = self.b.andi(b, 3);
         let memory = insn.op0_kind() == OpKind::Memory;
-        let at = memory.then(|| self.address(insn, 2, false));
+        let at = memory.then(|| self.address(insn, 2, true));
         let n = if memory { 0 } else { insn.op0_register().number() };
         let a = match at {
             Some(at) => self.load(Size::B2, at),
