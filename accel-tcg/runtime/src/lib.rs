@@ -13,6 +13,7 @@ mod fpenv;
 mod guest;
 mod hash;
 mod info;
+mod large;
 mod perf;
 mod phys;
 mod regions;

@@ -14,18 +14,20 @@ use holdfast_tcg_ir::env::{
 use crate::env::EnvBox;
 use crate::guest::{Flush, Mode, Translation};
 use crate::hash::{Map, mix};
+use crate::large::LargePages;
 use crate::regions::Killed;
 
 /// Entries of each victim array.
 const VICTIMS: usize = 8;
 /// Entries of the code TLB.
 const CODE_ENTRIES: usize = 512;
-/// Large pages that are remembered one by one.
-const LARGE: usize = 16;
 /// Words of the filter of pages with entries in the indirect-branch cache.
 const FILTER: usize = 64;
 /// Bits of a page offset, with generation and flags, in a tag.
 const LOW: u64 = 0xfff;
+/// Pages taken out of the indirect-branch cache one by one before all of it is forgotten, and the filter with it: a
+/// filter that only fills up lets every flush of a page search the cache.
+const BRANCH_SEARCHES: u32 = 64;
 /// Counts of invalidation in the key of the indirect-branch cache before it is emptied.
 const IBTC_EPOCHS: u64 = 1 << 20;
 
@@ -93,14 +95,18 @@ pub struct Tlb {
     local_modes: Vec<u32>,
     /// What the current mode's entries of the indirect-branch cache carry.
     ibtc_key: u64,
+    /// Pages that entries of the indirect-branch cache lie in, by hash.
     filter: [u64; FILTER],
+    /// Pages that entries run into from the page before, by hash.
+    crossings: [u64; FILTER],
+    /// Searches of the indirect-branch cache since all of it was forgotten.
+    searches: u32,
     victims: Vec<Victims>,
     code: Box<[CodeEntry]>,
     /// MMU indexes that have had entries.
     used: u8,
-    /// (page address, bits) of large pages since the last full flush.
-    large: Vec<(u64, u8)>,
-    large_overflow: bool,
+    /// Large pages since the last full flush.
+    large: LargePages,
     pc_shift: u32,
 }
 
@@ -117,11 +123,12 @@ impl Tlb {
             local_modes: Vec::new(),
             ibtc_key: 0,
             filter: [0; FILTER],
+            crossings: [0; FILTER],
+            searches: 0,
             victims: vec![Victims::default(); MMU_MODES],
             code: vec![CodeEntry::default(); CODE_ENTRIES].into_boxed_slice(),
             used: 0,
-            large: Vec::with_capacity(LARGE),
-            large_overflow: false,
+            large: LargePages::default(),
             pc_shift,
         }
     }
@@ -173,10 +180,9 @@ impl Tlb {
         self.victims.fill(Victims::default());
         self.code.fill(CodeEntry::default());
         self.spaces.clear();
-        self.filter = [0; FILTER];
+        self.clear_filters();
         self.next_generation = 1;
         self.large.clear();
-        self.large_overflow = false;
     }
 
     /// Forgets entries.
@@ -193,7 +199,6 @@ impl Tlb {
         count(&counts.flushes);
         self.spaces.clear();
         self.large.clear();
-        self.large_overflow = false;
         self.fresh(env, counts);
         self.local_modes.clear();
         self.forget_branches(env, counts);
@@ -210,7 +215,7 @@ impl Tlb {
     }
 
     fn flush_page(&mut self, env: &EnvBox, va: u64, space: Option<u64>, counts: &TlbCounts) {
-        if self.large_overflow || self.large.iter().any(|(base, bits)| (va ^ base) >> bits == 0) {
+        if self.large.may_hold(va) {
             return match space {
                 Some(space) => self.flush_space(env, space, counts),
                 None => self.flush_all(env, counts),
@@ -235,16 +240,43 @@ impl Tlb {
         self.code[(va >> 12) as usize % CODE_ENTRIES] = CodeEntry::default();
         env.set_page_id(page_id_index(va), 0);
         let (word, bit) = filter_bit(page);
-        if self.filter[word] & bit != 0 {
-            self.forget_branches(env, counts);
+        let (here, before) = (self.filter[word] & bit != 0, self.crossings[word] & bit != 0);
+        if !here && !before {
+            return;
         }
+        self.searches += 1;
+        if self.searches > BRANCH_SEARCHES {
+            return self.forget_branches(env, counts);
+        }
+        if here {
+            self.forget_branches_of(env, page);
+        }
+        if before {
+            self.forget_branches_of(env, page.wrapping_sub(0x1000));
+        }
+    }
+
+    /// Takes the entries of one page out of the indirect-branch cache.
+    fn forget_branches_of(&self, env: &EnvBox, page: u64) {
+        let first = ibtc_index(page, self.pc_shift);
+        for n in first..first + (0x1000 >> self.pc_shift).min(IBTC_ENTRIES) {
+            if env.ibtc(n).pc & !LOW == page {
+                env.set_ibtc(n, IbtcEntry::default());
+            }
+        }
+    }
+
+    fn clear_filters(&mut self) {
+        self.filter = [0; FILTER];
+        self.crossings = [0; FILTER];
+        self.searches = 0;
     }
 
     /// Makes all entries of the indirect-branch cache miss.
     pub fn forget_branches(&mut self, env: &EnvBox, counts: &TlbCounts) {
         count(&counts.branch_flushes);
         self.ibtc_epoch += 1;
-        self.filter = [0; FILTER];
+        self.clear_filters();
         if self.ibtc_epoch == IBTC_EPOCHS {
             self.ibtc_epoch = 1;
             for n in 0..IBTC_ENTRIES {
@@ -284,15 +316,12 @@ impl Tlb {
             self.publish(env);
         }
         env.set_ibtc(ibtc_index(pc, self.pc_shift), IbtcEntry { pc, key: self.ibtc_key, code, pad: 0 });
-        self.filter_page(pc & !LOW);
-        if second {
-            self.filter_page((pc & !LOW).wrapping_add(0x1000));
-        }
-    }
-
-    fn filter_page(&mut self, page: u64) {
-        let (word, bit) = filter_bit(page);
+        let (word, bit) = filter_bit(pc & !LOW);
         self.filter[word] |= bit;
+        if second {
+            let (word, bit) = filter_bit((pc & !LOW).wrapping_add(0x1000));
+            self.crossings[word] |= bit;
+        }
     }
 
     /// Says which mapping the code page of `pc` has now.
@@ -317,16 +346,8 @@ impl Tlb {
 
     /// Notes that `va` lies in a page of `1 << bits` bytes.
     pub fn note_large(&mut self, va: u64, bits: u8) {
-        if bits <= 12
-            || self.large_overflow
-            || self.large.iter().any(|(base, b)| (va ^ base) >> b == 0 && *b >= bits)
-        {
-            return;
-        }
-        if self.large.len() < LARGE && bits < 64 {
-            self.large.push((va, bits));
-        } else {
-            self.large_overflow = true;
+        if bits > 12 {
+            self.large.note(va, bits);
         }
     }
 
@@ -443,6 +464,30 @@ mod tests {
         tlb.insert(&env, 0x20_5000, (0, false), Entry { tag: 0, addend: 1 });
         tlb.flush(&env, Flush::PageInSpace(0x20_0000, 1), &counts);
         assert_eq!(tlb.find(&env, 0x20_5000, 0, false, &counts), None);
+    }
+
+    #[test]
+    fn flushing_a_page_forgets_its_branches_and_those_that_run_into_it() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        let known = |pc: u64| env.ibtc(ibtc_index(pc, 1)).pc == pc;
+        let refill = |tlb: &mut Tlb| {
+            for (pc, second) in [(0x4010, false), (0x4ffe, true), (0x5020, false), (0x6030, false)] {
+                tlb.remember_branch(&env, pc, 0x77, (second, true));
+            }
+        };
+        refill(&mut tlb);
+        tlb.flush(&env, Flush::Page(0x6000), &counts);
+        assert!(known(0x4010) && known(0x4ffe) && known(0x5020) && !known(0x6030));
+        tlb.flush(&env, Flush::Page(0x5000), &counts);
+        assert!(!known(0x4ffe) && !known(0x5020));
+        let key = tlb.ibtc_key;
+        for _ in 0..2 * BRANCH_SEARCHES {
+            refill(&mut tlb);
+            tlb.flush(&env, Flush::Page(0x4123), &counts);
+            assert!(!known(0x4010) || env.ibtc(ibtc_index(0x4010, 1)).key != tlb.ibtc_key);
+        }
+        assert_ne!(key, tlb.ibtc_key, "now and then all is forgotten");
     }
 
     #[test]
