@@ -71,7 +71,7 @@ mod tests {
         let (linear, kernel) = (0xff60_0000_0000_0000, 0xffff_ffff_8000_0000);
         for n in [5, 200, 3, 100, 101, 0, 255] {
             large.note(linear + (n << 21) + 0x1234, 21);
-            large.note(kernel + (n % 8 << 21), 21);
+            large.note(kernel + ((n % 8) << 21), 21);
         }
         assert!(large.ranges.len() <= RANGES);
         for n in [5, 200, 3, 100, 0, 255] {
