@@ -102,11 +102,11 @@ impl Guest for X86Guest {
     }
 
     fn misaligned_fault(&self, cpu: &mut Cpu<'_>, access: &Access, _atomic: bool) -> Fault {
-        if let Some(fault) = mmu::non_canonical(cpu.state(), access) {
-            return fault;
-        }
         // Vectors have to be aligned in any case; all else only while alignment is checked.
-        if access.size == 16 { fault::gp(0) } else { fault::coded(vector::AC, 0) }
+        if access.size == 16 {
+            return fault::gp(0);
+        }
+        mmu::non_canonical(cpu.state(), access).unwrap_or_else(|| fault::coded(vector::AC, 0))
     }
 
     fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault) {

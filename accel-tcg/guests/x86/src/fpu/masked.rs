@@ -27,7 +27,7 @@ fn how(bits: u64) -> How {
 
 /// Element `n` of `size` bytes (4 or 8) of a register.
 fn element(register: &[u64; 4], n: usize, size: u8) -> u64 {
-    if size == 8 { register[n & 3] } else { register[n / 2 & 3] >> (32 * (n & 1)) & 0xffff_ffff }
+    if size == 8 { register[n & 3] } else { (register[(n / 2) & 3] >> (32 * (n & 1))) & 0xffff_ffff }
 }
 
 fn set_element(register: &mut [u64; 4], n: usize, size: u8, value: u64) {
@@ -35,7 +35,7 @@ fn set_element(register: &mut [u64; 4], n: usize, size: u8, value: u64) {
         register[n & 3] = value;
     } else {
         let shift = 32 * (n & 1);
-        let word = &mut register[n / 2 & 3];
+        let word = &mut register[(n / 2) & 3];
         *word = *word & !(0xffff_ffff << shift) | (value & 0xffff_ffff) << shift;
     }
 }

@@ -12,7 +12,10 @@ use std::sync::LazyLock;
 use holdfast_tcg_ir::{Effects, HelperId, HelperTable, Type};
 use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, faulting_helper, plain_helper};
 
+use crate::flags::rflags;
 use crate::state::X86;
+use crate::system::fault;
+use crate::system::regs::{cr0, vector};
 
 pub use simd::{mxcsr, set_mxcsr};
 
@@ -90,7 +93,9 @@ pub fn offered_features() -> OfferedFeatures {
 pub(crate) struct Ids {
     /// Before an instruction that may raise unmasked SIMD exceptions.
     pub simd_begin: HelperId,
-    /// After it: raises them.
+    /// After it: raises those found before the operation. The instruction then runs once more.
+    pub simd_again: HelperId,
+    /// After that: raises the others.
     pub simd_check: HelperId,
     /// (value): loads MXCSR.
     pub ldmxcsr: HelperId,
@@ -120,6 +125,7 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
     let fp = Effects::USES_FP;
     Ids {
         simd_begin: t.plain("simd_begin", simd_begin, Type::Void, 0, fp),
+        simd_again: t.faulting("simd_again", simd_again, Type::Void, 0, fp),
         simd_check: t.faulting("simd_check", simd_check, Type::Void, 0, fp),
         ldmxcsr: t.faulting("ldmxcsr", ldmxcsr, Type::Void, 1, fp | writes),
         stmxcsr: t.plain("stmxcsr", stmxcsr, Type::I64, 0, fp),
@@ -135,6 +141,7 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
 }
 
 plain_helper!(simd_begin, simd::begin);
+faulting_helper!(simd_again, simd::again);
 faulting_helper!(simd_check, simd::check);
 faulting_helper!(ldmxcsr, simd::ldmxcsr);
 plain_helper!(stmxcsr, simd::stmxcsr);
@@ -156,4 +163,15 @@ fn probe(cpu: &mut Cpu<'_>, va: u64, len: u64) -> Result<(), Fault> {
         cpu.host_range(last & !0xfff, 1, AccessKind::Write, idx)?;
     }
     Ok(())
+}
+
+/// #AC if alignment is checked and `va` is not a multiple of `align`.
+fn check_alignment(s: &X86, va: u64, align: u64) -> Result<(), Fault> {
+    let on = s.cpl == 3 && s.cr0 & cr0::AM != 0 && s.flags & rflags::AC != 0;
+    // That the address is not canonical comes first, at the access.
+    if on && (!s.long() || s.canonical(va)) && !va.is_multiple_of(align) {
+        Err(fault::coded(vector::AC, 0))
+    } else {
+        Ok(())
+    }
 }

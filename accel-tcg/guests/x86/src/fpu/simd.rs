@@ -15,6 +15,8 @@ const MASKS: u32 = 0x1f80;
 const UM: u32 = 1 << 11;
 /// Flush to zero.
 const FZ: u32 = 1 << 15;
+/// Underflow's flag.
+const UNDERFLOW: u32 = 1 << 4;
 /// Bits that exist.
 const DEFINED: u32 = 0xffff;
 /// Invalid, denormal, division by zero: found before the operation.
@@ -62,29 +64,57 @@ pub(super) fn stmxcsr(cpu: &mut Cpu<'_>, _: [u64; 5]) -> u64 {
     u64::from(mxcsr(cpu))
 }
 
+// An instruction whose exceptions may be unmasked runs twice, with results set only after both. The first run tells all
+// flags but one: masked underflow is noted for tiny results that are inexact, the unmasked one for all that are tiny. So the
+// second run has FZ set, which notes it for all.
+
+/// Where the flags before the instruction are, and those of its first run above them.
+fn aside(s: &mut X86) -> &mut u64 {
+    &mut s.vec_scratch[3][3]
+}
+
+fn unmasked(s: &X86) -> u32 {
+    (s.mxcsr_unmasked as u32 & MASKS) >> 7
+}
+
 /// Puts the sticky flags aside, so that those of one instruction can be told.
 pub(super) fn begin(cpu: &mut Cpu<'_>, _: [u64; 5]) -> u64 {
     let now = cpu.mxcsr();
-    cpu.state::<X86>().vec_scratch[3][3] = u64::from(now & FLAGS);
+    *aside(cpu.state()) = u64::from(now & FLAGS);
     cpu.set_mxcsr(now & !FLAGS);
     0
 }
 
-/// Raises what the instruction raised and the guest has unmasked.
+/// After the first run: raises what was found before the operation, and prepares for the second.
+pub(super) fn again(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
+    let now = cpu.mxcsr();
+    let s = cpu.state::<X86>();
+    let (new, unmasked, trap) = (now & FLAGS, unmasked(s), vector_of(s));
+    let old = *aside(s) as u32;
+    if new & unmasked & BEFORE != 0 {
+        // The operation was not done, so nothing was found after it.
+        cpu.set_mxcsr(now & !FLAGS | old | new & BEFORE);
+        return Err(fault::plain(trap).into());
+    }
+    *aside(s) = u64::from(old | new << 8);
+    let flush = if unmasked & UNDERFLOW != 0 { FZ } else { 0 };
+    cpu.set_mxcsr(now & !FLAGS | flush);
+    Ok(0)
+}
+
+/// After the second run: raises what the operation raised and the guest has unmasked.
 pub(super) fn check(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
     let now = cpu.mxcsr();
     let s = cpu.state::<X86>();
-    let unmasked = (s.mxcsr_unmasked as u32 & MASKS) >> 7;
-    let old = s.vec_scratch[3][3] as u32;
-    let trap = vector_of(s);
-    let mut new = now & FLAGS;
-    if new & unmasked & BEFORE != 0 {
-        // The operation was not done, so nothing was found after it.
-        new &= BEFORE;
+    let (unmasked, trap) = (unmasked(s), vector_of(s));
+    let (old, first) = (*aside(s) as u32 & FLAGS, (*aside(s) >> 8) as u32 & FLAGS);
+    let (mut new, mut rest) = (first, now & !FLAGS);
+    if unmasked & UNDERFLOW != 0 {
+        new |= now & UNDERFLOW;
+        rest &= !FZ;
     }
-    let raised = new & unmasked != 0;
-    cpu.set_mxcsr(now & !FLAGS | old | new);
-    if raised { Err(fault::plain(trap).into()) } else { Ok(0) }
+    cpu.set_mxcsr(rest | old | new);
+    if new & unmasked != 0 { Err(fault::plain(trap).into()) } else { Ok(0) }
 }
 
 /// #XM, or #UD if the system does not know of it.

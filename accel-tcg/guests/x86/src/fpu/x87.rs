@@ -69,7 +69,7 @@ impl X87 {
         &mut self.r[(top + n) & 7]
     }
 
-    fn to_image(&mut self) -> Image {
+    fn image(&mut self) -> Image {
         let mut image = Image {
             env: [
                 self.control as u32 & 0xffff | 0xffff_0000,
@@ -140,11 +140,14 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, offset, flags, _]: [u64; 5]) -> 
     // What was pending without CR0.NE must not trap here.
     let (idx, ip) = (s.data_idx(), s.ip_of(pc));
     let old = s.x87.status & 0x3f;
-    let mut image = s.x87.to_image();
+    let mut image = s.x87.image();
     if s.x87.status & ES != 0 {
         image.env[1] &= !(0x3f | (ES | BUSY) as u32);
     }
     let masks = s.x87.control;
+    if memory {
+        super::check_alignment(s, va, u64::from(size).min(8))?;
+    }
     if memory && store {
         probe(cpu, va, u64::from(size))?;
     } else if memory {
@@ -200,11 +203,21 @@ pub(crate) mod what {
 
 /// A control instruction: (what, linear address).
 pub(super) fn control(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
-    let idx = cpu.state::<X86>().data_idx();
+    let s = cpu.state::<X86>();
+    let idx = s.data_idx();
     let short = what & what::SHORT != 0;
     let kind = what & 0xff;
     if matches!(kind, what::WAIT | what::LOAD_CONTROL | what::LOAD_ENV | what::RESTORE | what::EMMS) {
         pending(cpu.state())?;
+    }
+    match kind {
+        what::LOAD_CONTROL | what::STORE_CONTROL | what::STORE_STATUS => {
+            super::check_alignment(cpu.state(), va, 2)?;
+        }
+        what::LOAD_ENV | what::STORE_ENV | what::RESTORE | what::SAVE => {
+            super::check_alignment(cpu.state(), va, if short { 2 } else { 4 })?;
+        }
+        _ => {}
     }
     match kind {
         what::INIT => cpu.state::<X86>().x87.initialise(),

@@ -63,12 +63,21 @@ pub(super) fn store(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault
 
 /// FLDENV
 pub(super) fn load(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault> {
+    let words = read_words(cpu, va, short)?;
+    set_words(cpu.state(), &words, short);
+    Ok(())
+}
+
+fn read_words(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<[u64; WORDS], Fault> {
     let (idx, size) = (cpu.state::<X86>().data_idx(), word_size(short));
     let mut words = [0; WORDS];
     for (n, word) in words.iter_mut().enumerate() {
         *word = cpu.load(va.wrapping_add(n as u64 * u64::from(size)), size, idx)?;
     }
-    let s = cpu.state::<X86>();
+    Ok(words)
+}
+
+fn set_words(s: &mut X86, words: &[u64; WORDS], short: bool) {
     let protected = s.protected();
     let bases = (s.seg[seg::CS].base, s.seg[seg::DS].base);
     let x = &mut s.x87;
@@ -94,7 +103,6 @@ pub(super) fn load(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault>
         x.opcode = words[4] & 0x7ff;
     }
     x.summarise();
-    Ok(())
 }
 
 /// FNSAVE
@@ -117,12 +125,13 @@ pub(super) fn save(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault>
 pub(super) fn restore(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault> {
     let idx = cpu.state::<X86>().data_idx();
     let at = env_len(short);
+    let words = read_words(cpu, va, short)?;
     let mut registers = [(0, 0); 8];
     for (n, r) in registers.iter_mut().enumerate() {
         let from = va.wrapping_add(at + 10 * n as u64);
         *r = (cpu.load(from, 8, idx)?, cpu.load(from.wrapping_add(8), 2, idx)?);
     }
-    load(cpu, va, short)?;
+    set_words(cpu.state(), &words, short);
     let x = &mut cpu.state::<X86>().x87;
     for (n, (significand, sign_exponent)) in registers.into_iter().enumerate() {
         let r = x.stack_register(n);

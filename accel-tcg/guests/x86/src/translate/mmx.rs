@@ -37,9 +37,11 @@ impl Translator<'_> {
             return true;
         }
         // A pending x87 exception comes first.
-        let status = self.b.get(slot::X87_STATUS);
-        let pending = self.b.andi(status, 0x80);
-        self.raise_if((Cond::Ne, pending, zero), vector::MF, None);
+        if !from_memory(insn) {
+            let status = self.b.get(slot::X87_STATUS);
+            let pending = self.b.andi(status, 0x80);
+            self.raise_if((Cond::Ne, pending, zero), vector::MF, None);
+        }
         if matches!(insn.mnemonic(), Mnemonic::Maskmovq) {
             return self.maskmovq(insn);
         }
@@ -118,9 +120,33 @@ impl Translator<'_> {
         }
         blob.push(Ok(Instruction::with(Code::Emms)));
         let Some(code) = blob.finish() else { return false };
-        self.trapping(fp, |t| t.b.host(&code, &writes));
+        if fp {
+            // Before any exception of the conversion.
+            self.enter_unless_memory(insn);
+        }
+        self.convert(fp, &code, &writes);
         self.mmx_out(insn, store, to_memory);
         true
+    }
+
+    /// Conversions from memory leave the stack alone.
+    fn enter_unless_memory(&mut self, insn: &Instruction) {
+        if !from_memory(insn) {
+            self.enter_mmx();
+        }
+    }
+
+    /// Runs the code. With unmasked SIMD exceptions it runs on copies first, so that its results are there only if none
+    /// is raised.
+    fn convert(&mut self, fp: bool, code: &[u8], writes: &[Slot]) {
+        if fp && self.key.contains(Key::SIMD_TRAPS) {
+            let old: Vec<_> = writes.iter().map(|s| (*s, self.b.get(*s))).collect();
+            self.trapping(true, |t| {
+                t.b.host(code, writes);
+                old.iter().for_each(|(s, v)| t.b.set(*s, *v));
+            });
+        }
+        self.b.host(code, writes);
     }
 
     /// After the instruction: results that go elsewhere, and the state of the stack.
@@ -137,10 +163,7 @@ impl Translator<'_> {
             let at = self.address(insn, size.bytes(), true);
             self.store(size, at, value);
         }
-        // With a memory operand this one leaves the stack alone.
-        if insn.mnemonic() != Mnemonic::Cvtpi2pd || insn.op1_kind() == OpKind::Register {
-            self.enter_mmx();
-        }
+        self.enter_unless_memory(insn);
         if let Some((r, _, slot)) = store
             && writes_first(insn)
         {
@@ -201,6 +224,11 @@ impl Translator<'_> {
         let value = self.to64(size, value);
         self.b.set(slot::scratch64(MEMORY), value);
     }
+}
+
+/// Conversions from memory, which have nothing to do with MMX registers.
+fn from_memory(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Cvtpi2pd | Mnemonic::Cvtpi2ps) && insn.op1_kind() == OpKind::Memory
 }
 
 /// Whether operand 0 is written: in MMX all but those on memory do.

@@ -151,7 +151,7 @@ impl Bytes {
             }
             self.more(code)?;
         }
-        line.faults = can_fault(&line.insn);
+        line.faults = can_fault(&line.insn, key);
         Ok(Some(line))
     }
 }
@@ -271,15 +271,29 @@ fn counted(insn: &Instruction) -> bool {
     (1..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n) == Register::CL)
 }
 
+/// Whether a vector instruction cannot fault in the mode unless it accesses memory.
+fn quiet_vector(insn: &Instruction, key: Key) -> bool {
+    let on = if insn.code().encoding() == iced_x86::EncodingKind::VEX {
+        key.contains(Key::AVX | Key::PROTECTED)
+    } else {
+        key.contains(Key::OSFXSR)
+    };
+    on && !key.intersects(Key::TS | Key::EM | Key::SIMD_TRAPS) && super::vec::available(insn.code())
+}
+
 /// Whether the instruction may fault or leave translated code other than at its end.
-fn can_fault(insn: &Instruction) -> bool {
+fn can_fault(insn: &Instruction, key: Key) -> bool {
     if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
         return false;
     }
+    let mut vector = false;
     for n in 0..insn.op_count() {
         match insn.op_kind(n) {
             OpKind::Register => {
-                if !insn.op_register(n).is_gpr() {
+                let r = insn.op_register(n);
+                let quiet = r.is_vector_register() && !r.is_zmm() && quiet_vector(insn, key);
+                vector |= quiet;
+                if !r.is_gpr() && !quiet {
                     return true;
                 }
             }
@@ -297,7 +311,7 @@ fn can_fault(insn: &Instruction) -> bool {
         }
     }
     let conditional = insn.condition_code() != iced_x86::ConditionCode::None; // Jcc, SETcc, CMOVcc
-    !conditional && !is_plain(insn.mnemonic())
+    !vector && !conditional && !is_plain(insn.mnemonic())
 }
 
 /// Instructions that fault by memory operands only.

@@ -32,12 +32,8 @@ pub(in crate::translate) struct Blob {
 impl Blob {
     /// Appends an instruction.
     pub fn push(&mut self, insn: Result<Instruction, iced_x86::IcedError>) {
-        let Ok(insn) = insn else {
-            self.failed = true;
-            return;
-        };
         let mut encoder = Encoder::new(64);
-        match encoder.encode(&insn, 0) {
+        match insn.and_then(|i| encoder.encode(&i, 0)) {
             Ok(_) => self.code.extend(encoder.take_buffer()),
             Err(_) => self.failed = true,
         }
@@ -140,7 +136,7 @@ impl Translator<'_> {
             self.vreg(v.insn.op1_register())[0]
         } else {
             // Of any alignment.
-            let at = self.address(v.insn, 16, false);
+            let at = self.vaddr(v.insn, 16, (false, false));
             self.vload(at, 16, false)[0]
         };
         self.b.set(slot::scratch(0), a);

@@ -3,7 +3,6 @@
 use holdfast_tcg_ir::FenceKind;
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::key::Key;
 use crate::translate::{Size, Translator};
 
 impl Translator<'_> {
@@ -57,11 +56,5 @@ impl Translator<'_> {
             let v = self.b.trunc(v);
             self.store(Size::B4, at, v);
         }
-    }
-
-    /// Whether vector instructions that touch registers only cannot fault in the mode of `key`.
-    pub(in crate::translate) fn vectors_are_quiet(key: Key, vex: bool) -> bool {
-        let on = if vex { key.contains(Key::AVX | Key::PROTECTED) } else { key.contains(Key::OSFXSR) };
-        on && !key.intersects(Key::TS | Key::EM | Key::SIMD_TRAPS)
     }
 }

@@ -92,7 +92,7 @@ impl Translator<'_> {
         let vector = (0..insn.op_count())
             .any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_vector_register());
         let m = insn.mnemonic();
-        if !vector && !matches!(m, Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
+        if !vector && !moves::vectorless(m) {
             return false;
         }
         let wide =
@@ -181,12 +181,17 @@ impl Translator<'_> {
     /// Address of the memory operand. Those of 32 bytes that have to be aligned are checked here.
     pub(super) fn vaddr(&mut self, insn: &Instruction, bytes: u32, (write, aligned): (bool, bool)) -> Addr {
         let at = self.address(insn, bytes, write);
-        if aligned && bytes == 32 {
-            let va = self.whole(at);
-            let low = self.b.andi(va, 31);
-            let zero = self.b.iconst(0);
-            self.raise_if((holdfast_tcg_ir::Cond::Ne, low, zero), vector::GP, Some(0));
-        }
+        // Those that the accesses themselves do not check.
+        let vector = match (aligned, bytes) {
+            (true, 32) => vector::GP,
+            (false, 16 | 32) if self.key.contains(Key::ALIGN) => vector::AC,
+            _ => return at,
+        };
+        let va = self.whole(at);
+        // Alignment checks are of 16 bytes, those of instructions that want 32 are of 32.
+        let low = self.b.andi(va, if aligned { 31 } else { 15 });
+        let zero = self.b.iconst(0);
+        self.raise_if((holdfast_tcg_ir::Cond::Ne, low, zero), vector, Some(0));
         at
     }
 
@@ -200,7 +205,7 @@ impl Translator<'_> {
         // (SHA's are not checked by AMD's processors.)
         let aligned =
             !v.vex && bytes == 16 && template(v.insn, VecForm::Unary).encoding != VecEncoding::Legacy;
-        let at = self.vaddr(v.insn, bytes, (false, false));
+        let at = self.vaddr(v.insn, bytes, (false, aligned));
         self.vload(at, bytes, aligned)
     }
 
@@ -234,14 +239,17 @@ impl Translator<'_> {
 
     // ---- floating-point exceptions ----
 
-    /// Runs `f`, which computes what may raise SIMD exceptions and sets nothing.
-    pub(super) fn trapping<R>(&mut self, fp: bool, f: impl FnOnce(&mut Self) -> R) -> R {
+    /// Runs `f`, which computes what may raise SIMD exceptions and sets nothing but scratch slots.
+    pub(super) fn trapping<R>(&mut self, fp: bool, mut f: impl FnMut(&mut Self) -> R) -> R {
         if !fp || !self.key.contains(Key::SIMD_TRAPS) {
             return f(self);
         }
         self.sync();
         self.b.call(self.ids.fpu.simd_begin, &[]);
         let r = f(self);
+        // Once more, for underflow: see `fpu::simd`.
+        self.b.call(self.ids.fpu.simd_again, &[]);
+        f(self);
         self.b.call(self.ids.fpu.simd_check, &[]);
         r
     }
@@ -250,7 +258,10 @@ impl Translator<'_> {
 
     /// The immediate of the low or high half.
     fn with_imm(v: &Vector<'_>, t: VecInsn, high: bool) -> VecInsn {
-        VecInsn { imm: v.imm().map(|i| lane_imm(v.m, i, high)), ..t }
+        let compare = matches!(v.m, Mnemonic::Cmpps | Mnemonic::Cmppd | Mnemonic::Cmpss | Mnemonic::Cmpsd);
+        // Legacy comparisons have fewer predicates than the VEX forms that may run in their place.
+        let bits = if compare { 7 } else { 0xff };
+        VecInsn { imm: v.imm().map(|i| lane_imm(v.m, i & bits, high)), ..t }
     }
 
     fn generic(&mut self, v: &Vector<'_>) -> bool {
@@ -275,7 +286,7 @@ impl Translator<'_> {
             VecForm::Binary => 2,
             _ => 3,
         };
-        let mut t = template(v.insn, form);
+        let t = template(v.insn, form);
         if v.m == Mnemonic::Insertps || v.m == Mnemonic::Vinsertps {
             return self.insertps(v, t);
         }
@@ -290,15 +301,15 @@ impl Translator<'_> {
         }
         let n = count as usize;
         let value = self.trapping(v.entry.fp, |s| {
-            t = Self::with_imm(v, t, false);
-            let low: Vec<Val> = args.iter().take(n).map(|a| a[0]).collect();
-            let low = s.b.vec(t, v.entry.fp, Type::V128, &low);
+            let low_insn = Self::with_imm(v, t, false);
+            let low = args.map(|a| a[0]);
+            let low = s.b.vec(low_insn, v.entry.fp, Type::V128, low.get(..n).unwrap_or(&low));
             if !v.wide {
                 return [low, low];
             }
-            t = Self::with_imm(v, t, true);
-            let high: Vec<Val> = args.iter().take(n).map(|a| a[1]).collect();
-            [low, s.b.vec(t, v.entry.fp, Type::V128, &high)]
+            let high_insn = Self::with_imm(v, t, true);
+            let high = args.map(|a| a[1]);
+            [low, s.b.vec(high_insn, v.entry.fp, Type::V128, high.get(..n).unwrap_or(&high))]
         });
         self.set_result(v, value);
         true
@@ -330,7 +341,9 @@ impl Translator<'_> {
         if v.insn.op_kind(first + 1) == OpKind::Memory {
             imm &= 0x3f;
         }
-        let r = self.b.vec(VecInsn { imm: Some(imm), ..t }, false, Type::V128, &[a, b]);
+        // On registers: with memory it is another instruction.
+        let t = VecInsn { form: VecForm::Merge, imm: Some(imm), ..t };
+        let r = self.b.vec(t, false, Type::V128, &[a, b]);
         self.set_result(v, [r, r]);
         true
     }

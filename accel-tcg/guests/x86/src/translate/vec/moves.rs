@@ -53,6 +53,16 @@ pub(super) const NAMES: &[&str] = &[
     "zeroall",
 ];
 
+/// Vector instructions that may have no vector register as an operand.
+pub(super) fn vectorless(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    let to_int = matches!(
+        m,
+        Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
+    );
+    to_int || matches!(m, Vzeroupper | Vzeroall)
+}
+
 impl Translator<'_> {
     /// A move of a whole register.
     pub(super) fn whole_move(&mut self, v: &Vector<'_>) -> bool {
@@ -142,8 +152,8 @@ impl Translator<'_> {
             "pinsrw" => self.insert(v, Size::B2),
             "pinsrd" => self.insert(v, Size::B4),
             "pinsrq" => self.insert(v, Size::B8),
-            "cvtsi2ss" | "cvtsi2sd" => self.from_int(v),
-            "cvtss2si" | "cvttss2si" | "cvtsd2si" | "cvttsd2si" => self.to_int(v),
+            "cvtsi2ss" | "cvtsi2sd" => self.convert_from_int(v),
+            "cvtss2si" | "cvttss2si" | "cvtsd2si" | "cvttsd2si" => self.convert_to_int(v),
             "movmskps" => self.mask_bits(v, 4),
             "movmskpd" => self.mask_bits(v, 2),
             "pmovmskb" => self.mask_bits(v, 16),
@@ -288,7 +298,7 @@ impl Translator<'_> {
         true
     }
 
-    fn from_int(&mut self, v: &Vector<'_>) -> bool {
+    fn convert_from_int(&mut self, v: &Vector<'_>) -> bool {
         let first = u32::from(v.vex);
         let a = self.vreg(v.insn.op_register(first))[0];
         let size = self.op_size(v.insn, first + 1);
@@ -299,7 +309,7 @@ impl Translator<'_> {
         true
     }
 
-    fn to_int(&mut self, v: &Vector<'_>) -> bool {
+    fn convert_to_int(&mut self, v: &Vector<'_>) -> bool {
         let a = self.voperand(v, 1)[0];
         let size = self.op_size(v.insn, 0);
         let t = VecInsn { w: size == Size::B8, ..template(v.insn, VecForm::Unary) };

@@ -81,7 +81,7 @@ impl Translator<'_> {
                 true
             }
             "cvtpd2dq" | "cvttpd2dq" | "cvtpd2ps" => self.narrowing(v),
-            "cvtps2ph" => self.to_half(v),
+            "cvtps2ph" => self.convert_to_half(v),
             "extractf128" | "extracti128" => self.extract_half(v),
             "insertf128" | "inserti128" => {
                 let mut value = self.voperand(v, 1);
@@ -136,7 +136,7 @@ impl Translator<'_> {
     }
 
     /// `vcvtps2ph`
-    fn to_half(&mut self, v: &Vector<'_>) -> bool {
+    fn convert_to_half(&mut self, v: &Vector<'_>) -> bool {
         let a = self.vreg(v.insn.op1_register());
         let wide = v.insn.op1_register().is_ymm();
         let t = VecInsn { imm: Some(v.insn.immediate8()), ..template(v.insn, VecForm::Extract) };
@@ -150,7 +150,7 @@ impl Translator<'_> {
         });
         if v.insn.op0_kind() == OpKind::Memory {
             let (bytes, log2) = if wide { (16, 4) } else { (8, 3) };
-            let at = self.address(v.insn, bytes, true);
+            let at = self.vaddr(v.insn, bytes, (true, false));
             self.b.store(self.vmem(log2, false), at.base, at.disp, r);
         } else {
             self.set_result(v, [r, r]);
@@ -161,7 +161,7 @@ impl Translator<'_> {
     fn extract_half(&mut self, v: &Vector<'_>) -> bool {
         let value = self.vreg(v.insn.op1_register())[usize::from(v.insn.immediate8() & 1)];
         if v.insn.op0_kind() == OpKind::Memory {
-            let at = self.address(v.insn, 16, true);
+            let at = self.vaddr(v.insn, 16, (true, false));
             self.b.store(self.vmem(4, false), at.base, at.disp, value);
         } else {
             self.set_result(v, [value, value]);
