@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os()) {
         Ok(Invocation::Run(options)) => run(*options),
         Ok(Invocation::Ctl(ctl)) => control(&ctl),
+        Ok(Invocation::Img(args, name)) => ExitCode::from(holdfast_img::main(args, name)),
         Ok(Invocation::Print(text)) => print(&text),
         Ok(Invocation::Man(directory)) => man(&directory),
         Ok(Invocation::Completions(shell)) => {

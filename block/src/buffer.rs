@@ -36,6 +36,16 @@ impl AlignedBuffer {
         self.layout.size()
     }
 
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: `base` points to `size` initialised bytes that nobody writes while `self` is shared.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.layout.size()) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.layout.size()) }
+    }
+
     /// The first `len` bytes as a request's buffer, at most all of them.
     pub(crate) fn iovec(&self, len: usize) -> IoVec {
         // SAFETY: the memory lives as long as `self`, which its user keeps beside the request.
@@ -74,5 +84,33 @@ impl Drop for AlignedBuffer {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout and freed only here.
         unsafe { dealloc(self.base.as_ptr(), self.layout) };
+    }
+}
+
+/// The `len` bytes of `vectors` from byte `skip` on.
+pub(crate) fn part(vectors: &[IoVec], mut skip: usize, mut len: usize) -> Vec<IoVec> {
+    let mut out = Vec::new();
+    for v in vectors {
+        if skip >= v.len() {
+            skip -= v.len();
+            continue;
+        }
+        let n = (v.len() - skip).min(len);
+        if n == 0 {
+            break;
+        }
+        // SAFETY: a part of a valid range is a valid range for as long.
+        out.push(unsafe { IoVec::new(v.0.iov_base.cast::<u8>().add(skip), n) });
+        skip = 0;
+        len -= n;
+    }
+    out
+}
+
+/// Fills all ranges with zeroes.
+pub(crate) fn zero(vectors: &[IoVec]) {
+    for v in vectors {
+        // SAFETY: valid for writes by the contract of `IoVec::new`.
+        unsafe { std::ptr::write_bytes(v.0.iov_base.cast::<u8>(), 0, v.len()) };
     }
 }

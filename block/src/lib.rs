@@ -5,6 +5,13 @@
 //! memory ranges, so that data moves between a disk and guest RAM without a copy.
 
 mod buffer;
+pub mod format;
+pub mod graph;
+pub mod node;
+pub mod options;
+pub mod qcow2;
+pub mod queue;
+mod ranges;
 pub mod raw;
 mod request;
 
@@ -15,6 +22,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use node::{BlockNode, Extent, Preallocation};
 pub use request::{Completion, IoVec, Op, Request};
 
 /// The unit in which disks count: 512 bytes.
@@ -60,6 +68,31 @@ pub enum BlockError {
         /// What the other has: for writing, or for reading where we want to write.
         how: &'static str,
     },
+    /// Somebody else is using it; QEMU's words, which its users know.
+    #[error("Failed to get {lock} lock\nIs another process using the image [{path}]?")]
+    QemuLocked {
+        /// The image.
+        path: PathBuf,
+        /// The lock.
+        lock: String,
+    },
+    /// This process uses it already.
+    #[error("`{path}` is in use: `{holder}` has it open for writing")]
+    Held {
+        /// The image.
+        path: PathBuf,
+        /// Who has it.
+        holder: String,
+    },
+    /// An option or its value.
+    #[error("{0}")]
+    Option(String),
+    /// The image's format is not what it should be.
+    #[error("{0}")]
+    Format(String),
+    /// The image could be used if this program knew more.
+    #[error("{0}")]
+    Unsupported(String),
     /// It is neither a file nor a block device.
     #[error("`{path}` is neither a regular file nor a block device")]
     Kind {

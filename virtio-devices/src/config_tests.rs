@@ -34,7 +34,7 @@ fn absent_options_are_omitted_and_unknown_fields_tolerated() {
 #[test]
 fn every_wrong_field_is_named_at_once() {
     let text = json!({"vhost_user": true, "queue_size": 100, "num_queues": 0, "serial": "x".repeat(21),
-        "iommu": true, "rate_limiter_config": {"ops": {"size": 1, "refill_time": 2}}, "image_type": "Qcow2"});
+        "iommu": true, "rate_limiter_config": {"ops": {"size": 1, "refill_time": 2}}, "image_type": "Vhdx"});
     let disk: DiskConfig = serde_json::from_value(text).expect("parses");
     let fields: Vec<_> = disk.validate().into_iter().map(|e| e.field).collect();
     for field in

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use holdfast_block::graph::referenced_files;
 use holdfast_config::{LandlockConfig, VmConfig};
 use holdfast_sandbox::{PathAccess, PathRule, Sandbox, SandboxError};
+use holdfast_threads::PlainSpawner;
 
 use crate::snapshot::SnapshotDir;
 
@@ -130,6 +132,11 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     for disk in config.disks() {
         if let Some(path) = &disk.path {
             rules.existing(path, !disk.readonly);
+            // What cannot be read is reported when the disk is made.
+            let files = disk.backing_files.then(|| referenced_files(path, &PlainSpawner::shared()));
+            for (file, write) in files.and_then(Result::ok).into_iter().flatten() {
+                rules.existing(&file, write && !disk.readonly);
+            }
         }
     }
     rules.existing(&config.rng.src, false);

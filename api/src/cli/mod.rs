@@ -18,6 +18,8 @@ pub use run::{Endpoint, QmpAddress, RunOptions};
 
 /// The name under which Cloud Hypervisor's command line is served.
 const CH_NAME: &str = "cloud-hypervisor";
+/// The name under which `holdfast img` is served to QEMU's users.
+const IMG_NAME: &str = "qemu-img";
 /// First line of `cloud-hypervisor --version`: libvirt derives capabilities from the number.
 const CH_VERSION: &str = concat!("v54.0.0\nHoldfast ", env!("CARGO_PKG_VERSION"));
 
@@ -28,6 +30,8 @@ pub enum Invocation {
     Run(Box<RunOptions>),
     /// Talk to a running one.
     Ctl(Ctl),
+    /// Work on disk images: the arguments, the first of which is the program's name.
+    Img(Vec<OsString>, &'static str),
     /// Print this text.
     Print(String),
     /// Write man pages into a directory.
@@ -92,6 +96,13 @@ pub enum CliError {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
     let args: Vec<OsString> = args.into_iter().collect();
     let named = args.first().map(Path::new).and_then(Path::file_name);
+    if named.is_some_and(|name| name == IMG_NAME) {
+        return Ok(Invocation::Img(args, IMG_NAME));
+    }
+    // The image tool reads its own arguments, so that its errors and exit statuses are the ones that its users know.
+    if args.get(1).is_some_and(|word| word == "img") {
+        return Ok(Invocation::Img(args.into_iter().skip(1).collect(), "holdfast img"));
+    }
     // The texts come from the schemas, which are worth generating only if somebody reads them.
     let verbose = args
         .iter()
@@ -135,6 +146,7 @@ pub fn command(verbose: bool) -> Command {
         .arg_required_else_help(true)
         .subcommand(options::run_command("run", verbose))
         .subcommand(ctl::command(verbose))
+        .subcommand(holdfast_img::command("img"))
         .subcommand(
             Command::new("man").about("Write man pages").hide(true).arg(
                 Arg::new("directory")

@@ -3,6 +3,7 @@
 mod job;
 mod lock;
 mod pool;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use holdfast_threads::Spawner;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{BlockBackend, BlockError, BlockQueue, Geometry, SECTOR};
 pub use lock::LockRange;
@@ -27,6 +29,8 @@ use uring::UringQueue;
 pub struct RawOptions {
     /// The image.
     pub path: PathBuf,
+    /// Make it, or empty it, first.
+    pub create: bool,
     /// Open it for reading only.
     pub readonly: bool,
     /// Bypass the page cache.
@@ -37,6 +41,8 @@ pub struct RawOptions {
     pub io_uring: bool,
     /// What to lock.
     pub lock: LockRange,
+    /// Answer flushes without making anything durable (`cache.no-flush`).
+    pub no_flush: bool,
     /// Name of the threads of the fallback engine (the device's id).
     pub name: String,
 }
@@ -46,11 +52,13 @@ impl RawOptions {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            create: false,
             readonly: false,
             direct: false,
             sparse: true,
             io_uring: true,
             lock: LockRange::Bytes,
+            no_flush: false,
             name: "block".to_owned(),
         }
     }
@@ -68,6 +76,8 @@ pub struct RawImage {
     pool: OnceLock<Arc<Pool>>,
     uring: bool,
     spawner: Arc<dyn Spawner>,
+    /// Held while part of a block is read, changed and written.
+    unaligned: parking_lot::Mutex<()>,
 }
 
 /// What direct I/O asks of a request; all 1 for buffered I/O.
@@ -88,6 +98,9 @@ impl RawImage {
         let path = options.path.as_path();
         let fail = |source| BlockError::Open { path: path.to_owned(), source };
         let mut flags = libc::O_CLOEXEC;
+        if options.create {
+            create(path).map_err(fail)?;
+        }
         if options.direct {
             flags |= libc::O_DIRECT;
         }
@@ -104,12 +117,29 @@ impl RawImage {
         }
         let size = size_of(&file, is_device).map_err(fail)?;
         lock::lock(&file, path, options.readonly, options.lock, size)?;
+        // Emptied only once it is known that nobody else uses it.
+        let size = if options.create && !is_device {
+            file.set_len(0).map_err(fail)?;
+            0
+        } else {
+            size
+        };
         let align = if options.direct { direct_alignment(&file, is_device) } else { Alignment::NONE };
         let uring = options.io_uring && uring::available();
         tracing::debug!(path = %path.display(), size, uring, ?align, "raw image opened");
         let size = AtomicU64::new(size);
         let pool = OnceLock::new();
-        Ok(Arc::new(Self { file, options, size, is_device, align, pool, uring, spawner }))
+        Ok(Arc::new(Self {
+            file,
+            options,
+            size,
+            is_device,
+            align,
+            pool,
+            uring,
+            spawner,
+            unaligned: parking_lot::Mutex::new(()),
+        }))
     }
 
     fn host_error(&self, what: &'static str, source: io::Error) -> BlockError {
@@ -119,6 +149,17 @@ impl RawImage {
     /// The image's path.
     pub fn path(&self) -> &Path {
         &self.options.path
+    }
+
+    /// Name of its threads.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// Device and inode: the same for all names of a file.
+    pub fn identity(&self) -> (u64, u64) {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().map_or((0, 0), |m| (m.dev(), m.ino()))
     }
 
     pub(crate) fn alignment(&self) -> Alignment {
@@ -154,17 +195,9 @@ impl BlockBackend for RawImage {
     }
 
     fn queue(self: Arc<Self>, depth: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
-        if self.uring {
-            match UringQueue::new(Arc::clone(&self), depth) {
-                Ok(queue) => return Ok(Box::new(queue)),
-                Err(error) => {
-                    tracing::warn!(path = %self.path().display(), %error, "no io_uring: using threads");
-                }
-            }
-        }
-        let pool = self.pool().map_err(|e| self.host_error("cannot start I/O threads", e))?;
-        let queue = PoolQueue::new(Arc::clone(&self), pool);
-        Ok(Box::new(queue.map_err(|e| self.host_error("cannot make an eventfd", e))?))
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let event = event.map_err(|e| self.host_error("cannot make an eventfd", e))?;
+        self.queue_on(depth, event)
     }
 
     fn refresh(&self) -> Result<bool, BlockError> {
@@ -176,6 +209,31 @@ impl BlockBackend for RawImage {
     fn engine(&self) -> &'static str {
         if self.uring { "io_uring" } else { "threads" }
     }
+}
+
+impl RawImage {
+    /// As [`BlockBackend::queue`], signalling an eventfd that the caller has, and may signal itself.
+    pub(crate) fn queue_on(
+        self: Arc<Self>,
+        depth: u16,
+        event: EventFd,
+    ) -> Result<Box<dyn BlockQueue>, BlockError> {
+        if self.uring {
+            let copy = event.try_clone().map_err(|e| self.host_error("cannot make an eventfd", e))?;
+            match UringQueue::new(Arc::clone(&self), depth, copy) {
+                Ok(queue) => return Ok(Box::new(queue)),
+                Err(error) => {
+                    tracing::warn!(path = %self.path().display(), %error, "no io_uring: using threads");
+                }
+            }
+        }
+        let pool = self.pool().map_err(|e| self.host_error("cannot start I/O threads", e))?;
+        Ok(Box::new(PoolQueue::new(self, pool, event)))
+    }
+}
+
+fn create(path: &Path) -> io::Result<()> {
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(path).map(|_| ())
 }
 
 fn size_of(file: &File, is_device: bool) -> io::Result<u64> {

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use holdfast_threads::{Role, Spawner};
 use parking_lot::{Condvar, Mutex};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::RawImage;
 use super::job::{Call, Job};
@@ -147,9 +147,8 @@ pub(super) struct PoolQueue {
 }
 
 impl PoolQueue {
-    pub(super) fn new(image: Arc<RawImage>, pool: Arc<Pool>) -> io::Result<Self> {
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { image, pool, sink: Arc::new(Sink { done: Mutex::default(), event }), in_flight: 0 })
+    pub(super) fn new(image: Arc<RawImage>, pool: Arc<Pool>, event: EventFd) -> Self {
+        Self { image, pool, sink: Arc::new(Sink { done: Mutex::default(), event }), in_flight: 0 }
     }
 }
 

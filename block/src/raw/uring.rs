@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::RawImage;
 use super::job::{Call, Job};
@@ -50,10 +50,9 @@ impl std::fmt::Debug for UringQueue {
 }
 
 impl UringQueue {
-    pub(super) fn new(image: Arc<RawImage>, depth: u16) -> io::Result<Self> {
+    pub(super) fn new(image: Arc<RawImage>, depth: u16, event: EventFd) -> io::Result<Self> {
         let depth = usize::from(depth.clamp(1, 1024));
         let ring = IoUring::new(depth as u32)?;
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         Ok(Self {
             ring,

@@ -91,7 +91,7 @@ pub struct DiskConfig {
     /// Host CPUs for the queues' workers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
-    /// Follow references to backing files in the image.
+    /// Follow references to backing files in the image; without it an image with such a reference is refused.
     #[serde(default)]
     pub backing_files: bool,
     /// Give discarded and zeroed ranges back to the host.
@@ -156,10 +156,13 @@ impl DiskConfig {
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.unsupported(self.rate_limit_group.is_some(), "rate_limit_group");
         check.unsupported(self.queue_affinity.as_ref().is_some_and(|a| !a.is_empty()), "queue_affinity");
-        check.unsupported(self.backing_files, "backing_files");
         if let Some(kind) = self.image_type {
-            let raw = matches!(kind, ImageType::Raw | ImageType::Unknown);
-            check.refuse(!raw, "image_type", format!("{kind:?} images are not supported, only Raw"));
+            let known = matches!(kind, ImageType::Raw | ImageType::Qcow2 | ImageType::Unknown);
+            check.refuse(
+                !known,
+                "image_type",
+                format!("{kind:?} images are not supported, only Raw and Qcow2"),
+            );
         }
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
         check.queue_size(self.queue_size);

@@ -11,16 +11,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use holdfast_block::BlockBackend;
+use holdfast_block::graph::{Backing, Opener};
+use holdfast_block::options::{DetectZeroes, Driver};
+use holdfast_block::queue::NodeBackend;
 use holdfast_block::raw::{LockRange, RawImage, RawOptions};
 use holdfast_device::{BuildContext, BuildError, StateError};
-use holdfast_threads::Role;
+use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Interrupt, VirtioDevice, feature, kind, read_bytes};
 use crate::queue::VirtQueue;
 use crate::worker::{Activation, Worker};
-use config::{DiskConfig, LockGranularity, SERIAL_LEN};
+use config::{DiskConfig, ImageType, LockGranularity, SERIAL_LEN};
 use handler::BlkHandler;
 
 /// Feature bits (section 5.2.3).
@@ -125,25 +128,55 @@ struct BlkState {
 /// [`BuildError`] naming the field or what the host refused.
 pub fn build(id: &str, config: &DiskConfig, context: &BuildContext) -> Result<Arc<Blk>, BuildError> {
     crate::registry::check(id, config.validate())?;
-    let path = config.path.clone().unwrap_or_default();
+    let failed = |e: holdfast_block::BlockError| {
+        let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
+        BuildError::Config { id: id.to_owned(), reason: format!("{e}{cause}") }
+    };
+    let backend = open(id, config, &context.spawner).map_err(failed)?;
+    Blk::new(id, config, backend, context)
+}
+
+/// Opens the image of a disk, whatever format it is of.
+fn open(
+    id: &str,
+    config: &DiskConfig,
+    spawner: &Arc<dyn Spawner>,
+) -> Result<Arc<dyn BlockBackend>, holdfast_block::BlockError> {
+    let lock = match config.lock_granularity {
+        LockGranularity::ByteRange => LockRange::Bytes,
+        LockGranularity::Full => LockRange::Full,
+    };
     let options = RawOptions {
         readonly: config.readonly,
         direct: config.direct,
         sparse: config.sparse,
         io_uring: !config.disable_io_uring,
-        lock: match config.lock_granularity {
-            LockGranularity::ByteRange => LockRange::Bytes,
-            LockGranularity::Full => LockRange::Full,
-        },
+        lock,
         name: id.to_owned(),
-        ..RawOptions::new(path)
+        ..RawOptions::new(config.path.clone().unwrap_or_default())
     };
-    let failed = |e: holdfast_block::BlockError| {
-        let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
-        BuildError::Config { id: id.to_owned(), reason: format!("{e}{cause}") }
+    let file = RawImage::open(options, Arc::clone(spawner))?;
+    let opener = Opener {
+        writable: !config.readonly,
+        lock,
+        backing: if config.backing_files { Backing::Follow } else { Backing::Refuse },
+        direct: config.direct,
+        discard: config.sparse,
+        io_uring: !config.disable_io_uring,
+        name: id.to_owned(),
+        for_vm: true,
+        ..Opener::reading(Arc::clone(spawner))
     };
-    let image = RawImage::open(options, Arc::clone(&context.spawner)).map_err(failed)?;
-    Blk::new(id, config, image, context)
+    let driver = match config.image_type {
+        Some(ImageType::Raw) => Driver::Raw,
+        Some(ImageType::Qcow2) => Driver::Qcow2,
+        _ => opener.probe(&*file)?,
+    };
+    if driver == Driver::Raw {
+        return Ok(file);
+    }
+    let node = opener.open_over(file, driver)?;
+    Ok(NodeBackend::new(node, id, &**spawner, config.sparse, DetectZeroes::Off)?)
 }
 
 impl Blk {

@@ -3,7 +3,11 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use holdfast_block::graph::Opener;
+use holdfast_block::qcow2::{self, CreateOptions};
+use holdfast_block::raw::{RawImage, RawOptions};
 use holdfast_block::{BlockBackend, BlockError, BlockQueue, Completion, Geometry, Request};
+use holdfast_threads::PlainSpawner;
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -411,4 +415,73 @@ fn a_pause_waits_for_requests_under_way_and_errors_are_reported() {
     let state = rig.device.save().expect("saves");
     assert_eq!(state.data["registers"]["queues"][0]["next_used"], 2);
     assert_eq!(rig.device.counters()["errors"], 1);
+}
+
+/// An image with `options`, in a directory of its own.
+fn qcow2(dir: &std::path::Path, options: &CreateOptions) -> DiskConfig {
+    let path = dir.join("disk.qcow2");
+    let raw = RawOptions { create: true, ..RawOptions::new(&path) };
+    let file = RawImage::open(raw, PlainSpawner::shared()).expect("file");
+    drop(qcow2::create(file, None, options).expect("image"));
+    DiskConfig {
+        path: Some(path),
+        image_type: Some(super::config::ImageType::Qcow2),
+        ..DiskConfig::default()
+    }
+}
+
+#[test]
+fn a_qcow2_disk_keeps_what_is_written() {
+    let dir = tempfile::tempdir().expect("directory");
+    let mut disk = qcow2(dir.path(), &CreateOptions::new(16 << 20));
+    for (no_uring, image_type) in [(false, Some(super::config::ImageType::Qcow2)), (true, None)] {
+        disk.disable_io_uring = no_uring;
+        disk.image_type = image_type;
+        let mut rig = rig_with(&disk, bit::FLUSH | bit::DISCARD | bit::WRITE_ZEROES | feature::VERSION_1);
+        for sector in [0, 1, 200, 20_000] {
+            rig.poke(BUF, &[sector as u8 + 1; 1024]);
+            assert_eq!(request(&mut rig, 0, (OUT, sector), &[(BUF, 1024, 0)]).0, 0);
+            // Once more, in place.
+            rig.poke(BUF, &[sector as u8 + 2; 1024]);
+            assert_eq!(request(&mut rig, 0, (OUT, sector), &[(BUF, 1024, 0)]).0, 0);
+        }
+        assert_eq!(request(&mut rig, 0, (FLUSH, 0), &[]).0, 0);
+        for sector in [200u64, 20_000, 0] {
+            rig.poke(BUF, &[0; 512]);
+            assert_eq!(request(&mut rig, 0, (IN, sector), &[(BUF, 512, WRITE)]), (0, 513));
+            assert_eq!(rig.peek(BUF, 512), vec![sector as u8 + 2; 512], "sector {sector}");
+        }
+        let segment = range(128, 128, 0);
+        rig.poke(BUF, &segment);
+        assert_eq!(request(&mut rig, 0, (WRITE_ZEROES, 0), &[(BUF, 16, 0)]).0, 0);
+        assert_eq!(request(&mut rig, 0, (IN, 200), &[(BUF, 512, WRITE)]).0, 0);
+        assert_eq!(rig.peek(BUF, 512), vec![0; 512]);
+        // Past the end.
+        assert_eq!(request(&mut rig, 0, (IN, 32_768), &[(BUF, 512, WRITE)]).0, 1);
+    }
+    let reading = Opener::reading(PlainSpawner::shared());
+    let node =
+        reading.open_file(disk.path.as_deref().expect("path").to_str().expect("UTF-8"), None).expect("opens");
+    let report = node.as_qcow2().expect("qcow2").check(qcow2::check::Fix::None).expect("checks");
+    assert_eq!(report.messages, Vec::<String>::new());
+}
+
+#[test]
+fn backing_files_are_opened_only_if_that_is_allowed() {
+    let dir = tempfile::tempdir().expect("directory");
+    std::fs::write(dir.path().join("base"), [7; 1 << 16]).expect("base");
+    let options = CreateOptions {
+        backing_file: Some("base".to_owned()),
+        backing_format: Some("raw".to_owned()),
+        ..CreateOptions::new(1 << 20)
+    };
+    let mut disk = qcow2(dir.path(), &options);
+    let error = super::build("_disk0", &disk, &context()).expect_err("refused").to_string();
+    assert!(error.contains("backing_files=on"), "{error}");
+    disk.backing_files = true;
+    let mut rig = rig_with(&disk, feature::VERSION_1);
+    assert_eq!(request(&mut rig, 0, (IN, 3), &[(BUF, 512, WRITE)]), (0, 513));
+    assert_eq!(rig.peek(BUF, 512), vec![7; 512]);
+    assert_eq!(request(&mut rig, 0, (IN, 1000), &[(BUF, 512, WRITE)]), (0, 513));
+    assert_eq!(rig.peek(BUF, 512), vec![0; 512]);
 }

@@ -1,0 +1,420 @@
+//! Building nodes from options.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use holdfast_threads::Spawner;
+use parking_lot::Mutex;
+
+use crate::format::{PROBE, RawFormat, probe};
+use crate::options::{Aio, BlockdevOptions, DiscardMode, Driver, Locking, NodeRef};
+use crate::qcow2::{self, Qcow2};
+use crate::raw::{LockRange, RawImage, RawOptions};
+use crate::{BlockError, BlockNode};
+
+/// Longest chain of backing files.
+const MAX_CHAIN: usize = 200;
+
+/// Whether an image's own words decide which other files are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Backing and data files that images name are opened.
+    Follow,
+    /// An image that names a file is refused.
+    Refuse,
+    /// Images are opened as if they named no backing file.
+    Ignore,
+}
+
+/// What all nodes of an image have in common.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    /// Starts threads.
+    pub spawner: Arc<dyn Spawner>,
+    /// The topmost node is to be written.
+    pub writable: bool,
+    /// Others may write it meanwhile.
+    pub share: bool,
+    /// What is locked of the topmost image's file; files below are locked as QEMU does it.
+    pub lock: LockRange,
+    /// Which other files may be opened.
+    pub backing: Backing,
+    /// Bypass the page cache unless options say otherwise.
+    pub direct: bool,
+    /// Ignore flushes unless options say otherwise.
+    pub no_flush: bool,
+    /// Discards give space back unless options say otherwise.
+    pub discard: bool,
+    /// Use io_uring if the host has it.
+    pub io_uring: bool,
+    /// Name for threads.
+    pub name: String,
+    /// Only headers and tables matter.
+    pub metadata_only: bool,
+    /// It is to be checked.
+    pub for_check: bool,
+    /// It is a running VM's: no calls beyond those that move data once it is open.
+    pub for_vm: bool,
+}
+
+impl Opener {
+    /// For reading, as tools do.
+    pub fn reading(spawner: Arc<dyn Spawner>) -> Self {
+        Self {
+            spawner,
+            writable: false,
+            share: false,
+            lock: LockRange::Qemu,
+            backing: Backing::Follow,
+            direct: false,
+            no_flush: false,
+            discard: true,
+            io_uring: true,
+            name: "block".to_owned(),
+            metadata_only: false,
+            for_check: false,
+            for_vm: false,
+        }
+    }
+
+    /// For reading and writing.
+    pub fn writing(spawner: Arc<dyn Spawner>) -> Self {
+        Self { writable: true, ..Self::reading(spawner) }
+    }
+
+    fn below(&self) -> Self {
+        Self {
+            writable: false,
+            metadata_only: false,
+            for_check: false,
+            lock: LockRange::Qemu,
+            ..self.clone()
+        }
+    }
+
+    /// Opens an image by its file name, of a format that is found out if it is not given.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn open_file(&self, name: &str, driver: Option<Driver>) -> Result<Arc<dyn BlockNode>, BlockError> {
+        self.open(&named(name, driver)?)
+    }
+
+    /// Opens a node.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn open(&self, options: &BlockdevOptions) -> Result<Arc<dyn BlockNode>, BlockError> {
+        self.node(options, &mut Vec::new())
+    }
+
+    /// The format `driver` over a file that is open.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn open_over(&self, file: Arc<RawImage>, driver: Driver) -> Result<Arc<dyn BlockNode>, BlockError> {
+        let options = BlockdevOptions { driver: Some(driver), ..BlockdevOptions::default() };
+        let mut chain = vec![file.identity()];
+        self.format_node(&options, file, &mut chain)
+    }
+
+    fn node(
+        &self,
+        options: &BlockdevOptions,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        let readonly = options.read_only.unwrap_or(!self.writable);
+        let opener = Self {
+            writable: self.writable && !readonly,
+            share: options.force_share.unwrap_or(self.share),
+            discard: options.discard.map_or(self.discard, |d| d == DiscardMode::Unmap),
+            direct: options.cache.and_then(|c| c.direct).unwrap_or(self.direct),
+            no_flush: options.cache.and_then(|c| c.no_flush).unwrap_or(self.no_flush),
+            ..self.clone()
+        };
+        if let Some(driver) = options.driver.filter(|d| !d.is_format()) {
+            options.check(driver)?;
+            return opener.file_node(options, chain).map(|f| -> Arc<dyn BlockNode> { f });
+        }
+        let below = match (&options.file, &options.filename) {
+            (Some(NodeRef::Node(file)), None) => (**file).clone(),
+            (None, Some(name)) => {
+                BlockdevOptions { filename: Some(name.clone()), ..BlockdevOptions::default() }
+            }
+            (Some(NodeRef::Name(name)), None) => {
+                return Err(BlockError::Option(format!("Cannot find device='' nor node-name='{name}'")));
+            }
+            _ => return Err(BlockError::Option("A block device must be specified for \"file\"".into())),
+        };
+        if below.driver.is_some_and(Driver::is_format) {
+            let file = opener.node(&below, chain)?;
+            return opener.format_node(options, file, chain);
+        }
+        let file = opener.file_node(&below, chain)?;
+        opener.format_node(options, file, chain)
+    }
+
+    fn file_node(
+        &self,
+        options: &BlockdevOptions,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<RawImage>, BlockError> {
+        options.check(options.driver.unwrap_or(Driver::File))?;
+        let name = options.filename.as_deref();
+        let name =
+            name.ok_or_else(|| BlockError::Option("The 'file' block driver requires a file name".into()))?;
+        let path = plain_path(name)?;
+        let lock = match options.locking {
+            Some(Locking::Off) => LockRange::None,
+            _ if self.share => LockRange::None,
+            _ => self.lock,
+        };
+        let raw = RawOptions {
+            readonly: options.read_only.unwrap_or(!self.writable),
+            direct: options.cache.and_then(|c| c.direct).unwrap_or(self.direct),
+            sparse: options.discard.map_or(self.discard, |d| d == DiscardMode::Unmap),
+            io_uring: self.io_uring && options.aio != Some(Aio::Threads),
+            no_flush: options.cache.and_then(|c| c.no_flush).unwrap_or(self.no_flush),
+            lock,
+            name: self.name.clone(),
+            ..RawOptions::new(path)
+        };
+        let image = RawImage::open(raw, Arc::clone(&self.spawner))?;
+        let id = image.identity();
+        if chain.contains(&id) || chain.len() >= MAX_CHAIN {
+            return Err(BlockError::Format(format!(
+                "backing files of '{name}' refer to each other in a circle, or are too many"
+            )));
+        }
+        chain.push(id);
+        if self.writable && lock != LockRange::None {
+            // Locks of this process do not stand against each other where they have one file description.
+            claim(id, image.path(), &image)?;
+        }
+        Ok(image)
+    }
+
+    fn format_node(
+        &self,
+        options: &BlockdevOptions,
+        file: Arc<dyn BlockNode>,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        let driver = match options.driver {
+            Some(driver) => driver,
+            None => self.probe(&*file)?,
+        };
+        options.check(driver)?;
+        match driver {
+            Driver::Qcow2 => self.qcow2(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
+            _ => {
+                let offset = options.offset.unwrap_or(0);
+                RawFormat::new(file, offset, options.size, !self.writable)
+                    .map(|n| -> Arc<dyn BlockNode> { n })
+            }
+        }
+    }
+
+    /// Finds out the format of a file.
+    ///
+    /// # Errors
+    /// [`BlockError::Unsupported`] for a format that is recognised but cannot be read; the host's.
+    pub fn probe(&self, file: &dyn BlockNode) -> Result<Driver, BlockError> {
+        let mut first = [0; PROBE];
+        let read = file.read_at(0, &mut first);
+        read.map_err(|source| BlockError::Host {
+            path: file.path().unwrap_or_default(),
+            what: "Could not read image for determining its format",
+            source,
+        })?;
+        let driver = probe(&first)?;
+        if driver == Driver::Raw && self.writable {
+            tracing::warn!(
+                path = crate::node::shown(file),
+                "the image's format was not given and it looks raw: a guest can make it look like another format; give the format"
+            );
+        }
+        Ok(driver)
+    }
+
+    fn qcow2(
+        &self,
+        options: &BlockdevOptions,
+        file: Arc<dyn BlockNode>,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<Qcow2>, BlockError> {
+        let header = qcow2::read_header(&*file)?;
+        let directory = file.path().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        let data = match &options.data_file {
+            Some(NodeRef::Node(node)) => Some(self.node(&as_file(node), chain)?),
+            Some(_) => return Err(BlockError::Option("'data-file' must be given by its options".into())),
+            None => match &header.data_file {
+                Some(name) if header.has_data_file() && !self.metadata_only => {
+                    self.refuse_reference("data file", name)?;
+                    // Relative to the working directory: that is how all tools take it.
+                    let node = BlockdevOptions { filename: Some(name.clone()), ..BlockdevOptions::default() };
+                    Some(self.node(&as_file(&node), chain)?)
+                }
+                _ => None,
+            },
+        };
+        let backing = match &options.backing {
+            Some(NodeRef::Node(node)) => Some(self.below().node(node, chain)?),
+            Some(NodeRef::None) => None,
+            Some(NodeRef::Name(name)) if name.is_empty() => None,
+            Some(NodeRef::Name(name)) => {
+                return Err(BlockError::Option(format!("Cannot find device='' nor node-name='{name}'")));
+            }
+            None => self.named_backing(&header, &directory, chain)?,
+        };
+        let open = qcow2::OpenOptions {
+            readonly: !self.writable,
+            metadata_only: self.metadata_only,
+            for_check: self.for_check,
+            guess_preallocation: !self.for_vm,
+            discard: self.discard,
+            pass_discard: options.pass_discard_request.unwrap_or(self.discard),
+            l2_cache: options.l2_cache_size.unwrap_or(qcow2::OpenOptions::default().l2_cache),
+            refcount_cache: options
+                .refcount_cache_size
+                .unwrap_or(qcow2::OpenOptions::default().refcount_cache),
+        };
+        Qcow2::open(file, data, backing, &open)
+    }
+
+    fn named_backing(
+        &self,
+        header: &qcow2::header::Header,
+        directory: &Path,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Option<Arc<dyn BlockNode>>, BlockError> {
+        let Some(name) = header.backing_file.as_deref().filter(|_| self.backing != Backing::Ignore) else {
+            return Ok(None);
+        };
+        self.refuse_reference("backing file", name)?;
+        let driver = header.backing_format.as_deref().map(Driver::from_name).transpose()?;
+        let options = named(&beside(directory, name), driver)?;
+        let opened = self.below().node(&options, chain);
+        opened.map(Some).map_err(|e| match e {
+            BlockError::Open { path, source } => {
+                BlockError::Host { path, what: "Could not open backing file", source }
+            }
+            other => other,
+        })
+    }
+
+    fn refuse_reference(&self, what: &str, name: &str) -> Result<(), BlockError> {
+        if self.backing == Backing::Refuse {
+            return Err(BlockError::Unsupported(format!(
+                "the image refers to the {what} '{name}', and it is not allowed to open other files (backing_files=on allows it)"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A node that is a file unless its options say otherwise.
+fn as_file(options: &BlockdevOptions) -> BlockdevOptions {
+    BlockdevOptions { driver: options.driver.or(Some(Driver::File)), ..options.clone() }
+}
+
+/// The options that a file name stands for.
+///
+/// # Errors
+/// [`BlockError::Option`] if they cannot be read.
+pub fn named(name: &str, driver: Option<Driver>) -> Result<BlockdevOptions, BlockError> {
+    if let Some(json) = name.strip_prefix("json:") {
+        let mut options = BlockdevOptions::from_json(json)?;
+        options.driver = options.driver.or(driver);
+        return Ok(options);
+    }
+    Ok(BlockdevOptions::of_file(name, driver))
+}
+
+/// A path out of a file name, which may have a protocol before it.
+fn plain_path(name: &str) -> Result<PathBuf, BlockError> {
+    if let Some(path) = name.strip_prefix("file:") {
+        return Ok(PathBuf::from(path));
+    }
+    match name.split_once(':') {
+        // A colon behind a slash is part of the path.
+        Some((protocol, _))
+            if !protocol.is_empty()
+                && protocol.chars().all(|c| c.is_ascii_alphanumeric() || "+-_".contains(c)) =>
+        {
+            Err(BlockError::Unsupported(format!("Unknown protocol '{protocol}'")))
+        }
+        _ => Ok(PathBuf::from(name)),
+    }
+}
+
+/// A name that an image in `directory` refers to.
+pub fn beside(directory: &Path, name: &str) -> String {
+    let protocol = name.starts_with("json:") || plain_path(name).is_err();
+    let name = if protocol { name } else { name.strip_prefix("file:").unwrap_or(name) };
+    if protocol || Path::new(name).is_absolute() || directory.as_os_str().is_empty() {
+        return name.to_owned();
+    }
+    directory.join(name).display().to_string()
+}
+
+/// Files that an image's chain refers to, and whether they are written with it: for a sandbox that has to know them before
+/// they are opened. Nothing is locked.
+///
+/// # Errors
+/// [`BlockError`] for what cannot be opened or read.
+pub fn referenced_files(path: &Path, spawner: &Arc<dyn Spawner>) -> Result<Vec<(PathBuf, bool)>, BlockError> {
+    let mut out = Vec::new();
+    let mut next = Some((path.to_owned(), None));
+    while let Some((path, driver)) = next.take() {
+        if out.len() > MAX_CHAIN {
+            return Err(BlockError::Format("too many backing files, or a circle of them".into()));
+        }
+        let options =
+            RawOptions { readonly: true, lock: LockRange::None, io_uring: false, ..RawOptions::new(&path) };
+        let file = RawImage::open(options, Arc::clone(spawner))?;
+        let mut first = [0; PROBE];
+        let read = BlockNode::read_at(&*file, 0, &mut first);
+        read.map_err(|source| BlockError::Host {
+            path: path.clone(),
+            what: "Could not read its header",
+            source,
+        })?;
+        let kind = match driver {
+            Some(driver) => driver,
+            None => probe(&first)?,
+        };
+        if kind != Driver::Qcow2 {
+            break;
+        }
+        let header = qcow2::read_header(&*file)?;
+        let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+        if let Some(name) = header.data_file.as_ref().filter(|_| header.has_data_file()) {
+            out.push((plain_path(name)?, out.is_empty()));
+        }
+        if let Some(name) = &header.backing_file {
+            let below = plain_path(&beside(&directory, name))?;
+            out.push((below.clone(), false));
+            next = Some((below, header.backing_format.as_deref().map(Driver::from_name).transpose()?));
+        }
+    }
+    Ok(out)
+}
+
+/// Images that this process has open for writing.
+static WRITERS: Mutex<Option<Writers>> = Mutex::new(None);
+/// By device and inode.
+type Writers = HashMap<(u64, u64), Weak<RawImage>>;
+
+fn claim(id: (u64, u64), path: &Path, image: &Arc<RawImage>) -> Result<(), BlockError> {
+    let mut table = WRITERS.lock();
+    let writers = table.get_or_insert_with(HashMap::new);
+    writers.retain(|_, w| w.strong_count() != 0);
+    if let Some(holder) = writers.get(&id).and_then(Weak::upgrade) {
+        let holder = holder.name().to_owned();
+        return Err(BlockError::Held { path: path.to_owned(), holder });
+    }
+    writers.insert(id, Arc::downgrade(image));
+    Ok(())
+}

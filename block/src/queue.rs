@@ -1,0 +1,355 @@
+//! A VM's requests to a node: what the node can plan goes to the image file's own queue, the rest to threads.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use holdfast_threads::{Role, Spawner};
+use parking_lot::{Condvar, Mutex};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::buffer::AlignedBuffer;
+use crate::node::{Plan, is_zero, os_error};
+use crate::options::DetectZeroes;
+use crate::ranges::RangeGuard;
+use crate::{BlockBackend, BlockError, BlockNode, BlockQueue, Completion, Geometry, IoVec, Op, Request};
+
+/// Threads of a node.
+const THREADS: usize = 4;
+/// Most bytes that pass through a buffer at a time.
+const CHUNK: usize = 1 << 20;
+/// Alignment of buffers: enough for direct I/O.
+const ALIGN: usize = 4096;
+
+#[derive(Debug)]
+struct Work {
+    request: Request,
+    node: Arc<dyn BlockNode>,
+    detect: DetectZeroes,
+    sink: Arc<Sink>,
+}
+
+#[derive(Debug, Default)]
+struct Todo {
+    work: VecDeque<Work>,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    todo: Mutex<Todo>,
+    more: Condvar,
+}
+
+#[derive(Debug)]
+struct Sink {
+    done: Mutex<Vec<Completion>>,
+    event: EventFd,
+}
+
+/// Threads that carry out requests one call after the other.
+#[derive(Debug)]
+struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    fn start(name: &str, spawner: &dyn Spawner) -> io::Result<Self> {
+        let mut all = Self { shared: Arc::default(), threads: Vec::new() };
+        for n in 0..THREADS {
+            let shared = Arc::clone(&all.shared);
+            all.threads.push(spawner.spawn(
+                &format!("{name}_fmt{n}"),
+                Role::Block,
+                Box::new(move || run(&shared)),
+            )?);
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.todo.lock().stop = true;
+        self.shared.more.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared) {
+    loop {
+        let work = {
+            let mut todo = shared.todo.lock();
+            loop {
+                if let Some(work) = todo.work.pop_front() {
+                    break work;
+                }
+                if todo.stop {
+                    return;
+                }
+                shared.more.wait(&mut todo);
+            }
+        };
+        let Work { request, node, detect, sink } = work;
+        let result = perform(&*node, &request, detect);
+        drop(node);
+        sink.done.lock().push(Completion { id: request.id, result });
+        // An eventfd can be written unless its counter is full, and then it is readable already.
+        let _ = sink.event.write(1);
+    }
+}
+
+fn transfer(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io::Result<()> {
+    let total: usize = request.buffers.iter().map(IoVec::len).sum();
+    let mut buffer =
+        AlignedBuffer::new(total.clamp(1, CHUNK), ALIGN).ok_or_else(|| os_error(libc::ENOMEM))?;
+    let mut at = 0;
+    while at < total {
+        let n = (total - at).min(CHUNK);
+        let offset = request.offset + at as u64;
+        let vectors = crate::buffer::part(&request.buffers, at, n);
+        if request.op == Op::Read {
+            node.read_at(offset, buffer.as_mut_slice().get_mut(..n).unwrap_or_default())?;
+            buffer.scatter(0, n, &vectors);
+        } else {
+            buffer.gather(n, &vectors);
+            let data = buffer.as_slice().get(..n).unwrap_or_default();
+            if detect != DetectZeroes::Off && is_zero(data) {
+                node.write_zeroes(offset, n as u64, detect == DetectZeroes::Unmap)?;
+            } else {
+                node.write_at(offset, data)?;
+            }
+        }
+        at += n;
+    }
+    Ok(())
+}
+
+fn perform(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io::Result<()> {
+    let data = matches!(request.op, Op::Read | Op::Write);
+    let len = if data { request.buffers.iter().map(|b| b.len() as u64).sum() } else { request.len };
+    if request.op != Op::Flush {
+        if request.op != Op::Read && node.is_readonly() {
+            return Err(os_error(libc::EROFS));
+        }
+        let end = request.offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
+        if end > node.size() {
+            return Err(os_error(libc::EINVAL));
+        }
+    }
+    match request.op {
+        Op::Read | Op::Write => transfer(node, request, detect),
+        Op::Flush => node.flush(),
+        Op::Discard => node.discard(request.offset, len),
+        Op::WriteZeroes { unmap } => node.write_zeroes(request.offset, len, unmap),
+    }
+}
+
+/// A node as a VM's disk.
+#[derive(Debug)]
+pub struct NodeBackend {
+    node: Arc<dyn BlockNode>,
+    threads: Arc<Threads>,
+    size: AtomicU64,
+    align: u32,
+    can_discard: bool,
+    detect: DetectZeroes,
+}
+
+impl NodeBackend {
+    /// The disk that `node` is. `name` is for its threads.
+    ///
+    /// # Errors
+    /// [`BlockError::Host`] if no threads can be made.
+    pub fn new(
+        node: Arc<dyn BlockNode>,
+        name: &str,
+        spawner: &dyn Spawner,
+        can_discard: bool,
+        detect: DetectZeroes,
+    ) -> Result<Arc<Self>, BlockError> {
+        let path = node.path().unwrap_or_default();
+        let threads = Threads::start(name, spawner).map_err(|source| BlockError::Host {
+            path,
+            what: "cannot start I/O threads",
+            source,
+        })?;
+        let align = node.data_file().map_or(512, |f| f.geometry().logical_block);
+        let size = AtomicU64::new(node.size());
+        Ok(Arc::new(Self { node, threads: Arc::new(threads), size, align, can_discard, detect }))
+    }
+
+    /// The node.
+    pub fn node(&self) -> &Arc<dyn BlockNode> {
+        &self.node
+    }
+}
+
+impl BlockBackend for NodeBackend {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.size.load(Ordering::Acquire),
+            logical_block: self.align,
+            physical_block: self.align.max(4096),
+            can_discard: self.can_discard && !self.node.is_readonly(),
+        }
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.node.is_readonly()
+    }
+
+    fn queue(self: Arc<Self>, depth: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
+        let fail = |source| BlockError::Host {
+            path: self.node.path().unwrap_or_default(),
+            what: "cannot make an eventfd",
+            source,
+        };
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail)?;
+        let file = match self.node.data_file() {
+            Some(file) => Some(file.queue_on(depth, event.try_clone().map_err(fail)?)?),
+            None => None,
+        };
+        let sink = Arc::new(Sink { done: Mutex::default(), event });
+        Ok(Box::new(NodeQueue {
+            file,
+            sink,
+            planned: HashMap::new(),
+            slow: 0,
+            ready: Vec::new(),
+            backend: self,
+        }))
+    }
+
+    fn refresh(&self) -> Result<bool, BlockError> {
+        self.node.refresh_size().map_err(|source| BlockError::Host {
+            path: self.node.path().unwrap_or_default(),
+            what: "cannot get its size",
+            source,
+        })?;
+        let size = self.node.size();
+        Ok(self.size.swap(size, Ordering::AcqRel) != size)
+    }
+
+    fn engine(&self) -> &'static str {
+        self.node.data_file().map_or("threads", |f| f.engine())
+    }
+}
+
+/// A queue to a node.
+#[derive(Debug)]
+struct NodeQueue {
+    /// The queue of the file that the data is in. Dropped first: it waits for its requests.
+    file: Option<Box<dyn BlockQueue>>,
+    sink: Arc<Sink>,
+    /// What must not be let go before a request to the file is done.
+    planned: HashMap<u64, VecDeque<RangeGuard>>,
+    /// Requests that the threads have.
+    slow: usize,
+    /// Requests that are done already.
+    ready: Vec<Completion>,
+    backend: Arc<NodeBackend>,
+}
+
+impl NodeQueue {
+    /// Tries to do a request without a thread; gives it back if that is not possible.
+    fn fast(&mut self, request: Request) -> Option<Request> {
+        let data = matches!(request.op, Op::Read | Op::Write);
+        if (!data && request.op != Op::Flush)
+            || (request.op == Op::Write && self.backend.detect != DetectZeroes::Off)
+        {
+            return Some(request);
+        }
+        let Some(file) = &mut self.file else { return Some(request) };
+        let len = request.buffers.iter().map(|b| b.len() as u64).sum();
+        match self.backend.node.plan(request.op, request.offset, len) {
+            Some(Plan::File(offset, guard)) => {
+                self.planned.entry(request.id).or_default().push_back(guard);
+                file.submit(Request { offset, ..request });
+                None
+            }
+            Some(Plan::Flush) => {
+                file.submit(request);
+                None
+            }
+            Some(Plan::Zeroes) => {
+                crate::buffer::zero(&request.buffers);
+                self.ready.push(Completion { id: request.id, result: Ok(()) });
+                None
+            }
+            None => Some(request),
+        }
+    }
+}
+
+impl BlockQueue for NodeQueue {
+    fn submit(&mut self, request: Request) {
+        let Some(request) = self.fast(request) else { return };
+        let work = Work {
+            request,
+            node: Arc::clone(&self.backend.node),
+            detect: self.backend.detect,
+            sink: Arc::clone(&self.sink),
+        };
+        self.slow += 1;
+        self.backend.threads.shared.todo.lock().work.push_back(work);
+        self.backend.threads.shared.more.notify_one();
+    }
+
+    fn kick(&mut self) {
+        if let Some(file) = &mut self.file {
+            file.kick();
+        }
+        if !self.ready.is_empty() {
+            let _ = self.sink.event.write(1);
+        }
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let from = out.len();
+        match &mut self.file {
+            // It resets the event, before anything is looked at.
+            Some(file) => file.reap(out),
+            None => {
+                let _ = self.sink.event.read();
+            }
+        }
+        for done in out.get(from..).unwrap_or_default() {
+            if let Some(guards) = self.planned.get_mut(&done.id) {
+                guards.pop_front();
+                if guards.is_empty() {
+                    self.planned.remove(&done.id);
+                }
+            }
+        }
+        let mut done = self.sink.done.lock();
+        self.slow -= done.len();
+        out.append(&mut done);
+        drop(done);
+        out.append(&mut self.ready);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.file.as_ref().map_or(0, |f| f.in_flight()) + self.slow + self.ready.len()
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.sink.event
+    }
+}
+
+impl Drop for NodeQueue {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        self.kick();
+        while self.in_flight() != 0 {
+            self.wait();
+            self.reap(&mut done);
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! `convert`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use holdfast_block::BlockNode;
+use holdfast_block::graph::beside;
+use holdfast_block::node::Preallocation;
+use holdfast_block::options::Driver;
+
+use crate::common::{ImgError, Progress, Result, Source, failed, print, refused, size_argument};
+use crate::copy::{Part, Plan, copy};
+use crate::create::{Target, check_backing, options_help, target_driver};
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Format of the source; found out if absent
+    #[arg(short = 'f')]
+    format: Option<String>,
+    /// Format of the target
+    #[arg(short = 'O')]
+    target_format: Option<String>,
+    /// Options of the target; `-o help` lists them
+    #[arg(short)]
+    options: Vec<String>,
+    /// Backing file of the target, from which the source differs
+    #[arg(short = 'B')]
+    backing: Option<String>,
+    /// Its format
+    #[arg(short = 'F')]
+    backing_format: Option<String>,
+    /// Compress
+    #[arg(short)]
+    compress: bool,
+    /// Show how far it is
+    #[arg(short)]
+    progress: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// The target exists already
+    #[arg(short)]
+    no_create: bool,
+    /// The existing target reads as zeroes
+    #[arg(long)]
+    target_is_zero: bool,
+    /// Cache mode of the target
+    #[arg(short = 't', default_value = "unsafe")]
+    target_cache: String,
+    /// Cache mode of the source
+    #[arg(short = 'T', default_value = "writeback")]
+    source_cache: String,
+    /// Shortest run of zeroes that is left out; 0 writes everything
+    #[arg(short = 'S', default_value = "4k")]
+    sparse: String,
+    /// The source is this internal snapshot: an id or name, or `snapshot.id=`, `snapshot.name=`
+    #[arg(short = 'l')]
+    snapshot: Option<String>,
+    /// Chunks at a time
+    #[arg(short = 'm', default_value = "8")]
+    workers: usize,
+    /// Writes need not be in order
+    #[arg(short = 'W')]
+    unordered: bool,
+    /// Take what cannot be read as zeroes
+    #[arg(long)]
+    salvage: bool,
+    /// Copy persistent bitmaps too
+    #[arg(long)]
+    bitmaps: bool,
+    /// The sources are given by options
+    #[arg(long)]
+    image_opts: bool,
+    /// The target is given by options
+    #[arg(long)]
+    target_image_opts: bool,
+    /// Others may be writing the source
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// The sources and the target
+    #[arg(required = true)]
+    files: Vec<String>,
+}
+
+fn sources(args: &Args, names: &[String]) -> Result<Vec<Arc<dyn BlockNode>>> {
+    let mut out: Vec<Arc<dyn BlockNode>> = Vec::new();
+    for name in names {
+        let source = Source {
+            image_opts: args.image_opts,
+            share: args.force_share,
+            cache: Some(&args.source_cache),
+            ..Source::new(name, args.format.as_deref())
+        };
+        let node = source.open(false)?;
+        match &args.snapshot {
+            None => out.push(node),
+            Some(_) if names.len() > 1 => {
+                return refused("No support for concatenating multiple snapshot");
+            }
+            Some(key) => out.push(at_snapshot(&node, name, key)?),
+        }
+    }
+    Ok(out)
+}
+
+fn at_snapshot(node: &Arc<dyn BlockNode>, name: &str, key: &str) -> Result<Arc<dyn BlockNode>> {
+    let key = key.strip_prefix("snapshot.id=").or_else(|| key.strip_prefix("snapshot.name=")).unwrap_or(key);
+    let Some(image) = node.as_qcow2() else {
+        return refused(format!("Failed to load snapshot: '{name}' has none"));
+    };
+    let view = image.snapshot_view(key);
+    let view = view.map_err(|source| ImgError::Image {
+        what: "Failed to load snapshot of",
+        name: name.to_owned(),
+        source,
+    })?;
+    Ok(view)
+}
+
+fn new_target(args: &Args, name: &str, size: u64) -> Result<(Target, Arc<dyn BlockNode>)> {
+    let driver = target_driver(args.target_format.as_deref().unwrap_or("raw"))?;
+    let mut target = Target::new(driver);
+    target.apply(&args.options).map_err(|e| ImgError::Refused(format!("{name}: {e}")))?;
+    if (args.backing.is_some() || args.compress) && driver != Driver::Qcow2 {
+        let what = if args.compress {
+            "Compression not supported for this file format"
+        } else {
+            "Backing file not supported for this file format"
+        };
+        return refused(what);
+    }
+    target.options.backing_file = args.backing.clone().or(target.options.backing_file);
+    target.options.backing_format = args.backing_format.clone().or(target.options.backing_format);
+    target.size.get_or_insert(size);
+    check_backing(&mut target, name, true)?;
+    target.options.size = target.size.unwrap_or(size).next_multiple_of(512);
+    if args.compress && target.options.preallocation != Preallocation::Off {
+        return refused("Compression and preallocation not supported at the same time");
+    }
+    if args.compress && target.options.data_file.is_some() {
+        return refused("Compression and data file not supported at the same time");
+    }
+    let no_flush = args.target_cache == "unsafe";
+    let node = target.make(name, no_flush)?;
+    Ok((target, node))
+}
+
+/// How many nodes of the source's chain are above the one that the target is backed by.
+fn shared_depth(source: &Arc<dyn BlockNode>, backing: &str) -> Option<usize> {
+    let wanted = std::fs::canonicalize(backing).ok()?;
+    let mut node = Some(Arc::clone(source));
+    let mut depth = 0;
+    while let Some(n) = node {
+        if n.path().and_then(|p| std::fs::canonicalize(p).ok()).is_some_and(|p| p == wanted) {
+            return Some(depth);
+        }
+        depth += 1;
+        node = n.backing();
+    }
+    None
+}
+
+fn open_backing(name: &str, target: &Target) -> Result<Option<Arc<dyn BlockNode>>> {
+    let Some(backing) = &target.options.backing_file else { return Ok(None) };
+    let directory = Path::new(name).parent().map(Path::to_owned).unwrap_or_default();
+    let place = beside(&directory, backing);
+    let source = Source { share: true, ..Source::new(&place, target.options.backing_format.as_deref()) };
+    source.open(false).map(Some)
+}
+
+fn check(args: &Args) -> Result<()> {
+    if args.target_is_zero && !args.no_create {
+        return refused("--target-is-zero requires use of -n flag");
+    }
+    if !(1..=16).contains(&args.workers) {
+        return refused("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16");
+    }
+    if args.unordered && args.compress {
+        return refused("Out of order write and compress are mutually exclusive");
+    }
+    if args.target_image_opts && !args.no_create {
+        return refused("--target-image-opts requires use of -n flag");
+    }
+    if args.no_create && !args.options.is_empty() {
+        eprintln!("warning: -o has no effect when skipping image creation");
+    }
+    Ok(())
+}
+
+/// `convert`.
+pub(crate) fn run(args: &Args) -> Result<u8> {
+    let driver = args.target_format.as_deref().unwrap_or("raw");
+    if let Some(help) = target_driver(driver).ok().and_then(|d| options_help(d, &args.options)) {
+        print(help)?;
+        return Ok(0);
+    }
+    check(args)?;
+    let Some((target_name, names)) = args.files.split_last().filter(|(_, names)| !names.is_empty()) else {
+        return refused("Must specify image file name");
+    };
+    let sources = sources(args, names)?;
+    let total: u64 = sources.iter().map(|s| s.size()).sum();
+    let sparse = size_argument(&args.sparse, "sparse size")?;
+    if sparse != 0 && (!sparse.is_multiple_of(512) || sparse > 16 << 20) {
+        return refused(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output).",
+        );
+    }
+    let (target, node) = if args.no_create {
+        let source = Source {
+            image_opts: args.target_image_opts,
+            cache: Some(&args.target_cache),
+            ..Source::new(target_name, args.target_format.as_deref())
+        };
+        (None, source.open(true)?)
+    } else {
+        let (target, node) = new_target(args, target_name, total)?;
+        (Some(target), node)
+    };
+    let backing = target.as_ref().map_or(Ok(None), |t| open_backing(target_name, t))?;
+    if node.size() < total {
+        return refused("output file is smaller than input file");
+    }
+    let preallocated = target.as_ref().is_some_and(|t| t.options.preallocation == Preallocation::Full);
+    let skip_below = match (&backing, sources.first()) {
+        (Some(b), Some(first)) => {
+            let place = b.path().map(|p| p.display().to_string()).unwrap_or_default();
+            Some(shared_depth(first, &place).unwrap_or(1))
+        }
+        _ => None,
+    };
+    if let (Some(image), Some(backing)) = (node.as_qcow2(), &backing) {
+        image.set_backing(Some(Arc::clone(backing)));
+    }
+    let mut start = 0;
+    let mut parts = Vec::new();
+    for source in &sources {
+        parts.push(Part { node: Arc::clone(source), start });
+        start += source.size();
+    }
+    let cluster = node.as_qcow2().map(|q| q.header().cluster_size());
+    if args.compress && cluster.is_none() {
+        return refused("Compression not supported for this file format");
+    }
+    let plan = Plan {
+        parts,
+        total,
+        target_zero: backing.is_none() && (args.target_is_zero || (!args.no_create && !preallocated)),
+        target: Arc::clone(&node),
+        sparse,
+        compress: cluster.filter(|_| args.compress),
+        skip_below,
+        workers: args.workers,
+        unordered: args.unordered,
+        salvage: args.salvage,
+    };
+    copy(plan, Progress::new(args.progress && !args.quiet, total))?;
+    if args.bitmaps {
+        copy_bitmaps(&sources, &node)?;
+    }
+    node.flush().map_err(failed("error while flushing the target"))?;
+    if let Some(image) = node.as_qcow2() {
+        image.close().map_err(failed("error while closing the target"))?;
+    }
+    Ok(0)
+}
+
+fn copy_bitmaps(sources: &[Arc<dyn BlockNode>], target: &Arc<dyn BlockNode>) -> Result<()> {
+    let [source] = sources else { return refused("Copying bitmaps only possible with single source") };
+    let (Some(from), Some(to)) = (source.as_qcow2(), target.as_qcow2()) else {
+        return refused("Bitmaps are copied between qcow2 images only");
+    };
+    for bitmap in from.bitmaps() {
+        if bitmap.inconsistent {
+            return refused(format!("Cannot copy inconsistent bitmap '{}'", bitmap.name));
+        }
+        let fail = |e| failed(format!("Failed to copy bitmap '{}'", bitmap.name))(e);
+        to.add_bitmap(&bitmap.name, 1 << bitmap.granularity_bits, bitmap.enabled).map_err(fail)?;
+        to.change_bitmap(&bitmap.name, |new| new.bits.clone_from(&bitmap.bits)).map_err(fail)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,306 @@
+//! Copying the contents of images: several chunks at once, holes skipped.
+
+use std::io;
+use std::sync::Arc;
+
+use holdfast_block::BlockNode;
+use holdfast_block::node::{is_zero, status_above};
+use holdfast_threads::{PlainSpawner, Role, Spawner};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::common::{Progress, Result, failed};
+
+/// Bytes that are read at a time.
+const CHUNK: u64 = 2 << 20;
+
+/// One source of a copy, and where it goes.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    pub(crate) node: Arc<dyn BlockNode>,
+    /// Where it starts in the target.
+    pub(crate) start: u64,
+}
+
+/// How to copy.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    pub(crate) parts: Vec<Part>,
+    pub(crate) target: Arc<dyn BlockNode>,
+    /// Bytes to copy: the target's size as a rule.
+    pub(crate) total: u64,
+    /// The target reads as zeroes where nothing was written.
+    pub(crate) target_zero: bool,
+    /// Shortest run of zeroes that is not written, in bytes; 0 to write everything.
+    pub(crate) sparse: u64,
+    /// Write compressed clusters of this size.
+    pub(crate) compress: Option<u64>,
+    /// What the sources have from here on down their chain is not copied.
+    pub(crate) skip_below: Option<usize>,
+    /// Chunks under way at a time.
+    pub(crate) workers: usize,
+    /// Writes need not be in order.
+    pub(crate) unordered: bool,
+    /// Sectors that cannot be read become zeroes.
+    pub(crate) salvage: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Data,
+    Zero,
+    /// The backing file of the target has it.
+    Below,
+}
+
+struct Shared {
+    /// What comes next, and its number.
+    cursor: u64,
+    ticket: u64,
+    /// The number whose turn it is to write.
+    turn: u64,
+    error: Option<(String, io::Error)>,
+    progress: Progress,
+    /// What is known from `cursor` on.
+    known: Option<(Kind, u64)>,
+}
+
+struct Copier {
+    plan: Plan,
+    shared: Mutex<Shared>,
+    turned: Condvar,
+}
+
+struct Chunk {
+    ticket: u64,
+    offset: u64,
+    len: u64,
+    kind: Kind,
+}
+
+impl Copier {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The part that holds `offset`, and the bytes of it from there on.
+    fn part(&self, offset: u64) -> Option<(&Part, u64)> {
+        let part = self.plan.parts.iter().rev().find(|p| p.start <= offset)?;
+        let end = part.start + part.node.size();
+        (offset < end).then(|| (part, end - offset))
+    }
+
+    fn look(&self, offset: u64) -> io::Result<(Kind, u64)> {
+        let rest = self.plan.total - offset;
+        let Some((part, there)) = self.part(offset) else {
+            let next = self.plan.parts.iter().map(|p| p.start).filter(|s| *s > offset).min();
+            return Ok((Kind::Zero, next.map_or(rest, |n| n - offset)));
+        };
+        let (extent, depth) = status_above(&*part.node, offset - part.start, there.min(rest))?;
+        let len = extent.len.max(1);
+        if self.plan.skip_below.is_some_and(|limit| depth >= limit || !extent.allocated) {
+            return Ok((Kind::Below, len));
+        }
+        Ok((if extent.zero { Kind::Zero } else { Kind::Data }, len))
+    }
+
+    fn next(&self) -> Option<Chunk> {
+        let mut shared = self.lock();
+        if shared.error.is_some() || shared.cursor >= self.plan.total {
+            return None;
+        }
+        let offset = shared.cursor;
+        let known = shared.known.take().map_or_else(|| self.look(offset), Ok);
+        let (mut kind, mut len) = match known {
+            Ok(known) => known,
+            Err(_) if self.plan.salvage => (Kind::Data, CHUNK.min(self.plan.total - offset)),
+            Err(error) => {
+                shared.error = Some((format!("error while reading block status at offset {offset}"), error));
+                return None;
+            }
+        };
+        if let Some(cluster) = self.plan.compress {
+            // Whole clusters only: a cluster of several kinds is data.
+            let whole = len - len % cluster;
+            if kind != Kind::Data && whole == 0 && offset + len < self.plan.total {
+                kind = Kind::Data;
+            }
+            len = if whole == 0 { cluster.min(self.plan.total - offset) } else { whole };
+            if kind == Kind::Data {
+                len = len.min(cluster);
+            }
+        } else if kind == Kind::Data {
+            let most = CHUNK - offset % CHUNK.min(1 << 16);
+            if len > most {
+                shared.known = Some((kind, len - most));
+                len = most;
+            }
+        }
+        let ticket = shared.ticket;
+        shared.ticket += 1;
+        shared.cursor += len;
+        Some(Chunk { ticket, offset, len, kind })
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let mut at = 0;
+        while at < buf.len() {
+            let here = offset + at as u64;
+            let (n, result) = match self.part(here) {
+                Some((part, there)) => {
+                    let n = there.min((buf.len() - at) as u64) as usize;
+                    let place = buf.get_mut(at..at + n).unwrap_or_default();
+                    (n, part.node.read_at(here - part.start, place))
+                }
+                None => {
+                    let next = self.plan.parts.iter().map(|p| p.start).filter(|s| *s > here).min();
+                    let n = next.map_or(buf.len() - at, |s| ((s - here) as usize).min(buf.len() - at));
+                    buf.get_mut(at..at + n).unwrap_or_default().fill(0);
+                    (n, Ok(()))
+                }
+            };
+            match result {
+                Err(_) if self.plan.salvage => {
+                    self.salvage(here, buf.get_mut(at..at + n).unwrap_or_default())
+                }
+                other => other?,
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Reads sector by sector what can be read.
+    fn salvage(&self, offset: u64, buf: &mut [u8]) {
+        for (n, sector) in buf.chunks_mut(512).enumerate() {
+            let at = offset + n as u64 * 512;
+            let read = self.part(at).map_or(Ok(()), |(part, _)| part.node.read_at(at - part.start, sector));
+            if read.is_err() {
+                eprintln!("warning: error while reading offset {at}: it is taken as zeroes");
+                sector.fill(0);
+            }
+        }
+    }
+
+    /// Writes data, leaving out what is zero.
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if self.plan.sparse == 0 {
+            return self.plan.target.write_at(offset, data);
+        }
+        let step = self.plan.sparse as usize;
+        let mut at = 0;
+        while at < data.len() {
+            // Runs of blocks that are all zero, or all not.
+            let blocks = data.get(at..).unwrap_or_default();
+            let first = step - (offset as usize + at) % step;
+            let mut len = first.min(blocks.len());
+            let zero = is_zero(blocks.get(..len).unwrap_or_default());
+            while len < blocks.len() {
+                let end = (len + step).min(blocks.len());
+                if is_zero(blocks.get(len..end).unwrap_or_default()) != zero {
+                    break;
+                }
+                len = end;
+            }
+            let here = offset + at as u64;
+            if !zero {
+                self.plan.target.write_at(here, blocks.get(..len).unwrap_or_default())?;
+            } else if !self.plan.target_zero {
+                self.plan.target.write_zeroes(here, len as u64, true)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn store(&self, chunk: &Chunk, data: &[u8], packed: Option<Vec<u8>>) -> io::Result<()> {
+        match chunk.kind {
+            Kind::Below => Ok(()),
+            Kind::Zero if self.plan.target_zero => Ok(()),
+            Kind::Zero => self.plan.target.write_zeroes(chunk.offset, chunk.len, true),
+            Kind::Data => match (self.plan.compress, self.plan.target.as_qcow2()) {
+                (Some(_), Some(_)) if is_zero(data) => {
+                    if self.plan.target_zero {
+                        Ok(())
+                    } else {
+                        self.plan.target.write_zeroes(chunk.offset, chunk.len, true)
+                    }
+                }
+                (Some(_), Some(image)) => image.store_compressed(chunk.offset, data, packed),
+                _ => self.write(chunk.offset, data),
+            },
+        }
+    }
+
+    fn prepare(&self, chunk: &Chunk, buf: &mut Vec<u8>) -> io::Result<Option<Vec<u8>>> {
+        if chunk.kind != Kind::Data {
+            return Ok(None);
+        }
+        buf.resize(chunk.len as usize, 0);
+        self.read(chunk.offset, buf)?;
+        match (self.plan.compress, self.plan.target.as_qcow2()) {
+            (Some(cluster), Some(image)) if !is_zero(buf) => {
+                if (buf.len() as u64) < cluster {
+                    let mut whole = buf.clone();
+                    whole.resize(cluster as usize, 0);
+                    return image.compress(&whole);
+                }
+                image.compress(buf)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn work(&self) {
+        let mut buf = Vec::new();
+        while let Some(chunk) = self.next() {
+            let ready = self.prepare(&chunk, &mut buf);
+            let mut shared = self.lock();
+            while !self.plan.unordered && shared.turn != chunk.ticket && shared.error.is_none() {
+                shared = self.turned.wait(shared).unwrap_or_else(PoisonError::into_inner);
+            }
+            if shared.error.is_some() {
+                return;
+            }
+            drop(shared);
+            let done = match ready {
+                Ok(packed) => self.store(&chunk, &buf, packed).map_err(|e| ("writing", e)),
+                Err(error) => Err(("reading", error)),
+            };
+            let mut shared = self.lock();
+            match done {
+                Ok(()) => shared.progress.add(chunk.len),
+                Err((what, error)) => {
+                    let text = format!("error while {what} at byte {}", chunk.offset);
+                    shared.error.get_or_insert((text, error));
+                }
+            }
+            shared.turn += 1;
+            self.turned.notify_all();
+        }
+    }
+}
+
+/// Copies.
+pub(crate) fn copy(plan: Plan, progress: Progress) -> Result<()> {
+    let workers = plan.workers.max(1);
+    let shared = Shared { cursor: 0, ticket: 0, turn: 0, error: None, progress, known: None };
+    let copier = Arc::new(Copier { plan, shared: Mutex::new(shared), turned: Condvar::new() });
+    let mut threads = Vec::new();
+    for n in 1..workers {
+        let copier = Arc::clone(&copier);
+        let body = Box::new(move || copier.work());
+        match PlainSpawner.spawn(&format!("copy{n}"), Role::Block, body) {
+            Ok(thread) => threads.push(thread),
+            // Fewer do it too.
+            Err(_) => break,
+        }
+    }
+    copier.work();
+    for thread in threads {
+        let _ = thread.join();
+    }
+    match copier.lock().error.take() {
+        Some((what, error)) => Err(failed(what)(error)),
+        None => Ok(()),
+    }
+}

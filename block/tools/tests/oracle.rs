@@ -1,0 +1,336 @@
+//! Our image tool beside QEMU's `qemu-img` (`$QEMU_IMG`, or the one in the path; Debian: qemu-utils).
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+struct Bed(tempfile::TempDir);
+
+fn run(program: &OsString, dir: &Path, args: &[&str]) -> Output {
+    Command::new(program)
+        .current_dir(dir)
+        .args(args)
+        .output()
+        .expect("qemu-img (Debian: qemu-utils) is needed for this test")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+impl Bed {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("directory"))
+    }
+
+    fn dir(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn ours(&self, args: &[&str]) -> Output {
+        run(&env!("CARGO_BIN_EXE_holdfast-img").into(), self.dir(), args)
+    }
+
+    fn theirs(&self, args: &[&str]) -> Output {
+        run(&std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()), self.dir(), args)
+    }
+
+    fn ok(&self, ours: bool, args: &[&str]) -> String {
+        let out = if ours { self.ours(args) } else { self.theirs(args) };
+        assert!(
+            out.status.success(),
+            "{} {args:?}: {}{}",
+            if ours { "ours" } else { "theirs" },
+            text(&out.stdout),
+            text(&out.stderr)
+        );
+        text(&out.stdout)
+    }
+
+    /// Data with holes, runs and noise.
+    fn data(&self, name: &str, size: usize) {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut noise = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        };
+        let bytes: Vec<u8> = (0..size)
+            .map(|i| match i >> 16 & 3 {
+                0 => 0,
+                1 => (i >> 9) as u8,
+                2 => noise(),
+                _ => {
+                    if i >> 12 & 1 == 0 {
+                        0
+                    } else {
+                        0x5a
+                    }
+                }
+            })
+            .collect();
+        std::fs::write(self.dir().join(name), bytes).expect("data");
+    }
+
+    /// Both tools' JSON answers to the same question are the same.
+    fn same_json(&self, args: &[&str]) {
+        let (ours, theirs) = (self.ours(args), self.theirs(args));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{args:?}: {}", text(&ours.stderr));
+        let parse = |out: &Output| -> Value {
+            serde_json::from_slice(&out.stdout)
+                .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&out.stdout)))
+        };
+        let (mut ours, mut theirs) = (parse(&ours), parse(&theirs));
+        // Older versions say less: what one does not know is not compared.
+        common(&mut ours, &mut theirs);
+        assert_eq!(ours, theirs, "{args:?}");
+    }
+}
+
+/// What only newer versions report, and what depends on when it is asked.
+const SOMETIMES: [&str; 3] = ["children", "compressed", "actual-size"];
+
+fn common(a: &mut Value, b: &mut Value) {
+    match (a, b) {
+        (Value::Object(a), Value::Object(b)) => {
+            for key in SOMETIMES {
+                if key == "actual-size" || !a.contains_key(key) || !b.contains_key(key) {
+                    a.remove(key);
+                    b.remove(key);
+                }
+            }
+            for (key, value) in a.iter_mut() {
+                if let Some(other) = b.get_mut(key) {
+                    common(value, other);
+                }
+            }
+        }
+        (Value::Array(a), Value::Array(b)) => a.iter_mut().zip(b).for_each(|(x, y)| common(x, y)),
+        _ => {}
+    }
+}
+
+const OPTIONS: &[&str] = &[
+    "compat=1.1",
+    "compat=0.10",
+    "cluster_size=512",
+    "cluster_size=4k,refcount_bits=1",
+    "cluster_size=2M",
+    "refcount_bits=64",
+    "refcount_bits=8,lazy_refcounts=on",
+    "compression_type=zstd",
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k",
+    "preallocation=metadata",
+    "preallocation=falloc",
+    "preallocation=full",
+    "preallocation=metadata,extended_l2=on",
+];
+
+#[test]
+fn created_images_are_the_same() {
+    for options in OPTIONS {
+        let bed = Bed::new();
+        for size in ["1M", "5000k", "300M"] {
+            if options.contains("full") && size == "300M" {
+                continue;
+            }
+            bed.ok(true, &["create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", size]);
+            bed.ok(false, &["check", "a.qcow2"]);
+            for args in [
+                ["info", "--output=json", "a.qcow2"],
+                ["check", "--output=json", "a.qcow2"],
+                ["map", "--output=json", "a.qcow2"],
+            ] {
+                bed.same_json(&args);
+            }
+            let ours = bed.ok(true, &["create", "-f", "qcow2", "-o", options, "b.qcow2", size]);
+            let theirs = bed.ok(false, &["create", "-f", "qcow2", "-o", options, "b.qcow2", size]);
+            assert_eq!(ours, theirs);
+            bed.same_json(&["check", "--output=json", "b.qcow2"]);
+            let measure = ["measure", "--output=json", "-O", "qcow2", "-o", options, "--size", size];
+            bed.same_json(&measure);
+        }
+    }
+}
+
+#[test]
+fn conversions_are_equal_both_ways() {
+    for options in OPTIONS {
+        let bed = Bed::new();
+        bed.data("in.raw", (3 << 20) + 512);
+        let compressed: &[&str] = if options.contains("preallocation") { &[""] } else { &["", "-c"] };
+        for flag in compressed {
+            for ours in [true, false] {
+                let mut args = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", options];
+                args.extend(Some(*flag).filter(|f| !f.is_empty()));
+                args.extend(["in.raw", "x.qcow2"]);
+                bed.ok(ours, &args);
+                bed.ok(false, &["check", "x.qcow2"]);
+                bed.ok(true, &["check", "x.qcow2"]);
+                bed.ok(false, &["compare", "in.raw", "x.qcow2"]);
+                bed.ok(true, &["compare", "in.raw", "x.qcow2"]);
+                bed.ok(true, &["convert", "-O", "raw", "x.qcow2", "out.raw"]);
+                let (a, b) =
+                    (std::fs::read(bed.dir().join("in.raw")), std::fs::read(bed.dir().join("out.raw")));
+                assert!(a.expect("in") == b.expect("out"), "{options}");
+                bed.same_json(&["info", "--output=json", "x.qcow2"]);
+                bed.same_json(&["check", "--output=json", "x.qcow2"]);
+                bed.same_json(&["map", "--output=json", "x.qcow2"]);
+                bed.same_json(&["measure", "--output=json", "-O", "qcow2", "x.qcow2"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn chains_are_followed_and_changed() {
+    let bed = Bed::new();
+    bed.data("base.raw", 2 << 20);
+    bed.ok(true, &["convert", "-O", "qcow2", "base.raw", "base.qcow2"]);
+    bed.ok(true, &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", "3M"]);
+    bed.ok(true, &["compare", "base.raw", "top.qcow2"]);
+    for args in [
+        vec!["info", "--output=json", "--backing-chain", "top.qcow2"],
+        vec!["map", "--output=json", "top.qcow2"],
+        vec!["check", "--output=json", "top.qcow2"],
+    ] {
+        bed.same_json(&args);
+    }
+    // Another base, with other contents, and back to none.
+    bed.ok(true, &["create", "-q", "-f", "qcow2", "other.qcow2", "2M"]);
+    bed.ok(true, &["rebase", "-b", "other.qcow2", "-F", "qcow2", "top.qcow2"]);
+    bed.ok(false, &["compare", "base.raw", "top.qcow2"]);
+    bed.ok(false, &["check", "top.qcow2"]);
+    bed.ok(true, &["commit", "-q", "top.qcow2"]);
+    bed.ok(false, &["compare", "base.raw", "other.qcow2"]);
+    bed.ok(false, &["check", "other.qcow2"]);
+    bed.ok(false, &["check", "top.qcow2"]);
+    bed.ok(true, &["rebase", "-b", "", "top.qcow2"]);
+    bed.ok(false, &["compare", "base.raw", "top.qcow2"]);
+    // A copy that differs from its base.
+    bed.ok(true, &["convert", "-O", "qcow2", "-B", "other.qcow2", "-F", "qcow2", "top.qcow2", "delta.qcow2"]);
+    bed.ok(false, &["compare", "base.raw", "delta.qcow2"]);
+    bed.ok(false, &["check", "delta.qcow2"]);
+}
+
+#[test]
+fn exit_codes_are_the_same() {
+    let bed = Bed::new();
+    bed.data("a.raw", 1 << 20);
+    bed.data("b.raw", (1 << 20) + 512);
+    std::fs::write(bed.dir().join("c.raw"), vec![1; 1 << 20]).expect("data");
+    bed.ok(true, &["convert", "-O", "qcow2", "a.raw", "leak.qcow2"]);
+    bed.ok(true, &["convert", "-O", "qcow2", "a.raw", "corrupt.qcow2"]);
+    let patch = |name: &str, at: usize, bytes: &[u8]| {
+        let path = bed.dir().join(name);
+        let mut image = std::fs::read(&path).expect("image");
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(path, image).expect("image");
+    };
+    let leak = std::fs::File::options().write(true).open(bed.dir().join("leak.qcow2")).expect("image");
+    leak.set_len(120 << 16).expect("longer");
+    patch("leak.qcow2", 0x20000 + 200, &[0, 1]);
+    patch("corrupt.qcow2", 0x20000 + 12, &[0, 0]);
+    let questions: &[&[&str]] = &[
+        &["compare", "a.raw", "a.raw"],
+        &["compare", "a.raw", "b.raw"],
+        &["compare", "-s", "a.raw", "b.raw"],
+        &["compare", "a.raw", "c.raw"],
+        &["compare", "a.raw", "missing"],
+        &["check", "a.raw"],
+        &["check", "missing"],
+        &["check", "leak.qcow2"],
+        &["check", "corrupt.qcow2"],
+        &["check", "-r", "leaks", "leak.qcow2"],
+        &["check", "leak.qcow2"],
+        &["info", "missing"],
+        &["info"],
+        &["nonsense"],
+        &["create", "-f", "qcow2", "x.qcow2"],
+        &["create", "-f", "qcow2", "-b", "a.raw", "x.qcow2"],
+        &["create", "-f", "qcow2", "-o", "nonsense=1", "x.qcow2", "1M"],
+        &["create", "-f", "qcow2", "-o", "cluster_size=3000", "x.qcow2", "1M"],
+        &["create", "-f", "qcow2", "-o", "compat=0.10,extended_l2=on", "x.qcow2", "1M"],
+        &["resize", "-f", "raw", "c.raw", "5k"],
+        &["snapshot", "-d", "nothing", "leak.qcow2"],
+        &["measure"],
+    ];
+    for args in questions {
+        let (ours, theirs) = (bed.ours(args), bed.theirs(args));
+        assert_eq!(
+            ours.status.code(),
+            theirs.status.code(),
+            "{args:?}\n{}\n{}",
+            text(&ours.stderr),
+            text(&theirs.stderr)
+        );
+    }
+    bed.ok(true, &["check", "-q", "-r", "all", "corrupt.qcow2"]);
+    bed.ok(false, &["check", "corrupt.qcow2"]);
+    bed.ok(false, &["compare", "a.raw", "corrupt.qcow2"]);
+}
+
+#[test]
+fn snapshots_bitmaps_and_resizing() {
+    let bed = Bed::new();
+    bed.data("a.raw", 1 << 20);
+    bed.ok(true, &["convert", "-O", "qcow2", "a.raw", "a.qcow2"]);
+    bed.ok(true, &["snapshot", "-c", "first", "a.qcow2"]);
+    bed.ok(true, &["resize", "-q", "a.qcow2", "+1M"]);
+    bed.ok(false, &["check", "a.qcow2"]);
+    bed.same_json(&["info", "--output=json", "a.qcow2"]);
+    assert_eq!(bed.ok(true, &["snapshot", "-l", "a.qcow2"]), bed.ok(false, &["snapshot", "-l", "a.qcow2"]));
+    bed.ok(true, &["convert", "-l", "first", "-O", "raw", "a.qcow2", "first.raw"]);
+    bed.ok(false, &["compare", "first.raw", "a.raw"]);
+    bed.ok(true, &["snapshot", "-d", "first", "a.qcow2"]);
+    for args in [["--add", "a.qcow2", "one"], ["--add", "a.qcow2", "two"], ["--remove", "a.qcow2", "one"]] {
+        bed.ok(true, &[&["bitmap"], args.as_slice()].concat());
+    }
+    bed.ok(true, &["bitmap", "--merge", "two", "--add", "a.qcow2", "three"]);
+    bed.ok(false, &["check", "a.qcow2"]);
+    bed.same_json(&["info", "--output=json", "a.qcow2"]);
+    bed.ok(true, &["bitmap", "--remove", "a.qcow2", "two"]);
+    bed.ok(true, &["bitmap", "--remove", "a.qcow2", "three"]);
+    bed.ok(true, &["resize", "-q", "--shrink", "a.qcow2", "1M"]);
+    bed.ok(false, &["check", "a.qcow2"]);
+    bed.ok(false, &["compare", "a.raw", "a.qcow2"]);
+    bed.ok(true, &["amend", "-o", "lazy_refcounts=on", "a.qcow2"]);
+    bed.same_json(&["info", "--output=json", "a.qcow2"]);
+    bed.ok(true, &["dd", "-O", "qcow2", "if=a.raw", "of=d.qcow2", "bs=64k", "skip=3"]);
+    bed.ok(false, &["dd", "-O", "raw", "if=a.raw", "of=d.raw", "bs=64k", "skip=3"]);
+    bed.ok(false, &["compare", "-F", "raw", "d.qcow2", "d.raw"]);
+}
+
+#[test]
+fn a_second_writer_is_refused() {
+    let bed = Bed::new();
+    bed.ok(true, &["create", "-q", "-f", "qcow2", "a.qcow2", "64M"]);
+    let program = std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into());
+    let mut holder = Command::new(program)
+        .current_dir(bed.dir())
+        .arg("a.qcow2")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("qemu-io (Debian: qemu-utils) is needed for this test");
+    // Once it answers, it has the image open.
+    let mut input = holder.stdin.take().expect("stdin");
+    writeln!(input, "length").expect("asked");
+    let mut answer = String::new();
+    BufReader::new(holder.stdout.take().expect("stdout")).read_line(&mut answer).expect("answered");
+    let out = bed.ours(&["resize", "-q", "a.qcow2", "+1M"]);
+    let last = text(&out.stderr);
+    assert!(!out.status.success());
+    assert!(
+        last.contains("Failed to get \"write\" lock") && last.contains("Is another process using the image"),
+        "{last}"
+    );
+    bed.ok(true, &["info", "-U", "a.qcow2"]);
+    holder.kill().expect("killed");
+    holder.wait().expect("gone");
+}
