@@ -10,6 +10,11 @@ use std::arch::{asm, global_asm};
 // eight memory forms with the operand at [rax].
 global_asm!(
     ".p2align 4",
+    // Rust may put what refers to them into another object file.
+    ".globl holdfast_x87_registers",
+    ".hidden holdfast_x87_registers",
+    ".globl holdfast_x87_memory",
+    ".hidden holdfast_x87_memory",
     "holdfast_x87_registers:",
     ".set holdfast_x87_a, 0xd8",
     ".rept 8",
