@@ -287,6 +287,13 @@ fn attempt(
     b: &mut dyn Processor,
     data: &[u8; super::case::DATA_SIZE],
 ) -> Option<Mismatch> {
+    let mut undefined = Undefined::default();
+    for insn in decode(case) {
+        if insn.rflags_read() & undefined.flags != 0 {
+            return None;
+        }
+        undefined.pass(&insn);
+    }
     let bytes = case.bytes();
     a.place(case.at, &bytes);
     b.place(case.at, &bytes);
