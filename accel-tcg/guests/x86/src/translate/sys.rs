@@ -189,6 +189,9 @@ impl Translator<'_> {
             let test = self.b.setcond(cc, a, b);
             let zero = self.b.iconst(0);
             self.branch((Cond::Ne, test, zero), next);
+            if self.b.terminated() {
+                return; // known not to overflow
+            }
         }
         let args = [self.b.iconst(i64::from(number)), self.ip_of(next), self.b.iconst(i64::from(int1))];
         self.go(self.ids.sys.interrupt, &args);

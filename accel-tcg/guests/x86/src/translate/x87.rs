@@ -1,6 +1,6 @@
 //! x87 instructions: by helpers that run them on the host's unit.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
 use super::{Size, Translator};
 use crate::fpu::area::kind;
@@ -54,6 +54,12 @@ impl Translator<'_> {
         };
         let (mut va, mut offset) = (self.b.iconst(0), self.b.iconst(0));
         if memory {
+            if self.size != CodeSize::Bits64 && !self.flat_operand(insn) {
+                // A pending exception comes before one of the segment.
+                self.sync();
+                let args = [self.b.iconst(what::WAIT as i64), va, offset];
+                self.b.call(self.ids.fpu.x87_control, &args);
+            }
             let bytes = insn.memory_size().size() as u32;
             let store = matches!(insn.op0_kind(), OpKind::Memory) && stores(insn.mnemonic());
             offset = self.offset(insn);
@@ -69,6 +75,12 @@ impl Translator<'_> {
         if compare {
             self.set_flags(flags);
         }
+    }
+
+    /// Whether the memory operand is in a segment that is not checked.
+    fn flat_operand(&self, insn: &Instruction) -> bool {
+        let checked = matches!(insn.segment_prefix(), Register::CS | Register::FS | Register::GS);
+        self.key.contains(Key::DATA_FLAT) && !checked
     }
 
     fn x87_control(&mut self, insn: &Instruction, what: u64) {

@@ -210,10 +210,12 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
     let canonical = |o: &Outcome| (o.image.rip as i64) << 16 >> 16 == o.image.rip as i64;
     // An access that begins below the last canonical address, or the last address of 32-bit code, and ends behind it
     // is not checked as a whole.
+    // Nor is it by vector instructions, before their alignment.
     let across = match (left.end, right.end) {
         (End::Fault { vector: 12 | 13, .. }, End::Fault { vector: 14, address, .. }) => {
             (0xffff_ff00..=0xffff_ffff).contains(&address) || (0x7fff_ffff_ff00..1 << 47).contains(&address)
         }
+        (End::Fault { vector: 12 | 13, .. }, End::Fault { vector: 17, .. }) => true,
         _ => false,
     };
     // Which operand of CMPS is read first depends on its size and prefixes; POPA may write registers before it faults.

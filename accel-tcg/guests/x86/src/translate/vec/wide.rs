@@ -5,7 +5,7 @@ use iced_x86::{Mnemonic, OpKind, Register};
 
 use super::{Vector, op, table, template};
 use crate::key::CodeSize;
-use crate::translate::Translator;
+use crate::translate::{Addr, Size, Translator};
 
 pub(super) const NAMES: &[&str] = &[
     "broadcastss",
@@ -140,6 +140,14 @@ impl Translator<'_> {
         let a = self.vreg(v.insn.op1_register());
         let wide = v.insn.op1_register().is_ymm();
         let t = VecInsn { imm: Some(v.insn.immediate8()), ..template(v.insn, VecForm::Extract) };
+        if v.insn.op0_kind() == OpKind::Memory {
+            // A store that faults leaves the sticky flags.
+            let at = self.vaddr(v.insn, if wide { 16 } else { 8 }, (true, false));
+            self.load_for_update(Size::B8, at);
+            if wide {
+                self.load_for_update(Size::B8, Addr { disp: at.disp + 8, ..at });
+            }
+        }
         let r = self.trapping(true, |s| {
             let low = s.b.vec(t, true, Type::V128, &[a[0]]);
             if !wide {
