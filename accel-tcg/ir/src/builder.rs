@@ -23,10 +23,29 @@ pub struct Builder {
     /// The value of a slot in this extended basic block, direct mapped by [`Slot::index`].
     known: Vec<(u32, u32)>,
     effects: Vec<(Effects, Type)>,
+    /// Sums and shifts of this block, direct mapped.
+    computed: [Computed; COMPUTED],
     /// Sign extensions of this block: (operand, result), direct mapped.
     extended: [(u32, u32); 8],
     /// Zero extensions likewise.
     extended_u: [(u32, u32); 8],
+}
+
+/// Entries of the table of sums and shifts.
+const COMPUTED: usize = 16;
+/// How many instructions later a sum or shift is still worth reusing rather than computing again: what lives longer
+/// takes registers from others.
+const REUSE: u32 = 32;
+
+/// A sum or shift: what it is of, and the value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Computed {
+    op: Option<Op>,
+    wide: bool,
+    a: u32,
+    /// The constant, or the value's index.
+    b: (bool, u64),
+    value: u32,
 }
 
 impl Builder {
@@ -92,6 +111,7 @@ impl Builder {
         self.known.fill((u32::MAX, 0));
         self.extended = [(u32::MAX, 0); 8];
         self.extended_u = [(u32::MAX, 0); 8];
+        self.computed = [Computed::default(); COMPUTED];
     }
 
     #[inline]
@@ -198,8 +218,31 @@ impl Builder {
             fold::Folded::Const(c) => self.constant(ty, c),
             fold::Folded::Val(v) => v,
             fold::Folded::Neg(v) => self.unary(Op::Neg, v),
+            fold::Folded::Op(op @ (Op::Add | Op::Shl), a, b) => self.address_part(op, ty, a, b),
             fold::Folded::Op(op, a, b) => self.push_op(op, ty, 0, (a.0, b.0, 0)),
         }
+    }
+
+    /// A sum or shift to the left, which addresses are made of: the value there is already, if it was computed lately, so that
+    /// the back end sees that accesses are to one address.
+    fn address_part(&mut self, op: Op, ty: Type, a: Val, b: Val) -> Val {
+        let key = match self.as_const(b) {
+            Some(c) => (true, c),
+            None => (false, u64::from(b.0)),
+        };
+        let n = (a.0 ^ key.1 as u32 ^ op as u32) as usize % COMPUTED;
+        let Some(known) = self.computed.get(n).copied() else { return a };
+        let next = self.region.insts.len() as u32;
+        let same =
+            known.op == Some(op) && known.wide == (ty == Type::I64) && known.a == a.0 && known.b == key;
+        if same && next - known.value <= REUSE {
+            return Val(known.value);
+        }
+        let v = self.push_op(op, ty, 0, (a.0, b.0, 0));
+        if let Some(c) = self.computed.get_mut(n) {
+            *c = Computed { op: Some(op), wide: ty == Type::I64, a: a.0, b: key, value: v.0 };
+        }
+        v
     }
 
     /// A shift to the left and back by the same constant is an extension, when it keeps 8, 16 or 32 bits of an `I64`.

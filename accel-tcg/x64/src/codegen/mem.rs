@@ -38,6 +38,8 @@ struct Range {
     lo: i32,
     hi: i32,
     last: u32,
+    /// One of them is a store.
+    write: bool,
 }
 
 /// The widest range of a shared probe: what crosses a page takes the slow path with all its accesses.
@@ -55,10 +57,11 @@ impl Probe {
 }
 
 impl Cx<'_> {
-    /// The range that the access at hand and later ones of this block have in common; `None` when it is alone.
+    /// The range that the access at hand and later ones of this block have in common; `None` when it is alone. A load before
+    /// a store goes through the write array, whose pages can be read too.
     fn range(&self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Range> {
         let size = mem.bytes() as i32;
-        let mut range = Range { lo: disp, hi: disp.checked_add(size)?, last: self.at };
+        let mut range = Range { lo: disp, hi: disp.checked_add(size)?, last: self.at, write };
         let from = self.at as usize + 1;
         for (n, i) in self.r.insts.iter().enumerate().skip(from).take(LOOK_AHEAD) {
             let store = match i.op {
@@ -70,13 +73,13 @@ impl Cx<'_> {
             };
             let m = i.mem();
             let same = self.st.an.root(Val(i.a)) == addr && m.mmu_idx() == mem.mmu_idx();
-            if !same || store && !write {
+            if !same {
                 continue;
             }
             let end = i.disp().checked_add(m.bytes() as i32)?;
             let (lo, hi) = (range.lo.min(i.disp()), range.hi.max(end));
             if i64::from(hi) - i64::from(lo) <= i64::from(MAX_RANGE) {
-                range = Range { lo, hi, last: n as u32 };
+                range = Range { lo, hi, last: n as u32, write: range.write || store };
             }
         }
         (range.last != self.at).then_some(range)
@@ -145,7 +148,7 @@ impl Cx<'_> {
         if let Some(p) = self.reuse_page(mem, (addr, disp), write) {
             return p;
         }
-        let Some(Range { lo, hi, last }) = self.range(mem, (addr, disp), write) else {
+        let Some(Range { lo, hi, last, write }) = self.range(mem, (addr, disp), write) else {
             return self.lone_probe(mem, (addr, disp), write);
         };
         let mut p = self.probe_range(mem, addr, (lo, hi), write);
