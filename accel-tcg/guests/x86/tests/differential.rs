@@ -78,6 +78,7 @@ fn machine(engine: Engine) -> Machine {
 #[test]
 fn translated_code_agrees_with_the_host() {
     let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
+    ours.set_end_page(&host.end_page());
     finish(&run(setting("HOLDFAST_FUZZ_SEED", 2), limits(100_000), &mut host, &mut ours));
 }
 
@@ -92,7 +93,9 @@ fn interpreter_agrees_with_translated_code() {
 #[test]
 fn corpus_agrees_with_the_host() {
     let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
+    ours.set_end_page(&host.end_page());
     let mut interpreted = machine(Engine::Interpreter);
+    interpreted.set_end_page(&host.end_page());
     let patterns = patterns();
     let mut bad = String::new();
     let mut count = 0;

@@ -265,8 +265,8 @@ fn liveness(scan: &mut Scan, key: Key) {
 
 /// Shifts and rotations by CL, and repeated comparisons: a count of 0 leaves the flags.
 fn counted(insn: &Instruction) -> bool {
-    if insn.has_rep_prefix() || insn.has_repne_prefix() {
-        return insn.is_string_instruction();
+    if insn.is_string_instruction() {
+        return insn.has_rep_prefix() || insn.has_repne_prefix();
     }
     (1..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n) == Register::CL)
 }

@@ -96,6 +96,11 @@ impl Machine {
         Self { name, vcpu, memory, timers, base, data: vec![0; DATA_RW], runs, done, dog: Some(dog) }
     }
 
+    /// Sets what the page that ends code holds.
+    pub fn set_end_page(&self, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(END_AT)).expect("in RAM");
+    }
+
     fn word(&self, va: u64) -> u64 {
         let gpa = GuestAddress(va.wrapping_sub(SYSTEM));
         self.memory.read_obj(gpa).unwrap_or(u64::MAX)

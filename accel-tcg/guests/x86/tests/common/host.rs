@@ -276,6 +276,12 @@ impl Host {
         this
     }
 
+    /// What the page that ends code holds, for data may be read from there too.
+    pub fn end_page(&self) -> Vec<u8> {
+        // SAFETY: in the mapping, and not written any more.
+        unsafe { std::slice::from_raw_parts(self.memory.add(CODE_SIZE), 0x1000) }.to_vec()
+    }
+
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= DATA_AT + DATA_SIZE);
         // SAFETY: in the mapping, which nobody holds a reference to.
