@@ -211,7 +211,7 @@ impl Translator<'_> {
             let back = self.narrow(size, back);
             self.push(size, back);
             match target(insn, self.key) {
-                Some(to) => self.goto(to),
+                Some(to) => self.goto_there(to),
                 None => {
                     let to = self.relative(insn);
                     self.goto_val(to, JumpHint::Call);

@@ -72,6 +72,8 @@ pub(crate) struct Translator<'a> {
     cc: Cc,
     /// The status flags that someone may read after the instruction at hand ([`iced_x86::RflagsBits`]).
     live: u32,
+    /// Those that may be read where its direct jump or call out of the region goes.
+    live_there: u32,
     scan: &'a Scan,
     /// Labels of instructions that are jumped to, by index.
     labels: Vec<Option<Label>>,
@@ -102,6 +104,7 @@ pub(crate) fn region(
         next: request.pc,
         cc: Cc::default(),
         live: 0,
+        live_there: STATUS,
         labels: Vec::new(),
         leaving: Vec::new(),
         traps: Vec::new(),
@@ -130,6 +133,9 @@ impl Translator<'_> {
         }
         if !self.b.terminated() {
             let end = self.next;
+            if scan.live_end == 0 {
+                self.cc = Cc::default();
+            }
             if scan.end_indirect { self.goto_lookup(end) } else { self.goto(end) }
         }
         for (label, target) in std::mem::take(&mut self.leaving) {
@@ -148,7 +154,7 @@ impl Translator<'_> {
     fn line(&mut self, line: &Line) {
         self.pc = line.pc;
         self.next = line.pc.wrapping_add(u64::from(line.len));
-        self.live = line.live;
+        (self.live, self.live_there) = (line.live, line.live_there);
         self.b.insn(line.pc, u32::from(line.len));
         if self.key.intersects(Key::SINGLE) {
             self.b.call(self.ids.sys.begin, &[]);
@@ -264,7 +270,9 @@ impl Translator<'_> {
                 self.b.brcond(cc, a, b, label);
             }
             None => {
-                self.sync();
+                if self.live_there != 0 {
+                    self.sync();
+                }
                 let label = self.b.label();
                 self.b.brcond(cc, a, b, label);
                 self.leaving.push((label, target));
@@ -281,8 +289,16 @@ impl Translator<'_> {
                 }
                 self.b.br(label);
             }
-            None => self.goto(target),
+            None => self.goto_there(target),
         }
+    }
+
+    /// Leaves by the direct jump or call at hand to `target`, for which it is known which flags are live there.
+    pub(super) fn goto_there(&mut self, target: u64) {
+        if self.live_there == 0 {
+            self.cc = Cc::default();
+        }
+        self.goto(target);
     }
 
     // ---- the instruction pointer ----

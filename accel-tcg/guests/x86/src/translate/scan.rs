@@ -37,6 +37,8 @@ pub(crate) struct Line {
     pub live: u32,
     /// The same before it.
     pub live_before: u32,
+    /// The same where its direct jump or call out of the region goes.
+    pub live_there: u32,
 }
 
 /// The instructions of a region, by rising pc.
@@ -47,6 +49,8 @@ pub(crate) struct Scan {
     pub end: u64,
     /// What follows is an instruction across two pages: it has to be looked up.
     pub end_indirect: bool,
+    /// The status flags that may be read behind the end.
+    pub live_end: u32,
 }
 
 impl Scan {
@@ -133,6 +137,7 @@ impl Bytes {
             faults: true,
             live: 0,
             live_before: 0,
+            live_there: STATUS,
         };
         loop {
             let bytes = self.buffer.get(from..).unwrap_or(&[]);
@@ -167,7 +172,12 @@ pub(crate) fn run(
 ) -> Result<Scan, Fault> {
     let single = key.intersects(Key::SINGLE);
     let limit = if single { 1 } else { request.max_insns.clamp(1, MAX_INSNS) as usize };
-    let mut scan = Scan { lines: Vec::with_capacity(limit.min(24)), end: request.pc, end_indirect: false };
+    let mut scan = Scan {
+        lines: Vec::with_capacity(limit.min(24)),
+        end: request.pc,
+        end_indirect: false,
+        live_end: STATUS,
+    };
     let mut bytes = Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize) };
     let mut targets: Vec<u64> = Vec::new();
     let mut pc = request.pc;
@@ -214,8 +224,59 @@ pub(crate) fn run(
             line.target = true;
         }
     }
+    look_ahead(&mut scan, key, code);
     liveness(&mut scan, key);
     Ok(scan)
+}
+
+/// How many instructions are looked at behind a way out.
+const AHEAD: usize = 4;
+
+/// Finds out for direct jumps and calls out of the region, to the same page, which status flags are live there. What is
+/// read becomes part of the region, so a change of it is noticed.
+fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>) {
+    if scan.lines.len() < 2 {
+        return;
+    }
+    for i in 0..scan.lines.len() {
+        let Some(line) = scan.lines.get(i) else { continue };
+        if line.insn.flow_control() == FlowControl::Next {
+            continue;
+        }
+        let to = match control::target(&line.insn, key) {
+            Some(to) if (to ^ line.pc) & !PAGE == 0 && scan.index_of(to).is_none() => to,
+            _ => continue,
+        };
+        let live = live_at(to, key, code);
+        if let Some(line) = scan.lines.get_mut(i) {
+            line.live_there = live;
+        }
+    }
+    if (scan.end ^ scan.lines.first().map_or(0, |l| l.pc)) & !PAGE == 0 {
+        scan.live_end = live_at(scan.end, key, code);
+    }
+}
+
+/// The status flags that the code at `pc` may read before it sets them.
+fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>) -> u32 {
+    let mut bytes = Bytes { start: pc, buffer: Vec::with_capacity(GRANULE as usize) };
+    let (mut read, mut changed, mut at) = (0, 0, pc);
+    for _ in 0..AHEAD {
+        let line = match bytes.decode(code, at, key) {
+            Ok(Some(line)) if !line.insn.is_invalid() => line,
+            _ => break,
+        };
+        at = at.wrapping_add(u64::from(line.len));
+        read |= line.insn.rflags_read() & !changed;
+        if flow(&line, key) != Flow::Next || (at ^ pc) & !PAGE != 0 {
+            break;
+        }
+        changed |= if counted(&line.insn) { 0 } else { line.insn.rflags_modified() };
+        if changed & STATUS == STATUS {
+            break;
+        }
+    }
+    (read | !changed) & STATUS
 }
 
 /// Which status flags may be read before and after each instruction: backward passes until nothing changes. Ways out
@@ -231,7 +292,7 @@ fn liveness(scan: &mut Scan, key: Key) {
     }
     loop {
         let (mut backward, mut grew) = (false, false);
-        let mut live = STATUS;
+        let mut live = scan.live_end;
         for i in (0..scan.lines.len()).rev() {
             let Some(line) = scan.lines.get(i) else { continue };
             let insn = &line.insn;
@@ -245,10 +306,11 @@ fn liveness(scan: &mut Scan, key: Key) {
                             backward |= at <= i;
                             next | before
                         }
-                        None => STATUS,
+                        None => next | line.live_there,
                     }
                 }
-                _ => STATUS,
+                Flow::Away => line.live_there,
+                Flow::Stop | Flow::Fork => STATUS,
             };
             let changed = if counted(insn) { 0 } else { insn.rflags_modified() };
             live = (out & !changed | insn.rflags_read()) & STATUS;
