@@ -3,6 +3,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod models;
 pub mod smbios;
 
 use std::collections::BTreeMap;

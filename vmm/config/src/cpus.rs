@@ -49,6 +49,10 @@ pub struct CpusConfig {
     /// Arrangement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
+    /// CPU model of an x86 guest: `host` or `max` (all that the accelerator supports), `qemu64`, `Nehalem`,
+    /// `Skylake-Server`, `EPYC`. A named model gets what of it the accelerator supports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<String>,
     /// Pinning of vCPUs to host CPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<CpuAffinity>>,
@@ -67,6 +71,6 @@ impl CpusConfig {
 
 impl Default for CpusConfig {
     fn default() -> Self {
-        Self { boot_vcpus: 1, max_vcpus: 1, topology: None, affinity: None }
+        Self { boot_vcpus: 1, max_vcpus: 1, topology: None, profile: None, affinity: None }
     }
 }

@@ -34,7 +34,7 @@ fn vm_fields() -> [(&'static str, Vec<Value>); 19] {
 }
 
 /// Fields of the sub-configs.
-fn nested_fields() -> [(&'static str, &'static str, Vec<Value>); 31] {
+fn nested_fields() -> [(&'static str, &'static str, Vec<Value>); 30] {
     let off = || vec![json!(false)];
     [
         ("cpus", "kvm_hyperv", off()),
@@ -42,7 +42,6 @@ fn nested_fields() -> [(&'static str, &'static str, Vec<Value>); 31] {
         ("cpus", "nested", vec![json!(true)]),
         ("cpus", "features", vec![json!({}), json!({"amx": false})]),
         ("cpus", "core_scheduling", vec![json!("Vm"), json!("Off")]),
-        ("cpus", "profile", vec![json!("Host"), json!("host")]),
         ("memory", "mergeable", off()),
         ("memory", "hotplug_method", vec![json!("Acpi")]),
         ("memory", "hotplug_size", vec![json!(0)]),
@@ -137,7 +136,7 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
 
 /// Sub-keys of Cloud Hypervisor's options for features that Holdfast does not have.
 const UNSUPPORTED_KEYS: &[(&str, &[&str])] = &[
-    ("cpus", &["kvm_hyperv", "max_phys_bits", "features", "nested", "core_scheduling", "profile"]),
+    ("cpus", &["kvm_hyperv", "max_phys_bits", "features", "nested", "core_scheduling"]),
     (
         "memory",
         &["file", "mergeable", "hotplug_method", "hotplug_size", "hotplugged_size", "reserve", "zones"],

@@ -55,11 +55,24 @@ impl VmConfig {
         problems.into_result()
     }
 
+    fn check_profile(&self, profile: &str, problems: &mut Problems) {
+        let known = holdfast_arch::x86_64::models::named(profile).is_some();
+        if self.guest_arch() != holdfast_arch::Arch::X86_64 {
+            problems.add("cpus.profile", "is for x86_64 guests");
+        } else if !known {
+            let names = holdfast_arch::x86_64::models::NAMES.join(", ");
+            problems.add("cpus.profile", format!("is `{profile}`; there are {names}"));
+        }
+    }
+
     fn check_cpus(&self, problems: &mut Problems) {
         let cpus = &self.cpus;
         let max = cpus.max();
         if cpus.boot_vcpus == 0 {
             problems.add("cpus.boot_vcpus", "is 0; a VM needs at least one");
+        }
+        if let Some(profile) = &cpus.profile {
+            self.check_profile(profile, problems);
         }
         if max < cpus.boot_vcpus {
             let reason = format!("is {max}, less than boot_vcpus, which is {}", cpus.boot_vcpus);

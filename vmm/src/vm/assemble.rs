@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use holdfast_accel::{Accelerator, IrqChip, VmSpec};
 use holdfast_arch::CpuModel;
-use holdfast_arch::x86_64::CpuTopology;
+use holdfast_arch::x86_64::{CpuTopology, models};
 use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_config::{
     ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, PflashConfig, VirtioTransport, VmConfig,
@@ -183,7 +183,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             cmdline: payload.cmdline.unwrap_or_default(),
             flash: config.pflash().iter().map(flash_image).collect(),
         },
-        cpu: cpu_model(module, topology),
+        cpu: cpu_model(module, config.cpus.profile.as_deref(), topology),
         irqchip: match config.machine.kernel_irqchip {
             IrqChipMode::Split => IrqChip::Split,
             IrqChipMode::On => IrqChip::On,
@@ -204,9 +204,12 @@ fn flash_image(config: &PflashConfig) -> FlashImage {
     FlashImage { path: config.path.clone(), readonly: config.readonly }
 }
 
-/// The machine's default CPU, arranged as the user wants it.
-fn cpu_model(module: &dyn MachineModule, topology: Option<Topology>) -> CpuModel {
+/// The CPU model the user named or else the machine's default, arranged as the user wants it.
+fn cpu_model(module: &dyn MachineModule, profile: Option<&str>, topology: Option<Topology>) -> CpuModel {
     let mut cpu = module.default_cpu();
+    if let (CpuModel::X86_64(model), Some(named)) = (&mut cpu, profile.and_then(models::named)) {
+        *model = named;
+    }
     if let (CpuModel::X86_64(model), Some(t)) = (&mut cpu, topology) {
         model.topology = Some(CpuTopology { threads: t.threads, cores: t.cores, dies: t.dies });
     }
