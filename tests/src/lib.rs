@@ -38,6 +38,39 @@ pub fn riscv64_guest() -> PathBuf {
     String::from_utf8(output.stdout).expect("a path").trim().into()
 }
 
+/// The directory with Debian's amd64 `vmlinuz` and `initramfs.cpio`, fetched if it is missing.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn x86_64_guest() -> PathBuf {
+    if let Some(path) = std::env::var_os("HOLDFAST_X86_64_GUEST") {
+        return path.into();
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/fetch-x86_64");
+    let output = Command::new(script).stderr(Stdio::inherit()).output().expect("fetch-x86_64 runs");
+    assert!(output.status.success(), "the x86_64 guest cannot be fetched");
+    String::from_utf8(output.stdout).expect("a path").trim().into()
+}
+
+/// As [`riscv64_args`] for the x86_64 guest.
+pub fn x86_64_args(vcpus: u32, test: &str) -> Vec<String> {
+    let guest = x86_64_guest();
+    let test = if test.is_empty() { String::new() } else { format!(" holdfast.test={test}") };
+    let args = [
+        ["--arch", "x86_64"],
+        ["--machine", "q35"],
+        ["--accel", "tcg"],
+        ["--cpus", &format!("boot={vcpus}")],
+        ["--memory", "size=512M"],
+        ["--kernel", &format!("{}/vmlinuz", guest.display())],
+        ["--initramfs", &format!("{}/initramfs.cpio", guest.display())],
+        ["--cmdline", &format!("console=ttyS0 quiet{test}")],
+        ["--serial", "tty"],
+        ["--console", "off"],
+    ];
+    args.into_iter().flatten().map(str::to_owned).collect()
+}
+
 /// The value that the guest printed after `key`.
 ///
 /// # Panics

@@ -77,7 +77,8 @@ fn install(s: &mut X86, table: &[CpuidEntry]) -> Result<(), String> {
         | on(leaf(table, 0x8000_0021)[0], 8, efer::AUTOIBRS);
     let xsave = table.iter().find(|e| e.function == 0xd && e.index == 0);
     let offered = xsave.map_or(0, |e| u64::from(e.regs[3]) << 32 | u64::from(e.regs[0]));
-    s.xcr0_bits = 1 | offered;
+    // x87 and SSE state are there even where XSAVE is not.
+    s.xcr0_bits = 3 | offered;
     let width = leaf(table, 0x8000_0008)[0] & 0xff;
     s.phys_bits = if width == 0 { 36 } else { u64::from(width.clamp(32, 52)) };
     Ok(())

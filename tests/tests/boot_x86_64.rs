@@ -1,0 +1,53 @@
+//! Debian's amd64 kernel under translation: 1 and 2 vCPUs, a CPU model, the shell.
+
+use std::time::Duration;
+
+use holdfast_tests::{Program, x86_64_args};
+
+/// Generous: the test machine may be busy. Nothing is asserted about speed.
+const BOOT: Duration = Duration::from_secs(240);
+
+fn boots_with(vcpus: u32) {
+    let mut vm = Program::run(&x86_64_args(vcpus, "boot"));
+    vm.wait_for(&format!("x86_64 {vcpus} cpu"), BOOT);
+    vm.wait_for("GUEST-TEST-EXIT 0", BOOT);
+    assert!(vm.wait_exit(BOOT).success(), "power-off ends the program with success");
+}
+
+#[test]
+fn one_vcpu() {
+    boots_with(1);
+}
+
+#[test]
+fn two_vcpus() {
+    boots_with(2);
+}
+
+#[test]
+fn an_older_processor() {
+    let mut args = x86_64_args(1, "");
+    let cpus = args.iter().position(|a| a == "boot=1").expect("there");
+    args[cpus] = "boot=1,profile=Nehalem".into();
+    let mut vm = Program::run(&args);
+    let at = vm.wait_for("# ", BOOT);
+    vm.type_in("grep -c 'Nehalem' /proc/cpuinfo; grep -cw avx /proc/cpuinfo; echo seen\n");
+    vm.wait_for_after("seen", at, BOOT);
+    let output = vm.output();
+    assert!(output.replace('\r', "").contains("\n1\n0\nseen"), "{output}");
+}
+
+#[test]
+fn the_shell_answers_and_ctrl_a_x_quits() {
+    let mut vm = Program::run(&x86_64_args(2, ""));
+    vm.wait_for("BOOTED", BOOT);
+    let at = vm.wait_for("# ", BOOT);
+    vm.type_in("echo $((6 * 7))-$(uname -m)\n");
+    let at = vm.wait_for_after("42-x86_64", at, BOOT);
+    vm.type_in("dd if=/dev/zero bs=1k count=64 2>/dev/null | sha256sum\n");
+    let at = vm.wait_for_after("de2f256064a0af797747c2b97505dc0b9f3df0de4f489eac731c23ae9ca9cc31", at, BOOT);
+    vm.type_in("awk 'BEGIN { printf \"%.10f\\n\", sqrt(2) * exp(1) }'\n");
+    vm.wait_for_after("3.8442310282", at, BOOT);
+    vm.type_in("\u{1}x");
+    assert!(vm.wait_exit(BOOT).success());
+}
