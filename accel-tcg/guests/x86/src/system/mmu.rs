@@ -105,7 +105,7 @@ fn walk_wide(s: &X86, phys: &PhysMemory, va: u64, path: &mut Path) -> Result<Lea
             return Err(Miss::NotPresent);
         }
         let large = level == 1 || entry & pte::PS != 0 && matches!(level, 2 | 3);
-        let inner = if large && level > 1 { (1_u64 << shift) - 1 & !0x1fff } else { 0 };
+        let inner = if large && level > 1 { ((1_u64 << shift) - 1) & !0x1fff } else { 0 };
         let no_large = if level > 3 { pte::PS } else { 0 };
         if entry & (reserved | inner | no_large) != 0 {
             return Err(Miss::Reserved);
@@ -332,3 +332,6 @@ pub(crate) fn load_pdptes(s: &X86, phys: &PhysMemory, cr3: u64) -> Option<[u64; 
     }
     Some(out)
 }
+
+#[cfg(test)]
+mod tests;

@@ -83,15 +83,15 @@ pub(crate) fn sysret(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
         let new = s.gpr[R11] & 0x3c_7fd7;
         flags::write(s, new);
         if size == 8 {
-            set_segments(s, base + 16 | 3, base + 8 | 3, CODE64, 3);
+            set_segments(s, (base + 16) | 3, (base + 8) | 3, CODE64, 3);
             rcx
         } else {
-            set_segments(s, base | 3, base + 8 | 3, CODE32, 3);
+            set_segments(s, base | 3, (base + 8) | 3, CODE32, 3);
             rcx & 0xffff_ffff
         }
     } else {
         s.flags |= rflags::IF;
-        set_segments(s, base | 3, base + 8 | 3, CODE32, 3);
+        set_segments(s, base | 3, (base + 8) | 3, CODE32, 3);
         rcx & 0xffff_ffff
     };
     cpu.mode_changed();
@@ -134,9 +134,9 @@ pub(crate) fn sysexit(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     }
     let mask = if size == 8 { u64::MAX } else { 0xffff_ffff };
     if size == 8 {
-        set_segments(s, base + 32 | 3, base + 40 | 3, CODE64, 3);
+        set_segments(s, (base + 32) | 3, (base + 40) | 3, CODE64, 3);
     } else {
-        set_segments(s, base + 16 | 3, base + 24 | 3, CODE32, 3);
+        set_segments(s, (base + 16) | 3, (base + 24) | 3, CODE32, 3);
     }
     s.gpr[RSP] = rsp & mask;
     cpu.mode_changed();
