@@ -124,41 +124,48 @@ fn remote_irr(p: &mut Program) -> Step {
     p.print_eax()
 }
 
+/// Raises a level-triggered interrupt and keeps the line up: the first delivery does `first`, the second lowers the
+/// line. Some KVMs report the EOI at delivery: then one more comes after that, and is no fault.
+pub(crate) fn level_interrupt(p: &mut Program, first: impl FnOnce(&mut Program) -> Step) -> Step {
+    let (mut begin, mut handler) = (p.a.create_label(), p.a.create_label());
+    let (mut second, mut out) = (p.a.create_label(), p.a.create_label());
+    p.a.jmp(begin)?;
+    p.a.set_label(&mut handler)?;
+    p.a.push(rax)?;
+    p.a.push(r8)?;
+    count(p)?;
+    p.a.cmp(dword_ptr(rax), 1)?;
+    p.a.jne(second)?;
+    first(p)?;
+    p.a.jmp(out)?;
+    p.a.set_label(&mut second)?;
+    p.a.cmp(dword_ptr(rax), 2)?;
+    p.a.jne(out)?;
+    p.print("2 ")?;
+    p.out_byte(GSI, 20)?;
+    p.a.set_label(&mut out)?;
+    p.a.pop(r8)?;
+    p.a.pop(rax)?;
+    p.eoi()?;
+    p.a.iretq()?;
+    p.gate(0x48, handler);
+
+    p.a.set_label(&mut begin)?;
+    p.mask_pics()?;
+    p.enable_lapic()?;
+    p.ioapic(0x10 + 2 * 20 + 1, 0)?;
+    p.ioapic(0x10 + 2 * 20, 0x8048)?;
+    p.out_byte(GSI, 0x80 | 20)?;
+    wait_for(p, 2)
+}
+
 fn level(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
     let image = long_mode(|p| {
-        let (mut begin, mut handler) = (p.a.create_label(), p.a.create_label());
-        let (mut second, mut out) = (p.a.create_label(), p.a.create_label());
-        p.a.jmp(begin)?;
-        p.a.set_label(&mut handler)?;
-        p.a.push(rax)?;
-        p.a.push(r8)?;
-        count(p)?;
-        p.a.cmp(dword_ptr(rax), 1)?;
-        p.a.jne(second)?;
         // The line stays up: after the EOI it comes again.
-        p.print("1 ")?;
-        remote_irr(p)?;
-        p.a.jmp(out)?;
-        // Some KVMs report the EOI at delivery: then one more comes after the line was lowered, and is no fault.
-        p.a.set_label(&mut second)?;
-        p.a.cmp(dword_ptr(rax), 2)?;
-        p.a.jne(out)?;
-        p.print("2 ")?;
-        p.out_byte(GSI, 20)?;
-        p.a.set_label(&mut out)?;
-        p.a.pop(r8)?;
-        p.a.pop(rax)?;
-        p.eoi()?;
-        p.a.iretq()?;
-        p.gate(0x48, handler);
-
-        p.a.set_label(&mut begin)?;
-        p.mask_pics()?;
-        p.enable_lapic()?;
-        p.ioapic(0x10 + 2 * 20 + 1, 0)?;
-        p.ioapic(0x10 + 2 * 20, 0x8048)?;
-        p.out_byte(GSI, 0x80 | 20)?;
-        wait_for(p, 2)?;
+        level_interrupt(p, |p| {
+            p.print("1 ")?;
+            remote_irr(p)
+        })?;
         // One more may be on its way. It must end, with the line down.
         let mut again = p.a.create_label();
         p.a.sti()?;

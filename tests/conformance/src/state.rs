@@ -7,7 +7,7 @@ use holdfast_device::MsiMessage;
 use iced_x86::code_asm::*;
 
 use crate::asm::{DATA, GSI, LAPIC, Program, STOP, Step, long_mode};
-use crate::interrupts::{count, counting, wait_for};
+use crate::interrupts::{count, counting, level_interrupt, wait_for};
 use crate::rig::{Needs, Rig};
 use crate::{Case, Failure};
 
@@ -123,34 +123,10 @@ fn pending(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure>
 /// Saved between a level interrupt's delivery and its EOI, with the line up.
 fn in_service(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
     let image = long_mode(|p| {
-        let (mut begin, mut handler) = (p.a.create_label(), p.a.create_label());
-        let (mut second, mut out) = (p.a.create_label(), p.a.create_label());
-        p.a.jmp(begin)?;
-        p.a.set_label(&mut handler)?;
-        p.a.push(rax)?;
-        count(p)?;
-        p.a.cmp(dword_ptr(rax), 1)?;
-        p.a.jne(second)?;
-        p.out_byte(STOP, 0)?;
-        p.print("1 ")?;
-        p.a.jmp(out)?;
-        p.a.set_label(&mut second)?;
-        p.a.cmp(dword_ptr(rax), 2)?;
-        p.a.jne(out)?;
-        p.print("2 ")?;
-        p.out_byte(GSI, 20)?;
-        p.a.set_label(&mut out)?;
-        p.a.pop(rax)?;
-        p.eoi()?;
-        p.a.iretq()?;
-        p.gate(0x48, handler);
-        p.a.set_label(&mut begin)?;
-        p.mask_pics()?;
-        p.enable_lapic()?;
-        p.ioapic(0x10 + 2 * 20 + 1, 0)?;
-        p.ioapic(0x10 + 2 * 20, 0x8048)?;
-        p.out_byte(GSI, 0x80 | 20)?;
-        wait_for(p, 2)?;
+        level_interrupt(p, |p| {
+            p.out_byte(STOP, 0)?;
+            p.print("1 ")
+        })?;
         end(p)
     })?;
     let mut rig = Rig::new(accel, irqchip, &image, ONE)?;
