@@ -63,6 +63,17 @@ pub(super) fn store(cpu: &mut Cpu<'_>, [va, bits, ..]: [u64; 5]) -> HelperResult
     Ok(0)
 }
 
+/// A store of a YMM register that crosses a page.
+pub(super) fn store_wide(cpu: &mut Cpu<'_>, [va, register, ..]: [u64; 5]) -> HelperResult {
+    probe(cpu, va, 32)?;
+    let s = cpu.state::<X86>();
+    let (idx, data) = (s.data_idx(), s.ymm[register as usize & 15]);
+    for (n, word) in data.into_iter().enumerate() {
+        cpu.store(va.wrapping_add(8 * n as u64), 8, idx, word)?;
+    }
+    Ok(0)
+}
+
 /// The same from memory: elements that are not loaded are zero.
 pub(super) fn load(cpu: &mut Cpu<'_>, [va, bits, ..]: [u64; 5]) -> HelperResult {
     let h = how(bits);

@@ -109,6 +109,8 @@ pub(crate) struct Ids {
     pub mask_store: HelperId,
     /// (address, [`masked::How`])
     pub mask_load: HelperId,
+    /// (address, register): stores a YMM register.
+    pub store_wide: HelperId,
     /// (base address, how)
     pub gather: HelperId,
     /// (opcode, address, offset, flags): an x87 instruction; gives the status flags after it.
@@ -133,6 +135,7 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
         maskmovq: t.faulting("maskmovq", maskmovq, Type::Void, 3, writes),
         mask_store: t.faulting("mask_store", mask_store, Type::Void, 2, writes),
         mask_load: t.faulting("mask_load", mask_load, Type::Void, 2, writes),
+        store_wide: t.faulting("store_wide", store_wide, Type::Void, 2, writes),
         gather: t.faulting("gather", gather, Type::Void, 2, writes),
         x87: t.faulting("x87", x87_run, Type::I64, 4, writes),
         x87_control: t.faulting("x87_control", x87_control, Type::I64, 3, writes),
@@ -149,6 +152,7 @@ faulting_helper!(maskmovdqu, masked::maskmovdqu);
 faulting_helper!(maskmovq, masked::maskmovq);
 faulting_helper!(mask_store, masked::store);
 faulting_helper!(mask_load, masked::load);
+faulting_helper!(store_wide, masked::store_wide);
 faulting_helper!(gather, masked::gather);
 faulting_helper!(x87_run, x87::run);
 faulting_helper!(x87_control, x87::control);

@@ -80,6 +80,8 @@ pub(crate) struct Translator<'a> {
     /// Branches that leave: label and target.
     leaving: Vec<(Label, u64)>,
     traps: Vec<Trap>,
+    /// Stores of 32 bytes that cross pages.
+    crossing: Vec<vec::Crossing>,
 }
 
 /// Translates one region.
@@ -108,6 +110,7 @@ pub(crate) fn region(
         labels: Vec::new(),
         leaving: Vec::new(),
         traps: Vec::new(),
+        crossing: Vec::new(),
         scan: &scan,
     };
     t.run();
@@ -148,6 +151,11 @@ impl Translator<'_> {
             self.cc = Cc::default();
             self.pc = trap.pc;
             self.raise_now(trap.vector, trap.code);
+        }
+        for store in std::mem::take(&mut self.crossing) {
+            self.b.bind(store.label);
+            self.cc = Cc::default();
+            self.cross(&store);
         }
     }
 

@@ -17,6 +17,7 @@ use crate::key::Key;
 use crate::state::slot;
 use crate::system::regs::vector;
 pub(super) use host::Blob;
+pub(super) use moves::Crossing;
 pub(super) use table::available;
 use table::{Entry, Kind, lane_imm, raw, template};
 

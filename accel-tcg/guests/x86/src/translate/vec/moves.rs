@@ -1,11 +1,11 @@
 //! Moves, and what goes between vector and general registers.
 
-use holdfast_tcg_ir::{Type, Val, VecForm, VecInsn};
+use holdfast_tcg_ir::{Cond, Label, Type, Val, VecForm, VecInsn};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{Vector, op, raw, template};
 use crate::state::slot;
-use crate::translate::{Size, Translator};
+use crate::translate::{Addr, Size, Translator};
 
 pub(super) const NAMES: &[&str] = &[
     "movss",
@@ -53,6 +53,13 @@ pub(super) const NAMES: &[&str] = &[
     "zeroall",
 ];
 
+/// A store of 32 bytes that crosses a page, out of line: nothing may be stored if either page faults.
+pub(in crate::translate) struct Crossing {
+    pub label: Label,
+    insn: Instruction,
+    pc: u64,
+}
+
 /// Vector instructions that may have no vector register as an operand.
 pub(super) fn vectorless(m: Mnemonic) -> bool {
     use Mnemonic::*;
@@ -96,7 +103,9 @@ impl Translator<'_> {
         let at = self.vaddr(v.insn, bytes, (true, aligned));
         let mem = self.vmem(4, aligned && bytes == 16);
         if bytes == 32 {
-            // A fault of the second half leaves the first half stored; the instruction then starts again.
+            if !aligned && !self.stays_on_page(v, at) {
+                return;
+            }
             let (base, disp) = match at.disp.checked_add(16) {
                 Some(_) => (at.base, at.disp),
                 None => (self.whole(at), 0),
@@ -106,6 +115,39 @@ impl Translator<'_> {
         } else {
             self.b.store(mem, at.base, at.disp, value[0]);
         }
+    }
+
+    /// Goes out of line if 32 bytes at `at` cross a page. False if they are known to: then they have been stored.
+    fn stays_on_page(&mut self, v: &Vector<'_>, at: Addr) -> bool {
+        self.sync();
+        let va = self.whole(at);
+        let offset = self.b.andi(va, 0xfff);
+        let last = self.b.iconst(0x1000 - 32);
+        match self.b.known_cond(Cond::GtU, offset, last) {
+            Some(false) => {}
+            Some(true) => {
+                let register = self.b.iconst(v.insn.op1_register().number() as i64);
+                self.b.call(self.ids.fpu.store_wide, &[va, register]);
+                return false;
+            }
+            None => {
+                let label = self.b.label();
+                self.b.brcond(Cond::GtU, offset, last, label);
+                self.crossing.push(Crossing { label, insn: *v.insn, pc: self.pc });
+            }
+        }
+        true
+    }
+
+    /// The store that a branch of [`Translator::stays_on_page`] goes to.
+    pub(in crate::translate) fn cross(&mut self, store: &Crossing) {
+        self.pc = store.pc;
+        self.b.insn(store.pc, store.insn.len() as u32);
+        let at = self.address(&store.insn, 32, true);
+        let va = self.whole(at);
+        let register = self.b.iconst(store.insn.op1_register().number() as i64);
+        self.b.call(self.ids.fpu.store_wide, &[va, register]);
+        self.goto(store.pc.wrapping_add(store.insn.len() as u64));
     }
 
     /// Stores the low `1 << log2` (4 or 8) bytes to the memory operand.
@@ -395,7 +437,7 @@ impl Translator<'_> {
             _ => self.b.andi(di, 0xffff),
         };
         let s = crate::translate::operand::segment(insn.memory_segment());
-        let at = self.linear(s, crate::translate::Addr { base: offset, disp: 0 }, 16, true);
+        let at = self.linear(s, Addr { base: offset, disp: 0 }, 16, true);
         self.whole(at)
     }
 }
