@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, RflagsBits};
 
 use super::case::{CODE, Case, Role};
+use super::compare::Undefined;
 use super::emit::Emit;
 use super::random::Random;
 use super::templates::{Templates, is_string};
@@ -33,7 +34,7 @@ struct Draft {
     /// Instructions with their offsets.
     insns: Vec<(usize, Instruction)>,
     /// Status flags that are undefined so far.
-    undefined: u32,
+    undefined: Undefined,
 }
 
 impl Generator {
@@ -81,7 +82,7 @@ impl Generator {
         let roles = self.roles();
         let wanted = 1 + self.random.below(8) as usize;
         let main = self.random.below(wanted as u64) as usize;
-        let mut draft = Draft { code: Vec::new(), insns: Vec::new(), undefined: 0 };
+        let mut draft = Draft { code: Vec::new(), insns: Vec::new(), undefined: Undefined::default() };
         for index in 0..wanted {
             let code = if index == main {
                 self.next += 1;
@@ -190,13 +191,13 @@ impl Generator {
             if insn.code() == Code::Pause && bytes.len() > 2 {
                 continue;
             }
-            if insn.rflags_read() & draft.undefined != 0 {
+            if insn.rflags_read() & draft.undefined.flags != 0 {
                 continue;
             }
             if spoils_pointer(&insn, roles) && self.random.percent(75) {
                 continue;
             }
-            draft.undefined = undefined_after(draft.undefined, &insn);
+            draft.undefined.pass(&insn);
             draft.insns.push((draft.code.len(), insn));
             draft.code.extend_from_slice(&bytes);
             return;

@@ -176,6 +176,13 @@ trait Redundant {
 
 impl Redundant for Code {
     fn op_code_is_prefix_only(self, bits: u32, head: Head) -> bool {
+        // Processors disagree on VEX.W of these outside 64-bit mode.
+        if bits == 32
+            && matches!(head, Head::Vex { wide: true, .. })
+            && matches!(self.mnemonic(), Mnemonic::Vpextrd | Mnemonic::Vpinsrd)
+        {
+            return true;
+        }
         let Head::Legacy { map, prefix, .. } = head else { return false };
         // Processors disagree on 66 before near branches of 64-bit code.
         if bits == 64 && prefix == 0x66 && self.flow_control() != FlowControl::Next {
