@@ -14,7 +14,7 @@ use crate::node::{Extent, os_error};
 pub(super) struct Run {
     pub(super) kind: Kind,
     pub(super) len: u64,
-    /// Where it is in the file: data, and zeroes that keep their cluster.
+    /// Where it is in the file, or would be: data, zeroes that keep their cluster, subclusters of one that is allocated.
     pub(super) host: Option<u64>,
     /// The entry of its first cluster.
     pub(super) entry: Entry,
@@ -87,7 +87,8 @@ impl State {
                     return Err(self.mark_corrupt(what));
                 }
                 let host = match kind {
-                    Kind::Data | Kind::Zero => base.map(|b| b + at % cluster),
+                    // A subcluster that is not allocated has its place in its cluster, too.
+                    Kind::Data | Kind::Zero | Kind::Unallocated => base.map(|b| b + at % cluster),
                     _ => None,
                 };
                 let step = if kind == Kind::Compressed { cluster } else { sub };
