@@ -61,6 +61,8 @@ impl TcgVm {
         line("TLB fills", sum(&vcpus, |v| &v.counts.tlb.fills).to_string());
         line("TLB victim hits", sum(&vcpus, |v| &v.counts.tlb.victims).to_string());
         line("TLB full flushes", sum(&vcpus, |v| &v.counts.tlb.flushes).to_string());
+        line("TLB flushes of a space", sum(&vcpus, |v| &v.counts.tlb.space_flushes).to_string());
+        line("TLB flushes, large page", sum(&vcpus, |v| &v.counts.tlb.large_flushes).to_string());
         line("TLB page flushes", sum(&vcpus, |v| &v.counts.tlb.page_flushes).to_string());
         line("branch cache flushes", sum(&vcpus, |v| &v.counts.tlb.branch_flushes).to_string());
         line("TLB generation wraps", sum(&vcpus, |v| &v.counts.tlb.wraps).to_string());

@@ -66,8 +66,12 @@ pub struct TlbCounts {
     pub fills: AtomicU64,
     /// Refills from a victim array.
     pub victims: AtomicU64,
-    /// Flushes of everything or an address space.
+    /// Flushes of everything.
     pub flushes: AtomicU64,
+    /// Flushes of an address space.
+    pub space_flushes: AtomicU64,
+    /// Flushes of one page that had to be one of all, for it may lie in a large page.
+    pub large_flushes: AtomicU64,
     /// Flushes of one page.
     pub page_flushes: AtomicU64,
     /// Times all of the indirect-branch cache was forgotten.
@@ -205,7 +209,7 @@ impl Tlb {
     }
 
     fn flush_space(&mut self, env: &EnvBox, space: u64, counts: &TlbCounts) {
-        count(&counts.flushes);
+        count(&counts.space_flushes);
         if space == self.space {
             self.fresh(env, counts);
             self.publish(env);
@@ -216,6 +220,7 @@ impl Tlb {
 
     fn flush_page(&mut self, env: &EnvBox, va: u64, space: Option<u64>, counts: &TlbCounts) {
         if self.large.may_hold(va) {
+            count(&counts.large_flushes);
             return match space {
                 Some(space) => self.flush_space(env, space, counts),
                 None => self.flush_all(env, counts),
