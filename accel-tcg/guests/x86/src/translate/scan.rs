@@ -13,6 +13,9 @@ const MAX_INSNS: u32 = 96;
 /// this many bytes (padding).
 const MAX_GAP: u64 = 16;
 
+/// A region goes on behind a jump forward that skips at most this many bytes.
+const MAX_SKIP: u64 = 96;
+
 const PAGE: u64 = 0xfff;
 
 /// Bytes are read in units of this size, aligned: what a region's invalidation distinguishes.
@@ -208,6 +211,12 @@ pub(crate) fn run(
                 next
             }
             Flow::Stop => break,
+            Flow::Jump(to) if to > next && to - next <= MAX_SKIP => {
+                // Into the middle of a loop, or past the other side of a conditional: what is skipped is likely jumped to
+                // later in the region. If it is not, it is left out.
+                targets.push(to);
+                next
+            }
             ended => {
                 if let Flow::Jump(to) = ended {
                     targets.push(to);
