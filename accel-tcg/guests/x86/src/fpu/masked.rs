@@ -89,6 +89,9 @@ pub(super) fn load(cpu: &mut Cpu<'_>, [va, bits, ..]: [u64; 5]) -> HelperResult 
 }
 
 fn store_bytes(cpu: &mut Cpu<'_>, va: u64, data: &[u8], mask: &[u8]) -> HelperResult {
+    if data.len() == 8 {
+        super::check_alignment(cpu.state(), va, 8)?;
+    }
     let idx = cpu.state::<X86>().data_idx();
     let on = || data.iter().zip(mask).enumerate().filter(|(_, (_, m))| **m & 0x80 != 0);
     // The whole range has to be writable, whatever the mask says.

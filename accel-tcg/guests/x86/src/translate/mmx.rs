@@ -50,10 +50,11 @@ impl Translator<'_> {
     }
 
     fn maskmovq(&mut self, insn: &Instruction) -> bool {
+        // Before any fault of the store.
+        self.enter_mmx();
         let at = self.mask_move_address(insn);
         let data = self.b.get(slot::mmx(insn.op1_register().number()));
         let mask = self.b.get(slot::mmx(insn.op2_register().number()));
-        self.enter_mmx();
         self.b.call(self.ids.fpu.maskmovq, &[at, data, mask]);
         true
     }
