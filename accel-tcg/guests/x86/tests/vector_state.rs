@@ -1,0 +1,82 @@
+//! FXSAVE, XSAVE and what restores them: memory and registers as the host has them.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::case::{CODE, Case, DATA, DATA_SIZE, END, End, Processor, Role};
+use common::guest::Machine;
+use common::host::Host;
+use holdfast_guest_x86::X86Guest;
+use holdfast_tcg_runtime::Engine;
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+/// Saves to [`DATA`] and, if `restore`, loads it back over other values.
+fn code(extended: bool, restore: bool) -> Vec<u8> {
+    let build = || -> Result<Vec<u8>, IcedError> {
+        let mut a = CodeAssembler::new(64)?;
+        a.mov(rdi, DATA)?;
+        a.mov(eax, 7)?;
+        a.xor(edx, edx)?;
+        if extended {
+            a.xsave64(ptr(rdi))?
+        } else {
+            a.fxsave64(ptr(rdi))?
+        }
+        if restore {
+            a.fninit()?;
+            for x in [xmm0, xmm5, xmm15] {
+                a.pcmpeqd(x, x)?;
+            }
+            if extended { a.xrstor64(ptr(rdi))? } else { a.fxrstor64(ptr(rdi))? }
+        }
+        a.mov(r14, END)?;
+        a.jmp(r14)?;
+        a.assemble(CODE)
+    };
+    build().expect("code")
+}
+
+/// What processors do alike: no pointers and opcodes of x87, which some keep only after exceptions.
+fn comparable(data: &[u8]) -> Vec<u8> {
+    let mut data = data[..832].to_vec();
+    data[6..24].fill(0);
+    data[28..32].fill(0); // MXCSR_MASK: AMD has a bit more
+    data
+}
+
+#[test]
+fn saved_state_is_the_hosts() {
+    let mut host = Host::new();
+    let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let mut data = [0u8; DATA_SIZE];
+    for seed in 1..200u64 {
+        let case = Case { bits: 64, at: 0, code: Vec::new(), roles: [Role::Small; 16], seed };
+        // The header has to be zero where it is not written.
+        data[..1024].fill(0);
+        for (extended, restore) in [(false, false), (false, true), (true, false), (true, true)] {
+            let code = code(extended, restore);
+            let mut image = case.image();
+            image.rflags = 0x202;
+            image.xsave[512] = 7;
+            let what = format!("seed {seed}, extended {extended}, restore {restore}");
+            let run = |on: &mut dyn Processor| {
+                on.place(0, &code);
+                let outcome = on.run(64, &image, &data);
+                assert_eq!(outcome.end, End::Done, "{what}");
+                (comparable(on.data()), outcome.image)
+            };
+            let (want, got) = (run(&mut host), run(&mut ours));
+            if let Some(at) = want.0.iter().zip(&got.0).position(|(a, b)| a != b) {
+                panic!("{what}: byte {at} is {:#x}, the host's {:#x}", got.0[at], want.0[at]);
+            }
+            // Registers, but for the area's header and pointers.
+            let registers = |x: &[u8]| [&x[..6], &x[24..28], &x[32..416], &x[576..]].concat();
+            let (want, got) = (registers(&want.1.xsave), registers(&got.1.xsave));
+            let differs = want.iter().zip(&got).position(|(a, b)| a != b);
+            assert!(differs.is_none(), "{what}: registers differ at {differs:?}");
+        }
+    }
+}
