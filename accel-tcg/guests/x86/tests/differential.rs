@@ -67,7 +67,7 @@ impl Processor for Again<'_> {
 fn host_agrees_with_itself() {
     let host = std::cell::RefCell::new(Host::new());
     let (mut a, mut b) = (Again(&host, Vec::new()), Again(&host, Vec::new()));
-    finish(&run(setting("HOLDFAST_FUZZ_SEED", 1), limits(20_000), &mut a, &mut b));
+    finish(&run(setting("HOLDFAST_FUZZ_SEED", 1), limits(10_000), &mut a, &mut b));
 }
 
 fn machine(engine: Engine) -> Machine {
@@ -79,14 +79,14 @@ fn machine(engine: Engine) -> Machine {
 fn translated_code_agrees_with_the_host() {
     let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
     ours.set_end_page(&host.end_page());
-    finish(&run(setting("HOLDFAST_FUZZ_SEED", 2), limits(100_000), &mut host, &mut ours));
+    finish(&run(setting("HOLDFAST_FUZZ_SEED", 2), limits(30_000), &mut host, &mut ours));
 }
 
 /// The IR interpreter does what translated code does.
 #[test]
 fn interpreter_agrees_with_translated_code() {
     let (mut a, mut b) = (machine(Engine::Auto), machine(Engine::Interpreter));
-    finish(&run(setting("HOLDFAST_FUZZ_SEED", 3), limits(100_000), &mut a, &mut b));
+    finish(&run(setting("HOLDFAST_FUZZ_SEED", 3), limits(15_000), &mut a, &mut b));
 }
 
 /// Past mismatches.
