@@ -50,11 +50,15 @@ impl Translator<'_> {
     }
 
     fn maskmovq(&mut self, insn: &Instruction) -> bool {
-        // Before any fault of the store.
-        self.enter_mmx();
+        self.enter_mmx(); // even if the store faults
         let at = self.mask_move_address(insn);
         let data = self.b.get(slot::mmx(insn.op1_register().number()));
         let mask = self.b.get(slot::mmx(insn.op2_register().number()));
+        if self.key.contains(Key::ALIGN) {
+            let low = self.b.andi(at, 7);
+            let zero = self.b.iconst(0);
+            self.raise_if((Cond::Ne, low, zero), vector::AC, Some(0));
+        }
         self.b.call(self.ids.fpu.maskmovq, &[at, data, mask]);
         true
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic, OpKind,
+    Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic,
 };
 
 use super::case::{CODE, Case, End, Image, Outcome, Processor, XSAVE_SIZE};
@@ -241,14 +241,14 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
         (End::Fault { vector: 12 | 13, .. }, End::Fault { vector: 17, .. }) => true,
         _ => false,
     };
-    // A store of 32 bytes is two of 16 here: the first may be done when the second faults.
-    let half = at_fault.is_some_and(|i| {
-        i.op0_kind() == OpKind::Memory && i.memory_size().size() == 32 && left.end != End::Done
-    });
     // AMD's processors have one more bit in MXCSR, and check the alignment of areas before what they hold.
     let amd = left.image.get::<4>(24)[2] & 2 != 0
         || at_fault.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Fxrstor | Mnemonic::Fxrstor64))
             && matches!(left.end, End::Fault { vector: 17, .. });
+    // MASKMOVDQU checks alignment on some processors, if it stores enough.
+    let masked = at_fault
+        .is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu))
+        && matches!(left.end, End::Fault { vector: 17, .. });
     // Which operand of CMPS is read first depends on its size and prefixes; POPA may write registers before it faults.
     let compared = insns.iter().any(|i| {
         use iced_x86::Mnemonic as M;
@@ -269,7 +269,7 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
     });
     let trapped = |o: &Outcome| matches!(o.end, End::Fault { vector: 19, .. });
     let refused = refused || steps && trapped(left) && trapped(right);
-    wide_shift || refused || across || half || amd || either || !canonical(left) || !canonical(right)
+    wide_shift || refused || across || amd || masked || either || !canonical(left) || !canonical(right)
 }
 
 /// The instructions of a case as text.
