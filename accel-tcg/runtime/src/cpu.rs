@@ -86,6 +86,12 @@ impl<'a> Cpu<'a> {
         self.core.shared.env().exit_request().load(std::sync::atomic::Ordering::Relaxed) != 0
     }
 
+    /// True if stores of this vCPU took out translations since this was last asked: a helper that stores much leaves
+    /// the region then ([`crate::GuestSpec::precise_code`]).
+    pub fn take_code_hit(&mut self) -> bool {
+        std::mem::take(&mut self.core.code_hit)
+    }
+
     /// The guest says that it spins. Now and then the host's CPU is offered to others: the vCPU that it waits
     /// for may need it.
     pub fn spins(&mut self) {

@@ -113,6 +113,9 @@ pub struct GuestSpec {
     pub max_insn_len: u8,
     /// True if misaligned loads and stores are done rather than faulted.
     pub misaligned_ok: bool,
+    /// True if the very next instruction has to see code that a store changed (x86): such a store leaves its region and
+    /// is done as the only instruction of one.
+    pub precise_code: bool,
 }
 
 /// What to translate.

@@ -32,6 +32,11 @@ enum Place {
 fn finish(core: &mut VcpuCore, pc: u64, result: Result<u64, Fault>) -> HelperRet {
     match result {
         Ok(value) => HelperRet::ok(value),
+        Err(_) if std::mem::take(&mut core.again) => {
+            core.shared.env().set_pc(pc);
+            core.alone = Some(pc);
+            HelperRet::exit(exit::POLL)
+        }
         Err(fault) => {
             core.shared.env().set_pc(pc);
             core.pending_fault = Some(fault);
@@ -50,7 +55,9 @@ unsafe extern "C" fn load(env: *mut u8, va: u64, desc: u32, pc: u64) -> HelperRe
 unsafe extern "C" fn store(env: *mut u8, va: u64, desc: u32, pc: u64, value: u64) -> HelperRet {
     // SAFETY: as in `load`.
     let core = unsafe { VcpuCore::from_env(env) };
+    core.storing = Some(pc);
     let result = core.store(va, MemOp(desc as u16 & MemOp::MASK), value).map(|()| 0);
+    core.storing = None;
     finish(core, pc, result)
 }
 
@@ -59,7 +66,9 @@ unsafe extern "C" fn rmw(env: *mut u8, va: u64, desc: u32, pc: u64, value: u64) 
     let core = unsafe { VcpuCore::from_env(env) };
     let kind = RmwKind::from_index((desc >> MemOp::BITS) as u16);
     let mem = MemOp(desc as u16 & MemOp::MASK);
+    core.storing = Some(pc);
     let result = core.atomic(va, mem, |old| Some(kind.apply(old, value, mem.bytes())));
+    core.storing = None;
     finish(core, pc, result)
 }
 
@@ -68,7 +77,9 @@ unsafe extern "C" fn cas(env: *mut u8, va: u64, desc: u32, pc: u64, expected: u6
     let core = unsafe { VcpuCore::from_env(env) };
     let mem = MemOp(desc as u16 & MemOp::MASK);
     let mask = low_mask(mem.bytes());
+    core.storing = Some(pc);
     let result = core.atomic(va, mem, |old| (old & mask == expected & mask).then_some(new));
+    core.storing = None;
     finish(core, pc, result)
 }
 
@@ -387,8 +398,10 @@ impl VcpuCore {
             return self.store_within(va, bytes, value, whole);
         }
         // The first page's fault comes first, and nothing is written unless both pages can be.
-        self.place(&Access { gva: va, size: 1, ..*whole })?;
-        self.place(&Access { gva: va.wrapping_add(room), size: 1, ..*whole })?;
+        let first = self.place(&Access { gva: va, size: 1, ..*whole })?;
+        let second = self.place(&Access { gva: va.wrapping_add(room), size: 1, ..*whole })?;
+        self.changes_code(first, room as u32)?;
+        self.changes_code(second, bytes - room as u32)?;
         for n in 0..bytes {
             self.store_within(va.wrapping_add(u64::from(n)), 1, value >> (n * 8), whole)?;
         }
@@ -397,7 +410,9 @@ impl VcpuCore {
 
     fn store_within(&mut self, va: u64, bytes: u32, value: u64, whole: &Access) -> Result<(), Fault> {
         let access = Access { gva: va, size: bytes as u8, ..*whole };
-        match self.place(&access)? {
+        let place = self.place(&access)?;
+        self.changes_code(place, bytes)?;
+        match place {
             Place::Host(host, report) => {
                 // SAFETY: the place is valid for the access, which crosses no page.
                 unsafe { host_store(host, bytes, value) };
@@ -412,8 +427,26 @@ impl VcpuCore {
     fn report(&mut self, gpa: Option<u64>, bytes: u32) {
         if let Some(gpa) = gpa {
             count(&self.shared.counts.code_stores);
-            self.vm.code_written(gpa, u64::from(bytes));
+            self.code_hit |= self.vm.code_written(gpa, u64::from(bytes)) > 0;
         }
+    }
+
+    /// Before a store of translated code: if it changes code that is translated, and the guest may count on running it
+    /// next, the instruction is to be run again by itself.
+    ///
+    /// # Errors
+    /// [`VcpuCore::again`] is set then; the fault means nothing.
+    fn changes_code(&mut self, place: Place, bytes: u32) -> Result<(), Fault> {
+        let Place::Host(_, Some(gpa)) = place else { return Ok(()) };
+        let Some(pc) = self.storing else { return Ok(()) };
+        if !self.guest.spec().precise_code || self.alone == Some(pc) {
+            return Ok(());
+        }
+        if self.vm.code_written(gpa, u64::from(bytes)) == 0 {
+            return Ok(());
+        }
+        self.again = true;
+        Err(Fault { cause: 0, value: 0, aux: 0 })
     }
 
     /// An atomic read-modify-write: `next` gives what to store, `None` to leave it. Gives the old value.
@@ -427,7 +460,9 @@ impl VcpuCore {
             }
             return Ok(extend(self.atomic_misaligned(&access, swapped)?, mem));
         }
-        let old = match self.place(&access)? {
+        let place = self.place(&access)?;
+        self.changes_code(place, bytes)?;
+        let old = match place {
             Place::Host(host, report) => {
                 // SAFETY: the place is valid, and aligned as the address is.
                 let old = unsafe { host_atomic(host, bytes, swapped) };
@@ -459,6 +494,8 @@ impl VcpuCore {
         let last = va.max(last & !(PAGE_SIZE - 1));
         let first = self.place(&Access { size: 1, ..*access })?;
         let end = self.place(&Access { gva: last, size: 1, ..*access })?;
+        self.changes_code(first, bytes.min((PAGE_SIZE - va % PAGE_SIZE) as u32))?;
+        self.changes_code(end, 1)?;
         if let (Place::Host(host, report), Place::Host(end, end_report)) = (first, end)
             && host.wrapping_add((last - va) as usize) == end
             && let Some(old) = split::update(host, bytes, &next)

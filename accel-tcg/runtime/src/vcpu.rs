@@ -73,6 +73,14 @@ pub(crate) struct VcpuCore {
     pub debug: Debug,
     /// Spin hints seen.
     pub spins: u32,
+    /// The instruction at this pc stores to code: it is to be the only one of its region.
+    pub alone: Option<u64>,
+    /// The pc of the store of translated code under way.
+    pub storing: Option<u64>,
+    /// The store under way is not done: its instruction is run again, alone.
+    pub again: bool,
+    /// Translations were taken out by stores of this vCPU.
+    pub code_hit: bool,
     /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
     /// code again, for others took it as past one.
     pub away: bool,
@@ -334,7 +342,11 @@ impl VcpuCore {
     fn region_at(&mut self, pc: u64) -> Result<Option<*const Region>, Fault> {
         let from = self.from.take();
         let phys = self.fetch(pc)?;
-        let key = Key { phys, pc, mode: self.key };
+        if self.alone != Some(pc) {
+            self.alone = None;
+        }
+        let mode = if self.alone.is_some() { self.key | KEY_STEP } else { self.key };
+        let key = Key { phys, pc, mode };
         let vm = Arc::clone(&self.vm);
         // SAFETY: `safe_point` entered an epoch and nothing has left it since.
         let region = match unsafe { vm.regions.find(&key) } {
@@ -427,6 +439,10 @@ impl TcgVcpu {
             from: None,
             debug: Debug::default(),
             spins: 0,
+            alone: None,
+            storing: None,
+            again: false,
+            code_hit: false,
             away: false,
             translations: 0,
             failure: None,

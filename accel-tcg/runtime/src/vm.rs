@@ -245,10 +245,13 @@ impl TcgVm {
     }
 
     /// Bytes that may have been translated were written.
-    pub fn code_written(&self, gpa: u64, len: u64) {
+    ///
+    /// How many translations that took out.
+    pub fn code_written(&self, gpa: u64, len: u64) -> usize {
         let phys = self.phys();
         let killed = self.regions.invalidate(&phys, gpa, len, &|killed| self.post(killed));
         self.counts.invalidated.fetch_add(killed as u64, Ordering::Relaxed);
+        killed
     }
 
     /// Takes out everything whose code lies in `segment`.

@@ -35,6 +35,7 @@ impl RiscvGuest {
             insn_align: 2,
             max_insn_len: 4,
             misaligned_ok: true,
+            precise_code: false,
         };
         Self { spec, helpers, ids }
     }

@@ -36,6 +36,7 @@ impl X86Guest {
             insn_align: 1,
             max_insn_len: 15,
             misaligned_ok: true,
+            precise_code: true,
         };
         Self { spec, helpers, ids }
     }

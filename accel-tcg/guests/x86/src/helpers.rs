@@ -65,7 +65,7 @@ pub(crate) fn table() -> (HelperTable, Ids) {
         status: t.plain("status", status, Type::I64, 0, none),
         holds: t.plain("holds", holds, Type::I64, 1, none),
         segment: t.faulting("segment", segment_address, Type::I64, 2, none),
-        string: t.faulting("string", string_run, Type::Void, 1, all),
+        string: t.faulting("string", string_run, Type::Void, 2, all),
         rotate: t.plain("rotate", rotate, Type::I64, 3, none),
         rotate_flags: t.plain("rotate_flags", rotate_flags, Type::I64, 3, none),
         div64: t.faulting("div64", div64, Type::I64, 3, none),

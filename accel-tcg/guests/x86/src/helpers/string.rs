@@ -112,7 +112,20 @@ struct Run {
 }
 
 /// Runs a repeated string instruction.
-pub(crate) fn run(cpu: &mut Cpu<'_>, [how, ..]: [u64; 5]) -> HelperResult {
+///
+/// (how, linear address behind it)
+pub(crate) fn run(cpu: &mut Cpu<'_>, [how, next, ..]: [u64; 5]) -> HelperResult {
+    cpu.take_code_hit();
+    repeat(cpu, how)?;
+    if cpu.take_code_hit() {
+        // What follows may be what it stored.
+        cpu.set_pc(next);
+        return Err(Leave::Exit(exit::RESUME));
+    }
+    Ok(0)
+}
+
+fn repeat(cpu: &mut Cpu<'_>, how: u64) -> HelperResult {
     let how = How::unpack(how);
     let mask = u64::MAX >> (64 - (8u32 << how.address_log2));
     let down = cpu.state::<X86>().flags & rflags::DF != 0;

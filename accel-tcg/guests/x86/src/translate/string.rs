@@ -57,7 +57,8 @@ impl Translator<'_> {
                 align: self.key.contains(Key::ALIGN),
             };
             let how = self.b.iconst(how.pack() as i64);
-            self.call_system(self.ids.int.string, &[how]);
+            let next = self.b.iconst(self.next as i64);
+            self.call_system(self.ids.int.string, &[how, next]);
             return true;
         }
         let source = super::operand::segment(insn.memory_segment());
