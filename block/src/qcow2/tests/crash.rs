@@ -9,7 +9,7 @@ use crate::node::Extent;
 
 /// What reached a disk, in order.
 #[derive(Debug, Clone)]
-enum Event {
+pub(super) enum Event {
     Write(u64, Vec<u8>),
     Zero(u64, u64),
     Size(u64),
@@ -20,8 +20,8 @@ enum Event {
 
 /// A file in memory that remembers how it came about.
 #[derive(Debug, Default)]
-struct Tape {
-    data: Mutex<Vec<u8>>,
+pub(super) struct Tape {
+    pub(super) data: Mutex<Vec<u8>>,
     events: Mutex<Vec<Event>>,
 }
 
@@ -42,6 +42,12 @@ fn apply(data: &mut Vec<u8>, event: &Event) {
 }
 
 impl Tape {
+    /// The disk is full at 8 MiB.
+    fn fits(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset.checked_add(len).filter(|end| *end <= 8 << 20);
+        end.map(drop).ok_or_else(|| os_error(libc::ENOSPC))
+    }
+
     fn push(&self, event: Event) {
         apply(&mut self.data.lock(), &event);
         self.events.lock().push(event);
@@ -61,11 +67,12 @@ impl BlockNode for Tape {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let data = self.data.lock();
         for (n, to) in buf.iter_mut().enumerate() {
-            *to = data.get(offset as usize + n).copied().unwrap_or(0);
+            *to = data.get((offset as usize).saturating_add(n)).copied().unwrap_or(0);
         }
         Ok(())
     }
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.fits(offset, buf.len() as u64)?;
         self.push(Event::Write(offset, buf.to_vec()));
         Ok(())
     }
@@ -74,10 +81,14 @@ impl BlockNode for Tape {
         Ok(())
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.push(Event::Zero(offset, len.min(self.size().saturating_sub(offset))));
+        let there = self.size().saturating_sub(offset);
+        if there != 0 {
+            self.push(Event::Zero(offset, len.min(there)));
+        }
         Ok(())
     }
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
+        self.fits(offset, len)?;
         self.push(Event::Zero(offset, len));
         Ok(())
     }
@@ -85,6 +96,7 @@ impl BlockNode for Tape {
         Ok(Extent { len, allocated: true, data: true, zero: false, compressed: false, offset: Some(offset) })
     }
     fn truncate(&self, size: u64, _preallocation: Preallocation) -> io::Result<()> {
+        self.fits(size, 0)?;
         self.push(Event::Size(size));
         Ok(())
     }

@@ -119,3 +119,77 @@ fn compressed_garbage_is_an_error() {
     let image = open(&path).expect("open");
     image.read_at(0, &mut [0; 512]).expect_err("no deflate stream");
 }
+
+/// Uses an image in every way; nothing it contains may do more than make calls fail.
+fn use_up(image: &Qcow2, rng: &mut Rng) {
+    let size = image.size();
+    for _ in 0..12 {
+        let offset = rng.below(size);
+        let len = (rng.below(9000) + 1).min(size - offset);
+        let _ = image.read_at(offset, &mut vec![0; len as usize]);
+        let _ = image.status(offset, len);
+        let _ = match rng.below(5) {
+            0 => image.discard(offset, len),
+            1 => image.write_zeroes(offset, len, true),
+            2 => image.flush(),
+            _ => image.write_at(offset, &vec![9; len as usize]),
+        };
+    }
+    let _ = image.create_snapshot("new", 0);
+    let _ = image.apply_snapshot("one");
+    let _ = image.delete_snapshot("one");
+    let _ = image.snapshot_view("new").map(|view| view.read_at(0, &mut [0; 512]));
+    let _ = image.add_bitmap("bits", 512, true);
+    let _ = image.truncate(size + 4096, Preallocation::Off);
+    let _ = image.truncate(1 << 16, Preallocation::Metadata);
+    let _ = image.close();
+}
+
+#[test]
+fn altered_images_only_make_calls_fail() {
+    for (n, (cluster_size, extended_l2)) in [(512, false), (16384, true)].into_iter().enumerate() {
+        let tape = Arc::new(super::crash::Tape::default());
+        let options = CreateOptions { cluster_size, extended_l2, ..CreateOptions::new(256 << 10) };
+        let image = create(Arc::clone(&tape) as Arc<dyn BlockNode>, None, &options).expect("image");
+        image.write_at(3000, &[7; 30_000]).expect("write");
+        image.write_compressed(4 * cluster_size, &vec![5; cluster_size as usize]).expect("compressed");
+        image.create_snapshot("one", 0).expect("snapshot");
+        image.add_bitmap("old", 4096, true).expect("bitmap");
+        image.write_at(0, &[8; 5000]).expect("write");
+        drop(image);
+        let good = tape.data.lock().clone();
+        let mut rng = Rng(n as u64 + 21);
+        for _ in 0..50 {
+            let mut bytes = good.clone();
+            for _ in 0..=rng.below(4) {
+                // Where tables are, more often than not.
+                let most = if rng.below(3) == 0 { bytes.len() as u64 } else { 12 * cluster_size };
+                let at = rng.below(most) as usize;
+                match rng.below(4) {
+                    0 => bytes[at] = rng.next() as u8,
+                    1 => bytes[at] ^= 1 << rng.below(8),
+                    _ => {
+                        // A table's entry.
+                        let at = at & !7;
+                        let to =
+                            rng.below(40) * cluster_size + if rng.below(4) == 0 { rng.below(512) } else { 0 };
+                        let flags = rng.next() & (geometry::COPIED | geometry::COMPRESSED);
+                        put(&mut bytes, at.min(good.len() - 8), &(to | flags).to_be_bytes());
+                    }
+                }
+            }
+            for readonly in [true, false] {
+                let disk = Arc::new(super::crash::Tape::default());
+                disk.data.lock().clone_from(&bytes);
+                let open = OpenOptions { readonly, for_check: rng.below(2) == 0, ..OpenOptions::default() };
+                let Ok(image) = Qcow2::open(disk, None, None, &open) else { continue };
+                if image.size() > 1 << 30 {
+                    continue;
+                }
+                let _ = image.check(check::Fix::None);
+                use_up(&image, &mut rng);
+                let _ = image.check(if readonly { check::Fix::None } else { check::Fix::All });
+            }
+        }
+    }
+}
