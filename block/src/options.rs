@@ -368,6 +368,12 @@ impl BlockdevOptions {
                 driver.name()
             )));
         }
+        if self.detect_zeroes.is_some_and(|d| d != DetectZeroes::Off) {
+            return Err(bad("'detect-zeroes' is not supported by this version"));
+        }
+        if self.auto_read_only == Some(true) {
+            return Err(bad("'auto-read-only' is not supported by this version"));
+        }
         let direct = self.cache.and_then(|c| c.direct).unwrap_or(false);
         match self.aio {
             Some(Aio::Native) if !direct => Err(bad(

@@ -16,18 +16,12 @@ pub(crate) struct Args {
     /// The options to change; `-o help` lists them
     #[arg(short, required = true)]
     options: Vec<String>,
-    /// Show how far it is
-    #[arg(short)]
-    progress: bool,
     /// Cache mode
     #[arg(short = 't')]
     cache: Option<String>,
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
-    /// Change even what is dangerous
-    #[arg(long)]
-    force: bool,
     /// The image is given by options
     #[arg(long)]
     image_opts: bool,

@@ -162,8 +162,11 @@ pub(crate) fn qcow2<'a>(node: &'a Arc<dyn BlockNode>, what: &str) -> Result<&'a 
 /// Direct and no-flush of a cache mode's name.
 pub(crate) fn cache_mode(name: &str) -> Result<(bool, bool)> {
     match name {
-        "none" | "off" | "directsync" => Ok((true, false)),
-        "writeback" | "writethrough" => Ok((false, false)),
+        "none" | "off" => Ok((true, false)),
+        "writeback" => Ok((false, false)),
+        "writethrough" | "directsync" => {
+            refused(format!("the cache mode '{name}' is not supported by this version"))
+        }
         "unsafe" => Ok((false, true)),
         other => refused(format!("Invalid cache option: {other}")),
     }

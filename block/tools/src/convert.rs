@@ -141,7 +141,12 @@ fn new_target(args: &Args, name: &str, size: u64) -> Result<(Target, Arc<dyn Blo
     if args.compress && target.options.data_file.is_some() {
         return refused("Compression and data file not supported at the same time");
     }
-    let no_flush = args.target_cache == "unsafe";
+    let (direct, no_flush) = crate::common::cache_mode(&args.target_cache)?;
+    if direct {
+        return refused(
+            "-t: a new target is written through the page cache; 'writeback' and 'unsafe' are supported",
+        );
+    }
     let node = target.make(name, no_flush)?;
     Ok((target, node))
 }
