@@ -284,58 +284,64 @@ fn differs(code: Code) -> bool {
     use Mnemonic as M;
     // 16-bit operands of BSWAP are undefined; memory images of the x87 unit have pointers that processors keep
     // differently.
-    matches!(code, Code::Bswap_r16 | Code::Mov_r32_tr | Code::Mov_tr_r32 | Code::Int_imm8 | Code::Loadall286)
-        || matches!(
-            code.mnemonic(),
-            M::Syscall
-                | M::Sysret
-                | M::Sysretq
-                | M::Sysenter
-                | M::Sysexit
-                | M::Sysexitq
-                | M::Int1
-                | M::Int
-                | M::Iret
-                | M::Iretd
-                | M::Iretq
-                | M::Retf
-                | M::Sgdt
-                | M::Sidt
-                | M::Sldt
-                | M::Str
-                | M::Smsw
-                | M::Lar
-                | M::Lsl
-                | M::Verr
-                | M::Verw
-                | M::Lds
-                | M::Les
-                | M::Lfs
-                | M::Lgs
-                | M::Lss
-                | M::Cpuid
-                | M::Wrfsbase
-                | M::Wrgsbase
-                | M::Ud0
-                | M::Ud1
-                | M::Fnstenv
-                | M::Fstenv
-                | M::Fnsave
-                | M::Fsave
-                | M::Fxsave
-                | M::Fxsave64
-                | M::Loadall
-                | M::Storeall
-                | M::Reservednop
-                | M::Ibts
-                | M::Xbts
-                | M::Umov
-                | M::Rdpmc
-                | M::Rsm
-                | M::Vmmcall
-                | M::Vmcall
-        )
-        || is_far(code)
+    matches!(
+        code,
+        Code::Bswap_r16
+            | Code::Movsxd_r16_rm16
+            | Code::Mov_r32_tr
+            | Code::Mov_tr_r32
+            | Code::Int_imm8
+            | Code::Loadall286
+    ) || matches!(
+        code.mnemonic(),
+        M::Syscall
+            | M::Sysret
+            | M::Sysretq
+            | M::Sysenter
+            | M::Sysexit
+            | M::Sysexitq
+            | M::Int1
+            | M::Int
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Retf
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Cpuid
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Ud0
+            | M::Ud1
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Loadall
+            | M::Storeall
+            | M::Reservednop
+            | M::Ibts
+            | M::Xbts
+            | M::Umov
+            | M::Rdpmc
+            | M::Rsm
+            | M::Vmmcall
+            | M::Vmcall
+    ) || is_far(code)
         || loads_segment(code)
 }
 
