@@ -284,6 +284,10 @@ impl VcpuCore {
         match self.place(&access)? {
             // SAFETY: the place is valid for the access, which crosses no page.
             Place::Host(host, _) => Ok(unsafe { host_load(host, bytes) }),
+            // Before a store: ROM is read all the same.
+            Place::Bus(_) if access.kind == AccessKind::Write => {
+                self.load_part(va, bytes, &Access { kind: AccessKind::Read, ..access })
+            }
             Place::Bus(gpa) => self.bus_read(&access, gpa),
         }
     }

@@ -3,7 +3,7 @@
 use crate::CodegenError;
 use crate::asm::{Alu, Asm, Cc, Mem, Reg, Shift, Xmm};
 use holdfast_tcg_ir::env::{self, SlowPaths, exit, offset};
-use holdfast_tcg_ir::{Effects, GuestSpec, Slot, Type};
+use holdfast_tcg_ir::{Effects, GuestSpec, MemOp, Slot, Type};
 
 /// Host registers of the pins, in the order of [`GuestSpec::pins`]. The first four survive calls of Rust code.
 pub const PIN_REGS: [Reg; GuestSpec::MAX_PINS] =
@@ -208,8 +208,8 @@ impl Gen<'_> {
         a.mov(true, rsi, scratch(0));
         a.mov(false, rdx, scratch(2));
         let mut misses = Vec::new();
-        // Alignment and byte order are for Rust, and sixteen bytes.
-        a.test_imm(false, rdx, 0x34);
+        // Alignment and byte order are for Rust, and sixteen bytes, and loads that have to fault as stores.
+        a.test_imm(false, rdx, 0x34 | i32::from(MemOp::FOR_UPDATE));
         misses.push(a.jcc(Cc::Ne));
         a.mov(false, rcx, rdx);
         a.alu_imm(Alu::And, false, rcx, 7);

@@ -108,7 +108,13 @@ fn corpus_agrees_with_the_host() {
                 bad += &format!("{} {line}\n    {}\n", ours.name(), m.text);
                 if std::env::var_os("HOLDFAST_FUZZ_STATE").is_some() {
                     let image = case.image();
-                    bad += &format!("    {:x?} rflags {:#x}\n", image.gpr, image.rflags);
+                    let end = host.run(case.bits, &image, &patterns[case.pattern()]).end;
+                    bad += &format!(
+                        "    {:x?} rflags {:#x} mxcsr {:02x?} {end:x?}\n",
+                        image.gpr,
+                        image.rflags,
+                        image.get::<4>(24)
+                    );
                 }
             }
             count += 1;
