@@ -404,15 +404,13 @@ impl Lapic {
         self.arm();
     }
 
-    /// Sets the alarm.
+    /// Sets the alarm. The state stays locked meanwhile: of the processor and the timer thread, the one that looked
+    /// last has to set it last.
     fn arm(&self) {
         let now = self.now();
-        let expiry = {
-            let mut s = self.state.lock();
-            s.due = s.expiry(now);
-            s.due
-        };
-        match expiry {
+        let mut s = self.state.lock();
+        s.due = s.expiry(now);
+        match s.due {
             Some(at) => self.timer.arm(at),
             None => self.timer.disarm(),
         }
