@@ -285,7 +285,14 @@ fn snapshots_bitmaps_and_resizing() {
     bed.ok(true, &["resize", "-q", "a.qcow2", "+1M"]);
     bed.ok(false, &["check", "a.qcow2"]);
     bed.same_json(&["info", "--output=json", "a.qcow2"]);
-    assert_eq!(bed.ok(true, &["snapshot", "-l", "a.qcow2"]), bed.ok(false, &["snapshot", "-l", "a.qcow2"]));
+    let (ours, theirs) =
+        (bed.ok(true, &["snapshot", "-l", "a.qcow2"]), bed.ok(false, &["snapshot", "-l", "a.qcow2"]));
+    // Older versions have other columns.
+    if theirs.contains("VM_SIZE") {
+        assert_eq!(ours, theirs);
+    } else {
+        assert!(ours.contains("first") && theirs.contains("first"), "{ours}{theirs}");
+    }
     bed.ok(true, &["convert", "-l", "first", "-O", "raw", "a.qcow2", "first.raw"]);
     bed.ok(false, &["compare", "first.raw", "a.raw"]);
     bed.ok(true, &["snapshot", "-d", "first", "a.qcow2"]);
