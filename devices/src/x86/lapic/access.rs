@@ -191,10 +191,10 @@ impl Lapic {
                 After::default()
             })
         });
-        self.written(register, after);
+        self.written(register, &after);
     }
 
-    fn written(&self, register: u32, after: After) {
+    fn written(&self, register: u32, after: &After) {
         if matches!(register, reg::LVT_TIMER | reg::INITIAL_COUNT | reg::DIVIDE) {
             self.arm();
         }
@@ -224,7 +224,7 @@ impl Lapic {
         let after = self.change(|s| if s.x2apic() { s.write(register, value, now, By::Msr) } else { None });
         match after {
             Some(after) => {
-                self.written(register, after);
+                self.written(register, &after);
                 true
             }
             None => false,

@@ -157,24 +157,24 @@ impl LapicBus {
         }
     }
 
-    fn finish(&self, from: u32, after: After) {
+    fn finish(&self, from: u32, after: &After) {
         if let Some(vector) = after.eoi
             && let Some(receiver) = self.eoi.get()
         {
             receiver(vector);
         }
-        let Some((message, shorthand)) = after.send else { return };
+        let Some((message, shorthand)) = &after.send else { return };
         match shorthand {
-            Shorthand::None => self.deliver(message),
+            Shorthand::None => self.deliver(*message),
             Shorthand::Itself => {
                 if let Some(apic) = self.apic(from) {
-                    apic.accept(&message);
+                    apic.accept(message);
                 }
             }
             Shorthand::All | Shorthand::Others => {
                 for apic in &self.apics {
-                    if shorthand == Shorthand::All || apic.index != from {
-                        apic.accept(&message);
+                    if *shorthand == Shorthand::All || apic.index != from {
+                        apic.accept(message);
                     }
                 }
             }
@@ -322,7 +322,7 @@ impl Lapic {
         result
     }
 
-    fn finish(&self, after: After) {
+    fn finish(&self, after: &After) {
         if (after.eoi.is_some() || after.send.is_some())
             && let Some(bus) = self.bus.upgrade()
         {

@@ -179,7 +179,7 @@ impl State {
     pub fn clear(&mut self) {
         let old = self.clone();
         *self =
-            Self { x2id: old.x2id, id: old.x2id as u8, base: old.base, pins: old.pins, ..Self::blank(old) };
+            Self { x2id: old.x2id, id: old.x2id as u8, base: old.base, pins: old.pins, ..Self::blank(&old) };
         // Virtual wire mode, as firmware leaves it: a PC's timer works before anyone looks at the APIC.
         if self.base & base::BSP != 0
             && let Some(entry) = self.lvt.get_mut(lvt::LINT0)
@@ -191,7 +191,7 @@ impl State {
         }
     }
 
-    fn blank(old: Self) -> Self {
+    fn blank(old: &Self) -> Self {
         Self {
             tpr: 0,
             ldr: 0,
@@ -211,7 +211,7 @@ impl State {
             fired: false,
             deadline: (0, 0),
             signals: LapicSignals::default(),
-            ..old
+            ..old.clone()
         }
     }
 
