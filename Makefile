@@ -11,6 +11,8 @@ TEST_PACKAGES := $(DEMO_PACKAGES) qemu-user qemu-utils qemu-system-misc gcc-risc
 	libc6-dev-riscv64-cross device-tree-compiler acpica-tools seabios grub-pc-bin grub-common mtools \
 	busybox-static dosfstools e2fsprogs iproute2 iputils-ping socat tmux python3 python3-venv curl
 
+BENCH_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
+
 build:
 	cargo build --release --locked --bin holdfast
 
@@ -39,4 +41,5 @@ fmt:
 	cargo fmt --all
 
 bench: setup-test build
+	tests/setup $(BENCH_PACKAGES)
 	tests/bench/run

@@ -74,12 +74,13 @@ enum Command {
 
 /// The command line, for help and completions. `name` is how the program is called.
 pub fn command(name: &'static str) -> clap::Command {
-    <Cli as clap::CommandFactory>::command().name(name).bin_name(name)
+    <Cli as clap::CommandFactory>::command().name(name)
 }
 
 /// Runs a command line whose first word is the program's name. Returns the exit status.
 pub fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 {
     let parsed = command(name)
+        .bin_name(name)
         .try_get_matches_from(args)
         .and_then(|m| <Cli as clap::FromArgMatches>::from_arg_matches(&m));
     let cli = match parsed {

@@ -243,7 +243,7 @@ impl Bus {
     fn log_miss(&self, what: &str, address: u64, len: usize) {
         let mut missed = self.missed.lock();
         if missed.len() < MISSES_LOGGED && missed.insert(address >> 12) {
-            tracing::warn!("{} {what} of {len} bytes at {address:#x}: no device", self.name);
+            tracing::info!("{} {what} of {len} bytes at {address:#x}: no device", self.name);
         }
     }
 }

@@ -187,9 +187,9 @@ fn state_survives() {
     state.data["programmed"] = serde_json::json!([[SIZE - 1, [1, 2]]]);
     assert!(other.restore(&state).is_err());
     let mut state = whole;
-    state.data["regs"]["mode"] = serde_json::json!({ "BufferData": [u32::MAX, 0] });
+    state.data["regs"]["mode"] = serde_json::json!({ "buffer_data": [u32::MAX, 0] });
     assert!(other.restore(&state).is_err(), "a guest could fill the host's memory");
-    state.data["regs"]["mode"] = serde_json::json!({ "BufferData": [4, 0] });
+    state.data["regs"]["mode"] = serde_json::json!({ "buffer_data": [4, 0] });
     other.restore(&state).expect("four more words fit");
 }
 

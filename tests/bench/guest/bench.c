@@ -238,6 +238,45 @@ static uint64_t k_strings(void) {
     return sum;
 }
 
+// -- vectors: the same loops for SSE2 and AVX2 on x86, scalar elsewhere ----------------------------
+#if defined __x86_64__
+#define AVX2 __attribute__((target("avx2"), optimize("O3")))
+#define BASE __attribute__((optimize("O3")))
+#else
+#define AVX2
+#define BASE
+#endif
+#define VECTOR_KERNELS(name, how) \
+    how static uint64_t k_daxpy_##name(void) { \
+        static double x[4096], y[4096]; \
+        for (int i = 0; i < 4096; i++) { x[i] = i * 0.5; y[i] = 1.0 / (i + 1); } \
+        for (int rep = 0; rep < 30000; rep++) for (int i = 0; i < 4096; i++) y[i] += 0.001 * x[i]; \
+        return bits(y[77] + y[4095]); \
+    } \
+    how static uint64_t k_bytes_##name(void) { \
+        static uint8_t a[16384], b[16384]; \
+        for (int i = 0; i < 16384; i++) { a[i] = i * 7; b[i] = i * 13; } \
+        for (int rep = 0; rep < 20000; rep++) \
+            for (int i = 0; i < 16384; i++) a[i] = (a[i] > b[i] ? a[i] - b[i] : b[i] - a[i]) + rep; \
+        uint64_t sum = 0; \
+        for (int i = 0; i < 16384; i++) sum = sum * 31 + a[i]; \
+        return sum; \
+    } \
+    how static uint64_t k_dot_##name(void) { \
+        static int16_t a[8192], b[8192]; \
+        for (int i = 0; i < 8192; i++) { a[i] = i * 3; b[i] = i ^ 0x155; } \
+        uint64_t sum = 0; \
+        for (int rep = 0; rep < 20000; rep++) { \
+            int32_t s = rep; \
+            for (int i = 0; i < 8192; i++) s += a[i] * b[i]; \
+            sum += (uint32_t)s; \
+            a[rep & 8191]++; \
+        } \
+        return sum; \
+    }
+VECTOR_KERNELS(base, BASE)
+VECTOR_KERNELS(avx2, AVX2)
+
 // -- kernel ----------------------------------------------------------------------------------------
 static uint64_t k_syscall(void) { uint64_t s = 0; for (int i = 0; i < 400000; i++) s += getppid(); return s != 0; }
 static uint64_t k_pagefault(void) {
@@ -287,6 +326,8 @@ static const struct { const char *name; uint64_t (*f)(void); } kernels[] = {
     {"mandelbrot", k_mandelbrot}, {"matmul", k_matmul}, {"float", k_float}, {"memcpy", k_memcpy}, {"strings", k_strings},
     {"syscall", k_syscall}, {"pagefault", k_pagefault}, {"fork", k_fork}, {"exec", k_exec}, {"pipe", k_pipe},
     {"parallel2", k_parallel2},
+    {"daxpy", k_daxpy_base}, {"bytes", k_bytes_base}, {"dot", k_dot_base},
+    {"daxpy-avx2", k_daxpy_avx2}, {"bytes-avx2", k_bytes_avx2}, {"dot-avx2", k_dot_avx2},
 };
 
 int main(int argc, char **argv) {
