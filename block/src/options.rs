@@ -368,6 +368,9 @@ impl BlockdevOptions {
                 driver.name()
             )));
         }
+        if self.node_name.is_some() {
+            return Err(bad("'node-name' is not supported by this version"));
+        }
         if self.detect_zeroes.is_some_and(|d| d != DetectZeroes::Off) {
             return Err(bad("'detect-zeroes' is not supported by this version"));
         }

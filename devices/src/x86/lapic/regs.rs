@@ -147,10 +147,19 @@ impl State {
     /// As after power-up.
     pub fn new(x2id: u32, bsp: bool) -> Self {
         let flag = if bsp { base::BSP } else { 0 };
+        Self::initial(x2id, 0xfee0_0000 | base::ENABLED | flag, [false; 2])
+    }
+
+    /// INIT: all but what the processor is and how it is wired starts anew.
+    pub fn clear(&mut self) {
+        *self = Self::initial(self.x2id, self.base, self.pins);
+    }
+
+    fn initial(x2id: u32, base: u64, pins: [bool; 2]) -> Self {
         let mut s = Self {
             x2id,
             id: x2id as u8,
-            base: 0xfee0_0000 | base::ENABLED | flag,
+            base,
             tpr: 0,
             ldr: 0,
             dfr: u32::MAX,
@@ -169,50 +178,18 @@ impl State {
             fired: false,
             deadline: (0, 0),
             signals: LapicSignals::default(),
-            pins: [false; 2],
+            pins,
         };
-        s.clear();
-        s
-    }
-
-    /// What INIT and power-up have in common.
-    pub fn clear(&mut self) {
-        let old = self.clone();
-        *self =
-            Self { x2id: old.x2id, id: old.x2id as u8, base: old.base, pins: old.pins, ..Self::blank(&old) };
         // Virtual wire mode, as firmware leaves it: a PC's timer works before anyone looks at the APIC.
-        if self.base & base::BSP != 0
-            && let Some(entry) = self.lvt.get_mut(lvt::LINT0)
+        if base & base::BSP != 0
+            && let Some(entry) = s.lvt.get_mut(lvt::LINT0)
         {
             *entry = mode::EXTINT << 8;
         }
-        if self.x2apic() {
-            self.ldr = self.x2_ldr();
+        if s.x2apic() {
+            s.ldr = s.x2_ldr();
         }
-    }
-
-    fn blank(old: &Self) -> Self {
-        Self {
-            tpr: 0,
-            ldr: 0,
-            dfr: u32::MAX,
-            svr: 0xff,
-            isr: [0; 8],
-            tmr: [0; 8],
-            irr: [0; 8],
-            esr: 0,
-            errors: 0,
-            icr: 0,
-            lvt: [lvt::MASKED; 6],
-            initial: 0,
-            divide: 0,
-            started: 0,
-            due: None,
-            fired: false,
-            deadline: (0, 0),
-            signals: LapicSignals::default(),
-            ..old.clone()
-        }
+        s
     }
 
     pub fn x2apic(&self) -> bool {
