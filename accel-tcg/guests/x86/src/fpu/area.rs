@@ -1,10 +1,10 @@
 //! FXSAVE, FXRSTOR, XSAVE and its kin (SDM volume 1, chapters 10.5 and 13).
 
-use holdfast_tcg_runtime::{Cpu, Fault, HelperResult};
+use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, HelperResult};
 
-use super::{probe, simd};
+use super::{check_alignment, probe, simd, touch};
 use crate::state::{X86, X87};
-use crate::system::fault::{gp, ud};
+use crate::system::fault::{gp, non_canonical, ud};
 use crate::system::regs::cr4;
 
 /// The legacy region, up to the XMM registers' end.
@@ -52,9 +52,13 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
     if what > kind::FXRSTOR && cpu.state::<X86>().cr4 & cr4::OSXSAVE == 0 {
         return Err(ud().into());
     }
-    let align = if what <= kind::FXRSTOR { 16 } else { 64 };
-    if !va.is_multiple_of(align) {
-        return Err(gp(0).into());
+    let fixed = what <= kind::FXRSTOR;
+    check_address(cpu.state(), va, if fixed { (16, 512) } else { (64, EXTENDED) })?;
+    if fixed {
+        // Processors look at the last byte first.
+        let access = if what == kind::FXSAVE { AccessKind::Write } else { AccessKind::Read };
+        touch(cpu, va.wrapping_add(511), access)?;
+        touch(cpu, va, access)?;
     }
     match what {
         kind::FXSAVE => fxsave(cpu, va, form)?,
@@ -63,6 +67,20 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
         _ => xsave(cpu, va, form, what)?,
     }
     Ok(0)
+}
+
+/// That all of an area is canonical comes before its alignment, and that before page faults. Where alignment is checked,
+/// #AC is raised in place of #GP, as AMD's processors do (Intel's may).
+fn check_address(s: &X86, va: u64, (align, len): (u64, u64)) -> Result<(), Fault> {
+    if s.code64() {
+        for at in [va, va.wrapping_add(len - 1)] {
+            if !s.canonical(at) {
+                return Err(non_canonical(at));
+            }
+        }
+    }
+    check_alignment(s, va, align)?;
+    if va.is_multiple_of(align) { Ok(()) } else { Err(gp(0)) }
 }
 
 /// How the legacy region is laid out.
@@ -151,7 +169,6 @@ fn mxcsr_out(cpu: &mut Cpu<'_>, area: &mut [u8]) {
 }
 
 fn fxsave(cpu: &mut Cpu<'_>, va: u64, form: Form) -> Result<(), Fault> {
-    probe(cpu, va, 512)?;
     let mut area = [0; LEGACY];
     mxcsr_out(cpu, &mut area);
     let s = cpu.state::<X86>();
@@ -172,9 +189,6 @@ fn set_mxcsr(cpu: &mut Cpu<'_>, value: u32) -> Result<(), Fault> {
 fn fxrstor(cpu: &mut Cpu<'_>, va: u64, form: Form) -> Result<(), Fault> {
     let mut area = [0; LEGACY];
     read(cpu, va, &mut area)?;
-    // Byte 511 faults as well as the others.
-    let idx = cpu.state::<X86>().data_idx();
-    cpu.load(va.wrapping_add(504), 8, idx)?;
     set_mxcsr(cpu, word(&area, 24) as u32)?;
     let s = cpu.state::<X86>();
     x87_in(&mut s.x87, &area, form.wide);

@@ -1,12 +1,17 @@
 //! Loads and stores under a mask, element by element, and gathers.
 
-use holdfast_tcg_runtime::{Cpu, HelperResult};
+use holdfast_tcg_runtime::{Cpu, Fault, HelperResult};
 
 use super::probe;
+use crate::helpers::segment;
 use crate::state::X86;
 
-/// Data and mask registers (8 bits each), 64-bit elements (bit 16), 256 bits (bit 17).
+/// Data and mask registers (8 bits each), 64-bit elements (bit 16), 256 bits (bit 17), segment register (bits 20 to 22),
+/// bits of an address by 32 (24 and 25).
 struct How {
+    segment: usize,
+    /// The bits that an offset in the segment has.
+    offset_mask: u64,
     data: usize,
     mask: usize,
     /// Bytes of an element.
@@ -22,6 +27,21 @@ fn how(bits: u64) -> How {
         mask: (bits >> 8 & 15) as usize,
         size,
         count: bytes / usize::from(size),
+        segment: (bits >> 20 & 7) as usize,
+        offset_mask: match bits >> 24 & 3 {
+            0 => 0xffff,
+            1 => 0xffff_ffff,
+            _ => u64::MAX,
+        },
+    }
+}
+
+impl How {
+    /// The linear address of element `n`. What is off is not checked.
+    fn at(&self, s: &X86, offset: u64, n: usize, write: bool) -> Result<u64, Fault> {
+        let size = u64::from(self.size);
+        let at = offset.wrapping_add(n as u64 * size) & self.offset_mask;
+        segment::linear(s, self.segment, at, size, write)
     }
 }
 
@@ -45,16 +65,15 @@ fn is_on(mask: &[u64; 4], n: usize, size: u8) -> bool {
 }
 
 /// `vmaskmov` and `vpmaskmov` to memory.
-pub(super) fn store(cpu: &mut Cpu<'_>, [va, bits, ..]: [u64; 5]) -> HelperResult {
+pub(super) fn store(cpu: &mut Cpu<'_>, [offset, bits, ..]: [u64; 5]) -> HelperResult {
     let h = how(bits);
     let s = cpu.state::<X86>();
     let (idx, data, mask) = (s.data_idx(), s.ymm[h.data], s.ymm[h.mask]);
-    let size = u64::from(h.size);
     for pass in 0..2 {
         for n in (0..h.count).filter(|n| is_on(&mask, *n, h.size)) {
-            let at = va.wrapping_add(n as u64 * size);
+            let at = h.at(cpu.state(), offset, n, true)?;
             if pass == 0 {
-                probe(cpu, at, size)?;
+                probe(cpu, at, u64::from(h.size))?;
             } else {
                 cpu.store(at, h.size, idx, element(&data, n, h.size))?;
             }
@@ -75,13 +94,14 @@ pub(super) fn store_wide(cpu: &mut Cpu<'_>, [va, register, ..]: [u64; 5]) -> Hel
 }
 
 /// The same from memory: elements that are not loaded are zero.
-pub(super) fn load(cpu: &mut Cpu<'_>, [va, bits, ..]: [u64; 5]) -> HelperResult {
+pub(super) fn load(cpu: &mut Cpu<'_>, [offset, bits, ..]: [u64; 5]) -> HelperResult {
     let h = how(bits);
     let s = cpu.state::<X86>();
     let (idx, mask) = (s.data_idx(), s.ymm[h.mask]);
     let mut result = [0; 4];
     for n in (0..h.count).filter(|n| is_on(&mask, *n, h.size)) {
-        let value = cpu.load(va.wrapping_add(n as u64 * u64::from(h.size)), h.size, idx)?;
+        let at = h.at(cpu.state(), offset, n, false)?;
+        let value = cpu.load(at, h.size, idx)?;
         set_element(&mut result, n, h.size, value);
     }
     cpu.state::<X86>().ymm[h.data] = result;

@@ -105,9 +105,9 @@ pub(crate) struct Ids {
     pub maskmovdqu: HelperId,
     /// (address, mask, data): MMX.
     pub maskmovq: HelperId,
-    /// (address, [`masked::How`])
+    /// (offset, [`masked::How`])
     pub mask_store: HelperId,
-    /// (address, [`masked::How`])
+    /// (offset, [`masked::How`])
     pub mask_load: HelperId,
     /// (address, register): stores a YMM register.
     pub store_wide: HelperId,
@@ -167,6 +167,13 @@ fn probe(cpu: &mut Cpu<'_>, va: u64, len: u64) -> Result<(), Fault> {
         cpu.host_range(last & !0xfff, 1, AccessKind::Write, idx)?;
     }
     Ok(())
+}
+
+/// Raises the fault that an access to the byte at `va` would raise.
+fn touch(cpu: &mut Cpu<'_>, va: u64, kind: AccessKind) -> Result<(), Fault> {
+    let s = cpu.state::<X86>();
+    let (idx, va) = (s.data_idx(), if s.code64() { va } else { va & 0xffff_ffff });
+    cpu.host_range(va, 1, kind, idx).map(drop)
 }
 
 /// #AC if alignment is checked and `va` is not a multiple of `align`.

@@ -1,8 +1,8 @@
 //! x87 environments and states in memory: FLDENV, FNSTENV, FRSTOR, FNSAVE (SDM volume 1, 8.1.10).
 
-use holdfast_tcg_runtime::{Cpu, Fault};
+use holdfast_tcg_runtime::{AccessKind, Cpu, Fault};
 
-use super::probe;
+use super::{probe, touch};
 
 use crate::state::{X86, seg};
 
@@ -63,9 +63,17 @@ pub(super) fn store(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault
 
 /// FLDENV
 pub(super) fn load(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault> {
+    readable(cpu, va, env_len(short), short)?;
     let words = read_words(cpu, va, short)?;
     set_words(cpu.state(), &words, short);
     Ok(())
+}
+
+/// Processors look at the first word and the last byte of what they are about to load.
+fn readable(cpu: &mut Cpu<'_>, va: u64, len: u64, short: bool) -> Result<(), Fault> {
+    let idx = cpu.state::<X86>().data_idx();
+    cpu.load(va, word_size(short), idx)?;
+    touch(cpu, va.wrapping_add(len - 1), AccessKind::Read)
 }
 
 fn read_words(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<[u64; WORDS], Fault> {
@@ -125,6 +133,7 @@ pub(super) fn save(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault>
 pub(super) fn restore(cpu: &mut Cpu<'_>, va: u64, short: bool) -> Result<(), Fault> {
     let idx = cpu.state::<X86>().data_idx();
     let at = env_len(short);
+    readable(cpu, va, at + 80, short)?;
     let words = read_words(cpu, va, short)?;
     let mut registers = [(0, 0); 8];
     for (n, r) in registers.iter_mut().enumerate() {

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use iced_x86::FlowControl;
+use iced_x86::{Code, FlowControl};
 
 use super::case::{CODE_SIZE, Case, DATA_SIZE, End, Outcome, Processor, patterns};
 use super::compare::{Mismatch, compare, decode, listing, minimise};
 use super::generate::Generator;
 use super::random::Random;
+use super::templates::never_ends;
 
+/// Cases of a code before it counts as one that never ends.
+const ATTEMPTS: usize = 2000;
 /// States that each code is run from.
 const STATES: usize = 6;
 
@@ -28,8 +31,12 @@ pub struct Report {
     pub insns: u64,
     /// Mismatches by kind: the first, minimised, and how many more.
     pub kinds: BTreeMap<String, (String, u64)>,
-    /// Codes that never went past their end without an exception, of how many.
+    /// Codes that never went past their end without an exception, though nothing says why.
     pub never: Vec<String>,
+    /// Codes that did, though [`never_ends`] says that they cannot.
+    pub wrong: Vec<String>,
+    /// Codes that raise an exception whatever the state, as [`never_ends`] says.
+    pub refused: usize,
     /// Codes there are.
     pub codes: usize,
 }
@@ -50,7 +57,14 @@ pub fn run(seed: u64, limits: Limits, a: &mut dyn Processor, b: &mut dyn Process
     let patterns = patterns();
     let mut generator = Generator::new(seed);
     let mut gaps = Random::new(seed ^ 0x6a95);
-    let mut report = Report { insns: 0, kinds: BTreeMap::new(), never: Vec::new(), codes: 0 };
+    let mut report = Report {
+        insns: 0,
+        kinds: BTreeMap::new(),
+        never: Vec::new(),
+        wrong: Vec::new(),
+        refused: 0,
+        codes: 0,
+    };
     while report.insns < limits.insns && report.kinds.len() < limits.kinds {
         let mut area = vec![0x90u8; CODE_SIZE];
         let mut cases = Vec::new();
@@ -72,8 +86,40 @@ pub fn run(seed: u64, limits: Limits, a: &mut dyn Processor, b: &mut dyn Process
             note((&case, first), &patterns[case.pattern()], a, b, &mut report);
         }
     }
+    for bits in [64, 32] {
+        for code in generator.codes(bits).to_vec() {
+            if report.kinds.len() < limits.kinds {
+                chase((bits, code), &patterns, (a, b), &mut generator, &mut report);
+            }
+        }
+    }
     coverage(&generator, &mut report);
     report
+}
+
+/// Runs a code alone until some state has taken it to its end.
+fn chase(
+    (bits, code): (u32, Code),
+    patterns: &[[u8; DATA_SIZE]],
+    (a, b): (&mut dyn Processor, &mut dyn Processor),
+    generator: &mut Generator,
+    report: &mut Report,
+) {
+    for attempt in 0..ATTEMPTS {
+        let seen = generator.seen.get(&(bits, code)).copied().unwrap_or_default();
+        // Those that cannot are tried a few times.
+        if seen.retired > 0 || never_ends(code).is_some() && seen.faulted >= STATES as u64 {
+            return;
+        }
+        let case = generator.case_of(bits, code, 0x40 * (attempt % 0x40));
+        let bytes = case.bytes();
+        a.place(case.at, &bytes);
+        b.place(case.at, &bytes);
+        if let Some((case, first)) = states(&case, patterns, a, b, (generator, &mut report.insns)) {
+            note((&case, first), &patterns[case.pattern()], a, b, report);
+            return;
+        }
+    }
 }
 
 /// Runs a case from several states; the one that differs.
@@ -132,8 +178,11 @@ fn coverage(generator: &Generator, report: &mut Report) {
         for code in generator.codes(bits) {
             report.codes += 1;
             let seen = generator.seen.get(&(bits, *code)).copied().unwrap_or_default();
-            if seen.retired == 0 {
-                report.never.push(format!("{bits} {code:?} ({} faults)", seen.faulted));
+            match (seen.retired > 0, never_ends(*code)) {
+                (true, Some(why)) => report.wrong.push(format!("{bits} {code:?}: {why}")),
+                (false, Some(_)) => report.refused += 1,
+                (false, None) => report.never.push(format!("{bits} {code:?} ({} faults)", seen.faulted)),
+                (true, None) => {}
             }
         }
     }

@@ -131,6 +131,13 @@ fn registers(bits: u32, a: &Image, b: &Image, mask: u64, out: &mut Vec<(String, 
     }
 }
 
+/// What two processors hold differently, as text.
+pub fn differences(bits: u32, a: &Image, b: &Image) -> Vec<String> {
+    let mut all = Vec::new();
+    registers(bits, a, b, 0, &mut all);
+    all.into_iter().map(|d| d.1).collect()
+}
+
 /// A difference.
 #[derive(Debug, Clone)]
 pub struct Mismatch {
@@ -157,7 +164,7 @@ pub fn compare(
     let insns = decode(case);
     let mut all = Vec::new();
     let ends = (normal_end(left.end), normal_end(right.end));
-    if ends.0 != ends.1 && !same_page(&insns, &left, ends) {
+    if ends.0 != ends.1 {
         all.push((end_name(ends), format!("{:x?} and {:x?}", ends.0, ends.1)));
     }
     let mut image = right.image.clone();
@@ -207,19 +214,6 @@ fn normal_end(end: End) -> End {
     }
 }
 
-/// The loads of whole states may read their areas in any order: page faults count by their page.
-fn same_page(insns: &[Instruction], left: &Outcome, ends: (End, End)) -> bool {
-    use iced_x86::Mnemonic as M;
-    let (End::Fault { vector: 14, error, address }, End::Fault { vector: 14, error: other, address: at }) =
-        ends
-    else {
-        return false;
-    };
-    let area = |i: &Instruction| matches!(i.mnemonic(), M::Fxrstor | M::Fxrstor64 | M::Frstor | M::Fldenv);
-    let by_area = insns.iter().any(|i| i.ip() == left.image.rip && area(i));
-    by_area && error == other && address >> 12 == at >> 12
-}
-
 /// Differences that are allowed.
 fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
     // The destination of a 16-bit double shift by more than 16 is undefined.
@@ -241,10 +235,8 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
         (End::Fault { vector: 12 | 13, .. }, End::Fault { vector: 17, .. }) => true,
         _ => false,
     };
-    // AMD's processors have one more bit in MXCSR, and check the alignment of areas before what they hold.
-    let amd = left.image.get::<4>(24)[2] & 2 != 0
-        || at_fault.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Fxrstor | Mnemonic::Fxrstor64))
-            && matches!(left.end, End::Fault { vector: 17, .. });
+    // AMD's processors have one more bit in MXCSR.
+    let amd = left.image.get::<4>(24)[2] & 2 != 0;
     // MASKMOVDQU checks alignment on some processors, if it stores enough.
     let masked = at_fault
         .is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu))

@@ -75,6 +75,16 @@ impl Generator {
         roles
     }
 
+    /// A case of `code` alone.
+    pub fn case_of(&mut self, bits: u32, code: Code, at: usize) -> Case {
+        let which = usize::from(bits == 32);
+        let roles = self.roles();
+        let mut draft = Draft { code: Vec::new(), insns: Vec::new(), undefined: Undefined::default() };
+        self.append(which, code, &roles, at, &mut draft);
+        self.aim(&mut draft);
+        Case { bits, at, code: draft.code, roles, seed: self.random.next() }
+    }
+
     /// The next case, at offset `at` of the code area.
     pub fn case(&mut self, at: usize) -> Case {
         let which = usize::from(self.random.percent(25));

@@ -276,6 +276,8 @@ fn is_ours(feature: CpuidFeature) -> bool {
             | F::SSE4_1
             | F::SSE4_2
             | F::SSSE3
+            | F::VAES
+            | F::VPCLMULQDQ
     )
 }
 
@@ -343,6 +345,38 @@ fn differs(code: Code) -> bool {
             | M::Vmcall
     ) || is_far(code)
         || loads_segment(code)
+}
+
+/// Why a code always raises an exception in code at CPL 3 with IOPL 0, as both processors run it here; `None` if some
+/// state takes it to its end. What these do at CPL 0 is the conformance suite's and the client suites' affair.
+pub fn never_ends(code: Code) -> Option<&'static str> {
+    use Mnemonic as M;
+    match code.mnemonic() {
+        M::In | M::Insb | M::Insw | M::Insd | M::Out | M::Outsb | M::Outsw | M::Outsd => {
+            Some("ports are not open to CPL 3")
+        }
+        M::Cli | M::Sti => Some("IOPL is 0"),
+        M::Hlt | M::Invd | M::Wbinvd | M::Invlpg | M::Clts | M::Swapgs => Some("for CPL 0 only"),
+        M::Lgdt | M::Lidt | M::Lldt | M::Ltr | M::Lmsw => Some("loads a system register: for CPL 0 only"),
+        M::Mov if moves_system_register(code) => Some("moves a control or debug register: for CPL 0 only"),
+        M::Ud2 => Some("its purpose"),
+        _ => None,
+    }
+}
+
+fn moves_system_register(code: Code) -> bool {
+    use Code as C;
+    matches!(
+        code,
+        C::Mov_r32_cr
+            | C::Mov_r64_cr
+            | C::Mov_cr_r32
+            | C::Mov_cr_r64
+            | C::Mov_r32_dr
+            | C::Mov_r64_dr
+            | C::Mov_dr_r32
+            | C::Mov_dr_r64
+    )
 }
 
 fn is_far(code: Code) -> bool {

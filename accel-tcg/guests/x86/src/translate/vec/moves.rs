@@ -395,7 +395,6 @@ impl Translator<'_> {
     /// Loads and stores under a mask, element by element.
     fn mask_move(&mut self, v: &Vector<'_>) -> bool {
         let wide_element = matches!(v.m, Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovq);
-        let bytes = if v.wide { 32 } else { 16 };
         self.sync();
         if matches!(v.m, Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu) {
             let at = self.mask_move_address(v.insn);
@@ -406,8 +405,10 @@ impl Translator<'_> {
             return true;
         }
         let store = v.insn.op0_kind() == OpKind::Memory;
-        let at = self.address(v.insn, bytes, store);
-        let at = self.whole(at);
+        // Segments are checked, and addresses wrap, element by element.
+        let segment = crate::translate::operand::segment(v.insn.memory_segment());
+        let address = self.address_bits(v.insn) / 32;
+        let at = self.offset(v.insn);
         let (data, mask) = if store {
             (v.insn.op2_register(), v.insn.op1_register())
         } else {
@@ -417,7 +418,9 @@ impl Translator<'_> {
             data.number() as i64
                 | (mask.number() as i64) << 8
                 | i64::from(wide_element) << 16
-                | i64::from(v.wide) << 17,
+                | i64::from(v.wide) << 17
+                | (segment as i64) << 20
+                | i64::from(address) << 24,
         );
         if store {
             self.b.call(self.ids.fpu.mask_store, &[at, how]);
