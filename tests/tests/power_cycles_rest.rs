@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use holdfast_tests::http::Api;
-use holdfast_tests::{Program, riscv64_guest};
-use serde_json::json;
+use holdfast_tests::{Program, riscv64_guest, x86_64_guest};
+use serde_json::{Value, json};
 
 /// The threads of a program that serves an API and has no VM, as `/proc` abbreviates their names.
 const OWN_THREADS: [&str; 4] = ["holdfast", "vmm_signal_hand", "vmm", "http-server"];
@@ -21,7 +21,19 @@ fn entries(path: &Path) -> Vec<String> {
 }
 
 #[test]
-fn what_a_vm_holds_goes_with_it() {
+fn what_a_riscv_vm_holds_goes_with_it() {
+    let kernel = riscv64_guest().join("Image");
+    cycle(&json!({ "arch": "riscv64", "kernel": kernel }));
+}
+
+#[test]
+fn what_an_x86_vm_holds_goes_with_it() {
+    let kernel = x86_64_guest().join("vmlinuz");
+    cycle(&json!({ "arch": "x86_64", "kernel": kernel }));
+}
+
+/// Boots and switches off a VM three times in one process.
+fn cycle(guest: &Value) {
     let dir = tempfile::tempdir().expect("directory");
     let disk = dir.path().join("disk.img");
     std::fs::File::create(&disk).and_then(|file| file.set_len(8 << 20)).expect("an image");
@@ -29,8 +41,8 @@ fn what_a_vm_holds_goes_with_it() {
     let mut program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
     let api = Api::connect(&socket);
     let config = json!({
-        "arch": "riscv64", "accel": "tcg", "memory": { "size": 256u64 << 20 },
-        "payload": { "kernel": riscv64_guest().join("Image") },
+        "arch": guest["arch"], "accel": "tcg", "memory": { "size": 256u64 << 20 },
+        "payload": { "kernel": guest["kernel"] },
         "disks": [{ "path": disk }], "console": { "mode": "Off" }, "balloon": { "size": 0 },
     });
     let proc = Path::new("/proc").join(program.pid().to_string());

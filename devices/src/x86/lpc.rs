@@ -5,13 +5,14 @@
 //! block and GPIOs are absent: their base registers read as zero.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use holdfast_device::{BuildError, Device, DeviceState, StateError};
+use holdfast_device::BuildError;
 
-use super::mch::pci_error;
+use super::chipset::{ChipsetFunction, ChipsetRegisters, slot_error};
 use super::{AcpiPm, Gsi, PM_BASE};
-use crate::pci::{ConfigBuilder, Identity, PciBus, PciConfig, PciConfigState, PciDevice};
+use crate::pci::{ConfigBuilder, Identity, PciBus, PciConfig, PciDevice};
 
 const KIND: &str = "ich9-lpc";
 const PMBASE: u16 = 0x40;
@@ -30,15 +31,17 @@ pub fn pirq_of(device: u8, pin: u8) -> usize {
 }
 
 /// The bridge.
-pub struct Lpc {
-    config: Arc<PciConfig>,
+pub type Lpc = ChipsetFunction<LpcRegisters>;
+
+/// What the bridge's registers switch.
+pub struct LpcRegisters {
     pm: Arc<AcpiPm>,
     gsi: Arc<Gsi>,
 }
 
-impl fmt::Debug for Lpc {
+impl fmt::Debug for LpcRegisters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lpc").field("pm", &self.pm).finish_non_exhaustive()
+        f.debug_struct("LpcRegisters").field("pm", &self.pm).finish_non_exhaustive()
     }
 }
 
@@ -48,7 +51,7 @@ impl Lpc {
     /// # Errors
     /// [`BuildError::Config`] if the slot is taken.
     pub fn build(bus: &Arc<PciBus>, pm: Arc<AcpiPm>, gsi: Arc<Gsi>) -> Result<Arc<Self>, BuildError> {
-        let slot = bus.reserve_function(0x1f, 0).map_err(|e| pci_error(KIND, &e))?;
+        let slot = bus.reserve_function(0x1f, 0).map_err(|e| slot_error(KIND, &e))?;
         let identity = Identity {
             vendor: 0x8086,
             device: 0x2918,
@@ -68,9 +71,7 @@ impl Lpc {
         }
         // Serial interrupt control, I/O decode ranges and enables: kept, with nothing to switch.
         builder.writable(0x64, &[0xff]).writable(0x80, &[0x77, 0x13, 0xff, 0x3f]);
-        let lpc = Arc::new(Self { config: builder.build(), pm, gsi });
-        bus.plug(&slot, Arc::clone(&lpc) as Arc<dyn PciDevice>).map_err(|e| pci_error(KIND, &e))?;
-        Ok(lpc)
+        Self::plug(bus, &slot, builder.build(), LpcRegisters { pm, gsi })
     }
 
     /// Programs the ACPI block's base and the PCI interrupt routes (10, 10, 11, 11) as firmware
@@ -82,60 +83,25 @@ impl Lpc {
             self.write_config(base, &[10, 10, 11, 11]);
         }
     }
+}
 
-    fn apply(&self) {
+impl ChipsetRegisters for LpcRegisters {
+    const KIND: &'static str = KIND;
+    const WATCHED: Range<u16> = PMBASE..PIRQ_E + 4;
+
+    fn apply(&self, config: &PciConfig) {
         let mut control = [0];
-        self.config.read(ACPI_CNTL, &mut control);
-        let base = self.config.read_u16(PMBASE) & 0xff80;
+        config.read(ACPI_CNTL, &mut control);
+        let base = config.read_u16(PMBASE) & 0xff80;
         self.pm.set_base((control[0] & ACPI_EN != 0 && base != 0).then_some(base));
         let mut routes = [0; 8];
         if let Some((low, high)) = routes.split_at_mut_checked(4) {
-            self.config.read(PIRQ_A, low);
-            self.config.read(PIRQ_E, high);
+            config.read(PIRQ_A, low);
+            config.read(PIRQ_E, high);
         }
         for (pirq, route) in routes.into_iter().enumerate() {
             self.gsi.set_pirq_route(pirq, (route & UNROUTED == 0).then_some(route & 0xf));
         }
-    }
-}
-
-impl PciDevice for Lpc {
-    fn pci_name(&self) -> &str {
-        KIND
-    }
-
-    fn config(&self) -> &Arc<PciConfig> {
-        &self.config
-    }
-
-    fn write_config(&self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
-        let end = usize::from(offset) + data.len();
-        if offset < PIRQ_E + 4 && end > usize::from(PMBASE) {
-            self.apply();
-        }
-    }
-}
-
-impl Device for Lpc {
-    fn id(&self) -> &str {
-        KIND
-    }
-
-    fn reset(&self) {
-        self.config.reset();
-        self.apply();
-    }
-
-    fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(KIND, 1, &self.config.save())
-    }
-
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
-        let new: PciConfigState = state.parse(KIND, 1)?;
-        self.config.restore(&new)?;
-        self.apply();
-        Ok(())
     }
 }
 
@@ -145,7 +111,7 @@ pub(super) mod tests {
     use super::super::{AcpiPmConfig, IrqTarget, SleepTypes};
     use super::*;
     use crate::pci::PciBusSpec;
-    use holdfast_device::{BuildContext, IrqSink};
+    use holdfast_device::{BuildContext, Device, IrqSink};
 
     pub fn root_bus() -> (Arc<PciBus>, BuildContext, Arc<Pins>) {
         let (context, _) = context();

@@ -6,12 +6,14 @@
 //! to what it has locked itself.
 
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::ops::Range;
+use std::sync::{Arc, Weak};
 
-use holdfast_device::{BuildContext, BuildError, Bus, BusDevice, Device, DeviceState, StateError};
+use holdfast_device::{BuildContext, BuildError, Bus, BusDevice};
 use parking_lot::Mutex;
 
-use crate::pci::{ConfigBuilder, Ecam, Identity, PciBus, PciConfig, PciConfigState, PciDevice, PciError};
+use super::chipset::{ChipsetFunction, ChipsetRegisters, slot_error};
+use crate::pci::{ConfigBuilder, Ecam, Identity, PciBus, PciConfig, PciDevice};
 
 const KIND: &str = "q35-mch";
 const PCIEXBAR: u16 = 0x60;
@@ -22,23 +24,21 @@ const SMRAM: u16 = 0x9d;
 pub const ECAM_WINDOW: (u64, u64) = (0xb000_0000, 256 << 20);
 
 /// The host bridge.
-pub struct Mch {
-    config: Arc<PciConfig>,
+pub type Mch = ChipsetFunction<MchRegisters>;
+
+/// What the host bridge's registers switch.
+pub struct MchRegisters {
     mmio: Arc<Bus>,
-    ecam: OnceLock<Arc<Ecam>>,
+    /// The bus holds this function, so this does not hold the bus.
+    bus: Weak<PciBus>,
     /// Where the configuration window is attached.
     window: Mutex<Option<u64>>,
 }
 
-impl fmt::Debug for Mch {
+impl fmt::Debug for MchRegisters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mch").field("window", &*self.window.lock()).finish_non_exhaustive()
+        f.debug_struct("MchRegisters").field("window", &*self.window.lock()).finish_non_exhaustive()
     }
-}
-
-/// A chipset function that cannot be put on its bus.
-pub(super) fn pci_error(id: &str, error: &PciError) -> BuildError {
-    BuildError::Config { id: id.to_owned(), reason: error.to_string() }
 }
 
 impl Mch {
@@ -47,7 +47,7 @@ impl Mch {
     /// # Errors
     /// [`BuildError::Config`] if the slot is taken.
     pub fn build(bus: &Arc<PciBus>, context: &BuildContext) -> Result<Arc<Self>, BuildError> {
-        let slot = bus.reserve(Some(0)).map_err(|e| pci_error(KIND, &e))?;
+        let slot = bus.reserve(Some(0)).map_err(|e| slot_error(KIND, &e))?;
         let identity = Identity {
             vendor: 0x8086,
             device: 0x29c0,
@@ -63,27 +63,28 @@ impl Mch {
             .writable(PAM0, &[0x30, 0x33, 0x33, 0x33, 0x33, 0x33, 0x33])
             .set(SMRAM, &[0x02])
             .writable(SMRAM, &[0x78]);
-        let mch = Arc::new(Self {
-            config: builder.build(),
+        let registers = MchRegisters {
             mmio: Arc::clone(&context.mmio),
-            ecam: OnceLock::new(),
+            bus: Arc::downgrade(bus),
             window: Mutex::new(None),
-        });
-        // Set once, here.
-        let _ = mch.ecam.set(Ecam::new(Arc::clone(bus)));
-        bus.plug(&slot, Arc::clone(&mch) as Arc<dyn PciDevice>).map_err(|e| pci_error(KIND, &e))?;
-        Ok(mch)
+        };
+        Self::plug(bus, &slot, builder.build(), registers)
     }
 
     /// Programs PCIEXBAR as firmware does, for kernels that start without any.
     pub fn enable_ecam(&self) {
         self.write_config(PCIEXBAR, &(ECAM_WINDOW.0 | 1).to_le_bytes());
     }
+}
+
+impl ChipsetRegisters for MchRegisters {
+    const KIND: &'static str = KIND;
+    const WATCHED: Range<u16> = PCIEXBAR..PCIEXBAR + 8;
 
     /// Attaches the window where PCIEXBAR says.
-    fn remap(&self) {
+    fn apply(&self, config: &PciConfig) {
         let mut raw = [0; 8];
-        self.config.read(PCIEXBAR, &mut raw);
+        config.read(PCIEXBAR, &mut raw);
         let value = u64::from_le_bytes(raw);
         // Length: 256, 128 or 64 MiB; 3 is reserved.
         let len = match value >> 1 & 3 {
@@ -100,51 +101,11 @@ impl Mch {
         {
             tracing::error!(%error, "ECAM window was not attached");
         }
-        let (Some(base), Some(ecam)) = (wanted, self.ecam.get()) else { return };
-        match self.mmio.attach(base, len, "ecam", Arc::clone(ecam) as Arc<dyn BusDevice>) {
+        let (Some(base), Some(bus)) = (wanted, self.bus.upgrade()) else { return };
+        match self.mmio.attach(base, len, "ecam", Ecam::new(bus) as Arc<dyn BusDevice>) {
             Ok(()) => *window = Some(base),
             Err(error) => tracing::warn!(%error, "guest moves the ECAM window into the way"),
         }
-    }
-}
-
-impl PciDevice for Mch {
-    fn pci_name(&self) -> &str {
-        KIND
-    }
-
-    fn config(&self) -> &Arc<PciConfig> {
-        &self.config
-    }
-
-    fn write_config(&self, offset: u16, data: &[u8]) {
-        self.config.write(offset, data);
-        let end = usize::from(offset) + data.len();
-        if offset < PCIEXBAR + 8 && end > usize::from(PCIEXBAR) {
-            self.remap();
-        }
-    }
-}
-
-impl Device for Mch {
-    fn id(&self) -> &str {
-        KIND
-    }
-
-    fn reset(&self) {
-        self.config.reset();
-        self.remap();
-    }
-
-    fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(KIND, 1, &self.config.save())
-    }
-
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
-        let new: PciConfigState = state.parse(KIND, 1)?;
-        self.config.restore(&new)?;
-        self.remap();
-        Ok(())
     }
 }
 
@@ -152,6 +113,7 @@ impl Device for Mch {
 mod tests {
     use super::super::lpc::tests::root_bus;
     use super::*;
+    use holdfast_device::Device;
 
     fn mch() -> (Arc<Mch>, Arc<PciBus>, BuildContext) {
         let (bus, context, _) = root_bus();

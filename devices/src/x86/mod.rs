@@ -4,6 +4,7 @@
 //! PC's interrupt lines out to the 8259 pair and the IOAPIC (or to a kernel's own pair of them).
 
 mod acpi_pm;
+mod chipset;
 mod debug;
 mod gsi;
 mod hpet;
@@ -23,14 +24,15 @@ use std::sync::Arc;
 use holdfast_device::{BuildError, Bus, BusDevice};
 
 pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_BASE, SleepTypes};
+pub use chipset::{ChipsetFunction, ChipsetRegisters};
 pub use debug::{DebugConsole, DebugExit};
 pub use gsi::{Gsi, IrqTarget};
 pub use hpet::{HPET_BASE, HPET_LEN, Hpet, HpetConfig};
 pub use i8042::{I8042, I8042Config};
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, IoApic, IoApicConfig, IoApicRoutes};
 pub use lapic::{EoiReceiver, LAPIC_BASE, LAPIC_LEN, Lapic, LapicBus, LapicSignals, LapicState, Waker};
-pub use lpc::{Lpc, pirq_of};
-pub use mch::{ECAM_WINDOW, Mch};
+pub use lpc::{Lpc, LpcRegisters, pirq_of};
+pub use mch::{ECAM_WINDOW, Mch, MchRegisters};
 pub use pic::PicPair;
 pub use pit::{LegacyGate, Pit, PitConfig};
 pub use ports::{PostPort, ResetControl, SystemControlA};
