@@ -282,21 +282,23 @@ impl Translator<'_> {
         let b = self.read_op(insn, 1, Size::B2);
         let rpl = self.b.andi(b, 3);
         let memory = insn.op0_kind() == OpKind::Memory;
-        let at = memory.then(|| self.address(insn, 2, true));
+        let at = memory.then(|| self.address(insn, 2, false));
         let n = if memory { 0 } else { insn.op0_register().number() };
         let a = match at {
             Some(at) => self.load(Size::B2, at),
             None => self.gpr_low(n, Size::B2),
         };
         let old = self.b.andi(a, 3);
-        // Memory is written only when it changes.
+        // Memory is written, and its segment has to be writable, only when it changes.
         let (keep, end) = (self.b.label(), self.b.label());
         self.b.brcond(Cond::GeU, old, rpl, keep);
         let others = self.b.andi(a, !3);
         let new = self.b.or(others, rpl);
-        match at {
-            Some(at) => self.store(Size::B2, at, new),
-            None => self.set_gpr_low(n, Size::B2, new),
+        if memory {
+            let at = self.address(insn, 2, true);
+            self.store(Size::B2, at, new);
+        } else {
+            self.set_gpr_low(n, Size::B2, new);
         }
         for (zero, label) in [(1, keep), (0, end)] {
             let zf = self.b.iconst(zero);

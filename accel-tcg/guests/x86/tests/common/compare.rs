@@ -6,7 +6,7 @@ use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic,
 };
 
-use super::case::{CODE, Case, End, Image, Outcome, Processor, XSAVE_SIZE};
+use super::case::{CODE, CODE_SIZE, Case, END, End, Image, Outcome, Processor, XSAVE_SIZE};
 use super::generate::{rflags_mask, undefined_after};
 
 /// Status flags, DF, NT, AC and ID.
@@ -47,6 +47,12 @@ fn undefined(insns: &[Instruction], outcome: &Outcome) -> u64 {
             return rflags_mask(undefined.flags | dead(&insns[n..]));
         }
         undefined.pass(insn);
+    }
+    // Elsewhere in executable memory it went through code that is not known, whose flags may be dead at the fault.
+    let at = outcome.image.rip;
+    let executable = (CODE..CODE + CODE_SIZE as u64).contains(&at) || (END..END + 0x1000).contains(&at);
+    if outcome.end != End::Done && executable {
+        undefined.flags |= !0;
     }
     rflags_mask(undefined.flags)
 }

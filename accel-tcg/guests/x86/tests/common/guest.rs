@@ -18,7 +18,7 @@ use super::case::{
 };
 
 /// Where supervisor pages are: guest-physical 0 to 2 MiB.
-const SYSTEM: u64 = 0xffff_a234_0000_0000;
+pub const SYSTEM: u64 = 0xffff_a234_0000_0000;
 const RAM_SIZE: usize = 0x20_0000;
 const PML4: u64 = 0x1000;
 const GDT: u64 = 0x1_0000;
@@ -29,7 +29,8 @@ const STACK_TOP: u64 = 0x1_4000;
 const HANDLERS: u64 = 0x1_5000;
 const CODE_AT: u64 = 0x4_0000;
 const END_AT: u64 = 0x6_0000;
-const DATA_AT: u64 = 0x8_0000;
+/// Guest-physical address of data.
+pub const DATA_AT: u64 = 0x8_0000;
 /// Seconds that a case may take.
 const PATIENCE: u64 = 5;
 
@@ -52,7 +53,10 @@ pub struct Machine {
     name: &'static str,
     /// The vCPU.
     pub vcpu: TcgVcpu,
-    memory: GuestMemory,
+    /// The other vCPUs.
+    pub others: Vec<TcgVcpu>,
+    /// RAM.
+    pub memory: GuestMemory,
     timers: Arc<Timers>,
     /// What every case starts from.
     base: State,
@@ -65,6 +69,11 @@ pub struct Machine {
 impl Machine {
     /// A machine that runs by `engine`.
     pub fn new(guest: Arc<dyn Guest>, engine: Engine) -> Self {
+        Self::with_vcpus(guest, engine, 1)
+    }
+
+    /// A machine with several vCPUs, the first of which runs cases.
+    pub fn with_vcpus(guest: Arc<dyn Guest>, engine: Engine, vcpus: u32) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("RAM");
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("timers");
@@ -74,7 +83,7 @@ impl Machine {
             io: Arc::new(NoIo),
             clock: Arc::clone(&clock),
             timers: Arc::clone(&timers),
-            vcpus: 1,
+            vcpus,
             code_cache: 0,
             engine,
             controllers: Vec::new(),
@@ -82,23 +91,41 @@ impl Machine {
         .expect("a VM");
         let model = CpuModel::X86_64(CpuidModel { name: "host".into(), ..CpuidModel::default() });
         let mut vcpu = TcgVcpu::new(&vm, 0, &model).expect("a vCPU");
+        let mut others: Vec<_> = (1..vcpus).map(|n| TcgVcpu::new(&vm, n, &model).expect("a vCPU")).collect();
         clock.resume();
         timers.clock_changed();
         tables(&memory);
         let mut stops: Vec<u64> = (0..32).map(|v| SYSTEM + HANDLERS + 16 * v).collect();
         stops.extend([END, END32]);
         vcpu.set_debug(false, &stops);
+        others.iter_mut().for_each(|v| v.set_debug(false, &stops));
         let CpuState::X86_64(state) = vcpu.export() else { panic!("not x86") };
         let base = system_state(*state);
         let (runs, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let dog = watch(vcpu.shared(), &runs, &done);
         let name = if engine == Engine::Interpreter { "interpreter" } else { "translated" };
-        Self { name, vcpu, memory, timers, base, data: vec![0; DATA_RW], runs, done, dog: Some(dog) }
+        Self { name, vcpu, others, memory, timers, base, data: vec![0; DATA_RW], runs, done, dog: Some(dog) }
     }
 
     /// Sets what the page that ends code holds.
     pub fn set_end_page(&self, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(END_AT)).expect("in RAM");
+    }
+
+    /// A state in ring 0 of long mode, interrupts off, in supervisor pages, which can be written and executed.
+    pub fn supervisor_state(&self, offset: u64, stack: u64) -> State {
+        let mut state = self.base.clone();
+        (state.rip, state.gpr, state.rflags) = (SYSTEM + offset, [0; 16], 2);
+        state.gpr[4] = SYSTEM + stack;
+        state.segments[1] = segment(0x10, 0xa09b);
+        state.segments[2] = segment(0x18, 0xc093);
+        state
+    }
+
+    /// Maps a page of the first data's 2 MiB, supervisor, writable.
+    pub fn map(&self, va: u64, gpa: u64) {
+        let entry = 0x6000 + (va >> 12 & 511) * 8;
+        self.memory.write_obj(gpa | 1 << 63 | 3, GuestAddress(entry)).expect("in RAM");
     }
 
     fn word(&self, va: u64) -> u64 {
