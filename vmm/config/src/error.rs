@@ -51,7 +51,14 @@ impl fmt::Display for Problems {
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It is not JSON, or a field has the wrong type.
+    /// It is not JSON.
+    #[error("not valid JSON")]
+    NotJson {
+        /// What the parser says, with line and column.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field has the wrong type.
     #[error("`{field}` cannot be read")]
     Syntax {
         /// The field, as a path; `.` for the whole.

@@ -203,7 +203,7 @@ impl VmConfig {
 /// Reads a JSON object into `T`; the error names the field.
 ///
 /// # Errors
-/// [`ConfigError::Syntax`].
+/// [`ConfigError::NotJson`], [`ConfigError::Syntax`], or [`ConfigError::Invalid`] for an array.
 pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ConfigError> {
     // serde would also read a struct from an array of its fields.
     if body.trim_ascii_start().starts_with(b"[") {
@@ -213,7 +213,7 @@ pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ConfigError> {
     }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(syntax)?;
-    deserializer.end().map_err(|source| ConfigError::Syntax { field: ".".to_owned(), source })?;
+    deserializer.end().map_err(|source| ConfigError::NotJson { source })?;
     Ok(value)
 }
 
@@ -223,5 +223,6 @@ fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Config
 
 fn syntax(error: serde_path_to_error::Error<serde_json::Error>) -> ConfigError {
     let field = error.path().to_string();
-    ConfigError::Syntax { field, source: error.into_inner() }
+    let source = error.into_inner();
+    if source.is_data() { ConfigError::Syntax { field, source } } else { ConfigError::NotJson { source } }
 }

@@ -93,7 +93,9 @@ fn what_is_not_there_is_refused_by_name() {
 fn a_wrong_type_is_named() {
     let error = VmConfig::from_json(br#"{"cpus":{"boot_vcpus":"two"}}"#).unwrap_err();
     assert_eq!(error.to_string(), "`cpus.boot_vcpus` cannot be read");
-    assert!(VmConfig::from_json(b"{} x").is_err());
+    for text in ["{} x", "{bad", "", "{\"cpus\":"] {
+        assert_eq!(VmConfig::from_json(text.as_bytes()).unwrap_err().to_string(), "not valid JSON", "{text}");
+    }
     assert!(VmConfig::from_json(b"[]").is_err());
 }
 
