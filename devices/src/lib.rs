@@ -1,5 +1,6 @@
 //! Platform devices: interrupt controllers, PCI, timers, serial, fw_cfg, flash.
 
+pub mod catalog;
 pub mod chardev;
 pub mod flash;
 pub mod fw_cfg;

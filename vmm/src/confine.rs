@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use holdfast_arch::x86_64::boot::module_list;
 use holdfast_block::graph::referenced_files;
 use holdfast_config::{LandlockConfig, VmConfig};
 use holdfast_sandbox::{PathAccess, PathRule, Sandbox, SandboxError};
@@ -124,6 +125,10 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     if let Some(payload) = &config.payload {
         for path in [&payload.kernel, &payload.firmware, &payload.initramfs].into_iter().flatten() {
             rules.existing(path, false);
+        }
+        // A Multiboot image takes a list.
+        for (path, _) in payload.initramfs.iter().flat_map(|list| module_list(list)) {
+            rules.existing(&path, false);
         }
     }
     for flash in config.pflash() {

@@ -91,6 +91,12 @@ pub(super) const OPTIONS: &[Opt] = &[
     ),
     opt("disk", Shape::Many(holdfast_keyval::keys::<config::DiskConfig>), DEVICES, "Block device"),
     opt("net", Shape::Many(holdfast_keyval::keys::<config::NetConfig>), DEVICES, "Network device"),
+    opt(
+        "device",
+        Shape::Many(super::run::device_keys),
+        DEVICES,
+        "Device that is added by name: NAME or NAME,key=value",
+    ),
     opt("rng", Shape::Keys(holdfast_keyval::keys::<config::RngConfig>), DEVICES, "Entropy device"),
     opt("balloon", Shape::Keys(holdfast_keyval::keys::<config::BalloonConfig>), DEVICES, "Memory balloon"),
     opt(
@@ -191,7 +197,11 @@ pub(super) fn long_help(help: &str, keys: &[Key]) -> String {
             None if key.required && !key.positional => " (required)".to_owned(),
             None => String::new(),
         };
-        text += &format!("\n  {}={}", key.name, key.value);
+        text += "\n  ";
+        text += &key.name;
+        if !key.value.is_empty() {
+            text += &format!("={}", key.value);
+        }
         let mut column = HELP_WIDTH;
         for word in format!("{}{default}", key.description).split(' ') {
             if column + word.len() >= HELP_WIDTH {

@@ -11,6 +11,8 @@ use holdfast_config::{
     MemoryConfig, NetConfig, PayloadConfig, PflashConfig, PlatformConfig, RestoreConfig, RngConfig,
     SerialConfig, VmConfig,
 };
+use holdfast_config::catalog::{self, DeviceConfig, DeviceKind};
+use holdfast_keyval::Key;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
@@ -88,6 +90,7 @@ const DESCRIBES_VM: &[&str] = &[
     "platform",
     "disk",
     "net",
+    "device",
     "rng",
     "balloon",
     "serial",
@@ -183,6 +186,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         machine: keyval::<MachineConfig>(matches, "machine")?.unwrap_or_default(),
         accel: parsed(matches, "accel")?.unwrap_or_default(),
         perf_map: matches.get_flag("perf-map"),
+        board_devices: devices(matches)?,
         pflash: keyvals::<PflashConfig>(matches, "pflash")?,
     };
     config.validate_for_boot().map_err(CliError::Config)?;
@@ -225,6 +229,65 @@ fn keyvals<T: DeserializeOwned + JsonSchema>(
 ) -> Result<Option<Vec<T>>, CliError> {
     let Some(values) = matches.get_many::<String>(name) else { return Ok(None) };
     values.map(|value| read_keys(name, value)).collect::<Result<_, _>>().map(Some)
+}
+
+/// Reads the keys behind the name of a device.
+struct DeviceReader<'a>(&'a str);
+
+impl catalog::Visitor for DeviceReader<'_> {
+    type Out = Result<DeviceConfig, holdfast_keyval::Error>;
+
+    fn visit<K: DeviceKind>(&mut self) -> Self::Out {
+        holdfast_keyval::from_str::<K>(self.0).map(Into::into)
+    }
+}
+
+/// Lists the keys of a kind of device, each behind the device's name.
+struct DeviceKeys;
+
+impl catalog::Visitor for DeviceKeys {
+    type Out = Vec<Key>;
+
+    fn visit<K: DeviceKind>(&mut self) -> Vec<Key> {
+        let name = Key {
+            name: K::NAME.to_owned(),
+            json_name: "driver".to_owned(),
+            value: String::new(),
+            default: None,
+            description: K::SUMMARY.to_owned(),
+            required: false,
+            positional: true,
+        };
+        let keys = holdfast_keyval::keys::<K>().into_iter();
+        std::iter::once(name).chain(keys.map(|k| Key { name: format!("{},{}", K::NAME, k.name), ..k })).collect()
+    }
+}
+
+/// The keys of all devices that can be added by name.
+pub(super) fn device_keys() -> Vec<Key> {
+    catalog::NAMES.iter().filter_map(|name| catalog::visit(name, &mut DeviceKeys)).flatten().collect()
+}
+
+/// Devices that are added by name.
+fn devices(matches: &ArgMatches) -> Result<Option<Vec<DeviceConfig>>, CliError> {
+    let Some(values) = matches.get_many::<String>("device") else { return Ok(None) };
+    values.map(|value| device(value)).collect::<Result<_, _>>().map(Some)
+}
+
+/// One device: `NAME` or `NAME,key=value`.
+fn device(value: &str) -> Result<DeviceConfig, CliError> {
+    let (name, keys) = value.split_once(',').unwrap_or((value, ""));
+    if name.starts_with("path=") {
+        // Cloud Hypervisor's spelling of a host's PCI device.
+        return Err(CliError::UnsupportedKey { option: "device".to_owned(), key: "path".to_owned() });
+    }
+    let unknown = || CliError::Text {
+        option: "device".to_owned(),
+        value: value.to_owned(),
+        reason: format!("there is no device `{name}`; there are {}", catalog::NAMES.join(", ")),
+    };
+    let read = catalog::visit(name, &mut DeviceReader(keys)).ok_or_else(unknown)?;
+    read.map_err(|source| CliError::Value { option: format!("device {name}"), source })
 }
 
 /// Consoles of an option that is given several times.

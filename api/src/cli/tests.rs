@@ -96,7 +96,7 @@ fn an_error_names_option_value_and_remedy() {
 fn what_is_not_there_is_refused_by_name() {
     let says = |options: &str| refused(&format!("holdfast run --kernel K --console off {options}"));
     for option in
-        ["fs tag=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "device path=/x path=/y"]
+        ["fs tag=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "user-device socket=/x"]
     {
         let name = option.split(' ').next().unwrap();
         assert!(says(&format!("--{option}")).starts_with(&format!("--{name} is a Cloud Hypervisor option")));
@@ -104,6 +104,15 @@ fn what_is_not_there_is_refused_by_name() {
     assert!(says("--cpus boot=1,nested=off").contains("key `nested` is a Cloud Hypervisor key"));
     assert!(says("--disk path=/x,bw_size=1").contains("key `bw_size` is a Cloud Hypervisor key"));
     assert!(says("--disk path=/x,vhost_user=on").contains("`disks[0].vhost_user`"));
+    assert_eq!(
+        says("--device path=/x"),
+        "--device: key `path` is a Cloud Hypervisor key that is not supported by this version of Holdfast"
+    );
+    let unknown = says("--device rtl8139,mac=x");
+    assert!(unknown.contains("no device `rtl8139`") && unknown.contains("pci-testdev"), "{unknown}");
+    assert!(says("--device pc-testdev,iobase=1").contains("`iobase`"));
+    assert!(says("--device isa-debug-exit,iosize=9").contains("`board_devices[0].iosize`: is 9"));
+    assert!(says("--device pc-testdev --device pc-testdev").contains("have two `pc-testdev`"));
     let ctl = refused("holdfast ctl --api-socket /s add-fs tag=x,socket=y");
     assert_eq!(ctl, "ctl add-fs is not supported by this version of Holdfast");
 }

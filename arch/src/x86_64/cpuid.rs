@@ -43,7 +43,8 @@ fn feature_registers(function: u32, index: u32) -> &'static [usize] {
     }
 }
 
-fn find(table: &[CpuidEntry], function: u32, index: u32) -> Option<&CpuidEntry> {
+/// The entry of a leaf.
+pub(super) fn find(table: &[CpuidEntry], function: u32, index: u32) -> Option<&CpuidEntry> {
     table.iter().find(|e| e.function == function && (!e.indexed || e.index == index))
 }
 

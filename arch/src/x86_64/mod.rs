@@ -3,6 +3,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod features;
 pub mod models;
 pub mod smbios;
 
@@ -30,6 +31,12 @@ pub struct CpuidModel {
     pub name: String,
     /// Entries; empty means all that the accelerator supports.
     pub entries: Vec<CpuidEntry>,
+    /// Features that were switched by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub switches: Vec<features::Switch>,
+    /// The vendor to show instead of the model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<[u8; 12]>,
     /// How vCPUs are arranged in packages; `None`: one package of single-threaded cores.
     #[serde(default)]
     pub topology: Option<CpuTopology>,

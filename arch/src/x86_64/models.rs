@@ -161,7 +161,7 @@ pub fn named(name: &str) -> Option<CpuidModel> {
         return Some(CpuidModel { name: name.to_lowercase(), ..CpuidModel::default() });
     }
     let model = MODELS.iter().find(|m| m.name == name)?;
-    Some(CpuidModel { name: name.to_owned(), entries: model.entries(), topology: None })
+    Some(CpuidModel { name: name.to_owned(), entries: model.entries(), ..CpuidModel::default() })
 }
 
 #[cfg(test)]

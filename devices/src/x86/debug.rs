@@ -1,17 +1,16 @@
-//! The debug console (Bochs's port 0xe9, SeaBIOS's and OVMF's 0x402) and the debug exit port.
+//! The debug console (Bochs's port 0xe9, SeaBIOS's and OVMF's 0x402).
 
 use std::fmt;
 use std::sync::Arc;
 
 use holdfast_device::{
-    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, StateError, SystemEvent, SystemSink,
+    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, StateError,
 };
 
 use super::attach;
 use crate::chardev::CharBackend;
 
 const CONSOLE: &str = "debugcon";
-const EXIT: &str = "isa-debug-exit";
 
 /// A port that passes bytes to a character back end and says that it is there by reading as 0xe9.
 pub struct DebugConsole {
@@ -68,55 +67,6 @@ impl Device for DebugConsole {
     }
 }
 
-/// A port that ends the whole process: writing `v` exits with status `v * 2 + 1`, never zero.
-#[derive(Debug)]
-pub struct DebugExit {
-    system: Arc<dyn SystemSink>,
-}
-
-impl DebugExit {
-    /// Length of the window in bytes.
-    pub const LEN: u64 = 4;
-
-    /// Builds the port.
-    ///
-    /// # Errors
-    /// [`BuildError::Bus`] if the port is taken.
-    pub fn build(port: u16, context: &BuildContext) -> Result<Arc<Self>, BuildError> {
-        let exit = Arc::new(Self { system: Arc::clone(&context.system) });
-        attach(&context.pio, EXIT, port.into(), Self::LEN, Arc::clone(&exit) as Arc<dyn BusDevice>)?;
-        Ok(exit)
-    }
-}
-
-impl BusDevice for DebugExit {
-    fn read(&self, _access: Access, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, _access: Access, data: &[u8]) {
-        if let Some(value) = data.first() {
-            self.system.request(SystemEvent::Exit(value << 1 | 1));
-        }
-    }
-}
-
-impl Device for DebugExit {
-    fn id(&self) -> &str {
-        EXIT
-    }
-
-    fn reset(&self) {}
-
-    fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(EXIT, 1, &())
-    }
-
-    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
-        state.parse(EXIT, 1)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -151,15 +101,5 @@ mod tests {
         let state = console.save().expect("saves");
         console.restore(&state).expect("restores");
         hostile(&*console, 0x402, 1);
-    }
-
-    #[test]
-    fn the_exit_port_exits() {
-        let (c, requests) = context();
-        let exit = DebugExit::build(0xf4, &c).expect("build");
-        outb(&c.pio, 0xf4, 0x10);
-        assert_eq!(requests.take(), [SystemEvent::Exit(0x21)]);
-        assert!(DebugExit::build(0xf4, &c).is_err(), "the port is taken");
-        hostile(&*exit, 0xf4, 4);
     }
 }

@@ -25,7 +25,7 @@ use holdfast_device::{BuildError, Bus, BusDevice};
 
 pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_BASE, SleepTypes};
 pub use chipset::{ChipsetFunction, ChipsetRegisters};
-pub use debug::{DebugConsole, DebugExit};
+pub use debug::DebugConsole;
 pub use gsi::{Gsi, IrqTarget};
 pub use hpet::{HPET_BASE, HPET_LEN, Hpet, HpetConfig};
 pub use i8042::{I8042, I8042Config};
@@ -84,7 +84,7 @@ pub(crate) fn nanoseconds(ticks: u64, hz: u64) -> u64 {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! What the unit tests of this folder share.
+    //! What the unit tests of PC devices share.
 
     use std::io;
     use std::sync::Arc;
@@ -164,6 +164,8 @@ pub(crate) mod testing {
         };
         (context, requests)
     }
+
+    pub use super::lpc::tests::root_bus;
 
     pub fn access(address: u64, offset: u64) -> Access {
         Access { offset, address, vcpu: Some(0) }

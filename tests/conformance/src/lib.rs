@@ -8,6 +8,7 @@
 //! registers, interrupts.
 
 pub mod asm;
+mod bad;
 mod debugging;
 mod interrupts;
 mod memory;
@@ -89,5 +90,5 @@ pub fn cases() -> Vec<Case> {
 
 /// Guests that need what an accelerator running at the host's speed has, and an interpreting KVM does not.
 pub fn hardware_cases() -> Vec<Case> {
-    debugging::SOFTWARE.to_vec()
+    [debugging::SOFTWARE, bad::CASES].concat()
 }

@@ -12,6 +12,8 @@ use holdfast_device::{
     BuildContext, Bus, CpuLines, Device, ExtInt, IoEvents, IrqSink, MsiController, MsiMessage, MsiVector,
     SystemEvent, SystemSink,
 };
+use holdfast_devices::catalog::DeviceConfig;
+use holdfast_devices::catalog::{isa_debug_exit, pc_testdev, pci_testdev};
 use holdfast_machines::{Machine, MachineContext, MachineModule, MachineRequest, Payload};
 use holdfast_memory::GuestMemory;
 use holdfast_threads::PlainSpawner;
@@ -138,6 +140,16 @@ pub struct Rig {
     pub devices: Vec<Arc<dyn Device>>,
 }
 
+/// All devices that are added by name.
+fn board(pc: bool) -> Vec<DeviceConfig> {
+    let pci = pci_testdev::PciTestdevConfig { addr: Some(30) }.into();
+    if !pc {
+        return vec![pci];
+    }
+    let exit = isa_debug_exit::IsaDebugExitConfig { iobase: 0xf4, iosize: 4 };
+    vec![exit.into(), pc_testdev::PcTestdevConfig {}.into(), pci]
+}
+
 impl Rig {
     /// Builds a machine with 64 MiB of RAM and two vCPUs.
     pub fn new(module: &dyn MachineModule) -> Self {
@@ -152,7 +164,7 @@ impl Rig {
             irqchip: IrqChip::Split,
             uuid: None,
             debug_console_port: pc.then_some(0x402),
-            debug_exit_port: pc.then_some(0xf4),
+            board: board(pc),
             serial: None,
             debug_console: None,
         };

@@ -129,6 +129,7 @@ replay! {
     fw_cfg: 1000,
     kernel_load: 100,
     mmio_registers: 200,
+    multiboot: 200,
     options: 2000,
     pci_config: 200,
     pci_config_virt: 200,

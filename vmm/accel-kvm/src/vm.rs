@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use holdfast_accel::{AccelError, IrqChip, RomWindow, Vcpu, Vm, VmSpec};
 use holdfast_arch::CpuModel;
-use holdfast_arch::x86_64::{CpuTopology, CpuidEntry, cpuid};
+use holdfast_arch::x86_64::{CpuTopology, CpuidEntry, cpuid, features};
 use holdfast_device::{Bus, CpuLines, ExtInt, IoEvents, IrqSink, MsiController, MsiMessage};
 use holdfast_memory::GuestMemory;
 use kvm_bindings::{
@@ -241,7 +241,7 @@ impl KvmVm {
         }
         let topology = model.topology.unwrap_or_else(|| CpuTopology::flat(self.vcpus));
         let apic_id = topology.apic_id(index);
-        let mut table = cpuid::intersect(&self.supported, &model.entries);
+        let mut table = features::resolve(&self.supported, model).map_err(|e| unsupported(e.to_string()))?;
         cpuid::place(&mut table, topology, apic_id);
         Ok((table, apic_id))
     }

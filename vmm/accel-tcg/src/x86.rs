@@ -106,6 +106,10 @@ impl LocalApic for Apic {
         self.0.write_msr(register, value)
     }
 
+    fn send_ipi(&self, id: u32, icr: u32) -> bool {
+        self.0.send_ipi(id, icr)
+    }
+
     fn tsc_deadline(&self) -> u64 {
         self.0.tsc_deadline()
     }

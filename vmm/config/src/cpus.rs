@@ -50,7 +50,9 @@ pub struct CpusConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
     /// CPU model of an x86 guest: `host` or `max` (all that the accelerator supports), `qemu64`, `Nehalem`,
-    /// `Skylake-Server`, `EPYC`. A named model gets what of it the accelerator supports.
+    /// `Skylake-Server`, `EPYC`. A named model gets what of it the accelerator supports. Features can be switched as
+    /// with QEMU's `-cpu`: `Nehalem,+x2apic,-vme,vendor=AuthenticAMD` (in quotes on the command line); one that is
+    /// asked for by name and is not to be had is an error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<String>,
     /// Pinning of vCPUs to host CPUs.

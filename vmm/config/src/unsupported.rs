@@ -118,7 +118,6 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
     valued("pmem"),
     valued("vsock"),
     valued("vdpa"),
-    valued("device"),
     valued("user-device"),
     valued("rtc"),
     flag("watchdog"),

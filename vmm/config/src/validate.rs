@@ -56,12 +56,10 @@ impl VmConfig {
     }
 
     fn check_profile(&self, profile: &str, problems: &mut Problems) {
-        let known = holdfast_arch::x86_64::models::named(profile).is_some();
         if self.guest_arch() != holdfast_arch::Arch::X86_64 {
             problems.add("cpus.profile", "is for x86_64 guests");
-        } else if !known {
-            let names = holdfast_arch::x86_64::models::NAMES.join(", ");
-            problems.add("cpus.profile", format!("is `{profile}`; there are {names}"));
+        } else if let Err(reason) = holdfast_arch::x86_64::features::parse(profile) {
+            problems.add("cpus.profile", reason.to_string());
         }
     }
 
@@ -135,6 +133,7 @@ impl VmConfig {
                 problems.add("balloon.size", format!("is {}, more than memory.size", balloon.size));
             }
         }
+        self.check_board(problems);
         let mut seen = HashSet::new();
         for (field, id) in self.named_devices() {
             // A configuration that was read back carries the names that Holdfast gave itself.
@@ -147,6 +146,20 @@ impl VmConfig {
             }
             if !seen.insert(id) {
                 problems.add(field, format!("is `{id}`, which another device has"));
+            }
+        }
+    }
+
+    fn check_board(&self, problems: &mut Problems) {
+        for (i, device) in self.board_devices.iter().flatten().enumerate() {
+            for (field, reason) in device.problems() {
+                problems.add(format!("board_devices[{i}].{field}"), reason);
+            }
+        }
+        let mut seen = HashSet::new();
+        for device in self.board_devices() {
+            if !seen.insert(device.name()) {
+                problems.add("board_devices", format!("have two `{}`; there can be one", device.name()));
             }
         }
     }

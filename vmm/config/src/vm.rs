@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use holdfast_arch::Arch;
+use holdfast_devices::catalog::DeviceConfig;
+use holdfast_devices::catalog::isa_debug_exit::IsaDebugExitConfig;
 use holdfast_virtio::balloon::config::BalloonConfig;
 use holdfast_virtio::blk::config::DiskConfig;
 use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
@@ -96,6 +98,9 @@ pub struct VmConfig {
     /// The machine.
     #[serde(default)]
     pub machine: MachineConfig,
+    /// Devices of the board that are added by name, with QEMU's names and keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub board_devices: Option<Vec<DeviceConfig>>,
     /// Contents of the flash banks, first bank first; `virt` only, which has two.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pflash: Option<Vec<PflashConfig>>,
@@ -132,6 +137,7 @@ impl Default for VmConfig {
             name: None,
             arch: None,
             machine: MachineConfig::default(),
+            board_devices: None,
             pflash: None,
             accel: AccelChoice::Auto,
             perf_map: false,
@@ -167,6 +173,12 @@ impl VmConfig {
             (None, Arch::X86_64) => "q35",
             (None, _) => "virt",
         }
+    }
+
+    /// The devices that are added by name, those of the machine's own options among them.
+    pub fn board_devices(&self) -> Vec<DeviceConfig> {
+        let exit = self.machine.debug_exit.map(|iobase| IsaDebugExitConfig { iobase, iosize: 4 }.into());
+        exit.into_iter().chain(self.board_devices.iter().flatten().cloned()).collect()
     }
 
     /// What the flash banks hold.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use holdfast_accel::{IrqChip, Vm};
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildContext, BuildError, Device};
+use holdfast_devices::catalog::DeviceConfig;
 
 /// What the guest boots from. Paths are opened by [`Machine::load`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -74,9 +75,8 @@ pub struct MachineRequest {
     pub uuid: Option<[u8; 16]>,
     /// Where the x86 debug console listens, if anywhere.
     pub debug_console_port: Option<u16>,
-    /// Where the x86 debug exit port is, if anywhere: a guest's write of `v` there asks for
-    /// `SystemEvent::Exit(v * 2 + 1)`.
-    pub debug_exit_port: Option<u16>,
+    /// Devices that are added by name.
+    pub board: Vec<DeviceConfig>,
     /// Connected to the first serial port; `None`: the port exists and its output is dropped.
     pub serial: Option<Arc<dyn holdfast_devices::chardev::CharBackend>>,
     /// Connected to the debug console, likewise.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use holdfast_accel::{Accelerator, IrqChip, VmSpec};
 use holdfast_arch::CpuModel;
-use holdfast_arch::x86_64::{CpuTopology, models};
+use holdfast_arch::x86_64::{CpuTopology, features};
 use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_config::{
     ConsoleMode, CpusConfig, IrqChipMode, MemoryConfig, PflashConfig, VirtioTransport, VmConfig,
@@ -194,7 +194,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             ConsoleMode::Off => None,
             _ => config.debug_console.iobase,
         },
-        debug_exit_port: config.machine.debug_exit,
+        board: config.board_devices(),
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
     }
@@ -207,7 +207,7 @@ fn flash_image(config: &PflashConfig) -> FlashImage {
 /// The CPU model the user named or else the machine's default, arranged as the user wants it.
 fn cpu_model(module: &dyn MachineModule, profile: Option<&str>, topology: Option<Topology>) -> CpuModel {
     let mut cpu = module.default_cpu();
-    if let (CpuModel::X86_64(model), Some(named)) = (&mut cpu, profile.and_then(models::named)) {
+    if let (CpuModel::X86_64(model), Some(named)) = (&mut cpu, profile.and_then(|text| features::parse(text).ok())) {
         *model = named;
     }
     if let (CpuModel::X86_64(model), Some(t)) = (&mut cpu, topology) {

@@ -68,6 +68,9 @@ pub trait LocalApic: Send + Sync + Debug {
     fn set_tsc_deadline(&self, value: u64, at: u64);
     /// After reset (`init` false) or INIT (true: the id and the base are kept).
     fn reset(&self, init: bool);
+    /// Sends an interrupt of the vector and delivery mode in `icr` (the low bits of the interrupt command) to the APIC
+    /// with `id`; false if there is none.
+    fn send_ipi(&self, id: u32, icr: u32) -> bool;
     /// The state.
     fn save(&self) -> ApicState;
     /// Replaces the state. `deadline_at`: as in [`LocalApic::set_tsc_deadline`].

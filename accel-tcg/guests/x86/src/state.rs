@@ -197,14 +197,20 @@ pub struct X86 {
     pub phys_bits: u64,
     /// Debug exceptions to raise behind the instruction that was just done: bits of DR6, 0 for none.
     pub debug_pending: u64,
+    /// IA32_PKRS.
+    pub pkrs: u64,
     /// Padding.
-    pub pad2: [u64; 6],
+    pub pad2: [u64; 5],
+    /// Machine-check banks: CTL, STATUS, ADDR, MISC.
+    pub machine_check: [[u64; 4]; MC_BANKS],
     /// How many of `cpuid` there are.
     pub cpuid_count: u64,
     /// What CPUID says.
     pub cpuid: [CpuidLeaf; CPUID_LEAVES],
 }
 
+/// Machine-check banks.
+pub const MC_BANKS: usize = 10;
 /// Most leaves that CPUID has.
 pub const CPUID_LEAVES: usize = 80;
 

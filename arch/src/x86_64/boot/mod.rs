@@ -1,8 +1,9 @@
 //! Starting a Linux kernel without firmware: the 64-bit and 32-bit boot protocols of a bzImage (Linux
-//! `Documentation/arch/x86/boot.rst`), the PVH entry of an ELF image (Xen `docs/misc/pvh.pandoc`), and
-//! the 64-bit entry of an ELF image without one.
+//! `Documentation/arch/x86/boot.rst`), the PVH entry of an ELF image (Xen `docs/misc/pvh.pandoc`), the
+//! 64-bit entry of an ELF image without one, and Multiboot 1.
 
 mod linux;
+mod multiboot;
 mod pvh;
 mod start;
 
@@ -14,6 +15,7 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{GuestAddress, GuestMemoryError, ReadVolatile};
 
+pub use multiboot::module_list;
 pub use start::Entry;
 
 /// Where kernels are loaded, and where RAM goes on above the holes of a PC.
@@ -85,7 +87,7 @@ pub fn memory_map(ram: &[(u64, u64)], reserved: &[(u64, u64)]) -> Vec<MapEntry> 
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The kernel image is of no known kind.
-    #[error("it is neither a bzImage nor a 64-bit ELF image for x86")]
+    #[error("it is neither a bzImage, nor a 64-bit ELF image for x86, nor a Multiboot image")]
     UnknownFormat,
     /// The image is damaged or needs what is not there.
     #[error("{0}")]
@@ -121,14 +123,35 @@ pub struct BootRequest<'a> {
     pub memory: &'a GuestMemory,
     /// The kernel image.
     pub kernel: &'a mut File,
+    /// The image's name, which a Multiboot image finds as the first word of its command line.
+    pub name: &'a str,
     /// The initial RAM disk.
     pub initramfs: Option<&'a mut File>,
+    /// The modules of a Multiboot image, which takes them instead of `initramfs`.
+    pub modules: Vec<BootModule<'a>>,
     /// The command line.
     pub cmdline: &'a str,
     /// The E820 map.
     pub map: &'a [MapEntry],
     /// The ACPI root pointer.
     pub rsdp: u64,
+}
+
+/// A file that a Multiboot image is given.
+#[derive(Debug)]
+pub struct BootModule<'a> {
+    /// Its contents.
+    pub file: &'a mut File,
+    /// Its name and arguments.
+    pub string: String,
+}
+
+/// Whether `file` is an image that [`load`] takes for a Multiboot image.
+///
+/// # Errors
+/// It cannot be read.
+pub fn is_multiboot(file: &mut File) -> Result<bool, BootError> {
+    multiboot::is_image(file)
 }
 
 /// Puts the kernel, initramfs, command line and boot parameters into RAM; returns how to enter.
@@ -139,6 +162,9 @@ pub fn load(mut request: BootRequest<'_>) -> Result<Entry, BootError> {
     let mut magic = [0; 4];
     request.kernel.seek(SeekFrom::Start(0))?;
     request.kernel.read_exact(&mut magic).map_err(|_| BootError::UnknownFormat)?;
+    if multiboot::is_image(request.kernel)? {
+        return multiboot::load(&mut request);
+    }
     request.kernel.seek(SeekFrom::Start(0))?;
     if magic != *b"\x7fELF" {
         return linux::load(&mut request);

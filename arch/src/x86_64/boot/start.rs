@@ -18,7 +18,11 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 0x500;
 
+/// What a Multiboot image finds in EAX.
+const MULTIBOOT_EAX: u64 = 0x2bad_b002;
+
 /// Indices into [`State::gpr`].
+const RAX: usize = 0;
 const RBX: usize = 3;
 const RSI: usize = 6;
 
@@ -27,6 +31,7 @@ enum Mode {
     Long,
     FlatLinux,
     Pvh,
+    Multiboot,
 }
 
 /// How the boot processor enters the kernel.
@@ -68,26 +73,34 @@ impl Entry {
         Self { mode: Mode::Pvh, rip: rip.into(), parameters }
     }
 
+    /// Protected mode without paging; EBX points to the Multiboot information.
+    pub(super) fn multiboot(rip: u32, parameters: u64) -> Self {
+        Self { mode: Mode::Multiboot, rip: rip.into(), parameters }
+    }
+
     /// The state in which the boot processor starts, given its reset state.
     pub fn apply(&self, mut s: State) -> State {
         s.gpr = [0; 16];
-        let register = if self.mode == Mode::Pvh { RBX } else { RSI };
+        let register = if matches!(self.mode, Mode::Pvh | Mode::Multiboot) { RBX } else { RSI };
+        if self.mode == Mode::Multiboot {
+            s.gpr[RAX] = MULTIBOOT_EAX;
+        }
         s.gpr[register] = self.parameters;
         s.rip = self.rip;
         s.rflags = 2;
         s.mp_state = MpState::Runnable;
         let code = match self.mode {
             Mode::Long => segment(0x10, 0xa09b, u32::MAX),
-            Mode::FlatLinux | Mode::Pvh => segment(0x10, 0xc09b, u32::MAX),
+            Mode::FlatLinux | Mode::Pvh | Mode::Multiboot => segment(0x10, 0xc09b, u32::MAX),
         };
         let data = segment(0x18, 0xc093, u32::MAX);
         s.segments = [data, code, data, data, data, data];
         s.tr = segment(0x20, 0x008b, 0x67);
         s.ldt = Segment { unusable: true, ..Segment::default() };
         s.idt = Table::default();
-        // PVH promises no GDT; the selectors only matter once the kernel has its own.
+        // PVH and Multiboot promise no GDT; the selectors only matter once the kernel has its own.
         s.gdt = match self.mode {
-            Mode::Pvh => Table::default(),
+            Mode::Pvh | Mode::Multiboot => Table::default(),
             Mode::Long | Mode::FlatLinux => Table { base: layout::GDT, limit: 5 * 8 - 1 },
         };
         let [cr0, _, cr3, cr4, _] = &mut s.cr;

@@ -79,7 +79,9 @@ fn boot(
     load(BootRequest {
         memory,
         kernel: &mut file(kernel),
+        name: "kernel",
         initramfs: initramfs.as_mut(),
+        modules: Vec::new(),
         cmdline,
         map: &map,
         rsdp: ACPI_AREA.0,
@@ -192,7 +194,9 @@ fn what_does_not_fit_is_refused() {
     let error = load(BootRequest {
         memory: &small,
         kernel: &mut file(&bzimage(b"K")),
+        name: "kernel",
         initramfs: None,
+        modules: Vec::new(),
         cmdline: "",
         map: &memory_map(&[(0, 2 << 20)], &[]),
         rsdp: 0,

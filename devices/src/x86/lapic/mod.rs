@@ -468,6 +468,26 @@ impl Lapic {
         signals
     }
 
+    /// Sends an interrupt of the vector and delivery mode in `icr` (bits 0 to 10 of the interrupt command) to the APIC with
+    /// `id`. False if there is none that is on.
+    pub fn send_ipi(&self, id: u32, icr: u32) -> bool {
+        let Some(bus) = self.bus.upgrade() else { return false };
+        let message = Message {
+            destination: id,
+            logical: false,
+            mode: icr >> 8 & 7,
+            vector: icr as u8,
+            level: false,
+            assert: true,
+            short: false,
+        };
+        let target = bus.apics.iter().find(|apic| apic.id() == id && apic.state.lock().on());
+        if let Some(apic) = target {
+            apic.accept(&message);
+        }
+        target.is_some()
+    }
+
     /// Latches an NMI.
     pub fn raise_nmi(&self) {
         self.change(|s| s.signals.nmi = true);
@@ -563,3 +583,6 @@ impl State {
         v.get((register - first) as usize).copied().unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests;

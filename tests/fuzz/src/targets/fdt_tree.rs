@@ -71,7 +71,7 @@ fn request(wish: &Wish) -> MachineRequest {
         irqchip: IrqChip::Off,
         uuid: None,
         debug_console_port: None,
-        debug_exit_port: None,
+        board: Vec::new(),
         serial: None,
         debug_console: None,
     }

@@ -54,6 +54,8 @@ fn x86(rig: &Rig, len: u8, data: &[u8]) -> std::io::Result<()> {
     let request = BootRequest {
         memory: &rig.memory,
         kernel: &mut kernel.try_clone()?,
+        name: "kernel",
+        modules: Vec::new(),
         initramfs: (len & 1 != 0).then_some(&mut initramfs),
         cmdline: &cmdline,
         map: &memory_map(&[(0, RAM)], &[]),

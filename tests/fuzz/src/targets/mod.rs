@@ -17,6 +17,7 @@ targets![
     fw_cfg,
     kernel_load,
     mmio_registers,
+    multiboot,
     options,
     pci_config,
     pci_config_virt,

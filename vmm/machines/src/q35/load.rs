@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use holdfast_accel::{RomWindow, Vm};
 use holdfast_arch::x86_64::acpi;
-use holdfast_arch::x86_64::boot::{self, ACPI_AREA, BootError, BootRequest, Entry, SMBIOS_AREA};
+use holdfast_arch::x86_64::boot::{self, ACPI_AREA, BootError, BootModule, BootRequest, Entry, SMBIOS_AREA};
 use holdfast_arch::x86_64::smbios::{self, SmbiosConfig};
 use holdfast_memory::{GuestMemory, GuestRegion};
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
@@ -96,14 +96,26 @@ pub fn kernel(
     acpi::build(&plan.acpi()).place(memory, ACPI_AREA.0, ACPI_AREA.1).map_err(|e| tables("ACPI", &e))?;
     smbios::place(smbios, memory, SMBIOS_AREA.0, SMBIOS_AREA.1).map_err(|e| tables("SMBIOS", &e))?;
     let mut file = File::open(path).map_err(|e| load_error("kernel", path, &e))?;
-    let mut initramfs = match &payload.initramfs {
-        Some(path) => Some(File::open(path).map_err(|e| load_error("initramfs", path, &e))?),
-        None => None,
-    };
+    let multiboot = boot::is_multiboot(&mut file).map_err(|e| load_error("kernel", path, &e))?;
+    let open = |path: &Path| File::open(path).map_err(|e| load_error("initramfs", path, &e));
+    let (mut initramfs, mut modules) = (None, Vec::new());
+    match &payload.initramfs {
+        // A Multiboot image takes several files, with arguments.
+        Some(list) if multiboot => {
+            for (path, string) in boot::module_list(list) {
+                modules.push((open(&path)?, string));
+            }
+        }
+        Some(path) => initramfs = Some(open(path)?),
+        None => {}
+    }
+    let modules = modules.iter_mut().map(|(file, string)| BootModule { file, string: string.clone() });
     let request = BootRequest {
         memory,
         kernel: &mut file,
+        name: &path.to_string_lossy(),
         initramfs: initramfs.as_mut(),
+        modules: modules.collect(),
         cmdline: &payload.cmdline,
         map: &plan.memory_map(),
         rsdp: ACPI_AREA.0,

@@ -13,11 +13,12 @@ use holdfast_arch::x86_64::boot::Entry;
 use holdfast_arch::x86_64::smbios::SmbiosConfig;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildContext, BuildError, BusDevice, Device, ExtInt};
+use holdfast_devices::catalog::Board;
 use holdfast_devices::fw_cfg::FwCfg;
 use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec};
 use holdfast_devices::serial::Serial;
 use holdfast_devices::x86::{
-    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, DebugExit, Gsi, Hpet, HpetConfig, I8042, I8042Config,
+    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, Gsi, Hpet, HpetConfig, I8042, I8042Config,
     IoApic, IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl,
     Rtc, SleepTypes, SystemControlA, pirq_of,
 };
@@ -202,9 +203,6 @@ fn super_io(
     if let Some(port) = request.debug_console_port {
         devices.push(DebugConsole::build(port, request.debug_console.clone(), context)?);
     }
-    if let Some(port) = request.debug_exit_port {
-        devices.push(DebugExit::build(port, context)?);
-    }
     Ok(())
 }
 
@@ -234,7 +232,7 @@ impl Parts {
         };
         let pm = AcpiPm::build(pm, build)?;
         let mch = Mch::build(&pci, build)?;
-        let lpc = Lpc::build(&pci, Arc::clone(&pm), gsi)?;
+        let lpc = Lpc::build(&pci, Arc::clone(&pm), Arc::clone(&gsi))?;
         let fw_cfg = FwCfg::new(build.memory.clone());
         files::fill(&fw_cfg, plan, request)?;
         attach(build, 0x510, 12, "fw_cfg", fw_cfg.port_io())?;
@@ -246,6 +244,11 @@ impl Parts {
             lpc.clone(),
             fw_cfg.clone(),
         ]);
+        let isa = |n| gsi.line(n);
+        let board = Board { build, pci: &pci, isa: Some(&isa) };
+        for device in &request.board {
+            devices.push(device.build(&board)?);
+        }
         Ok(Self { devices, pci, mch, lpc, pm, fw_cfg })
     }
 }

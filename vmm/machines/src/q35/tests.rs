@@ -9,6 +9,7 @@ use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_device::{
     Bus, CpuLines, IoEvents, IrqSink, MsiController, MsiMessage, MsiVector, SystemEvent, SystemSink,
 };
+use holdfast_devices::catalog::isa_debug_exit::IsaDebugExitConfig;
 use holdfast_memory::GuestMemory;
 use holdfast_threads::PlainSpawner;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
@@ -130,7 +131,7 @@ fn request(payload: Payload, irqchip: IrqChip) -> MachineRequest {
         irqchip,
         uuid: Some([7; 16]),
         debug_console_port: Some(0x402),
-        debug_exit_port: Some(0xf4),
+        board: vec![IsaDebugExitConfig { iobase: 0xf4, iosize: 4 }.into()],
         serial: None,
         debug_console: None,
     }

@@ -12,6 +12,7 @@ use holdfast_arch::riscv64::IsaModel;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildError, BusDevice, Device, IrqLine, IrqSink};
 use holdfast_devices::flash::{Backing, Flash, FlashSpec, RomHook};
+use holdfast_devices::catalog::Board;
 use holdfast_devices::fw_cfg::{self, FwCfg};
 use holdfast_devices::goldfish_rtc::GoldfishRtc;
 use holdfast_devices::pci::{
@@ -151,6 +152,10 @@ impl Virt {
             })?;
             attach(window, "flash", Arc::clone(&flash) as Arc<dyn BusDevice>)?;
             devices.push(flash);
+        }
+        let board = Board { build, pci: &pci, isa: None };
+        for device in &request.board {
+            devices.push(device.build(&board)?);
         }
         Ok(Self {
             plan,

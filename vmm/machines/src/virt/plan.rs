@@ -129,9 +129,6 @@ impl Plan {
         if request.debug_console.is_some() || request.debug_console_port.is_some() {
             return refuse("there is no debug console; use the serial port".into());
         }
-        if request.debug_exit_port.is_some() {
-            return refuse("there is no debug exit port; the test finisher at 0x100000 does its job".into());
-        }
         let (threads, cores) = match request.topology {
             None => (1, harts),
             Some(t) => {

@@ -97,7 +97,7 @@ fn request(payload: Payload) -> MachineRequest {
         irqchip: IrqChip::default(),
         uuid: None,
         debug_console_port: None,
-        debug_exit_port: None,
+        board: Vec::new(),
         serial: None,
         debug_console: None,
     }

@@ -6,6 +6,7 @@ use super::{check_alignment, probe, simd, touch};
 use crate::state::{X86, X87};
 use crate::system::fault::{gp, non_canonical, ud};
 use crate::system::regs::cr4;
+use crate::system::{control, cpuid};
 
 /// The legacy region, up to the XMM registers' end.
 const LEGACY: usize = 416;
@@ -50,6 +51,15 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
     let form = Form { wide, registers };
     let what = what & 0xff;
     if what > kind::FXRSTOR && cpu.state::<X86>().cr4 & cr4::OSXSAVE == 0 {
+        return Err(ud().into());
+    }
+    let form_bit = match what {
+        kind::XSAVEOPT => Some(0),
+        kind::XSAVEC => Some(1),
+        kind::XSAVES | kind::XRSTORS => Some(3),
+        _ => None,
+    };
+    if form_bit.is_some_and(|bit| !cpuid::has(cpu.state(), (0xd, 1, 0, bit))) {
         return Err(ud().into());
     }
     let fixed = what <= kind::FXRSTOR;
@@ -200,7 +210,7 @@ fn fxrstor(cpu: &mut Cpu<'_>, va: u64, form: Form) -> Result<(), Fault> {
 // ---- XSAVE ----
 
 /// Components that are not in their initial configuration.
-fn in_use(cpu: &mut Cpu<'_>, registers: usize) -> u64 {
+pub(crate) fn in_use(cpu: &mut Cpu<'_>, registers: usize) -> u64 {
     let s = cpu.state::<X86>();
     let x = &s.x87;
     let initial = x.control == 0x37f
@@ -351,15 +361,31 @@ fn xrstor(cpu: &mut Cpu<'_>, va: u64, form: Form, supervisor: bool) -> Result<()
         }
         xmm_in(s, &area, form.registers);
     }
+    let mut pkru = None;
     for (bit, bytes) in parts.into_iter().filter(|p| rfbm & p.0 != 0) {
         if bit == AVX_BIT {
             for (n, r) in s.ymm.iter_mut().take(form.registers).enumerate() {
                 (r[2], r[3]) = (word(&bytes, 16 * n), word(&bytes, 16 * n + 8));
             }
         } else {
-            s.pkru = word(&bytes, 0) & 0xffff_ffff;
+            pkru = Some(word(&bytes, 0) as u32);
         }
+    }
+    if let Some(pkru) = pkru {
+        control::set_pkru(cpu, pkru);
     }
     cpu.mode_changed();
     Ok(())
+}
+
+/// Sizes of the XSAVE area as CPUID shows them: in the standard format for XCR0, compacted for XCR0 and IA32_XSS.
+pub(crate) fn sizes(xcr0: u64, xss: u64) -> (u32, u32) {
+    let standard = COMPONENTS.iter().filter(|c| xcr0 & c.0 != 0).map(|c| c.1 + c.2).max();
+    let compact: u64 = COMPONENTS.iter().filter(|c| (xcr0 | xss) & c.0 != 0).map(|c| c.2).sum();
+    (standard.unwrap_or(EXTENDED) as u32, (EXTENDED + compact) as u32)
+}
+
+/// The leaves of CPUID that say where components are: number, bytes, offset.
+pub(crate) fn component_leaves() -> impl Iterator<Item = (u32, u32, u32)> {
+    COMPONENTS.iter().map(|(bit, at, len)| (bit.trailing_zeros(), *len as u32, *at as u32))
 }

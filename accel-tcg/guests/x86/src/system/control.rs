@@ -5,9 +5,13 @@ use holdfast_tcg_runtime::{Cpu, Fault, Flush};
 use super::fault::{gp, ud};
 use super::mode::{attr, space};
 use super::regs::{cr0, cr4, dr, efer, vector};
-use super::{events, mmu};
+use super::{cpuid, events, mmu};
 use crate::apic;
+use crate::fpu::area;
 use crate::state::{X86, seg};
+
+/// CPUID: XGETBV takes 1 in ECX.
+const XGETBV1: (u32, u32, usize, u32) = (0xd, 1, 0, 2);
 
 /// Fails below privilege level 0.
 pub(crate) fn privileged(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
@@ -269,7 +273,7 @@ pub(crate) fn xgetbv(cpu: &mut Cpu<'_>, register: u64) -> Result<u64, Fault> {
     }
     match register & 0xffff_ffff {
         0 => Ok(s.xcr0),
-        1 => Ok(s.xcr0),
+        1 if cpuid::has(s, XGETBV1) => Ok(cpu.state::<X86>().xcr0 & area::in_use(cpu, 16)),
         _ => Err(gp(0)),
     }
 }

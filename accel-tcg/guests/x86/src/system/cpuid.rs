@@ -1,9 +1,11 @@
 //! CPUID: what translation offers, and the instruction (SDM volume 2, CPUID; APM volume 3, appendix E).
 
+use holdfast_arch::x86_64::features::{self, ModelError};
 use holdfast_arch::x86_64::{CpuidEntry, CpuidModel, cpuid as tables};
 use holdfast_tcg_runtime::{Cpu, Fault};
 
 use super::regs::cr4;
+use crate::fpu::area;
 use crate::apic;
 use crate::state::X86;
 
@@ -28,8 +30,8 @@ const BASE_7_EBX: u32 = 1
     | 1 << 24;
 /// Leaf 7 EBX, run by the host's: AVX2, SHA.
 const VECTOR_7_EBX: u32 = 1 << 5 | 1 << 29;
-/// Leaf 7 ECX: UMIP, RDPID.
-const BASE_7_ECX: u32 = 1 << 2 | 1 << 22;
+/// Leaf 7 ECX: UMIP, PKU, RDPID, PKS.
+const BASE_7_ECX: u32 = 1 << 2 | 1 << 3 | 1 << 22 | 1 << 31;
 /// Leaf 7 ECX, run by the host's: VAES, VPCLMULQDQ.
 const VECTOR_7_ECX: u32 = 1 << 9 | 1 << 10;
 /// Leaf 7 ECX: five-level paging, which costs every page walk and so is given to models that name it only.
@@ -71,8 +73,8 @@ const AMD: u32 = 0x6874_7541;
 /// The same of Intel's: "Genu".
 const INTEL: u32 = 0x756e_6547;
 
-/// Size of the XSAVE area with x87, SSE and AVX state.
-const XSAVE_SIZE: u32 = 832;
+/// Leaf 0xd, index 1, EAX: XSAVEOPT, XSAVEC, XGETBV with ECX 1, XSAVES.
+const XSAVE_FORMS: u32 = 0xf;
 
 #[cfg(target_arch = "x86_64")]
 fn host(function: u32, index: u32) -> [u32; 4] {
@@ -111,7 +113,9 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
     let [a8, ..] = host(0x8000_0008, 0);
     let vectors = c1 & VECTOR_ECX;
     let avx = vectors >> 28 & 1 != 0;
-    let xcr0 = if avx { 7 } else { 3 };
+    // x87, SSE, AVX, PKRU.
+    let xcr0 = if avx { 7 } else { 3 } | 1 << 9;
+    let (standard, compact) = area::sizes(xcr0.into(), 0);
     let ecx7 = BASE_7_ECX | c7 & VECTOR_7_ECX | LA57;
     let amd = b0 == AMD;
     let mut out = vec![
@@ -126,12 +130,11 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
         sub(4, 4, [0; 4]),
         entry(6, [4, 0, 0, 0]), // the APIC timer always runs
         sub(7, 0, [0, BASE_7_EBX | b7 & VECTOR_7_EBX, ecx7, BASE_7_EDX]),
-        sub(0xd, 0, [xcr0, XSAVE_SIZE, XSAVE_SIZE, 0]),
-        sub(0xd, 1, [0; 4]),
+        sub(0xd, 0, [xcr0, standard, standard, 0]),
+        sub(0xd, 1, [XSAVE_FORMS, compact, 0, 0]),
     ];
-    if avx {
-        out.push(sub(0xd, 2, [256, 576, 0, 0]));
-    }
+    let components = area::component_leaves().filter(|(n, ..)| xcr0 >> n & 1 != 0);
+    out.extend(components.map(|(n, len, at)| sub(0xd, n, [len, at, 0, 0])));
     // The TSC runs at a crystal of 25 MHz times 40.
     out.push(entry(0x15, [1, 40, 25_000_000, 0]));
     out.push(entry(0x16, [1000, 1000, 25, 0]));
@@ -164,14 +167,20 @@ fn extended(out: &mut Vec<CpuidEntry>, a1: u32, a8: u32, (b0, c0, d0): (u32, u32
 }
 
 /// The table of a model: what of it translation offers.
-pub(crate) fn table(model: &CpuidModel) -> Vec<CpuidEntry> {
-    let mut supported = supported();
-    if model.entries.is_empty() {
-        for e in supported.iter_mut().filter(|e| e.function == 7 && e.index == 0) {
+///
+/// # Errors
+/// [`ModelError`]: a feature was asked for by its name and is not there.
+pub(crate) fn table(model: &CpuidModel) -> Result<Vec<CpuidEntry>, ModelError> {
+    let supported = supported();
+    let mut model = model.clone();
+    if model.entries.is_empty() && model.name != "max" {
+        // Everything that costs nothing to offer.
+        model.entries = supported.clone();
+        for e in model.entries.iter_mut().filter(|e| e.function == 7 && e.index == 0) {
             e.regs[2] &= !LA57;
         }
     }
-    tables::intersect(&supported, &model.entries)
+    features::resolve(&supported, &model)
 }
 
 /// EAX of leaf 1: family, model and stepping.
@@ -183,6 +192,12 @@ fn find(s: &X86, function: u32, index: u32) -> Option<[u32; 4]> {
     let count = (s.cpuid_count as usize).min(s.cpuid.len());
     let all = s.cpuid.get(..count)?;
     all.iter().find(|e| e.function == function && (e.indexed == 0 || e.index == index)).map(|e| e.regs)
+}
+
+/// Whether the processor shows a feature: leaf, index, register (0 EAX to 3 EDX), bit.
+pub(crate) fn has(s: &X86, (function, index, register, bit): (u32, u32, usize, u32)) -> bool {
+    let word = find(s, function, index).and_then(|regs| regs.get(register).copied());
+    word.is_some_and(|word| word >> bit & 1 != 0)
 }
 
 /// The leaf that answers `function`: beyond the highest, the highest basic one does (as Intel's processors have it;
@@ -213,8 +228,9 @@ pub(crate) fn cpuid(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
         }
         7 if index == 0 && s.cr4 & cr4::PKE != 0 => regs[2] |= 1 << 4,
         0xd if index == 0 && find(s, 0xd, 0).is_some() => {
-            regs[1] = if s.xcr0 & 4 != 0 { XSAVE_SIZE } else { 576 };
+            regs[1] = area::sizes(s.xcr0, 0).0;
         }
+        0xd if index == 1 && regs[0] & 1 << 3 != 0 => regs[1] = area::sizes(s.xcr0, s.xss).1,
         _ => {}
     }
     let [a, b, c, d] = regs.map(u64::from);

@@ -8,8 +8,9 @@ use holdfast_tcg_runtime::{Cpu, Fault, HelperResult, Leave, faulting_helper};
 use super::deliver::{self, Source};
 use super::far::{self, Target};
 use super::fault::{gp, ud};
+use super::mode::step;
 use super::regs::cr4;
-use super::{control, cpuid, events, iret, msr, ports, segment, syscall, tsc};
+use super::{control, cpuid, events, hypercall, iret, msr, ports, segment, syscall, tsc};
 use crate::flags::{self, rflags};
 use crate::state::{X86, seg};
 
@@ -100,9 +101,9 @@ helpers! {
     /// (linear address behind it)
     hlt = hlt_helper(hlt): Void, 1, SYSTEM;
     /// (1 if another instruction of the region follows)
-    sti = sti_helper(sti): Void, 1, SYSTEM;
+    sti = sti_helper(sti): Void, 2, SYSTEM;
     /// (value, operand size)
-    popf = popf_helper(popf): Void, 2, SYSTEM;
+    popf = popf_helper(popf): Void, 3, SYSTEM;
     /// (port, size): value.
     port_in = port_in_helper(port_in): I64, 2, SYSTEM;
     /// (port, size, value)
@@ -115,6 +116,7 @@ helpers! {
     random = random_helper(random): I64, 0, SYSTEM;
     xgetbv = xgetbv_helper(xgetbv): Void, 0, ALL;
     xsetbv = xsetbv_helper(xsetbv): Void, 0, ALL;
+    vmcall = vmcall_helper(vmcall): Void, 0, ALL;
     rdpkru = rdpkru_helper(rdpkru): Void, 0, ALL;
     wrpkru = wrpkru_helper(wrpkru): Void, 0, ALL;
     /// (1 for STAC)
@@ -125,6 +127,8 @@ helpers! {
     privileged = privileged_helper(privileged): Void, 0, SYSTEM;
 }
 
+/// CPUID: INVPCID.
+const INVPCID: (u32, u32, usize, u32) = (7, 0, 1, 10);
 const RAX: usize = 0;
 const RCX: usize = 1;
 const RDX: usize = 2;
@@ -184,6 +188,9 @@ fn invlpg(cpu: &mut Cpu<'_>, [va, ..]: [u64; 5]) -> HelperResult {
 }
 
 fn invpcid(cpu: &mut Cpu<'_>, [kind, at, idx, ..]: [u64; 5]) -> HelperResult {
+    if !cpuid::has(state(cpu), INVPCID) {
+        return Err(ud().into());
+    }
     control::privileged(cpu)?;
     let low = cpu.load(at, 8, idx as u8)?;
     let high = cpu.load(at.wrapping_add(8), 8, idx as u8)?;
@@ -288,7 +295,7 @@ fn load_table(cpu: &mut Cpu<'_>, [which, at, size, idx, _]: [u64; 5]) -> HelperR
     let base = cpu.load(at.wrapping_add(2), width, idx as u8)?;
     let base = if size == 2 { base & 0xff_ffff } else { base };
     let s = state(cpu);
-    if size == 8 && !s.canonical(base) {
+    if size == 8 && !s.canonical_base(base) {
         return Err(gp(0).into());
     }
     if which & 1 != 0 {
@@ -310,6 +317,10 @@ fn store_table(cpu: &mut Cpu<'_>, [which, at, size, idx, _]: [u64; 5]) -> Helper
 
 fn iret_insn(cpu: &mut Cpu<'_>, [size, ..]: [u64; 5]) -> HelperResult {
     let pc = iret::iret(cpu, size as u8)?;
+    // RF holds for one instruction, and only breakpoints ask for it: where there are none, none clears it.
+    if !step(state(cpu)) {
+        state(cpu).flags &= !rflags::RF;
+    }
     control::interrupts_enabled(cpu);
     if state(cpu).nmi_pending != 0 {
         cpu.request_exit();
@@ -334,7 +345,13 @@ fn far_ret(cpu: &mut Cpu<'_>, [size, extra, ..]: [u64; 5]) -> HelperResult {
 }
 
 fn interrupt(cpu: &mut Cpu<'_>, [vector, next, int1, ..]: [u64; 5]) -> HelperResult {
-    let source = if int1 & 1 != 0 { Source::External } else { Source::Software };
+    let source = if int1 & 1 != 0 {
+        // INT1 is a debug exception itself: what is pending behind MOV SS, and the step over it, are lost.
+        state(cpu).debug_pending = 0;
+        Source::External
+    } else {
+        Source::Software
+    };
     deliver::software(cpu, vector as u8, next, source)?;
     cpu.mode_changed();
     Ok(cpu.pc())
@@ -397,7 +414,7 @@ fn hlt(cpu: &mut Cpu<'_>, [next, ..]: [u64; 5]) -> HelperResult {
 }
 
 /// STI takes effect behind the next instruction.
-fn sti(cpu: &mut Cpu<'_>, [followed, ..]: [u64; 5]) -> HelperResult {
+fn sti(cpu: &mut Cpu<'_>, [followed, next, ..]: [u64; 5]) -> HelperResult {
     let s = state(cpu);
     let was = s.flags & rflags::IF != 0;
     s.flags |= rflags::IF;
@@ -406,12 +423,24 @@ fn sti(cpu: &mut Cpu<'_>, [followed, ..]: [u64; 5]) -> HelperResult {
             s.shadow = 1;
             cpu.mode_changed();
         }
-        control::interrupts_enabled(cpu);
+        if events::deliverable(cpu) {
+            // What waits comes behind the next instruction, whatever that does to IF.
+            state(cpu).shadow = 1;
+            return leave(cpu, next);
+        }
     }
     Ok(0)
 }
 
-fn popf(cpu: &mut Cpu<'_>, [value, size, ..]: [u64; 5]) -> HelperResult {
+/// Goes on at `next` once the events that wait were looked at.
+fn leave(cpu: &mut Cpu<'_>, next: u64) -> HelperResult {
+    cpu.set_pc(next);
+    cpu.mode_changed();
+    cpu.request_exit();
+    Err(Leave::Exit(exit::RESUME))
+}
+
+fn popf(cpu: &mut Cpu<'_>, [value, size, next, ..]: [u64; 5]) -> HelperResult {
     let s = state(cpu);
     if s.vm86() && s.iopl() < 3 {
         return Err(gp(0).into());
@@ -426,7 +455,9 @@ fn popf(cpu: &mut Cpu<'_>, [value, size, ..]: [u64; 5]) -> HelperResult {
     if (old ^ flags::read(s)) & !(rflags::STATUS | rflags::IF | rflags::DF) != 0 {
         cpu.mode_changed();
     }
-    control::interrupts_enabled(cpu);
+    if events::deliverable(cpu) {
+        return leave(cpu, next);
+    }
     Ok(0)
 }
 
@@ -587,6 +618,11 @@ fn pkru_usable(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
         return Err(ud());
     }
     if s.gpr[RCX] & 0xffff_ffff != 0 { Err(gp(0)) } else { Ok(()) }
+}
+
+fn vmcall(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
+    hypercall::call(cpu);
+    Ok(0)
 }
 
 fn rdpkru(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {

@@ -177,12 +177,13 @@ fn walk(s: &X86, phys: &PhysMemory, va: u64, path: &mut Path) -> Result<Leaf, Mi
     }
 }
 
-/// PKRU: (reads are denied, writes are denied) for the leaf.
+/// PKRU for user pages, IA32_PKRS for others: (reads are denied, writes are denied) for the leaf.
 fn protection_key(s: &X86, leaf: &Leaf) -> (bool, bool) {
-    if s.cr4 & cr4::PKE == 0 || !s.long() || !leaf.user {
+    let (enable, rights) = if leaf.user { (cr4::PKE, s.pkru) } else { (cr4::PKS, s.pkrs) };
+    if s.cr4 & enable == 0 || !s.long() {
         return (false, false);
     }
-    let bits = s.pkru >> (2 * leaf.key);
+    let bits = rights >> (2 * leaf.key);
     (bits & 1 != 0, bits & 2 != 0)
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod events;
 pub(crate) mod far;
 pub(crate) mod fault;
 pub(crate) mod helpers;
+pub(crate) mod hypercall;
 pub(crate) mod iret;
 pub(crate) mod mmu;
 pub(crate) mod mode;

@@ -83,6 +83,13 @@ impl X86 {
         if self.cr4 & cr4::LA57 != 0 { 57 } else { 48 }
     }
 
+    /// True if registers that hold linear addresses take `va`: canonical for the widest addresses that the processor has,
+    /// whatever CR4.LA57 says.
+    pub(crate) fn canonical_base(&self, va: u64) -> bool {
+        let shift = if self.cr4_bits & cr4::LA57 != 0 { 7 } else { 16 };
+        ((va << shift) as i64 >> shift) as u64 == va
+    }
+
     /// True if `va` is canonical.
     pub(crate) fn canonical(&self, va: u64) -> bool {
         let shift = 64 - self.linear_bits();
@@ -96,7 +103,7 @@ fn flat(s: &SegmentRegister) -> bool {
     s.base == 0 && s.limit == 0xffff_ffff && s.attributes & MASK == attr::P | attr::S | attr::WRITABLE
 }
 
-fn step(s: &X86) -> bool {
+pub(crate) fn step(s: &X86) -> bool {
     let dr7 = s.dr[dr::DR7];
     let fetch_breakpoint =
         dr7 & 0xff != 0 && (0..4).any(|n| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 == 0);

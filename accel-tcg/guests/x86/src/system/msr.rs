@@ -4,10 +4,11 @@ use holdfast_tcg_runtime::{Cpu, Fault, Flush};
 
 use super::control::privileged;
 use super::fault::gp;
-use super::regs::{cr0, efer, msr};
+use super::cpuid;
+use super::regs::{cr0, cr4, efer, msr};
 use super::tsc;
 use crate::apic;
-use crate::state::{X86, seg};
+use crate::state::{MC_BANKS, X86, seg};
 
 /// Registers of AMD processors that are there and do nothing.
 const AMD_IGNORED: [u32; 14] = [
@@ -27,6 +28,39 @@ const AMD_IGNORED: [u32; 14] = [
     0xc001_102a, // BU_CFG2
 ];
 
+/// CPUID features that MSRs depend on: IBRS and IBPB, STIBP, SSBD, L1D_FLUSH, PKS; AMD's IBPB, IBRS, STIBP, SSBD.
+const SPEC_CTRL_FEATURES: [(u32, u32, usize, u32); 6] = [
+    (7, 0, 3, 26),
+    (7, 0, 3, 27),
+    (7, 0, 3, 31),
+    (0x8000_0008, 0, 1, 14),
+    (0x8000_0008, 0, 1, 15),
+    (0x8000_0008, 0, 1, 24),
+];
+const PRED_CMD_FEATURES: [(u32, u32, usize, u32); 2] = [(7, 0, 3, 26), (0x8000_0008, 0, 1, 12)];
+const FLUSH_CMD_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 3, 28)];
+const PKS_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 2, 31)];
+const XSS_FEATURES: [(u32, u32, usize, u32); 1] = [(0xd, 1, 0, 3)];
+
+/// Whether the processor has MSR `number`, as far as that depends on its model.
+fn there(s: &X86, number: u32) -> bool {
+    let any = |features: &[(u32, u32, usize, u32)]| features.iter().any(|f| cpuid::has(s, *f));
+    match number {
+        msr::SPEC_CTRL => any(&SPEC_CTRL_FEATURES),
+        msr::PRED_CMD => any(&PRED_CMD_FEATURES),
+        msr::FLUSH_CMD => any(&FLUSH_CMD_FEATURES),
+        msr::PKRS => any(&PKS_FEATURES),
+        msr::XSS => any(&XSS_FEATURES),
+        _ => true,
+    }
+}
+
+/// A register of a machine-check bank, and which of the four it is.
+fn machine_check(s: &mut X86, number: u32) -> Option<(&mut u64, usize)> {
+    let n = number.checked_sub(msr::MC0_CTL)? as usize;
+    Some((s.machine_check.get_mut(n / 4)?.get_mut(n % 4)?, n % 4))
+}
+
 /// MSRs of [`X86`] that hold nothing but a value; the bits that have to be zero.
 fn plain(s: &mut X86, number: u32) -> Option<(&mut u64, u64)> {
     Some(match number {
@@ -39,6 +73,7 @@ fn plain(s: &mut X86, number: u32) -> Option<(&mut u64, u64)> {
         msr::FEATURE_CONTROL => (&mut s.feature_control, 0),
         msr::MTRR_DEF_TYPE => (&mut s.mtrr_def_type, !0xcff),
         msr::XSS => (&mut s.xss, u64::MAX),
+        msr::PKRS => (&mut s.pkrs, !0xffff_ffff),
         _ => return mtrr(s, number),
     })
 }
@@ -77,13 +112,14 @@ fn address(s: &mut X86, number: u32) -> Option<&mut u64> {
 fn constant(number: u32) -> Option<(u64, bool)> {
     Some(match number {
         msr::MTRR_CAP => (0x508, false),
-        msr::MCG_CAP => (10, false),
+        msr::MCG_CAP => (MC_BANKS as u64, false),
         msr::MCG_STATUS | msr::PLATFORM_ID | msr::DEBUGCTL => (0, true),
-        msr::MC0_CTL..=0x427 => (0, true),
         msr::BIOS_SIGN_ID => (1 << 32, true),
         msr::ARCH_CAPABILITIES => (super::cpuid::IMMUNE, false),
         // RAPL, temperatures, the bus frequency: nothing.
         0x34 | 0xcd | 0xce | 0x140 | 0x198 | 0x199 | 0x19a..=0x19d => (0, true),
+        // Performance counters of the K7: there, and counting nothing.
+        0xc001_0000..=0xc001_0007 => (0, true),
         0x8000_0000..=0xffff_ffff if AMD_IGNORED.contains(&number) => (0, true),
         _ => return None,
     })
@@ -102,7 +138,13 @@ pub(crate) fn get(cpu: &mut Cpu<'_>, number: u32) -> Option<u64> {
         _ => {}
     }
     let s = cpu.state::<X86>();
+    if !there(s, number) {
+        return None;
+    }
     if let Some(value) = address(s, number) {
+        return Some(*value);
+    }
+    if let Some((value, _)) = machine_check(s, number) {
         return Some(*value);
     }
     if let Some((value, _)) = plain(s, number) {
@@ -113,6 +155,9 @@ pub(crate) fn get(cpu: &mut Cpu<'_>, number: u32) -> Option<u64> {
 
 /// Writes MSR `number`; `None` (#GP) if it is not there or cannot hold `value`.
 pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
+    if !there(cpu.state(), number) {
+        return None;
+    }
     match number {
         msr::TSC => {
             tsc::set(cpu, value);
@@ -135,17 +180,41 @@ pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
         }
         msr::X2APIC..=0x8ff => return apic::of(cpu)?.write_msr(number - msr::X2APIC, value).then_some(()),
         msr::PRED_CMD | msr::FLUSH_CMD | msr::BIOS_UPDT_TRIG => return Some(()),
+        msr::PKRS => return set_pkrs(cpu, value),
         _ => {}
     }
     let s = cpu.state::<X86>();
-    let canonical = s.canonical(value);
+    let canonical = s.canonical_base(value);
     if let Some(place) = address(s, number) {
         return canonical.then(|| *place = value);
+    }
+    if let Some((place, which)) = machine_check(s, number) {
+        // Controls are switched all at once; a status can only be cleared (SDM volume 3, section 16.3.2).
+        let fits = match which {
+            0 => value == 0 || value == u64::MAX,
+            1 => value == 0,
+            _ => true,
+        };
+        return fits.then(|| *place = value);
     }
     if let Some((place, zero)) = plain(s, number) {
         return (value & zero == 0).then(|| *place = value);
     }
     constant(number).filter(|(_, ignored)| *ignored).map(|_| ())
+}
+
+fn set_pkrs(cpu: &mut Cpu<'_>, value: u64) -> Option<()> {
+    let s = cpu.state::<X86>();
+    if value >> 32 != 0 {
+        return None;
+    }
+    if s.pkrs != value {
+        s.pkrs = value;
+        if s.cr4 & cr4::PKS != 0 {
+            cpu.flush(Flush::All);
+        }
+    }
+    Some(())
 }
 
 fn set_efer(cpu: &mut Cpu<'_>, value: u64) -> Option<()> {

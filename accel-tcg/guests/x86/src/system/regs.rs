@@ -38,10 +38,11 @@ pub mod cr4 {
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
     pub const PKE: u64 = 1 << 22;
+    pub const PKS: u64 = 1 << 24;
     /// Those that are there whatever CPUID says.
     pub const BASE: u64 = TSD | DE | PSE | PAE | MCE | PGE | PCE | OSFXSR | OSXMMEXCPT;
     /// Those that translations depend on.
-    pub const PAGING: u64 = PSE | PAE | PGE | LA57 | PCIDE | SMEP | SMAP | PKE;
+    pub const PAGING: u64 = PSE | PAE | PGE | LA57 | PCIDE | SMEP | SMAP | PKE | PKS;
 }
 
 /// IA32_EFER.
@@ -121,6 +122,7 @@ pub mod msr {
     pub const MC0_CTL: u32 = 0x400;
     pub const TSC_DEADLINE: u32 = 0x6e0;
     pub const X2APIC: u32 = 0x800;
+    pub const PKRS: u32 = 0x6e1;
     pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;

@@ -18,7 +18,7 @@ pub(crate) fn power_up(cpu: &mut Cpu<'_>, model: &CpuidModel) -> Result<(), Stri
     let index = cpu.index();
     let topology = model.topology.unwrap_or_else(|| CpuTopology::flat(index.saturating_add(1)));
     let apic_id = topology.apic_id(index);
-    let mut table = cpuid::table(model);
+    let mut table = cpuid::table(model).map_err(|e| e.to_string())?;
     tables::place(&mut table, topology, apic_id);
     *cpu.state::<X86>() = zerocopy::FromZeros::new_zeroed();
     install(cpu.state(), &table)?;
@@ -69,7 +69,8 @@ fn install(s: &mut X86, table: &[CpuidEntry]) -> Result<(), String> {
         | on(ebx7, 20, cr4::SMAP)
         | on(ecx7, 2, cr4::UMIP)
         | on(ecx7, 3, cr4::PKE)
-        | on(ecx7, 16, cr4::LA57);
+        | on(ecx7, 16, cr4::LA57)
+        | on(ecx7, 31, cr4::PKS);
     s.efer_bits = on(edx_ext, 11, efer::SCE)
         | on(edx_ext, 20, efer::NXE)
         | on(edx_ext, 25, efer::FFXSR)
@@ -104,6 +105,7 @@ pub(crate) fn init(cpu: &mut Cpu<'_>) {
     s.cr4 = 0;
     s.efer = 0;
     s.pkru = 0;
+    s.pkrs = 0;
     s.dr = [0, 0, 0, 0, dr::DR6_FIXED, dr::DR7_FIXED];
     s.cpl = 0;
     s.shadow = 0;

@@ -290,7 +290,7 @@ pub(crate) fn lldt(cpu: &mut Cpu<'_>, selector: u16) -> Result<(), Fault> {
         return Err(np(code));
     }
     let s = cpu.state::<X86>();
-    if s.long() && !s.canonical(d.base()) {
+    if s.long() && !s.canonical_base(d.base()) {
         return Err(gp(code));
     }
     s.ldt = d.register(selector);
@@ -316,7 +316,7 @@ pub(crate) fn ltr(cpu: &mut Cpu<'_>, selector: u16) -> Result<(), Fault> {
         return Err(np(code));
     }
     let s = cpu.state::<X86>();
-    if s.long() && !s.canonical(d.base()) {
+    if s.long() && !s.canonical_base(d.base()) {
         return Err(gp(code));
     }
     d.raw |= 2 << 40;

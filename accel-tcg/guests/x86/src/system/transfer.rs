@@ -12,10 +12,10 @@ use super::regs::{cr4, efer, msr};
 use super::{mmu, msr as registers, tsc, xsave};
 use crate::apic::{self, ApicState};
 use crate::flags;
-use crate::state::{SegmentRegister, X86};
+use crate::state::{MC_BANKS, SegmentRegister, X86};
 
 /// MSRs that go into a state, apart from the APIC's and the TSC.
-const MSRS: [u32; 18] = [
+const MSRS: [u32; 19] = [
     msr::SYSENTER_CS,
     msr::SYSENTER_ESP,
     msr::SYSENTER_EIP,
@@ -33,11 +33,14 @@ const MSRS: [u32; 18] = [
     msr::FEATURE_CONTROL,
     msr::MTRR_DEF_TYPE,
     msr::XSS,
+    msr::PKRS,
     msr::TSC_ADJUST,
 ];
 
+/// MTRRs and machine-check banks.
 fn mtrrs() -> impl Iterator<Item = u32> {
-    (0x200..0x210).chain([msr::MTRR_FIX64K, 0x258, 0x259]).chain(0x268..0x270)
+    let banks = msr::MC0_CTL..msr::MC0_CTL + 4 * MC_BANKS as u32;
+    (0x200..0x210).chain([msr::MTRR_FIX64K, 0x258, 0x259]).chain(0x268..0x270).chain(banks)
 }
 
 fn segment(s: &SegmentRegister) -> Segment {

@@ -1,4 +1,4 @@
-//! x87, SSE and AVX state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
+//! x87, SSE, AVX and PKRU state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
 
 use holdfast_tcg_runtime::Cpu;
 
@@ -7,6 +7,9 @@ use crate::state::X86;
 const LEGACY: usize = 512;
 const AVX: usize = 576;
 const SIZE: usize = 832;
+/// Where PKRU is, and its bit.
+const PKRU: usize = 2688;
+const PKRU_BIT: u64 = 1 << 9;
 const MXCSR_MASK: u32 = 0xffff;
 
 fn put(area: &mut [u8], at: usize, bytes: &[u8]) {
@@ -23,7 +26,7 @@ fn u64_at(area: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(take(area, at))
 }
 
-/// The area: 832 bytes.
+/// The area: 832 bytes, 2696 with PKRU.
 pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
     let mxcsr = crate::fpu::mxcsr(cpu);
     let s = cpu.state::<X86>();
@@ -49,7 +52,11 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
             put(&mut a, at, &word.to_le_bytes());
         }
     }
-    put(&mut a, LEGACY, &(s.xcr0 & 7 | 3).to_le_bytes());
+    if s.xcr0 & PKRU_BIT != 0 {
+        a.resize(PKRU + 8, 0);
+        put(&mut a, PKRU, &s.pkru.to_le_bytes());
+    }
+    put(&mut a, LEGACY, &(s.xcr0 & (7 | PKRU_BIT) | 3).to_le_bytes());
     a
 }
 
@@ -89,6 +96,7 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
             r.sign_exponent = u64::from(u16::from_le_bytes(take(area, 40 + 16 * n)));
         }
     }
+    s.pkru = if present & PKRU_BIT != 0 { u64_at(area, PKRU) & 0xffff_ffff } else { 0 };
     for (n, r) in s.ymm.iter_mut().enumerate() {
         *r = [0; 4];
         if present & 2 != 0 {

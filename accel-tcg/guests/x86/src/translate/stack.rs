@@ -257,8 +257,9 @@ impl Translator<'_> {
         let v = self.pop(size, 0);
         let v = self.to64(size, v);
         let bytes = self.b.iconst(i64::from(size.bytes()));
-        self.call_system(self.ids.sys.popf, &[v, bytes]);
         let next = self.next;
+        let after = self.b.iconst(next as i64);
+        self.call_system(self.ids.sys.popf, &[v, bytes, after]);
         self.goto_lookup(next);
     }
 

@@ -58,6 +58,7 @@ impl Translator<'_> {
             Swapgs => After::Next(s.swapgs),
             Xgetbv => After::Next(s.xgetbv),
             Xsetbv => After::Lookup(s.xsetbv),
+            Vmcall | Vmmcall => After::Next(s.vmcall),
             Rdpkru => After::Next(s.rdpkru),
             Wrpkru => After::Lookup(s.wrpkru),
             Wbinvd | Invd | Wbnoinvd => After::Next(s.privileged),
@@ -118,7 +119,8 @@ impl Translator<'_> {
         }
         let last = self.scan.lines.last().is_none_or(|l| l.pc == self.pc);
         let followed = self.b.iconst(i64::from(!last));
-        self.call_system(self.ids.sys.sti, &[followed]);
+        let next = self.b.iconst(self.next as i64);
+        self.call_system(self.ids.sys.sti, &[followed, next]);
         if last {
             self.lookup_next();
         }
