@@ -6,12 +6,12 @@ use std::str::FromStr;
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
+use holdfast_config::catalog::{self, DeviceConfig, DeviceKind};
 use holdfast_config::{
     self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig, MachineConfig,
     MemoryConfig, NetConfig, PayloadConfig, PflashConfig, PlatformConfig, RestoreConfig, RngConfig,
     SerialConfig, VmConfig,
 };
-use holdfast_config::catalog::{self, DeviceConfig, DeviceKind};
 use holdfast_keyval::Key;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
@@ -259,7 +259,9 @@ impl catalog::Visitor for DeviceKeys {
             positional: true,
         };
         let keys = holdfast_keyval::keys::<K>().into_iter();
-        std::iter::once(name).chain(keys.map(|k| Key { name: format!("{},{}", K::NAME, k.name), ..k })).collect()
+        std::iter::once(name)
+            .chain(keys.map(|k| Key { name: format!("{},{}", K::NAME, k.name), ..k }))
+            .collect()
     }
 }
 

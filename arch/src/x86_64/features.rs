@@ -220,7 +220,8 @@ pub fn resolve(supported: &[CpuidEntry], model: &CpuidModel) -> Result<Vec<Cpuid
 fn set(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>, at: Place, on: bool) -> Option<()> {
     let (function, index, register, bit) = at;
     let mask = 1u32 << bit;
-    let have = find(supported, function, index).and_then(|e| e.regs.get(register)).is_some_and(|r| r & mask != 0);
+    let have =
+        find(supported, function, index).and_then(|e| e.regs.get(register)).is_some_and(|r| r & mask != 0);
     if on && !have {
         return None;
     }
@@ -334,7 +335,8 @@ mod tests {
 
     #[test]
     fn switches_change_the_table_and_what_cannot_be_had_is_refused() {
-        let table = resolve(&supported(), &parse("qemu64,+smep,-x2apic,+pku,+xsave").expect("reads")).expect("had");
+        let table =
+            resolve(&supported(), &parse("qemu64,+smep,-x2apic,+pku,+xsave").expect("reads")).expect("had");
         assert_eq!(reg(&table, 1, 0, ECX) >> 21 & 1, 0);
         assert_eq!((reg(&table, 7, 0, EBX), reg(&table, 7, 0, ECX)), (1 << 7, 1 << 3));
         assert!(reg(&table, 0, 0, EAX) >= 0xd);

@@ -3,9 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use holdfast_device::{
-    Access, BuildContext, BuildError, BusDevice, Device, DeviceState, StateError,
-};
+use holdfast_device::{Access, BuildContext, BuildError, BusDevice, Device, DeviceState, StateError};
 
 use super::attach;
 use crate::chardev::CharBackend;

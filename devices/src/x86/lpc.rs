@@ -106,7 +106,7 @@ impl ChipsetRegisters for LpcRegisters {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::super::testing::{Pins, context};
     use super::super::{AcpiPmConfig, IrqTarget, SleepTypes};
     use super::*;

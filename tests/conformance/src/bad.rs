@@ -15,7 +15,11 @@ pub const CASES: &[Case] = &[
         expected: "06@00 06@01 06@02 06@03 06@04 06@05 06@06 06@07 end\n",
     },
     Case { name: "instructions of 15 and more bytes", run: lengths, expected: "15 ok 0d@00 0d@01 end\n" },
-    Case { name: "ports and memory where nothing is", run: nothing, expected: "ff ffff ffffffff ffffffff end\n" },
+    Case {
+        name: "ports and memory where nothing is",
+        run: nothing,
+        expected: "ff ffff ffffffff ffffffff end\n",
+    },
     Case { name: "page tables outside of RAM", run: page_tables, expected: "0e d0400000 ok end\n" },
     Case { name: "a triple fault", run: triple, expected: "shutdown" },
     Case { name: "code written and run in a loop", run: storm, expected: "00060000 end\n" },

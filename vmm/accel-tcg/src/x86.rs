@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use holdfast_accel::AccelError;
 use holdfast_clock::Timers;
-use holdfast_device::{Bus, BusDevice};
-use holdfast_devices::x86::{LAPIC_BASE, LAPIC_LEN, Lapic, LapicBus, LapicState};
+use holdfast_device::Bus;
+use holdfast_devices::x86::{Lapic, LapicBus, LapicState};
 use holdfast_tcg::TcgVm;
 use holdfast_tcg::x86::{ApicHandle, ApicState, LocalApic, Signals};
 
@@ -24,7 +24,7 @@ impl Apics {
     ///
     /// # Errors
     /// [`AccelError::Unsupported`] if something else is where they have to be.
-    pub fn new(vcpus: u32, timers: &Arc<Timers>, mmio: &Bus) -> Result<Self, AccelError> {
+    pub fn new(vcpus: u32, timers: &Arc<Timers>, mmio: &Arc<Bus>) -> Result<Self, AccelError> {
         let vm: Arc<OnceLock<Weak<TcgVm>>> = Arc::default();
         let target = Arc::clone(&vm);
         let waker = Arc::new(move |index| {
@@ -34,9 +34,7 @@ impl Apics {
         });
         let ids: Vec<u32> = (0..vcpus).collect();
         let bus = LapicBus::new(&ids, timers, waker);
-        let device = Arc::clone(&bus) as Arc<dyn BusDevice>;
-        mmio.attach(LAPIC_BASE, LAPIC_LEN, "lapic", device)
-            .map_err(|e| unsupported(format!("a memory bus on which {e}")))?;
+        bus.connect_memory(mmio).map_err(|e| unsupported(format!("a memory bus on which {e}")))?;
         Ok(Self { bus, vm })
     }
 
@@ -94,8 +92,8 @@ impl LocalApic for Apic {
         self.0.base()
     }
 
-    fn set_base(&self, value: u64) -> bool {
-        self.0.set_base(value)
+    fn set_base(&self, value: u64, bits: u64) -> bool {
+        self.0.set_base(value, bits)
     }
 
     fn read_msr(&self, register: u32) -> Option<u64> {

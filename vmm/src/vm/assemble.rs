@@ -207,7 +207,9 @@ fn flash_image(config: &PflashConfig) -> FlashImage {
 /// The CPU model the user named or else the machine's default, arranged as the user wants it.
 fn cpu_model(module: &dyn MachineModule, profile: Option<&str>, topology: Option<Topology>) -> CpuModel {
     let mut cpu = module.default_cpu();
-    if let (CpuModel::X86_64(model), Some(named)) = (&mut cpu, profile.and_then(|text| features::parse(text).ok())) {
+    if let (CpuModel::X86_64(model), Some(named)) =
+        (&mut cpu, profile.and_then(|text| features::parse(text).ok()))
+    {
         *model = named;
     }
     if let (CpuModel::X86_64(model), Some(t)) = (&mut cpu, topology) {

@@ -17,8 +17,8 @@ pub struct ApicHandle(pub Arc<dyn LocalApic>);
 pub struct Signals {
     /// INIT was received.
     pub init: bool,
-    /// A non-maskable interrupt was received.
-    pub nmi: bool,
+    /// Non-maskable interrupts that were received, up to two.
+    pub nmi: u8,
     /// A start-up IPI with this vector was received.
     pub sipi: Option<u8>,
 }
@@ -57,7 +57,8 @@ pub trait LocalApic: Send + Sync + Debug {
     /// IA32_APIC_BASE.
     fn base(&self) -> u64;
     /// Writes IA32_APIC_BASE; false (#GP) if the transition or an address is not allowed.
-    fn set_base(&self, value: u64) -> bool;
+    /// `bits` is the width of physical addresses.
+    fn set_base(&self, value: u64, bits: u64) -> bool;
     /// Reads x2APIC MSR 0x800 + `register`; `None` (#GP) if it is not there or not in x2APIC mode.
     fn read_msr(&self, register: u32) -> Option<u64>;
     /// Writes x2APIC MSR 0x800 + `register`; false (#GP) if that is not allowed.

@@ -94,7 +94,8 @@ fn find_header(head: &[u8]) -> Option<Header> {
 /// The parts of a plain image by the addresses in its header.
 fn plain_segments(header: &Header, file_len: u64) -> Result<Segment, BootError> {
     let [header_addr, load, load_end, bss_end, _] = header.addresses.map(u64::from);
-    let before = header_addr.checked_sub(load).ok_or_else(|| bad("its header lies before its load address"))?;
+    let before =
+        header_addr.checked_sub(load).ok_or_else(|| bad("its header lies before its load address"))?;
     let offset = header.at.checked_sub(before).ok_or_else(|| bad("its load address lies before the file"))?;
     // Zero: all of the file.
     let len = match load_end {
@@ -199,7 +200,10 @@ fn place(request: &mut BootRequest<'_>, segments: &[Segment], file_len: u64) -> 
         // All are sums of 32-bit numbers.
         let end = s.address + s.memory_len;
         if s.address < FLOOR {
-            return Err(bad(format!("it wants to lie at {:#x}, below {FLOOR:#x}, where it is told what to know", s.address)));
+            return Err(bad(format!(
+                "it wants to lie at {:#x}, below {FLOOR:#x}, where it is told what to know",
+                s.address
+            )));
         }
         let whole = end <= LOW_RAM_END || (s.address >= super::HIGH_RAM && end <= limit);
         if !whole {
@@ -293,7 +297,8 @@ fn write_info(request: &BootRequest<'_>, modules: &[[u32; 4]], loader: u64) -> R
             *field = value;
         }
     }
-    let mut bytes: Vec<u8> = info.iter().chain(modules.iter().flatten()).flat_map(|w| w.to_le_bytes()).collect();
+    let mut bytes: Vec<u8> =
+        info.iter().chain(modules.iter().flatten()).flat_map(|w| w.to_le_bytes()).collect();
     for e in request.map {
         // The size does not count itself.
         bytes.extend((MAP_ENTRY_LEN as u32 - 4).to_le_bytes());
@@ -369,7 +374,12 @@ mod tests {
         f
     }
 
-    fn boot(memory: &GuestMemory, image: &[u8], modules: &[(&str, &[u8])], cmdline: &str) -> Result<State, BootError> {
+    fn boot(
+        memory: &GuestMemory,
+        image: &[u8],
+        modules: &[(&str, &[u8])],
+        cmdline: &str,
+    ) -> Result<State, BootError> {
         let mut files: Vec<File> = modules.iter().map(|m| file(m.1)).collect();
         let modules = files.iter_mut().zip(modules);
         let request = BootRequest {

@@ -70,7 +70,8 @@ impl DeviceKind for PciTestdevConfig {
         let [memory, ports] = LENGTHS;
         builder.bar(0, BarKind::Mem32, memory).map_err(|e| pci_error(&e))?;
         builder.bar(1, BarKind::Io, ports).map_err(|e| pci_error(&e))?;
-        let fds = || -> io::Result<[EventFd; 2]> { Ok([EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?]) };
+        let fds =
+            || -> io::Result<[EventFd; 2]> { Ok([EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?]) };
         let host = |source| BuildError::Host { id: KIND.to_owned(), what: "no eventfd".to_owned(), source };
         let device = Arc::new(PciTestdev {
             config: builder.build(),

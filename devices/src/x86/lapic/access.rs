@@ -73,7 +73,7 @@ impl State {
                 after.send = self.send();
             }
             reg::ICR_HIGH if by == By::Memory => self.icr = self.icr & 0xffff_ffff | u64::from(low) << 32,
-            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt((register - reg::LVT_TIMER) as usize, low),
+            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt((register - reg::LVT_TIMER) as usize, low, now),
             reg::INITIAL_COUNT => {
                 if self.timer_mode() != 2 {
                     self.initial = low;
@@ -105,9 +105,10 @@ impl State {
         Some(after)
     }
 
-    fn write_lvt(&mut self, n: usize, value: u32) {
+    fn write_lvt(&mut self, n: usize, value: u32, now: u64) {
         let Some(writable) = lvt::WRITABLE.get(n) else { return };
         let was_deadline = self.timer_mode() == 2;
+        let left = self.current_count(now);
         let mut new = value & writable;
         if self.svr & SVR_ENABLED == 0 {
             new |= lvt::MASKED;
@@ -119,6 +120,10 @@ impl State {
             // The timer is disarmed by a change between TSC-deadline mode and the others.
             self.initial = 0;
             self.deadline = (0, 0);
+        } else if n == lvt::TIMER && self.initial != 0 {
+            // The count goes on from where it is; one that has ended stays there.
+            self.fired |= left == 0;
+            self.started = now.saturating_sub(u64::from(self.initial.saturating_sub(left)) * self.tick());
         }
     }
 
@@ -236,13 +241,15 @@ impl Lapic {
         self.state.lock().base
     }
 
-    /// Writes IA32_APIC_BASE; false if the transition is not allowed or the registers would move, which they cannot.
-    pub fn set_base(&self, value: u64) -> bool {
+    /// Writes IA32_APIC_BASE; false if the transition is not allowed or a reserved bit is set. `bits` is the width of
+    /// physical addresses.
+    pub fn set_base(&self, value: u64, bits: u64) -> bool {
         let flags = base::BSP | base::X2APIC | base::ENABLED;
-        if value & !flags != super::LAPIC_BASE {
+        let address = base::ADDRESS & ((1 << bits.clamp(32, 52)) - 1);
+        if value & !flags & !address != 0 {
             return false;
         }
-        self.change(|s| {
+        let allowed = self.change(|s| {
             let (was_on, was_x2) = (s.on(), s.x2apic());
             let (on, x2) = (value & base::ENABLED != 0, value & base::X2APIC != 0);
             let allowed = match (on, x2) {
@@ -264,6 +271,10 @@ impl Lapic {
                 s.ldr = s.x2_ldr();
             }
             true
-        })
+        });
+        if allowed && let Some(bus) = self.bus.upgrade() {
+            bus.moved(value & base::ADDRESS);
+        }
+        allowed
     }
 }

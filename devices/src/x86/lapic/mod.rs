@@ -8,13 +8,14 @@ mod access;
 mod regs;
 mod transfer;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use holdfast_clock::{Timer, Timers};
-use holdfast_device::{Access, BusDevice, ExtInt, MsiController, MsiMessage, MsiVector};
+use holdfast_device::{Access, Bus, BusDevice, BusError, ExtInt, MsiController, MsiMessage, MsiVector};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -51,6 +52,11 @@ pub struct LapicBus {
     waker: Waker,
     eoi: OnceLock<EoiReceiver>,
     ext_int: OnceLock<Arc<dyn ExtInt>>,
+    /// Where the registers appear, so that they can appear elsewhere too.
+    mmio: OnceLock<Weak<Bus>>,
+    /// Pages where they do.
+    pages: Mutex<BTreeSet<u64>>,
+    me: Weak<LapicBus>,
     /// Where arbitration among equals begins.
     turn: std::sync::atomic::AtomicUsize,
 }
@@ -71,6 +77,8 @@ pub struct Lapic {
     signalled: AtomicBool,
     /// LINT0 is high and passes external interrupts on.
     external: AtomicBool,
+    /// The base in IA32_APIC_BASE.
+    page: AtomicU64,
     timer: Timer,
     timers: Arc<Timers>,
     bus: Weak<LapicBus>,
@@ -113,6 +121,9 @@ impl LapicBus {
                 waker,
                 eoi: OnceLock::new(),
                 ext_int: OnceLock::new(),
+                mmio: OnceLock::new(),
+                pages: Mutex::default(),
+                me: me.clone(),
                 turn: std::sync::atomic::AtomicUsize::new(0),
             }
         })
@@ -123,6 +134,12 @@ impl LapicBus {
         self.apics.get(index as usize)
     }
 
+    /// The APIC that a processor reaches there.
+    fn found(&self, access: Access) -> Option<&Arc<Lapic>> {
+        let page = access.address.wrapping_sub(access.offset);
+        self.apic(access.vcpu.unwrap_or(0)).filter(|apic| apic.page() == page)
+    }
+
     /// Connects the IOAPIC. False if there is one already.
     pub fn connect_eoi(&self, receiver: EoiReceiver) -> bool {
         self.eoi.set(receiver).is_ok()
@@ -131,6 +148,49 @@ impl LapicBus {
     /// Connects the 8259 pair. False if there is one already.
     pub fn connect_ext_int(&self, source: Arc<dyn ExtInt>) -> bool {
         self.ext_int.set(source).is_ok()
+    }
+
+    /// Attaches the registers to the memory bus, where processors find them and may move them.
+    ///
+    /// # Errors
+    /// [`BusError`] if something else is there.
+    pub fn connect_memory(&self, mmio: &Arc<Bus>) -> Result<(), BusError> {
+        // A second bus would be a bug of the machine; the first one stays.
+        let _ = self.mmio.set(Arc::downgrade(mmio));
+        self.attach_page(LAPIC_BASE)
+    }
+
+    fn attach_page(&self, base: u64) -> Result<(), BusError> {
+        let mut pages = self.pages.lock();
+        let (Some(mmio), Some(me)) = (self.mmio.get().and_then(Weak::upgrade), self.me.upgrade()) else {
+            return Ok(());
+        };
+        if !pages.contains(&base) {
+            mmio.attach(base, LAPIC_LEN, "lapic", me as Arc<dyn BusDevice>)?;
+            pages.insert(base);
+        }
+        Ok(())
+    }
+
+    /// A processor has moved its registers to `base`: pages that no APIC uses any more are given up, but for the first.
+    fn moved(&self, base: u64) {
+        let used: BTreeSet<u64> = self.apics.iter().map(|a| a.page()).collect();
+        let stale: Vec<u64> = {
+            let mut pages = self.pages.lock();
+            let stale = pages.iter().copied().filter(|p| *p != LAPIC_BASE && !used.contains(p)).collect();
+            pages.retain(|p| *p == LAPIC_BASE || used.contains(p));
+            stale
+        };
+        if let Some(mmio) = self.mmio.get().and_then(Weak::upgrade) {
+            for page in stale {
+                if let Err(error) = mmio.detach(page) {
+                    tracing::warn!(%error, "the local APIC's page was not attached");
+                }
+            }
+        }
+        if let Err(error) = self.attach_page(base) {
+            tracing::warn!(%error, "a guest moves its local APIC into the way");
+        }
     }
 
     /// Sets a pin of a vCPU's APIC: 0 is LINT0, 1 is LINT1.
@@ -259,14 +319,15 @@ impl MsiVector for Vector {
 /// The window of registers: each vCPU sees its own.
 impl BusDevice for LapicBus {
     fn read(&self, access: Access, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(apic) = self.apic(access.vcpu.unwrap_or(0)) {
+        data.fill(0xff);
+        if let Some(apic) = self.found(access) {
+            data.fill(0);
             apic.mmio_read(access.offset, data);
         }
     }
 
     fn write(&self, access: Access, data: &[u8]) {
-        if let Some(apic) = self.apic(access.vcpu.unwrap_or(0)) {
+        if let Some(apic) = self.found(access) {
             apic.mmio_write(access.offset, data);
         }
     }
@@ -287,6 +348,7 @@ impl Lapic {
                 ready: AtomicBool::new(false),
                 signalled: AtomicBool::new(false),
                 external: AtomicBool::new(false),
+                page: AtomicU64::new(LAPIC_BASE),
                 timer,
                 timers: Arc::clone(timers),
                 bus: bus.clone(),
@@ -294,6 +356,11 @@ impl Lapic {
             this.publish(&this.state.lock());
             this
         })
+    }
+
+    /// The page of its registers.
+    fn page(&self) -> u64 {
+        self.page.load(Ordering::Relaxed)
     }
 
     fn now(&self) -> u64 {
@@ -304,6 +371,7 @@ impl Lapic {
     fn publish(&self, s: &State) -> bool {
         let ready = s.deliverable().is_some();
         let external = s.pins[0] && s.passes_ext_int();
+        self.page.store(s.base & regs::base::ADDRESS, Ordering::Relaxed);
         self.ready.store(ready, Ordering::SeqCst);
         self.external.store(external, Ordering::SeqCst);
         self.signalled.store(s.signals.any(), Ordering::SeqCst);
@@ -361,7 +429,7 @@ impl Lapic {
     fn accept(&self, m: &Message) {
         self.change(|s| match m.mode {
             mode::FIXED | mode::LOWEST => s.request(m.vector, m.level),
-            mode::NMI => s.signals.nmi = true,
+            mode::NMI => s.signals.add_nmi(),
             mode::INIT if m.assert => {
                 s.signals = LapicSignals { init: true, sipi: None, nmi: s.signals.nmi };
             }
@@ -379,7 +447,7 @@ impl Lapic {
             if rose && entry & lvt::MASKED == 0 {
                 match entry >> 8 & 7 {
                     mode::FIXED => s.request(entry as u8, entry >> 15 & 1 != 0),
-                    mode::NMI => s.signals.nmi = true,
+                    mode::NMI => s.signals.add_nmi(),
                     mode::INIT => s.signals.init = true,
                     _ => {}
                 }
@@ -490,7 +558,7 @@ impl Lapic {
 
     /// Latches an NMI.
     pub fn raise_nmi(&self) {
-        self.change(|s| s.signals.nmi = true);
+        self.change(|s| s.signals.add_nmi());
     }
 
     /// CR8.
@@ -517,6 +585,13 @@ impl Lapic {
                 return;
             }
             s.deadline = (value, at);
+        }
+        if value != 0 && at <= self.now() {
+            // Already past: the processor finds the interrupt behind its write.
+            self.change(|s| {
+                s.deadline = (0, 0);
+                s.local(lvt::TIMER);
+            });
         }
         self.arm();
     }
@@ -557,7 +632,7 @@ impl State {
         if n == lvt::TIMER || entry >> 8 & 7 == mode::FIXED {
             self.request(entry as u8, false);
         } else if entry >> 8 & 7 == mode::NMI {
-            self.signals.nmi = true;
+            self.signals.add_nmi();
         }
     }
 

@@ -60,6 +60,8 @@ pub(super) mod base {
     pub const BSP: u64 = 1 << 8;
     pub const X2APIC: u64 = 1 << 10;
     pub const ENABLED: u64 = 1 << 11;
+    /// Where the registers are.
+    pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 }
 
 /// SVR: software enable.
@@ -95,16 +97,21 @@ pub(super) fn get(v: &Vectors, vector: u8) -> bool {
 pub struct LapicSignals {
     /// INIT was received.
     pub init: bool,
-    /// An NMI was received.
-    pub nmi: bool,
+    /// NMIs that were received, up to two: while one is served, another waits.
+    pub nmi: u8,
     /// A start-up IPI with this vector was received.
     pub sipi: Option<u8>,
 }
 
 impl LapicSignals {
+    /// Notes an NMI.
+    pub(super) fn add_nmi(&mut self) {
+        self.nmi = (self.nmi + 1).min(2);
+    }
+
     /// True if there is any.
     pub fn any(self) -> bool {
-        self.init || self.nmi || self.sipi.is_some()
+        self.init || self.nmi != 0 || self.sipi.is_some()
     }
 }
 
@@ -134,7 +141,7 @@ pub(super) struct State {
     pub started: u64,
     /// When the timer fires next.
     pub due: Option<u64>,
-    /// A one-shot count-down ended.
+    /// A one-shot count-down ended: the count stays 0, in periodic mode too, until it is written.
     pub fired: bool,
     /// IA32_TSC_DEADLINE and when it is due.
     pub deadline: (u64, u64),
@@ -249,6 +256,7 @@ impl State {
         let passed = now.saturating_sub(self.started) / self.tick();
         let initial = u64::from(self.initial);
         match self.timer_mode() {
+            _ if self.fired => 0,
             1 => (initial - passed % initial) as u32,
             _ => initial.saturating_sub(passed) as u32,
         }
@@ -259,7 +267,7 @@ impl State {
         match self.timer_mode() {
             2 => (self.deadline.0 != 0).then_some(self.deadline.1),
             kind => {
-                if self.initial == 0 || kind == 0 && self.fired {
+                if self.initial == 0 || self.fired {
                     return None;
                 }
                 let period = u64::from(self.initial).saturating_mul(self.tick());

@@ -221,7 +221,7 @@ fn hypercalls_send_to_one_id() {
     assert!(r.apic(0).send_ipi(2, 0x0_4035 & 0x7ff) && !r.apic(0).send_ipi(3, 0x35));
     assert_eq!(r.apic(2).acknowledge(), Some(0x35));
     assert!(r.apic(0).send_ipi(1, 0x400));
-    assert!(r.apic(1).take_signals().nmi);
+    assert_eq!(r.apic(1).take_signals().nmi, 1);
 }
 
 #[test]
@@ -234,11 +234,13 @@ fn init_startup_and_nmi_are_signals() {
     r.put(0, ICR, 0x0000_8500); // the de-assertion does nothing
     r.put(0, ICR, 0x0000_4608);
     let signals = r.apic(1).take_signals();
-    assert_eq!((signals.init, signals.sipi, signals.nmi), (true, Some(8), false));
+    assert_eq!((signals.init, signals.sipi, signals.nmi), (true, Some(8), 0));
     assert!(!r.apic(1).has_signal());
     r.put(0, ICR, 0x0000_4400);
     r.apic(0).raise_nmi();
-    assert!(r.apic(0).take_signals().nmi && r.apic(1).take_signals().nmi);
+    assert_eq!((r.apic(0).take_signals().nmi, r.apic(1).take_signals().nmi), (1, 1));
+    (0..3).for_each(|_| r.apic(0).raise_nmi());
+    assert_eq!(r.apic(0).take_signals().nmi, 2, "one served, one that waits");
     // INIT clears all but the base.
     r.put(1, TPR, 0x10);
     r.apic(1).reset(true);
@@ -285,9 +287,9 @@ fn pins_follow_their_entries() {
     assert!(!r.apic(0).has_interrupt(), "masked");
     r.put(1, LVT_LINT1, 0x400);
     r.bus.set_pin(1, 1, true);
-    assert!(r.apic(1).take_signals().nmi);
+    assert_eq!(r.apic(1).take_signals().nmi, 1);
     r.bus.set_pin(1, 1, true);
-    assert!(!r.apic(1).take_signals().nmi, "NMI is an edge");
+    assert_eq!(r.apic(1).take_signals().nmi, 0, "NMI is an edge");
     r.put(1, LVT_LINT0, 0x77);
     r.bus.set_pin(1, 0, true);
     assert_eq!(r.apic(1).acknowledge(), Some(0x77));
@@ -306,7 +308,7 @@ fn software_disable_masks_the_table_and_takes_no_vectors() {
     r.message(0xfee0_0000, 0x50);
     assert!(!r.apic(0).has_interrupt());
     r.message(0xfee0_0000, 0x400);
-    assert!(r.apic(0).take_signals().nmi, "NMI needs no enable");
+    assert_eq!(r.apic(0).take_signals().nmi, 1, "NMI needs no enable");
 }
 
 #[test]
@@ -366,28 +368,75 @@ fn the_tsc_deadline_fires_and_is_cleared() {
 fn modes_change_in_the_allowed_order_only() {
     let r = rig(2);
     let apic = r.apic(1);
-    assert!(!apic.set_base(0xfee0_0400), "x2APIC without enable");
-    assert!(!apic.set_base(0xfed0_0800), "the registers cannot move");
-    assert!(apic.set_base(X2));
-    assert!(!apic.set_base(ENABLED), "not back without going off");
+    assert!(!apic.set_base(0xfee0_0400, 40), "x2APIC without enable");
+    assert!(!apic.set_base(0x100_fee0_0800, 40) && !apic.set_base(0xfee0_0801, 40), "reserved bits");
+    assert!(apic.set_base(X2, 40));
+    assert!(!apic.set_base(ENABLED, 40), "not back without going off");
     assert_eq!(r.get(1, ID), u32::MAX, "no registers in memory");
     assert_eq!((apic.read_msr(2), apic.read_msr(0xd)), (Some(1), Some(2)));
-    assert!(apic.set_base(0xfee0_0000));
-    assert!(!apic.set_base(X2), "not at once from off");
+    assert!(apic.set_base(0xfee0_0000, 40));
+    assert!(!apic.set_base(X2, 40), "not at once from off");
     assert_eq!((apic.read_msr(2), apic.write_msr(8, 0)), (None, false));
-    assert!(apic.set_base(ENABLED));
+    assert!(apic.set_base(ENABLED, 40));
     assert_eq!(r.get(1, ID), 1 << 24);
+}
+
+#[test]
+fn registers_move() {
+    const THERE: u64 = 0xfed4_0000;
+    let r = rig(2);
+    let mmio = Bus::new("memory");
+    r.bus.connect_memory(&mmio).expect("free");
+    let read = |vcpu, at| {
+        let mut data = [0; 4];
+        mmio.read(Some(vcpu), at, &mut data);
+        u32::from_le_bytes(data)
+    };
+    assert!(r.apic(1).set_base(THERE | 0x800, 40));
+    assert_eq!((read(1, THERE + ID), read(0, THERE + ID)), (1 << 24, u32::MAX));
+    assert_eq!((read(1, LAPIC_BASE + ID), read(0, LAPIC_BASE + ID)), (u32::MAX, 0));
+    assert!(r.apic(1).set_base(ENABLED, 40));
+    assert_eq!((read(1, LAPIC_BASE + ID), mmio.windows().len()), (1 << 24, 1));
+}
+
+#[test]
+fn the_count_stays_zero_when_a_one_shot_has_ended() {
+    let r = rig(1);
+    r.put(0, DIVIDE, 0b1011);
+    r.put(0, LVT_TIMER, 0x1_0040);
+    r.put(0, INITIAL, 1000);
+    r.timers.clock().set(5000);
+    r.put(0, LVT_TIMER, 0x3_0040);
+    assert_eq!(r.get(0, CURRENT), 0);
+    r.timers.clock().set(5500);
+    assert_eq!(r.get(0, CURRENT), 0);
+    r.put(0, INITIAL, 1000);
+    r.timers.clock().set(5800);
+    assert_eq!(r.get(0, CURRENT), 700);
+    r.put(0, LVT_TIMER, 0x1_0040);
+    assert_eq!(r.get(0, CURRENT), 700, "it goes on from where it is");
+}
+
+#[test]
+fn a_deadline_that_is_past_fires_at_once() {
+    let r = rig(1);
+    r.timers.clock().set(5000);
+    r.put(0, LVT_TIMER, 0x4_0042);
+    r.apic(0).set_tsc_deadline(9, 4000);
+    assert_eq!((r.apic(0).acknowledge(), r.apic(0).tsc_deadline()), (Some(0x42), 0));
 }
 
 #[test]
 fn x2apic_registers_check_what_is_written() {
     let r = rig(2);
     for n in 0..2 {
-        assert!(r.apic(n).set_base(X2));
+        assert!(r.apic(n).set_base(X2, 40));
         assert!(r.apic(n).write_msr(0xf, 0x1ff));
     }
     let apic = r.apic(0);
-    for (register, value) in [(0xb, 1), (8, 0x100), (0x28, 1), (2, 0), (0xd, 0), (0xe, 0), (0x31, 0), (0x39, 1)] {
+    for (register, value) in
+        [(0xb, 1), (8, 0x100), (0x28, 1), (2, 0), (0xd, 0), (0xe, 0), (0x31, 0), (0x39, 1)]
+    {
         assert!(!apic.write_msr(register, value), "{register:#x} {value:#x}");
     }
     assert!(!apic.write_msr(0xf, 1 << 32));
@@ -452,7 +501,7 @@ fn hostile_accesses() {
     }
     r.bus.read(Access { vcpu: Some(7), ..access(0, 0) }, &mut [0; 4]);
     for n in 0..2 {
-        let _ = r.apic(n).set_base(X2);
+        let _ = r.apic(n).set_base(X2, 40);
         for register in 0..0x100 {
             for value in [0u64, 1, 0xff, 0x4_4000, u64::MAX] {
                 let _ = r.apic(n).write_msr(register, value);

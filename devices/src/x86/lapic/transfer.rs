@@ -119,6 +119,9 @@ impl Lapic {
             }
             s.started = now.saturating_sub(u64::from(s.initial.saturating_sub(left)) * s.tick());
         });
+        if let Some(bus) = self.bus.upgrade() {
+            bus.moved(self.page());
+        }
         self.arm();
         Ok(())
     }

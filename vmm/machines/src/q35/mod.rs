@@ -18,9 +18,9 @@ use holdfast_devices::fw_cfg::FwCfg;
 use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec};
 use holdfast_devices::serial::Serial;
 use holdfast_devices::x86::{
-    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, Gsi, Hpet, HpetConfig, I8042, I8042Config,
-    IoApic, IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl,
-    Rtc, SleepTypes, SystemControlA, pirq_of,
+    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, Gsi, Hpet, HpetConfig, I8042, I8042Config, IoApic,
+    IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl, Rtc,
+    SleepTypes, SystemControlA, pirq_of,
 };
 use parking_lot::Mutex;
 
@@ -213,6 +213,8 @@ impl Parts {
         let gsi = interrupts(request, context, &mut devices)?;
         timers(plan, request, &gsi, build, &mut devices)?;
         super_io(request, &gsi, build, &mut devices)?;
+        // States list what is added by name behind the single ports, before the chipset.
+        let place = devices.len();
 
         let pci = PciBus::new(PciBusSpec {
             segment: 0,
@@ -246,9 +248,8 @@ impl Parts {
         ]);
         let isa = |n| gsi.line(n);
         let board = Board { build, pci: &pci, isa: Some(&isa) };
-        for device in &request.board {
-            devices.push(device.build(&board)?);
-        }
+        let added = request.board.iter().map(|device| device.build(&board)).collect::<Result<Vec<_>, _>>()?;
+        devices.splice(place..place, added);
         Ok(Self { devices, pci, mch, lpc, pm, fw_cfg })
     }
 }

@@ -11,8 +11,8 @@ use holdfast_accel::{RomWindow, Vm};
 use holdfast_arch::riscv64::IsaModel;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildError, BusDevice, Device, IrqLine, IrqSink};
-use holdfast_devices::flash::{Backing, Flash, FlashSpec, RomHook};
 use holdfast_devices::catalog::Board;
+use holdfast_devices::flash::{Backing, Flash, FlashSpec, RomHook};
 use holdfast_devices::fw_cfg::{self, FwCfg};
 use holdfast_devices::goldfish_rtc::GoldfishRtc;
 use holdfast_devices::pci::{

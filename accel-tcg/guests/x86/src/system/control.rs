@@ -222,7 +222,7 @@ pub(crate) fn invpcid(cpu: &mut Cpu<'_>, kind: u64, low: u64, va: u64) -> Result
     let s = cpu.state::<X86>();
     let pcid = low & 0xfff;
     let used = s.cr4 & cr4::PCIDE != 0;
-    if kind > 3 || kind < 2 && (low >> 12 != 0 || pcid != 0 && !used) || kind == 0 && !s.canonical(va) {
+    if kind > 3 || kind < 2 && (low >> 12 != 0 || pcid != 0 && !used) || kind == 0 && !s.canonical_base(va) {
         return Err(gp(0));
     }
     let named = if used { 1 << 52 | pcid } else { space(s) };

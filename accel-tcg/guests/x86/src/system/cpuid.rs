@@ -5,8 +5,8 @@ use holdfast_arch::x86_64::{CpuidEntry, CpuidModel, cpuid as tables};
 use holdfast_tcg_runtime::{Cpu, Fault};
 
 use super::regs::cr4;
-use crate::fpu::area;
 use crate::apic;
+use crate::fpu::area;
 use crate::state::X86;
 
 /// Leaf 1 EDX: everything up to SSE2 but VME, PSN, DS, ACPI, SS, TM and PBE.

@@ -40,7 +40,7 @@ pub(crate) fn take(cpu: &mut Cpu<'_>) -> bool {
         return true;
     }
     if s.nmi_pending != 0 && s.nmi_masked == 0 && s.shadow == 0 {
-        s.nmi_pending = 0;
+        s.nmi_pending -= 1;
         s.nmi_masked = 1;
         wake(cpu);
         deliver::interrupt(cpu, vector::NMI);
@@ -65,8 +65,11 @@ fn wake(cpu: &mut Cpu<'_>) {
 /// Acts on what the APIC latched; true if the processor started anew.
 fn signals(cpu: &mut Cpu<'_>, apic: &dyn LocalApic) -> bool {
     let signals = apic.take_signals();
-    if signals.nmi {
-        cpu.state::<X86>().nmi_pending = 1;
+    if signals.nmi != 0 {
+        // One can wait while one is served; where none is, the first of two is as good as taken.
+        let s = cpu.state::<X86>();
+        let most = if s.nmi_masked != 0 { 1 } else { 2 };
+        s.nmi_pending = (s.nmi_pending + u64::from(signals.nmi)).min(most);
     }
     let mut done = false;
     if signals.init {

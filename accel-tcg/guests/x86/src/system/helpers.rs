@@ -9,7 +9,7 @@ use super::deliver::{self, Source};
 use super::far::{self, Target};
 use super::fault::{gp, ud};
 use super::mode::step;
-use super::regs::cr4;
+use super::regs::{cr4, dr};
 use super::{control, cpuid, events, hypercall, iret, msr, ports, segment, syscall, tsc};
 use crate::flags::{self, rflags};
 use crate::state::{X86, seg};
@@ -358,13 +358,26 @@ fn interrupt(cpu: &mut Cpu<'_>, [vector, next, int1, ..]: [u64; 5]) -> HelperRes
 }
 
 fn syscall_insn(cpu: &mut Cpu<'_>, [next, ..]: [u64; 5]) -> HelperResult {
-    Ok(syscall::syscall(cpu, next)?)
+    let pc = syscall::syscall(cpu, next)?;
+    step_behind(cpu);
+    Ok(pc)
 }
 
 fn sysret(cpu: &mut Cpu<'_>, [size, ..]: [u64; 5]) -> HelperResult {
     let pc = syscall::sysret(cpu, size as u8)?;
+    step_behind(cpu);
     control::interrupts_enabled(cpu);
     Ok(pc)
+}
+
+/// SYSCALL and SYSRET trap for TF as it is behind them, not before.
+fn step_behind(cpu: &mut Cpu<'_>) {
+    let s = state(cpu);
+    s.debug_pending &= !dr::DR6_BS;
+    if s.flags & rflags::TF != 0 {
+        s.debug_pending |= dr::DR6_BS;
+        cpu.request_exit();
+    }
 }
 
 fn sysenter(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {

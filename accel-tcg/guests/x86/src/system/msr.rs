@@ -3,8 +3,8 @@
 use holdfast_tcg_runtime::{Cpu, Fault, Flush};
 
 use super::control::privileged;
-use super::fault::gp;
 use super::cpuid;
+use super::fault::gp;
 use super::regs::{cr0, cr4, efer, msr};
 use super::tsc;
 use crate::apic;
@@ -172,7 +172,10 @@ pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
             let valid = value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7));
             return valid.then(|| cpu.state::<X86>().pat = value);
         }
-        msr::APIC_BASE => return apic::of(cpu)?.set_base(value).then_some(()),
+        msr::APIC_BASE => {
+            let bits = cpu.state::<X86>().phys_bits;
+            return apic::of(cpu)?.set_base(value, bits).then_some(());
+        }
         msr::TSC_DEADLINE => {
             let at = tsc::when(cpu, value);
             apic::of(cpu)?.set_tsc_deadline(value, at);
