@@ -91,7 +91,9 @@ pub(super) async fn counters(call: Call) -> Result<Answer, HttpError> {
 pub(super) async fn create(call: Call) -> Result<Answer, HttpError> {
     let config = match VmConfig::from_json(&call.body) {
         Ok(config) => config,
-        Err(error @ (ConfigError::NotJson { .. } | ConfigError::Syntax { .. })) => return Err(unreadable(error)),
+        Err(error @ (ConfigError::NotJson { .. } | ConfigError::Syntax { .. })) => {
+            return Err(unreadable(error));
+        }
         Err(error) => return Err(call.refuse(&error.into())),
     };
     call.done(ops::Create(Box::new(config))).await
