@@ -80,7 +80,7 @@ impl Rig {
     }
 
     fn message(&self, address: u64, data: u32) {
-        self.bus.send(MsiMessage { address, data, device: None }).expect("sent");
+        self.bus.send(MsiMessage { address, data, device: 0 }).expect("sent");
     }
 
     /// Moves time on and waits until the timer's thread has acted on it.
@@ -180,7 +180,7 @@ fn destinations_are_physical_logical_and_everyone() {
     assert_eq!(hit(0xfee0_3004), 0b0011);
     assert_eq!(hit(0xfee1_2004), 0b1000);
     assert_eq!(hit(0xfeef_1004), 0b1111, "all ones are everyone");
-    assert!(r.bus.send(MsiMessage { address: 0xfec0_0000, data: 0, device: None }).is_err());
+    assert!(r.bus.send(MsiMessage { address: 0xfec0_0000, data: 0, device: 0 }).is_err());
 }
 
 #[test]
@@ -483,7 +483,7 @@ fn message_vectors_wait_for_their_message() {
     let vector = Arc::clone(&r.bus).vector().expect("vector");
     vector.trigger().expect("noted");
     assert!(vector.pending() && !r.apic(0).has_interrupt());
-    vector.set(Some(MsiMessage { address: 0xfee0_0000, data: 0x39, device: None })).expect("set");
+    vector.set(Some(MsiMessage { address: 0xfee0_0000, data: 0x39, device: 0 })).expect("set");
     assert!(!vector.pending());
     assert_eq!(r.apic(0).acknowledge(), Some(0x39));
 }
