@@ -83,7 +83,12 @@ fn run(options: RunOptions) -> ExitCode {
         Err(error) => return fail(&describe(&error), 1),
     };
     let spawner = sandbox.spawner();
-    let manager = ManagerOptions { sandbox: Arc::clone(&sandbox), no_shutdown: options.no_shutdown };
+    let manager = ManagerOptions {
+        sandbox: Arc::clone(&sandbox),
+        no_shutdown: options.no_shutdown,
+        debug: options.gdb.is_some(),
+        debug_wait: options.gdb_wait,
+    };
     let confinement = Confined(sandbox);
     match process::run(options, &spawner, &confinement, move |inbox| Manager::new(inbox, manager)?.run()) {
         Ok(status) => ExitCode::from(status),

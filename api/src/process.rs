@@ -96,8 +96,8 @@ pub fn run(
     logging::start(options.log_file.as_deref(), options.verbosity).map_err(ProcessError::Log)?;
     // Before the first thread: a thread that does not block a signal dies of it, and the process with it.
     let signals = block_signals().map_err(|error| ProcessError::Host("signals cannot be blocked", error))?;
-    let listeners = Listeners::bind(options.api_socket.as_ref(), options.qmp.as_ref());
-    let listeners = listeners.map_err(ProcessError::Serve)?;
+    let listeners = Listeners::bind(options.api_socket.as_ref(), options.qmp.as_ref(), options.gdb.as_ref());
+    let mut listeners = listeners.map_err(ProcessError::Serve)?;
     let monitor = options.event_monitor.as_ref().map(monitor::open).transpose();
     let monitor = monitor.map_err(ProcessError::EventMonitor)?;
     confinement.paths(&options, &listeners.directories()).map_err(ProcessError::Confine)?;
@@ -108,6 +108,7 @@ pub fn run(
         .map_err(|error| ProcessError::Host("no signal thread", error))?;
     let status = spawn_manager(&**spawner, inbox, manager)
         .map_err(|error| ProcessError::Host("no VM manager thread", error))?;
+    let gdb = listeners.start_gdb(&**spawner, handle.clone()).map_err(ProcessError::Serve)?;
     let api = if listeners.is_empty() {
         None
     } else {
@@ -123,6 +124,9 @@ pub fn run(
         let _ = handle.call(VmmShutdown(Origin::HostError));
     }
     let status = status.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+    if let Some(gdb) = gdb {
+        gdb.stop();
+    }
     if let Some(api) = api {
         api.stop();
     }

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use holdfast_threads::{Role, Spawner};
 use holdfast_vmm::control::ControlHandle;
+use holdfast_vmm::gdb::{GdbListener, GdbThread};
 use tokio::sync::watch;
 
 use crate::cli::{Endpoint, QmpAddress};
@@ -36,6 +37,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The gdb server's thread cannot be made.
+    #[error("the gdb thread cannot be made")]
+    Gdb(#[source] io::Error),
     /// The thread or its runtime cannot be made.
     #[error("the API thread cannot be made")]
     Thread(#[source] io::Error),
@@ -102,6 +106,8 @@ pub struct Listeners {
     rest: Option<OwnSocket>,
     qmp_unix: Option<OwnSocket>,
     qmp_tcp: Option<std::net::TcpListener>,
+    gdb_unix: Option<OwnSocket>,
+    gdb_tcp: Option<std::net::TcpListener>,
 }
 
 impl Listeners {
@@ -109,31 +115,45 @@ impl Listeners {
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn bind(rest: Option<&Endpoint>, qmp: Option<&QmpAddress>) -> Result<Self, ServeError> {
+    pub fn bind(
+        rest: Option<&Endpoint>,
+        qmp: Option<&QmpAddress>,
+        gdb: Option<&QmpAddress>,
+    ) -> Result<Self, ServeError> {
         const REST: &str = "the API socket";
         const QMP: &str = "the QMP socket";
+        const GDB: &str = "the gdb socket";
         let rest = match rest {
             Some(Endpoint::Path(path)) => Some(OwnSocket::bind(REST, path)?),
             Some(Endpoint::Fd(fd)) => Some(OwnSocket::inherit(REST, *fd)?),
             None => None,
         };
-        let mut listeners = Self { rest, ..Self::default() };
-        match qmp {
-            Some(QmpAddress::Unix(path)) => listeners.qmp_unix = Some(OwnSocket::bind(QMP, path)?),
-            Some(QmpAddress::Tcp(host, port)) => {
-                let bound = std::net::TcpListener::bind((host.as_str(), *port));
-                let failed =
-                    |source| ServeError::Listen { what: QMP, name: format!("tcp:{host}:{port}"), source };
-                listeners.qmp_tcp = Some(bound.map_err(failed)?);
-            }
-            None => {}
-        }
-        Ok(listeners)
+        let (qmp_unix, qmp_tcp) = address(QMP, qmp)?;
+        let (gdb_unix, gdb_tcp) = address(GDB, gdb)?;
+        Ok(Self { rest, qmp_unix, qmp_tcp, gdb_unix, gdb_tcp })
+    }
+
+    /// Serves debuggers, if that is asked for, on a thread of their own.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn start_gdb(
+        &mut self,
+        spawner: &dyn Spawner,
+        handle: ControlHandle,
+    ) -> Result<Option<GdbServer>, ServeError> {
+        let (listener, path) = match (self.gdb_unix.take(), self.gdb_tcp.take()) {
+            (Some(socket), _) => (GdbListener::Unix(socket.listener), socket.path),
+            (None, Some(listener)) => (GdbListener::Tcp(listener), None),
+            (None, None) => return Ok(None),
+        };
+        let thread = GdbThread::start(spawner, handle, listener).map_err(ServeError::Gdb)?;
+        Ok(Some(GdbServer { thread, path }))
     }
 
     /// The directories of the UNIX sockets, from which they are removed at the end.
     pub fn directories(&self) -> Vec<PathBuf> {
-        let sockets = [self.rest.as_ref(), self.qmp_unix.as_ref()];
+        let sockets = [self.rest.as_ref(), self.qmp_unix.as_ref(), self.gdb_unix.as_ref()];
         let paths = sockets.into_iter().flatten().filter_map(|socket| socket.path.as_ref());
         let directory = |socket: &SocketPath| match socket.path.parent() {
             Some(parent) if parent != Path::new("") => parent.to_owned(),
@@ -150,6 +170,36 @@ impl Listeners {
     /// The address of the QMP TCP socket, if there is one.
     pub fn qmp_tcp_address(&self) -> Option<std::net::SocketAddr> {
         self.qmp_tcp.as_ref()?.local_addr().ok()
+    }
+}
+
+/// A UNIX or a TCP socket.
+type Bound = (Option<OwnSocket>, Option<std::net::TcpListener>);
+
+fn address(what: &'static str, address: Option<&QmpAddress>) -> Result<Bound, ServeError> {
+    Ok(match address {
+        Some(QmpAddress::Unix(path)) => (Some(OwnSocket::bind(what, path)?), None),
+        Some(QmpAddress::Tcp(host, port)) => {
+            let bound = std::net::TcpListener::bind((host.as_str(), *port));
+            let failed = |source| ServeError::Listen { what, name: format!("tcp:{host}:{port}"), source };
+            (None, Some(bound.map_err(failed)?))
+        }
+        None => (None, None),
+    })
+}
+
+/// The running gdb server.
+#[derive(Debug)]
+pub struct GdbServer {
+    thread: GdbThread,
+    path: Option<SocketPath>,
+}
+
+impl GdbServer {
+    /// Ends once a debugger has heard of the end.
+    pub fn stop(self) {
+        self.thread.stop();
+        drop(self.path);
     }
 }
 

@@ -28,7 +28,7 @@ impl Server {
         let path = directory.path().join("qmp.sock");
         let (handle, inbox) = control().unwrap();
         std::thread::spawn(move || common::FakeManager::default().serve(&inbox));
-        let listeners = Listeners::bind(None, Some(&QmpAddress::Unix(path.clone()))).unwrap();
+        let listeners = Listeners::bind(None, Some(&QmpAddress::Unix(path.clone())), None).unwrap();
         let api = ApiThread::start(&PlainSpawner, handle.clone(), listeners).unwrap();
         Self { path, handle, api: Some(api), _directory: directory }
     }
@@ -271,7 +271,7 @@ fn tcp_serves_too() {
     let (handle, inbox) = control().unwrap();
     std::thread::spawn(move || common::FakeManager::default().serve(&inbox));
     let address = QmpAddress::Tcp("127.0.0.1".to_owned(), 0);
-    let listeners = Listeners::bind(None, Some(&address)).unwrap();
+    let listeners = Listeners::bind(None, Some(&address), None).unwrap();
     let address = listeners.qmp_tcp_address().unwrap();
     let api = ApiThread::start(&PlainSpawner, handle, listeners).unwrap();
     let stream = TcpStream::connect(address).unwrap();

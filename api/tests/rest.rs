@@ -29,7 +29,7 @@ impl Server {
         let path = directory.path().join("api.sock");
         let (handle, inbox) = control().unwrap();
         std::thread::spawn(move || common::FakeManager::default().serve(&inbox));
-        let listeners = Listeners::bind(Some(&Endpoint::Path(path.clone())), None).unwrap();
+        let listeners = Listeners::bind(Some(&Endpoint::Path(path.clone())), None, None).unwrap();
         let api = ApiThread::start(&PlainSpawner, handle.clone(), listeners).unwrap();
         Self { path, handle, api: Some(api), _directory: directory }
     }
@@ -273,13 +273,13 @@ fn a_long_operation_blocks_nobody() {
 fn a_socket_in_use_is_not_taken_and_a_stale_one_is() {
     let server = Server::start();
     let endpoint = Endpoint::Path(server.path.clone());
-    let error = Listeners::bind(Some(&endpoint), None).unwrap_err();
+    let error = Listeners::bind(Some(&endpoint), None, None).unwrap_err();
     assert!(error.to_string().contains("in use"), "{error}");
     assert_eq!(server.get("vmm.ping").0, 200);
     let directory = tempfile::tempdir().unwrap();
     let stale = directory.path().join("stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
     assert!(stale.exists());
-    drop(Listeners::bind(Some(&Endpoint::Path(stale.clone())), None).unwrap());
+    drop(Listeners::bind(Some(&Endpoint::Path(stale.clone())), None, None).unwrap());
     assert!(!stale.exists());
 }

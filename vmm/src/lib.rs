@@ -3,6 +3,7 @@
 pub mod accel;
 pub mod confine;
 pub mod control;
+pub mod gdb;
 pub mod manager;
 pub mod ram;
 pub mod snapshot;

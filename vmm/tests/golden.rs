@@ -17,7 +17,7 @@ use holdfast_device::{SystemEvent, SystemSink};
 use holdfast_threads::PlainSpawner;
 use holdfast_vmm::control::EventBus;
 use holdfast_vmm::snapshot::SavedVm;
-use holdfast_vmm::vm::vcpus::VcpuEvents;
+use holdfast_vmm::vm::vcpus::{DebugStop, VcpuEvents};
 use holdfast_vmm::vm::{Host, Vm};
 use serde_json::Value;
 
@@ -38,7 +38,7 @@ impl SystemSink for Deaf {
 
 impl VcpuEvents for Deaf {
     fn vcpu_failed(&self, _index: u32, _error: AccelError) {}
-    fn vcpu_debug(&self, _index: u32, _pc: u64) {}
+    fn vcpu_debug(&self, _index: u32, _stop: DebugStop) {}
 }
 
 fn host() -> Host {

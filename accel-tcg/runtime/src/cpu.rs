@@ -249,6 +249,11 @@ pub unsafe fn enter_faulting(env: *mut u8, body: impl FnOnce(&mut Cpu<'_>) -> He
     match body(&mut Cpu::new(core)) {
         Ok(value) => HelperRet::ok(value),
         Err(Leave::Exit(code)) => HelperRet::exit(code),
+        // A watched access: the instruction is run again, alone.
+        Err(Leave::Fault(_)) if std::mem::take(&mut core.again) => {
+            core.redo = true;
+            HelperRet::exit(exit::POLL)
+        }
         Err(Leave::Fault(fault)) => {
             core.pending_fault = Some(fault);
             HelperRet::exit(exit::FAULT)

@@ -6,6 +6,7 @@
 mod cache;
 mod code;
 mod cpu;
+mod debug;
 mod engine;
 mod env;
 mod epoch;
@@ -29,6 +30,7 @@ pub use code::CodeReader;
 pub use cpu::{Cpu, HelperResult, Leave};
 #[doc(hidden)]
 pub use cpu::{enter_faulting, enter_plain};
+pub use debug::{WatchKind, Watchpoint};
 pub use env::EnvBox;
 pub use guest::{
     Access, AccessKind, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,

@@ -298,6 +298,29 @@ impl Regions {
         killed.len()
     }
 
+    /// Takes out the regions that hold the instruction at any of these guest-virtual addresses, wherever it is mapped.
+    /// `post` is called with them. Walks everything: for debuggers.
+    pub fn invalidate_code_at(&self, phys: &PhysMemory, pcs: &[u64], post: Post<'_>) {
+        let db = &mut *self.db.lock();
+        let mut killed = Vec::new();
+        // What is being translated right now may have been built without them.
+        for info in db.pages.values_mut().filter(|info| info.busy > 0) {
+            info.written = u64::MAX;
+        }
+        let holds =
+            |r: &Region| pcs.iter().any(|pc| pc.wrapping_sub(r.key.pc) < u64::from(r.guest_len.max(1)));
+        for id in 0..db.slots.len() as u32 {
+            let region = db.slots.get(id as usize).and_then(|s| s.region.clone());
+            let Some(region) = region.filter(|r| holds(r)) else { continue };
+            self.kill_if(db, id, holds, &mut killed);
+            for (page, _) in region.pages() {
+                recompute(db, page);
+                forget_page_if_empty(db, phys, page);
+            }
+        }
+        self.bury(db, &killed, post);
+    }
+
     /// Takes out all regions of `segment`. `post` is called with them.
     pub fn evict(&self, phys: &PhysMemory, segment: SegmentId, post: Post<'_>) -> usize {
         let db = &mut *self.db.lock();

@@ -29,12 +29,15 @@ enum Place {
     Bus(u64),
 }
 
+/// The access is not done, for [`VcpuCore::again`] is set. Nobody reads what is in it.
+const AGAIN: Fault = Fault { cause: 0, value: 0, aux: 0 };
+
 fn finish(core: &mut VcpuCore, pc: u64, result: Result<u64, Fault>) -> HelperRet {
     match result {
         Ok(value) => HelperRet::ok(value),
         Err(_) if std::mem::take(&mut core.again) => {
             core.shared.env().set_pc(pc);
-            core.alone = Some(pc);
+            core.redo = true;
             HelperRet::exit(exit::POLL)
         }
         Err(fault) => {
@@ -190,7 +193,12 @@ impl VcpuCore {
         }
         count(&shared.counts.tlb.fills);
         let guest = Arc::clone(&self.guest);
-        let t = guest.fill(&mut Cpu::new(self), access)?;
+        let mut t = guest.fill(&mut Cpu::new(self), access)?;
+        match self.watched(access) {
+            None => {}
+            Some(false) => t.cacheable = false,
+            Some(true) => return Err(AGAIN),
+        }
         if t.cacheable {
             self.tlb.note_large(va, t.page_bits);
             if write && t.read && !self.tlb.has_read(env, va, access.mmu_idx) {
@@ -310,6 +318,8 @@ impl VcpuCore {
     /// Host memory behind `len` bytes in one page; `None` for devices, and for stores to ROM or code.
     pub(crate) fn host_range(&mut self, access: &Access) -> Result<Option<*mut u8>, Fault> {
         Ok(match self.place(access)? {
+            // Where there are watchpoints, every element is looked at.
+            Place::Host(..) if self.watches_page(access.gva) => None,
             Place::Host(host, None) => Some(host),
             Place::Host(..) | Place::Bus(_) => None,
         })
@@ -450,7 +460,7 @@ impl VcpuCore {
             return Ok(());
         }
         self.again = true;
-        Err(Fault { cause: 0, value: 0, aux: 0 })
+        Err(AGAIN)
     }
 
     /// An atomic read-modify-write: `next` gives what to store, `None` to leave it. Gives the old value.

@@ -12,6 +12,7 @@ use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_ir::env::exit;
 
 use crate::cpu::Cpu;
+use crate::debug::{Debug, Watchpoint};
 use crate::engine::VcpuEngine;
 use crate::env::EnvBox;
 use crate::guest::{Access, AccessKind, Fault, Flush, Guest, Mode};
@@ -38,15 +39,8 @@ pub enum Stop {
     Shutdown,
     /// A breakpoint or single step; guest-virtual program counter.
     Debug(u64),
-}
-
-/// What a debugger wants.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Debug {
-    pub single_step: bool,
-    pub breakpoints: Vec<u64>,
-    /// The breakpoint at this pc has been reported: go past it.
-    pub passed: Option<u64>,
+    /// The instruction before this guest-virtual program counter hit this watchpoint.
+    Watch(u64, Watchpoint),
 }
 
 /// Everything of a vCPU but its `Env`.
@@ -73,12 +67,14 @@ pub(crate) struct VcpuCore {
     pub debug: Debug,
     /// Spin hints seen.
     pub spins: u32,
-    /// The instruction at this pc stores to code: it is to be the only one of its region.
+    /// The instruction at this pc stores to code or is watched: it is to be the only one of its region.
     pub alone: Option<u64>,
     /// The pc of the store of translated code under way.
     pub storing: Option<u64>,
-    /// The store under way is not done: its instruction is run again, alone.
+    /// The access under way is not done: its instruction is run again, alone.
     pub again: bool,
+    /// The instruction that runs next is to be the only one of its region.
+    pub redo: bool,
     /// Translations were taken out by stores of this vCPU.
     pub code_hit: bool,
     /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
@@ -169,6 +165,15 @@ impl VcpuCore {
     }
 
     fn take_interrupt(&mut self) {
+        if self.holds_interrupts() {
+            self.shared.request(request::INTERRUPT);
+            return self.update_mode();
+        }
+        self.take_any_interrupt();
+    }
+
+    /// As [`VcpuCore::take_interrupt`], for one that ended a wait, whatever the debugger says.
+    fn take_any_interrupt(&mut self) {
         let guest = Arc::clone(&self.guest);
         if guest.take_interrupt(&mut Cpu::new(self)) {
             count(&self.shared.counts.interrupts);
@@ -242,7 +247,7 @@ impl VcpuCore {
             let guest = Arc::clone(&self.guest);
             if guest.wakes(&mut Cpu::new(self)) {
                 self.halted = false;
-                self.take_interrupt();
+                self.take_any_interrupt();
                 continue;
             }
             count(&shared.counts.sleeps);
@@ -307,14 +312,6 @@ impl VcpuCore {
         region.entry()
     }
 
-    /// True if the debugger wants to stop here.
-    fn breaks(&mut self, pc: u64) -> bool {
-        if self.debug.passed.take() == Some(pc) {
-            return false;
-        }
-        self.debug.breakpoints.binary_search(&pc).is_ok()
-    }
-
     fn next(&mut self) -> Next {
         if let Some(stop) = self.safe_point() {
             return Next::Stop(stop);
@@ -342,7 +339,9 @@ impl VcpuCore {
     fn region_at(&mut self, pc: u64) -> Result<Option<*const Region>, Fault> {
         let from = self.from.take();
         let phys = self.fetch(pc)?;
-        if self.alone != Some(pc) {
+        if self.key & KEY_STEP != 0 || std::mem::take(&mut self.redo) {
+            self.alone = Some(pc);
+        } else if self.alone != Some(pc) {
             self.alone = None;
         }
         let mode = if self.alone.is_some() { self.key | KEY_STEP } else { self.key };
@@ -442,6 +441,7 @@ impl TcgVcpu {
             alone: None,
             storing: None,
             again: false,
+            redo: false,
             code_hit: false,
             away: false,
             translations: 0,
@@ -495,10 +495,15 @@ impl TcgVcpu {
             };
             count(&self.core.shared.counts.entries);
             let stepping = self.core.debug.single_step;
+            self.core.debug.in_code = true;
             // SAFETY: the region is alive for this epoch; helpers and slow paths reach the core through its
             // owner pointer, while this function uses it through `self` only before and after.
             let code = unsafe { VcpuEngine::enter(&raw mut self.core.engine, env, region) };
+            self.core.debug.in_code = false;
             self.core.left(code)?;
+            if let Some(hit) = self.core.debug.hit.take() {
+                return Ok(Stop::Watch(self.core.shared.env().pc(), hit));
+            }
             if stepping {
                 return Ok(Stop::Debug(self.core.shared.env().pc()));
             }
@@ -562,22 +567,7 @@ impl TcgVcpu {
         guest.probe(&mut Cpu::new(&mut self.core), gva)
     }
 
-    /// Sets single step and breakpoints. Breakpoints end regions on every vCPU, but stop this one only.
-    pub fn set_debug(&mut self, single_step: bool, breakpoints: &[u64]) {
-        let mut wanted = breakpoints.to_vec();
-        wanted.sort_unstable();
-        wanted.dedup();
-        let core = &mut *self.core;
-        core.debug.single_step = single_step;
-        if core.debug.breakpoints != wanted {
-            let mut all = Vec::clone(&core.vm.breakpoints.read());
-            all.retain(|b| core.debug.breakpoints.binary_search(b).is_err());
-            all.extend_from_slice(&wanted);
-            all.sort_unstable();
-            all.dedup();
-            core.debug.breakpoints = wanted;
-            core.vm.set_breakpoints(all);
-        }
-        core.update_mode();
+    pub(crate) fn core(&mut self) -> &mut VcpuCore {
+        &mut self.core
     }
 }

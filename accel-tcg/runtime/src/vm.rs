@@ -1,6 +1,7 @@
 //! What the vCPUs of one VM share.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -133,6 +134,8 @@ pub struct TcgVm {
     perf_map: OnceLock<PerfMap>,
     /// Addresses at which some vCPU stops; regions end before them.
     pub(crate) breakpoints: RwLock<Arc<Vec<u64>>>,
+    /// How many vCPUs stop at each of them.
+    breakpoint_users: Mutex<BTreeMap<u64, u32>>,
     /// One dirty log synchronisation or mapping change at a time.
     changing: Mutex<()>,
 }
@@ -177,6 +180,7 @@ impl TcgVm {
             counts: VmCounts::default(),
             perf_map: OnceLock::new(),
             breakpoints: RwLock::default(),
+            breakpoint_users: Mutex::default(),
             changing: Mutex::new(()),
         });
         let observer: Arc<dyn CodeObserver> = Arc::new(Observer(Arc::downgrade(&vm)));
@@ -371,9 +375,34 @@ impl TcgVm {
         }
     }
 
-    /// Sets the addresses at which regions end.
-    pub(crate) fn set_breakpoints(&self, all: Vec<u64>) {
-        *self.breakpoints.write() = Arc::new(all);
-        self.forget_all();
+    /// One vCPU stops at `new` instead of `old`: regions end there, and those that have to change are taken out.
+    pub(crate) fn change_breakpoints(&self, old: &[u64], new: &[u64]) {
+        let changed = {
+            let mut users = self.breakpoint_users.lock();
+            let mut changed = Vec::new();
+            for pc in new.iter().filter(|pc| old.binary_search(pc).is_err()) {
+                let count = users.entry(*pc).or_insert(0_u32);
+                *count += 1;
+                if *count == 1 {
+                    changed.push(*pc);
+                }
+            }
+            for pc in old.iter().filter(|pc| new.binary_search(pc).is_err()) {
+                if let Some(count) = users.get_mut(pc) {
+                    *count -= 1;
+                    if *count == 0 {
+                        users.remove(pc);
+                        changed.push(*pc);
+                    }
+                }
+            }
+            if !changed.is_empty() {
+                *self.breakpoints.write() = Arc::new(users.keys().copied().collect());
+            }
+            changed
+        };
+        if !changed.is_empty() {
+            self.regions.invalidate_code_at(&self.phys(), &changed, &|killed| self.post(killed));
+        }
     }
 }

@@ -125,6 +125,8 @@ pub(super) const OPTIONS: &[Opt] = &[
     ),
     opt("api-socket", Shape::Text("path=PATH|fd=N|PATH"), CONTROL, "Serve the REST API on a UNIX socket"),
     opt("qmp", Shape::Text("unix:PATH|tcp:HOST:PORT"), CONTROL, "Serve QMP"),
+    opt("gdb", Shape::Text("unix:PATH|tcp:HOST:PORT"), CONTROL, "Let gdb debug the guest"),
+    opt("gdb-wait", Shape::Flag, CONTROL, "Let the guest wait for gdb before its first instruction"),
     opt("event-monitor", Shape::Text("path=PATH|fd=N"), CONTROL, "Write events to a file or FIFO"),
     opt("log-file", Shape::Text("PATH"), CONTROL, "Write the log to a file [default: standard error]"),
     Opt {

@@ -62,6 +62,10 @@ pub struct RunOptions {
     pub api_socket: Option<Endpoint>,
     /// Where QMP is served.
     pub qmp: Option<QmpAddress>,
+    /// Where debuggers connect.
+    pub gdb: Option<QmpAddress>,
+    /// The guest stands until a debugger lets it run.
+    pub gdb_wait: bool,
     /// Where events are written.
     pub event_monitor: Option<Endpoint>,
     /// Where the log is written.
@@ -127,11 +131,25 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
             "nothing to do: give --kernel or --firmware to boot, --restore, or --api-socket to be told later";
         return Err(CliError::Together(reason.into()));
     }
+    let gdb = gdb_address(matches)?;
+    let gdb_wait = matches.get_flag("gdb-wait");
+    if gdb_wait && gdb.is_none() {
+        return Err(CliError::Together(
+            "--gdb-wait waits for a debugger; say with --gdb where it connects".into(),
+        ));
+    }
+    if gdb_wait && restore.is_some() {
+        return Err(CliError::Together(
+            "--gdb-wait is for VMs that boot; a VM that is restored without resume=on waits anyway".into(),
+        ));
+    }
     Ok(RunOptions {
         config: if boots { Some(Box::new(vm_config(matches)?)) } else { None },
         restore,
         api_socket,
         qmp,
+        gdb,
+        gdb_wait,
         event_monitor: endpoint(matches, "event-monitor", false)?,
         log_file: text(matches, "log-file").map(PathBuf::from),
         verbosity: matches.get_count("verbose"),
@@ -139,6 +157,14 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
         seccomp: seccomp(matches)?,
         no_shutdown: matches.get_flag("no-shutdown"),
     })
+}
+
+/// Where debuggers connect: as QMP, or as Cloud Hypervisor has it.
+fn gdb_address(matches: &ArgMatches) -> Result<Option<QmpAddress>, CliError> {
+    match text(matches, "gdb").and_then(|value| value.strip_prefix("path=")).filter(|path| !path.is_empty()) {
+        Some(path) => Ok(Some(QmpAddress::Unix(path.into()))),
+        None => parsed(matches, "gdb"),
+    }
 }
 
 fn landlock(matches: &ArgMatches) -> Result<Option<Vec<LandlockConfig>>, CliError> {

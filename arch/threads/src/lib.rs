@@ -26,6 +26,8 @@ pub enum Role {
     Device,
     /// Serves REST, QMP or the event monitor.
     Api,
+    /// Talks to a debugger.
+    Gdb,
     /// Waits for signals.
     Signal,
     /// Saves or loads a VM: snapshot, restore, migration, page-fault service.

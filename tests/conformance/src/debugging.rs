@@ -1,6 +1,6 @@
 //! What a debugger does: single step, breakpoints, addresses.
 
-use holdfast_accel::{Accelerator, DebugControl, IrqChip};
+use holdfast_accel::{Accelerator, DebugControl, IrqChip, WatchKind, Watchpoint};
 use iced_x86::code_asm::*;
 
 use crate::asm::{DATA, ECHO_MMIO, STOP, directory_entry, long_mode};
@@ -13,9 +13,11 @@ pub const CASES: &[Case] = &[
     Case { name: "address translation", run: translate, expected: "23456 none 3456 end\n" },
 ];
 
-/// What an interpreting KVM gets wrong: it gives the guest the debugger's INT3.
-pub const SOFTWARE: &[Case] =
-    &[Case { name: "breakpoints by INT3, in ring 3", run: software, expected: "2 5 back end\n" }];
+/// What an interpreting KVM gets wrong: it gives the guest the debugger's INT3, and watches no data.
+pub const SOFTWARE: &[Case] = &[
+    Case { name: "breakpoints by INT3, in ring 3", run: software, expected: "2 5 back end\n" },
+    Case { name: "watchpoints", run: watchpoints, expected: "3 f 3 7 f end\n" },
+];
 
 const ONE: Needs = Needs { vcpus: 1 };
 
@@ -51,7 +53,11 @@ fn step(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
     let mut rig = Rig::new(accel, irqchip, &subject()?, ONE)?;
     rig.until_asked()?;
     let base = rig.state()?.rip;
-    rig.vcpu.set_debug(&DebugControl { single_step: true, breakpoints: Vec::new() })?;
+    rig.vcpu.set_debug(&DebugControl {
+        single_step: true,
+        breakpoints: Vec::new(),
+        ..DebugControl::default()
+    })?;
     for _ in 0..8 {
         let pc = debugged(&mut rig)?;
         let rip = rig.state()?.rip;
@@ -71,6 +77,7 @@ fn breakpoints(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Fail
     let at = |offsets: &[u64]| DebugControl {
         single_step: false,
         breakpoints: offsets.iter().map(|o| base + o).collect(),
+        ..DebugControl::default()
     };
     rig.vcpu.set_debug(&at(&[6, 0xc]))?;
     for _ in 0..2 {
@@ -89,6 +96,38 @@ fn breakpoints(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Fail
     rig.shared.print(&format!("{:x} ", pc.wrapping_sub(base)));
     rig.vcpu.set_debug(&DebugControl::default())?;
     rig.shared.print("free ");
+    rig.finish()
+}
+
+/// Known lengths: mov 3, nop 1, mov 3, mov 4, lock inc 4.
+fn watchpoints(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
+    let image = long_mode(|p| {
+        p.a.mov(r8, DATA + 0x100)?;
+        p.out_byte(STOP, 0)?;
+        p.a.mov(qword_ptr(r8), rax)?;
+        p.a.nop()?;
+        p.a.mov(rcx, qword_ptr(r8))?;
+        p.a.mov(qword_ptr(r8 + 0x10), rax)?;
+        p.a.lock().inc(dword_ptr(r8))?;
+        p.print("end\n")?;
+        p.done()
+    })?;
+    let mut rig = Rig::new(accel, irqchip, &image, ONE)?;
+    rig.until_asked()?;
+    let start = rig.state()?;
+    for kind in [WatchKind::Write, WatchKind::Access] {
+        rig.vcpu.set_state(&holdfast_arch::CpuState::X86_64(Box::new(start.clone())))?;
+        let watch = Watchpoint { address: DATA + 0x100, len: 8, kind };
+        rig.vcpu.set_debug(&DebugControl { watchpoints: vec![watch], ..DebugControl::default() })?;
+        for _ in 0..if kind == WatchKind::Write { 2 } else { 3 } {
+            let pc = match rig.run()? {
+                Stop::Watch(pc, hit) if hit == watch => pc,
+                other => return Err(Failure::Rig(format!("{watch:x?} was to be hit, but {other:x?} came"))),
+            };
+            rig.shared.print(&format!("{:x} ", pc.wrapping_sub(start.rip)));
+        }
+    }
+    rig.vcpu.set_debug(&DebugControl::default())?;
     rig.finish()
 }
 
@@ -117,7 +156,7 @@ fn software(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure
     // The first four are never reached.
     let offsets = [0x800, 0x801, 0x802, 0x803, 2, 5];
     let breakpoints = offsets.iter().map(|o| user + o).collect();
-    rig.vcpu.set_debug(&DebugControl { single_step: false, breakpoints })?;
+    rig.vcpu.set_debug(&DebugControl { single_step: false, breakpoints, ..DebugControl::default() })?;
     for _ in 0..2 {
         let pc = debugged(&mut rig)?;
         rig.shared.print(&format!("{:x} ", pc.wrapping_sub(user)));

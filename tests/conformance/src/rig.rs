@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 
-use holdfast_accel::{Accelerator, Exit, IrqChip, Kicker, Vcpu, Vm, VmSpec};
+use holdfast_accel::{Accelerator, Exit, IrqChip, Kicker, Vcpu, Vm, VmSpec, Watchpoint};
 use holdfast_arch::x86_64::{CpuidModel, State};
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_clock::{HostRandom, Timers, VmClock, host_monotonic};
@@ -172,6 +172,8 @@ pub enum Stop {
     Asked,
     /// A debug exit at this address.
     Debug(u64),
+    /// A watchpoint was hit before this address.
+    Watch(u64, Watchpoint),
 }
 
 /// What was saved of a whole machine.
@@ -381,6 +383,7 @@ impl Rig {
                 }
                 Exit::Kicked => {}
                 Exit::Debug(pc) => return Ok(Stop::Debug(pc)),
+                Exit::Watch(pc, hit) => return Ok(Stop::Watch(pc, hit)),
                 exit => return Err(Failure::Exit { exit, output: self.output() }),
             }
         }

@@ -321,36 +321,9 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, AccelError> {
         self.handle.adopt_thread().map_err(|e| host("cannot unblock the kick signal", e))?;
         self.begin_debug()?;
-        loop {
-            if self.handle.is_kicked() {
-                if !self.unfinished {
-                    self.handle.set_immediate_exit(0);
-                    if self.handle.take_kick() {
-                        return Ok(Exit::Kicked);
-                    }
-                }
-                self.handle.set_immediate_exit(1);
-            } else {
-                self.before_entry()?;
-            }
-            match self.enter()? {
-                Next::Enter => {}
-                Next::Finish => self.unfinished = true,
-                Next::Port => {
-                    self.serve_port()?;
-                    self.unfinished = true;
-                }
-                Next::Debug(info) => {
-                    if let Some(pc) = self.debug_exit(&info)? {
-                        return Ok(Exit::Debug(pc));
-                    }
-                }
-                Next::Internal => return Err(self.explain_internal_error()),
-                Next::RingFull => self.vm.collect_rings()?,
-                Next::Return(exit) => return Ok(exit),
-                Next::Fail(reason) => return Err(self.guest_error(reason)),
-            }
-        }
+        let exit = self.run_guest();
+        self.end_debug()?;
+        exit
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {
@@ -384,6 +357,10 @@ impl Vcpu for KvmVcpu {
         self.change_debug(control)
     }
 
+    fn rearm_breakpoint(&mut self) {
+        self.debug.forget_stop();
+    }
+
     fn translate(&mut self, gva: u64) -> Result<Option<u64>, AccelError> {
         let t = self.fd.translate_gva(gva).map_err(|e| host("cannot translate an address", io_error(e)))?;
         Ok((t.valid != 0).then_some(t.physical_address))
@@ -391,6 +368,40 @@ impl Vcpu for KvmVcpu {
 }
 
 impl KvmVcpu {
+    /// Runs until something needs the caller.
+    fn run_guest(&mut self) -> Result<Exit, AccelError> {
+        loop {
+            if self.handle.is_kicked() {
+                if !self.unfinished {
+                    self.handle.set_immediate_exit(0);
+                    if self.handle.take_kick() {
+                        return Ok(Exit::Kicked);
+                    }
+                }
+                self.handle.set_immediate_exit(1);
+            } else {
+                self.before_entry()?;
+            }
+            match self.enter()? {
+                Next::Enter => {}
+                Next::Finish => self.unfinished = true,
+                Next::Port => {
+                    self.serve_port()?;
+                    self.unfinished = true;
+                }
+                Next::Debug(info) => {
+                    if let Some(exit) = self.debug_exit(&info)? {
+                        return Ok(exit);
+                    }
+                }
+                Next::Internal => return Err(self.explain_internal_error()),
+                Next::RingFull => self.vm.collect_rings()?,
+                Next::Return(exit) => return Ok(exit),
+                Next::Fail(reason) => return Err(self.guest_error(reason)),
+            }
+        }
+    }
+
     /// The state is about to be replaced: nothing of the last entry counts any more.
     fn forget_entry(&mut self) {
         self.unfinished = false;

@@ -72,6 +72,8 @@ pub struct KvmVm {
     pub(crate) msrs: Vec<u32>,
     /// Bytes of a vCPU's XSAVE area.
     pub(crate) xsave_size: usize,
+    /// Breakpoints in RAM.
+    pub(crate) patches: crate::debug::Patches,
     slots: RwLock<Slots>,
     rings: Mutex<Vec<Arc<Ring>>>,
     routes: Arc<Routes>,
@@ -217,6 +219,7 @@ impl KvmVm {
             ext_int: OnceLock::new(),
             eoi: OnceLock::new(),
             slots: RwLock::new(slots),
+            patches: crate::debug::Patches::default(),
             rings: Mutex::default(),
             routes,
             log,
@@ -325,6 +328,13 @@ pub(crate) struct VmRef(pub(crate) Arc<KvmVm>);
 impl Vm for VmRef {
     fn accel(&self) -> &'static str {
         NAME
+    }
+
+    fn can_debug(&self) -> Result<(), AccelError> {
+        if self.0.fd.check_extension(Cap::SetGuestDebug) {
+            return Ok(());
+        }
+        Err(unavailable("the host's KVM lacks KVM_CAP_SET_GUEST_DEBUG".into(), "use `--accel tcg` to debug"))
     }
 
     fn create_vcpu(&self, index: u32, model: &CpuModel) -> Result<Box<dyn Vcpu>, AccelError> {

@@ -228,10 +228,13 @@ fn needs_kvm_single_step_and_hardware_breakpoints_stop_where_they_should() {
     }
     let code = [0x90, 0x40, 0x40, 0x40, 0x40, 0xeb, 0xf9]; // nop; 4 x inc ax; jmp CODE
     let mut g = split(&code);
-    g.vcpu.set_debug(&DebugControl { single_step: true, breakpoints: vec![] }).expect("debug");
+    g.vcpu
+        .set_debug(&DebugControl { single_step: true, breakpoints: vec![], ..DebugControl::default() })
+        .expect("debug");
     assert_eq!(g.vcpu.run().expect("run"), Exit::Debug(CODE + 1));
     assert_eq!(g.vcpu.run().expect("run"), Exit::Debug(CODE + 2));
-    let control = DebugControl { single_step: false, breakpoints: vec![CODE + 1, CODE + 4] };
+    let control =
+        DebugControl { single_step: false, breakpoints: vec![CODE + 1, CODE + 4], ..DebugControl::default() };
     g.vcpu.set_debug(&control).expect("debug");
     for round in 0..3 {
         assert_eq!(g.vcpu.run().expect("run"), Exit::Debug(CODE + 4), "round {round}");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, Vcpu};
+use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, Vcpu, WatchKind, Watchpoint};
 use holdfast_arch::CpuState;
 use holdfast_devices::x86::Lapic;
 use holdfast_tcg::{Stop, TcgVcpu, VcpuShared, request};
@@ -38,12 +38,31 @@ impl TcgVcpuHandle {
     }
 }
 
+fn wanted(w: &Watchpoint) -> holdfast_tcg::Watchpoint {
+    let kind = match w.kind {
+        WatchKind::Read => holdfast_tcg::WatchKind::Read,
+        WatchKind::Write => holdfast_tcg::WatchKind::Write,
+        WatchKind::Access => holdfast_tcg::WatchKind::Access,
+    };
+    holdfast_tcg::Watchpoint { address: w.address, len: w.len, kind }
+}
+
+fn reported(w: holdfast_tcg::Watchpoint) -> Watchpoint {
+    let kind = match w.kind {
+        holdfast_tcg::WatchKind::Read => WatchKind::Read,
+        holdfast_tcg::WatchKind::Write => WatchKind::Write,
+        holdfast_tcg::WatchKind::Access => WatchKind::Access,
+    };
+    Watchpoint { address: w.address, len: w.len, kind }
+}
+
 impl Vcpu for TcgVcpuHandle {
     fn run(&mut self) -> Result<Exit, AccelError> {
         match self.vcpu.run() {
             Ok(Stop::Kicked) => Ok(Exit::Kicked),
             Ok(Stop::Shutdown) => Ok(Exit::Shutdown),
             Ok(Stop::Debug(pc)) => Ok(Exit::Debug(pc)),
+            Ok(Stop::Watch(pc, hit)) => Ok(Exit::Watch(pc, reported(hit))),
             Err(e) => {
                 tracing::error!(vcpu = self.index(), "{e}\n{}", self.vcpu.describe());
                 Err(explain(Some(self.index()), e))
@@ -77,8 +96,15 @@ impl Vcpu for TcgVcpuHandle {
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
+        self.vcpu.hold_interrupts(control.hold_interrupts);
         self.vcpu.set_debug(control.single_step, &control.breakpoints);
+        let watched: Vec<_> = control.watchpoints.iter().map(wanted).collect();
+        self.vcpu.set_watchpoints(&watched);
         Ok(())
+    }
+
+    fn rearm_breakpoint(&mut self) {
+        self.vcpu.rearm_breakpoint();
     }
 
     fn translate(&mut self, gva: u64) -> Result<Option<u64>, AccelError> {

@@ -187,10 +187,18 @@ fn rom_runs_until_a_device_unmaps_it_under_the_vcpu() {
 #[test]
 fn steps_and_breakpoints_come_through() {
     let mut g = Guest::new(&[li(10, 1), li(10, 2), li(10, 3), LOOP]);
-    g.vcpu.set_debug(&DebugControl { single_step: true, breakpoints: vec![] }).expect("set");
+    g.vcpu
+        .set_debug(&DebugControl { single_step: true, breakpoints: vec![], ..DebugControl::default() })
+        .expect("set");
     assert_eq!(g.vcpu.run().expect("run"), Exit::Debug(RAM + 4));
     assert_eq!(g.state().x[10], 1);
-    g.vcpu.set_debug(&DebugControl { single_step: false, breakpoints: vec![RAM + 12] }).expect("set");
+    g.vcpu
+        .set_debug(&DebugControl {
+            single_step: false,
+            breakpoints: vec![RAM + 12],
+            ..DebugControl::default()
+        })
+        .expect("set");
     assert_eq!(g.vcpu.run().expect("run"), Exit::Debug(RAM + 12));
     assert_eq!(g.state().x[10], 3);
     assert_eq!(g.vcpu.translate(RAM + 8).expect("read"), Some(RAM + 8));

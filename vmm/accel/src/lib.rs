@@ -226,6 +226,14 @@ pub trait Vm: Send + Sync + Debug {
         })
     }
 
+    /// Checks that [`Vcpu::set_debug`] works.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`] says what the host lacks.
+    fn can_debug(&self) -> Result<(), AccelError> {
+        Ok(())
+    }
+
     /// Text for `info jit`; `None` if nothing is translated.
     fn jit_info(&self) -> Option<String> {
         None
@@ -246,6 +254,8 @@ pub enum Exit {
     SystemEvent(SystemEvent),
     /// A breakpoint, watchpoint or single step; guest-virtual program counter.
     Debug(u64),
+    /// A watchpoint: the guest-virtual program counter behind the access, and what was watched.
+    Watch(u64, Watchpoint),
 }
 
 /// Interrupts a run from another thread.
@@ -254,13 +264,40 @@ pub trait Kicker: Send + Sync + Debug {
     fn kick(&self);
 }
 
+/// Accesses that a watchpoint stops at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WatchKind {
+    /// Loads. An accelerator that cannot tell stops at stores as well.
+    Read,
+    /// Stores.
+    Write,
+    /// Both.
+    Access,
+}
+
+/// A range of guest-virtual memory whose accesses stop the vCPU, behind the instruction that made them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watchpoint {
+    /// First byte.
+    pub address: u64,
+    /// Bytes, at least 1.
+    pub len: u64,
+    /// Which accesses.
+    pub kind: WatchKind,
+}
+
 /// What a debugger wants of a vCPU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DebugControl {
     /// Stop after one instruction.
     pub single_step: bool,
-    /// Guest-virtual addresses at which to stop before execution.
+    /// Take no interrupts while single-stepping, where the accelerator can do that.
+    pub hold_interrupts: bool,
+    /// Guest-virtual addresses at which to stop before execution. Where debug registers are scarce, the first get
+    /// them.
     pub breakpoints: Vec<u64>,
+    /// Memory to watch.
+    pub watchpoints: Vec<Watchpoint>,
 }
 
 /// One virtual CPU. It lives on one thread; other threads use its [`Kicker`].
@@ -299,11 +336,14 @@ pub trait Vcpu: Send + Debug {
     /// [`AccelError::Unsupported`] where the guest has none.
     fn inject_nmi(&mut self) -> Result<(), AccelError>;
 
-    /// Sets breakpoints and single step.
+    /// Sets breakpoints, watchpoints and single step.
     ///
     /// # Errors
-    /// [`AccelError`].
+    /// [`AccelError::Unsupported`] names what there is no room for.
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError>;
+
+    /// The breakpoint at which the last run ended was reported to nobody: the next run stops there again.
+    fn rearm_breakpoint(&mut self) {}
 
     /// Guest-virtual to guest-physical, as the vCPU would translate a read now.
     ///

@@ -126,7 +126,6 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
     valued("ivshmem"),
     valued("pvmemcontrol"),
     valued("rate-limit-group"),
-    valued("gdb"),
     valued("log-format"),
     valued("dbus-service-name"),
     valued("dbus-object-path"),

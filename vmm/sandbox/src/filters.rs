@@ -301,6 +301,8 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
         // Requests bring descriptors and name files; each connection has its thread.
         Role::Api => vec![LIFE, FILE_IO, SOCKET_IO, SOCKETS, PLUMBING, FILES, THREADS, IDENTITY],
+        // The VM is reached through its manager.
+        Role::Gdb => vec![LIFE, SOCKET_IO],
         Role::Signal => vec![LIFE, TERMINALS, SIGNALS],
         Role::Vmm | Role::Migration => vec![
             LIFE,

@@ -105,7 +105,7 @@ pub enum SandboxError {
 }
 
 /// All roles.
-pub const ROLES: [Role; 9] = [
+pub const ROLES: [Role; 10] = [
     Role::Vcpu,
     Role::Vmm,
     Role::Timer,
@@ -113,6 +113,7 @@ pub const ROLES: [Role; 9] = [
     Role::Net,
     Role::Device,
     Role::Api,
+    Role::Gdb,
     Role::Signal,
     Role::Migration,
 ];

@@ -178,7 +178,7 @@ fn every_kind_of_thread_dies_of_a_forbidden_system_call() {
 
 #[test]
 fn threads_that_work_on_what_they_are_given_open_nothing() {
-    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Signal] {
+    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Gdb, Role::Signal] {
         dies(role, "openat", "openat");
         dies(role, "socket", "socket");
         dies(role, "exec-memory", "mmap");
@@ -209,7 +209,7 @@ fn threads_can_be_made_by_those_who_may_and_never_by_clone3() {
 
 #[test]
 fn threads_that_may_not_start_others_die_of_it() {
-    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Signal] {
+    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Gdb, Role::Signal] {
         dies(role, "own-thread", "clone");
         // Around the spawner, the C library makes the call with all signals blocked: the kernel kills, and only its
         // own log says of what.

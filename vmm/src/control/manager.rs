@@ -2,12 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
+use holdfast_accel::DebugControl;
+use holdfast_arch::CpuState;
 use holdfast_config::{
     DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
 use super::reply::*;
-use super::{ControlError, MemoryRead, Responder};
+use super::{ControlError, DebugListener, DebugTarget, MemoryRead, MemoryWrite, Responder};
 
 /// Serves all operations, on one thread. A method that returns a value answers at once; one that takes
 /// a [`Responder`] may answer later from another thread, and must not keep this one waiting.
@@ -115,4 +117,61 @@ pub trait VmManager {
     fn jit(&mut self) -> Result<String, ControlError>;
     /// Reads guest memory for `x` and `xp`.
     fn read_memory(&mut self, read: MemoryRead, reply: Responder<Vec<u8>>);
+
+    /// Attaches a debugger and stops the guest; its state is `debug` then. There is one debugger at most.
+    ///
+    /// # Errors
+    /// Without a booted VM, [`super::ErrorKind::Conflict`] if there is one.
+    fn debug_attach(&mut self, _listener: DebugListener) -> Result<DebugTarget, ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Stops the guest for its debugger. One that stands stays as it is.
+    ///
+    /// # Errors
+    /// Without a booted VM.
+    fn debug_stop(&mut self) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Tells vCPUs that stand what the debugger wants.
+    ///
+    /// # Errors
+    /// Without a debugger, or if a vCPU cannot do it.
+    fn debug_set(&mut self, _controls: Vec<Option<DebugControl>>) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Lets vCPUs run under a debugger.
+    ///
+    /// # Errors
+    /// As [`VmManager::debug_set`]; the guest stands then.
+    fn debug_run(&mut self, _controls: Vec<Option<DebugControl>>) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Takes all breakpoints out and lets the guest go on as before.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn debug_detach(&mut self) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// The state of a vCPU that stands.
+    ///
+    /// # Errors
+    /// If the guest runs, or there is no such vCPU.
+    fn cpu_state(&mut self, _vcpu: u32) -> Result<CpuState, ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Replaces it.
+    ///
+    /// # Errors
+    /// As [`VmManager::cpu_state`], or if the state does not fit.
+    fn set_cpu_state(&mut self, _vcpu: u32, _state: Box<CpuState>) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
+    /// Writes RAM of a guest that stands.
+    ///
+    /// # Errors
+    /// If the guest runs, or there is no RAM; what was written before stays.
+    fn write_memory(&mut self, _write: MemoryWrite) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("debugging the guest"))
+    }
 }

@@ -9,6 +9,7 @@
 //! [`Event`]s go the other way: the manager publishes them on the [`EventBus`], and every client hears
 //! all of them.
 
+mod debug;
 mod error;
 mod event;
 mod handle;
@@ -19,6 +20,7 @@ mod reply;
 #[cfg(test)]
 mod tests;
 
+pub use debug::{DebugEvent, DebugListener, DebugTarget, DebugWhy, MemoryWrite};
 pub use error::{ControlError, ErrorKind};
 pub use event::{Event, EventBus, Origin, TimedEvent};
 pub use handle::{ControlHandle, ControlInbox, Request, Responder, control};

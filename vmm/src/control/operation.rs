@@ -2,12 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
+use holdfast_accel::DebugControl;
+use holdfast_arch::CpuState;
 use holdfast_config::{
     DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
 use super::reply::*;
-use super::{ControlError, Origin, Responder, VmManager};
+use super::{ControlError, DebugListener, DebugTarget, MemoryWrite, Origin, Responder, VmManager};
 
 /// Something that can be asked of the manager.
 pub trait Operation: Send + 'static {
@@ -123,6 +125,22 @@ quick! {
     DeviceTree -> String = device_tree;
     /// The translator's figures, as text.
     Jit -> String = jit;
+    /// Attaches a debugger and stops the guest.
+    DebugAttach(listener: DebugListener) -> DebugTarget = debug_attach;
+    /// Stops the guest for its debugger.
+    DebugStop -> () = debug_stop;
+    /// Tells vCPUs, by index, where to stop; `None` leaves one as it is.
+    DebugSet(controls: Vec<Option<DebugControl>>) -> () = debug_set;
+    /// As [`DebugSet`], and lets those vCPUs run that there is something for.
+    DebugRun(controls: Vec<Option<DebugControl>>) -> () = debug_run;
+    /// Lets the guest go on without the debugger.
+    DebugDetach -> () = debug_detach;
+    /// The state of a vCPU that stands.
+    GetCpuState(vcpu: u32) -> CpuState = cpu_state;
+    /// Replaces the state of a vCPU that stands.
+    SetCpuState(vcpu: u32, state: Box<CpuState>) -> () = set_cpu_state;
+    /// Writes guest memory while the guest stands.
+    WriteMemory(write: MemoryWrite) -> () = write_memory;
 }
 
 deferred! {

@@ -62,6 +62,8 @@ pub enum RunState {
     Running,
     /// Somebody paused it.
     Paused,
+    /// A debugger has stopped it.
+    Debug,
     /// The guest switched itself off.
     Shutdown,
     /// It is being restored.

@@ -38,15 +38,22 @@ impl Manager {
         }
         self.events.publish(Event::Booting);
         let (config, host) = (self.config.clone(), self.host());
+        let (debug, wait) = (self.options.debug, self.options.debug_wait);
         let work = move || -> Result<Arc<Vm>, ControlError> {
             let vm = Vm::build(config, host).map_err(failed("The VM could not boot"))?;
-            vm.power_on().map_err(failed("The VM could not boot"))?;
+            if debug {
+                vm.accel().can_debug().map_err(failed("--gdb cannot work with this VM"))?;
+            }
+            let started = if wait { vm.start() } else { vm.power_on() };
+            started.map_err(failed("The VM could not boot"))?;
             Ok(Arc::new(vm))
         };
         let reply = share(reply);
         let answer = Arc::clone(&reply);
         let started = self.start_job("boot", work, move |manager, result| {
-            let result = result.map(|vm| manager.adopt(vm, Run::Running, Event::Booted));
+            let result = result.map(|vm| {
+                manager.adopt(vm, if wait { Run::Debug } else { Run::Running }, Event::Booted);
+            });
             respond(&answer, result);
         });
         if let Err(error) = started {
@@ -71,12 +78,17 @@ impl Manager {
         vm.pause().map_err(failed("The VM could not be paused"))?;
         self.set_run(Run::Paused);
         self.events.publish(Event::Paused);
+        self.tell_stopped();
         Ok(())
     }
 
     pub(super) fn resume_vm(&mut self) -> Result<(), ControlError> {
         self.idle()?;
-        let vm = self.built_and(Run::Paused, "VM is not paused")?;
+        self.not_debugged()?;
+        let vm = match &self.stage {
+            Stage::Built { vm, run: Run::Debug } => Arc::clone(vm),
+            _ => self.built_and(Run::Paused, "VM is not paused")?,
+        };
         self.events.publish(Event::Resuming);
         vm.resume().map_err(failed("The VM could not be resumed"))?;
         self.set_run(Run::Running);
@@ -87,10 +99,14 @@ impl Manager {
     pub(super) fn reset(&mut self, origin: Origin) -> Result<(), ControlError> {
         self.idle()?;
         let vm = Arc::clone(self.built()?);
-        let run = !matches!(self.stage, Stage::Built { run: Run::Paused, .. });
+        let stands = match self.stage {
+            Stage::Built { run: run @ (Run::Paused | Run::Debug), .. } => Some(run),
+            _ => None,
+        };
+        let run = stands.is_none();
         self.events.publish(Event::Rebooting);
         vm.reset(run).map_err(failed("The VM could not be reset"))?;
-        self.set_run(if run { Run::Running } else { Run::Paused });
+        self.set_run(stands.unwrap_or(Run::Running));
         self.events.publish(Event::Rebooted(origin));
         Ok(())
     }
@@ -99,6 +115,7 @@ impl Manager {
     pub(super) fn switch_off(&mut self, origin: Origin) -> Result<(), ControlError> {
         self.idle()?;
         self.built()?;
+        self.end_debugging(0);
         self.stage = Stage::Created;
         self.events.publish(Event::Shutdown(origin));
         Ok(())

@@ -4,6 +4,7 @@
 //! their own; while one is under way, operations that would change the VM's state are refused as busy
 //! and everything else is answered.
 
+mod debug;
 mod lifecycle;
 mod query;
 mod serve;
@@ -22,7 +23,7 @@ use holdfast_threads::{Role, Spawner};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::{ControlError, ControlInbox, ErrorKind, Event, EventBus, Origin};
-use crate::vm::vcpus::VcpuEvents;
+use crate::vm::vcpus::{DebugStop, VcpuEvents};
 use crate::vm::{Host, Vm};
 
 /// How the manager is set up.
@@ -32,6 +33,10 @@ pub struct ManagerOptions {
     pub sandbox: Arc<Sandbox>,
     /// The process goes on when the guest has switched itself off (`--no-shutdown`).
     pub no_shutdown: bool,
+    /// Debuggers may connect (`--gdb`): a VM that they could not debug is not made.
+    pub debug: bool,
+    /// VMs stand at their first instruction until a debugger lets them run (`--gdb-wait`).
+    pub debug_wait: bool,
 }
 
 impl std::fmt::Debug for ManagerOptions {
@@ -48,8 +53,8 @@ enum Message {
     Event(Event),
     /// The accelerator cannot go on.
     VcpuFailed(u32, AccelError),
-    /// A vCPU stopped at a breakpoint.
-    Debug(u32, u64),
+    /// A vCPU stopped for the debugger.
+    Debug(u32, DebugStop),
     /// The terminal's escape was typed.
     Quit,
     /// A job is done; what is left is for the manager's thread.
@@ -102,8 +107,8 @@ impl VcpuEvents for Wire {
         self.send(Message::VcpuFailed(index, error));
     }
 
-    fn vcpu_debug(&self, index: u32, pc: u64) {
-        self.send(Message::Debug(index, pc));
+    fn vcpu_debug(&self, index: u32, stop: DebugStop) {
+        self.send(Message::Debug(index, stop));
     }
 }
 
@@ -112,6 +117,8 @@ impl VcpuEvents for Wire {
 enum Run {
     Running,
     Paused,
+    /// Stopped for the debugger, or before its start for one that is to come.
+    Debug,
     /// The guest switched itself off and the process stays.
     Off,
     /// The accelerator cannot go on.
@@ -150,6 +157,7 @@ pub struct Manager {
     stage: Stage,
     /// The job under way, by name.
     job: Option<&'static str>,
+    debugger: Option<debug::Debugger>,
     exit: Option<u8>,
 }
 
@@ -178,6 +186,7 @@ impl Manager {
             tap_fds: TapFds::new(),
             stage: Stage::Nothing,
             job: None,
+            debugger: None,
             exit: None,
         })
     }
@@ -202,6 +211,7 @@ impl Manager {
                 request.serve(&mut self);
             }
         };
+        self.end_debugging(status);
         // The guest stops, and the terminal is as it was, before anyone hears of the end.
         self.stage = Stage::Nothing;
         self.events.publish(Event::VmmShutdown);
@@ -300,7 +310,9 @@ impl Manager {
         let built = matches!(self.stage, Stage::Built { .. });
         match message {
             // A guest may be quicker than the thread that has just started it.
-            Message::System(_) | Message::VcpuFailed(..) if self.job.is_some() && !built => {
+            Message::System(_) | Message::VcpuFailed(..) | Message::Debug(..)
+                if self.job.is_some() && !built =>
+            {
                 self.held.push(message);
             }
             Message::Done(done) => {
@@ -321,12 +333,13 @@ impl Manager {
                 self.stand_still(Run::Failed);
                 self.end_unless_kept(FAILED, Event::Shutdown(Origin::HostError));
             }
-            Message::Debug(index, pc) => tracing::debug!(index, pc, "vCPU stopped for the debugger"),
+            Message::Debug(index, stop) => self.vcpu_stopped(index, stop),
         }
     }
 
     fn guest_asks(&mut self, event: SystemEvent) {
-        let Stage::Built { run: Run::Running, .. } = &self.stage else { return };
+        // A guest that is debugged may ask while another of its vCPUs stops.
+        let Stage::Built { run: Run::Running | Run::Debug, .. } = &self.stage else { return };
         match event {
             SystemEvent::Shutdown => {
                 self.stand_still(Run::Off);
@@ -339,6 +352,7 @@ impl Manager {
             SystemEvent::Panic => {
                 self.events.publish(Event::GuestPanic);
                 self.stand_still(Run::Panicked);
+                self.tell_stopped();
             }
             SystemEvent::Reset => {
                 if let Err(error) = self.reset(Origin::Guest) {
@@ -362,6 +376,7 @@ impl Manager {
 
     fn end_unless_kept(&mut self, status: u8, event: Event) {
         self.events.publish(event);
+        self.end_debugging(status);
         if !self.options.no_shutdown {
             self.exit = Some(status);
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 
 use holdfast_arch::{Arch, CpuState};
 use holdfast_config::{CpuTopology, VmConfig};
@@ -33,6 +34,7 @@ pub(super) fn info(vm: &Vm, run: Run) -> VmInfo {
     let state = match run {
         Run::Running => VmState::Running,
         Run::Paused => VmState::Paused,
+        Run::Debug => VmState::BreakPoint,
         Run::Off | Run::Failed | Run::Panicked => VmState::Shutdown,
     };
     VmInfo {
@@ -324,24 +326,48 @@ fn riscv_registers(text: &mut String, s: &holdfast_arch::riscv64::State) {
 /// The guest-virtual page size that translations are asked for by, in bytes.
 const PAGE: u64 = 4096;
 
-/// Reads guest memory, page by page if virtual.
-pub(super) fn read_memory(vm: &Vm, read: MemoryRead, running: bool) -> Result<Vec<u8>, ControlError> {
-    let cannot =
-        |at: u64| ControlError::new(ErrorKind::Failed, format!("Cannot access memory at address {at:#x}"));
-    let mut data = vec![0; read.len];
+/// An access to an address at which there is no RAM.
+pub(super) fn cannot_access(address: u64) -> ControlError {
+    ControlError::new(ErrorKind::Failed, format!("Cannot access memory at address {address:#x}"))
+}
+
+/// Where `len` bytes at `address` are, page by page if virtual: guest-physical addresses and what part is there.
+pub(super) fn places(
+    vm: &Vm,
+    vcpu: Option<u32>,
+    address: u64,
+    len: usize,
+) -> Result<Vec<(u64, Range<usize>)>, ControlError> {
+    let mut all = Vec::new();
     let mut done = 0;
-    while done < data.len() {
-        let at = read.address.checked_add(done as u64).ok_or_else(|| cannot(read.address))?;
-        let n = ((PAGE - at % PAGE) as usize).min(data.len() - done);
-        let gpa = match read.vcpu {
+    while done < len {
+        let at = address.checked_add(done as u64).ok_or_else(|| cannot_access(address))?;
+        let n = ((PAGE - at % PAGE) as usize).min(len - done);
+        let gpa = match vcpu {
             None => at,
             Some(vcpu) => {
-                let page = standing(vm, running, || vm.vcpus().translate(vcpu as usize, at))?;
-                page.ok_or_else(|| cannot(at))?
+                let page = vm.vcpus().translate(vcpu as usize, at);
+                let page = page.map_err(|e| ControlError::failed("The vCPUs do not answer", e))?;
+                page.ok_or_else(|| cannot_access(at))?
             }
         };
-        vm.memory().read_slice(&mut data[done..done + n], GuestAddress(gpa)).map_err(|_| cannot(at))?;
+        all.push((gpa, done..done + n));
         done += n;
+    }
+    Ok(all)
+}
+
+/// Reads guest memory.
+pub(super) fn read_memory(vm: &Vm, read: MemoryRead, running: bool) -> Result<Vec<u8>, ControlError> {
+    let mut data = vec![0; read.len];
+    let mut at = Ok(Vec::new());
+    standing(vm, running && read.vcpu.is_some(), || {
+        at = places(vm, read.vcpu, read.address, read.len);
+        Ok(())
+    })?;
+    for (gpa, range) in at? {
+        let cannot = |_| cannot_access(read.address.wrapping_add(range.start as u64));
+        vm.memory().read_slice(&mut data[range.clone()], GuestAddress(gpa)).map_err(cannot)?;
     }
     Ok(data)
 }

@@ -3,7 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use holdfast_arch::Arch;
+use holdfast_accel::DebugControl;
+use holdfast_arch::{Arch, CpuState};
 use holdfast_config::{
     DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize,
     VmSnapshotConfig, check_id, validate_disk, validate_net,
@@ -12,8 +13,9 @@ use holdfast_config::{
 use super::{Manager, Run, Stage, query};
 use crate::confine;
 use crate::control::{
-    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, ErrorKind, Event, KvmInfo, MachineInfo,
-    MemoryRead, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind,
+    Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, Origin, PciInfo, Responder, RunState, VmInfo,
+    VmManager,
 };
 
 impl Manager {
@@ -74,6 +76,7 @@ impl VmManager for Manager {
             if matches!(self.stage, Stage::Built { .. }) {
                 self.events.publish(Event::Shutdown(Origin::Host));
             }
+            self.end_debugging(0);
             self.stage = Stage::Nothing;
             self.config = VmConfig::default();
             self.ids = holdfast_config::IdAllocator::default();
@@ -226,6 +229,7 @@ impl VmManager for Manager {
             (Stage::Built { run, .. }, _) => match run {
                 Run::Running => RunState::Running,
                 Run::Paused => RunState::Paused,
+                Run::Debug => RunState::Debug,
                 Run::Off => RunState::Shutdown,
                 Run::Failed => RunState::InternalError,
                 Run::Panicked => RunState::GuestPanicked,
@@ -285,5 +289,37 @@ impl VmManager for Manager {
     fn read_memory(&mut self, read: MemoryRead, reply: Responder<Vec<u8>>) {
         let running = matches!(self.stage, Stage::Built { run: Run::Running, .. });
         reply.respond(self.idle().and_then(|()| query::read_memory(self.built()?, read, running)));
+    }
+
+    fn debug_attach(&mut self, listener: DebugListener) -> Result<DebugTarget, ControlError> {
+        self.attach_debugger(listener)
+    }
+
+    fn debug_stop(&mut self) -> Result<(), ControlError> {
+        self.stop_debugged()
+    }
+
+    fn debug_set(&mut self, controls: Vec<Option<DebugControl>>) -> Result<(), ControlError> {
+        self.set_debug(&controls)
+    }
+
+    fn debug_run(&mut self, controls: Vec<Option<DebugControl>>) -> Result<(), ControlError> {
+        self.run_debugged(&controls)
+    }
+
+    fn debug_detach(&mut self) -> Result<(), ControlError> {
+        self.detach_debugger()
+    }
+
+    fn cpu_state(&mut self, vcpu: u32) -> Result<CpuState, ControlError> {
+        self.vcpu_state(vcpu)
+    }
+
+    fn set_cpu_state(&mut self, vcpu: u32, state: Box<CpuState>) -> Result<(), ControlError> {
+        self.set_vcpu_state(vcpu, *state)
+    }
+
+    fn write_memory(&mut self, write: MemoryWrite) -> Result<(), ControlError> {
+        self.write(&write)
     }
 }

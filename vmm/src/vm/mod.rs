@@ -208,8 +208,11 @@ impl Vm {
         self.resume()
     }
 
-    /// Loads the payload and puts every vCPU at its start.
-    fn start(&self) -> Result<(), VmError> {
+    /// Loads the payload and puts every vCPU at its start. The guest stands.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn start(&self) -> Result<(), VmError> {
         self.machine.load()?;
         self.vcpus.reset()?;
         for index in 0..self.vcpus.len() {
@@ -256,6 +259,22 @@ impl Vm {
             device.resume();
         }
         self.vcpus.run()?;
+        Ok(())
+    }
+
+    /// As [`Vm::resume`] for the vCPUs of which `which` says so, by index.
+    ///
+    /// # Errors
+    /// [`VmError`] if a vCPU does not run.
+    pub fn resume_some(&self, which: &[bool]) -> Result<(), VmError> {
+        self.clock.resume();
+        self.timers.clock_changed();
+        for device in self.devices() {
+            device.resume();
+        }
+        for (index, _) in which.iter().enumerate().filter(|(_, run)| **run) {
+            self.vcpus.run_one(index)?;
+        }
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, SystemEvent, Vcpu, Vm};
+use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, SystemEvent, Vcpu, Vm, Watchpoint};
 use holdfast_arch::{CpuModel, CpuState};
 use holdfast_device::SystemSink;
 use holdfast_threads::{Role, Spawner};
@@ -45,8 +45,17 @@ pub enum VcpuError {
 pub trait VcpuEvents: Send + Sync {
     /// The accelerator cannot go on with this vCPU; the guest stands.
     fn vcpu_failed(&self, index: u32, error: AccelError);
-    /// The vCPU stopped at a breakpoint or after a step.
-    fn vcpu_debug(&self, index: u32, pc: u64);
+    /// The vCPU stopped for the debugger.
+    fn vcpu_debug(&self, index: u32, stop: DebugStop);
+}
+
+/// Why a vCPU stopped for the debugger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DebugStop {
+    /// At a breakpoint or after a step; guest-virtual program counter.
+    At(u64),
+    /// A watchpoint was hit.
+    Watch(Watchpoint),
 }
 
 type Reply<T> = SyncSender<Result<T, AccelError>>;
@@ -59,6 +68,7 @@ enum Command {
     Reset(Reply<()>),
     Nmi(Reply<()>),
     Debug(DebugControl, Reply<()>),
+    Rearm(Reply<()>),
     Translate(u64, Reply<Option<u64>>),
     Stop,
 }
@@ -200,6 +210,22 @@ impl Vcpus {
     /// [`VcpuError`].
     pub fn set_debug(&self, index: usize, control: DebugControl) -> Result<(), VcpuError> {
         self.ask(index, |reply| Command::Debug(control, reply))
+    }
+
+    /// Lets one vCPU run.
+    ///
+    /// # Errors
+    /// [`VcpuError`].
+    pub fn run_one(&self, index: usize) -> Result<(), VcpuError> {
+        self.ask(index, Command::Run)
+    }
+
+    /// The breakpoint at which the vCPU stands was reported to nobody: it is to stop there again.
+    ///
+    /// # Errors
+    /// [`VcpuError`].
+    pub fn rearm_breakpoint(&self, index: usize) -> Result<(), VcpuError> {
+        self.ask(index, Command::Rearm)
     }
 
     /// Guest-virtual to guest-physical as vCPU `index` sees it.
@@ -355,7 +381,11 @@ fn after(index: u32, exit: &Exit, shared: &Shared) -> bool {
             false
         }
         Exit::Debug(pc) => {
-            shared.events.vcpu_debug(index, *pc);
+            shared.events.vcpu_debug(index, DebugStop::At(*pc));
+            false
+        }
+        Exit::Watch(_, hit) => {
+            shared.events.vcpu_debug(index, DebugStop::Watch(*hit));
             false
         }
     }
@@ -386,6 +416,10 @@ fn obey(command: Command, vcpu: &mut dyn Vcpu, running: &mut bool) {
         }
         Command::Debug(control, reply) => {
             let _ = reply.send(vcpu.set_debug(&control));
+        }
+        Command::Rearm(reply) => {
+            vcpu.rearm_breakpoint();
+            let _ = reply.send(Ok(()));
         }
         Command::Translate(gva, reply) => {
             let _ = reply.send(vcpu.translate(gva));
