@@ -32,18 +32,16 @@ fn describe(error: &AccelError) -> String {
 }
 
 /// The order in which `choice` is tried for a guest of `arch`, and why, for the log.
-fn order(choice: &AccelChoice, arch: Arch) -> (Vec<AccelKind>, &'static str) {
+fn order(choice: &AccelChoice, arch: Arch) -> (Vec<AccelKind>, String) {
     match choice {
-        AccelChoice::Try(kinds) => (kinds.clone(), "as asked"),
+        AccelChoice::Try(kinds) => (kinds.clone(), "as asked".into()),
         AccelChoice::Auto if Arch::HOST != Some(arch) => {
-            (vec![AccelKind::Tcg], "the guest's architecture is not the host's")
+            (vec![AccelKind::Tcg], "the guest's architecture is not the host's".into())
         }
-        AccelChoice::Auto if accelerator(AccelKind::Kvm).at_speed(arch) => {
-            (vec![AccelKind::Kvm, AccelKind::Tcg], "KVM runs it at the host's speed")
-        }
-        AccelChoice::Auto => {
-            (vec![AccelKind::Tcg, AccelKind::Kvm], "KVM is absent, forbidden or has no hardware behind it")
-        }
+        AccelChoice::Auto => match accelerator(AccelKind::Kvm).check_speed(arch) {
+            Ok(()) => (vec![AccelKind::Kvm, AccelKind::Tcg], "KVM runs it at the host's speed".into()),
+            Err(why) => (vec![AccelKind::Tcg, AccelKind::Kvm], why),
+        },
     }
 }
 

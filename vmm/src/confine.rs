@@ -156,6 +156,9 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     for path in outputs.into_iter().chain(ports).flatten() {
         rules.made(path);
     }
+    if let Some(log) = &config.tcg_log {
+        rules.made(&log.file);
+    }
     if config.perf_map {
         rules.existing(Path::new("/tmp"), true);
     }

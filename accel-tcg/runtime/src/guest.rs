@@ -210,6 +210,10 @@ pub trait Guest: Send + Sync + Debug + 'static {
     /// A text that says what does not fit.
     fn import(&self, cpu: &mut Cpu<'_>, state: &CpuState) -> Result<(), String>;
 
+    /// The instruction in `bytes` at `pc` under [`Mode::key`] `key`, for logs: its length in bytes, at least 1, and its
+    /// text.
+    fn disassemble(&self, key: u32, pc: u64, bytes: &[u8]) -> (usize, String);
+
     /// Register dump for `info registers` and logs.
     fn describe(&self, cpu: &mut Cpu<'_>) -> String;
 }

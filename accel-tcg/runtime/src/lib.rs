@@ -15,6 +15,7 @@ mod guest;
 mod hash;
 mod info;
 mod large;
+mod log;
 mod perf;
 mod phys;
 mod regions;
@@ -37,6 +38,7 @@ pub use guest::{
 };
 /// The translator's intermediate representation, for guests.
 pub use holdfast_tcg_ir as ir;
+pub use log::{LogOptions, TraceLog};
 pub use phys::{HostRef, Io, PhysMemory, RamBlock};
 pub use shared::{VcpuShared, request};
 pub use vcpu::{Stop, TcgVcpu};

@@ -1,5 +1,6 @@
 //! Making regions from guest code.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -7,11 +8,12 @@ use holdfast_clock::thread_cpu_time;
 use holdfast_memory::PAGE_SIZE;
 
 use crate::code::{CodeReader, CodeSource};
-use crate::guest::{Access, AccessKind, Fault, TranslateRequest};
+use crate::guest::{Access, AccessKind, Fault, Guest, TranslateRequest};
+use crate::log::Translated;
 use crate::phys::PhysMemory;
 use crate::regions::Begin;
 use crate::shared::{VcpuShared, request};
-use crate::table::{GRANULE, Key, Region};
+use crate::table::{Body, GRANULE, Key, Region};
 use crate::vcpu::{KEY_STEP, VcpuCore};
 use crate::vm::TcgVm;
 
@@ -168,6 +170,10 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
             let id = source.core.vm.regions.reserve_id();
             match source.core.compile(&mut builder, id) {
                 Ok(Some(body)) => {
+                    let len = t.end.wrapping_sub(key.pc);
+                    if source.core.vm.log.get().is_some_and(|log| log.wants(key.pc, len)) {
+                        log_region(source, key, len, (builder.region(), &body));
+                    }
                     let mut region = Region::new(id, key, body);
                     region.insns = t.insns;
                     region.guest_len = t.end.wrapping_sub(key.pc) as u32;
@@ -195,6 +201,52 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
     };
     source.core.engine.return_builder(builder);
     result
+}
+
+/// Logs a region of `len` bytes.
+fn log_region(source: &mut Source<'_>, key: Key, len: u64, made: (&holdfast_tcg_ir::Region, &Body)) {
+    let vm = Arc::clone(&source.core.vm);
+    let Some(log) = vm.log.get() else { return };
+    let mut guest = String::new();
+    if log.guest() {
+        // The bytes may have changed since; then the region is dropped, and a later one tells.
+        let mut reader = CodeReader::new(source);
+        let bytes: Vec<u8> = (0..len).map_while(|n| reader.u8(key.pc.wrapping_add(n)).ok()).collect();
+        guest = disassemble(&*vm.guest, key, &bytes);
+    }
+    let host = match made.1 {
+        Body::Host(code) => {
+            let start = vm.cache().map(|cache| cache.exec_addr(code.offset));
+            // SAFETY: the region's code is in the cache, nobody changes it before it is published, and its segment is
+            // this vCPU's.
+            start.map(|at| (unsafe { std::slice::from_raw_parts(at, code.len as usize) }, code.entry))
+        }
+        Body::Ir(_) => None,
+    };
+    log.region(&Translated {
+        vcpu: source.core.shared.index(),
+        pc: key.pc,
+        phys: key.phys,
+        key: key.mode,
+        guest: &guest,
+        ir: made.0,
+        host,
+    });
+}
+
+/// A line for each instruction: address, bytes, text.
+fn disassemble(guest: &dyn Guest, key: Key, bytes: &[u8]) -> String {
+    let (mut text, mut at) = (String::new(), 0);
+    while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
+        let pc = key.pc.wrapping_add(at as u64);
+        let (len, insn) = guest.disassemble(key.mode & !KEY_STEP, pc, rest);
+        let len = len.clamp(1, rest.len());
+        let code: String = rest.iter().take(len).map(|b| format!("{b:02x}")).collect();
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {pc:#018x}: {code:<20} {insn}");
+        at += len;
+    }
+    text
 }
 
 impl Source<'_> {

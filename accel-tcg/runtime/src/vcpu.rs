@@ -160,7 +160,11 @@ impl VcpuCore {
     fn raise(&mut self, fault: &Fault) {
         count(&self.shared.counts.faults);
         let guest = Arc::clone(&self.guest);
+        let pc = self.shared.env().pc();
         guest.raise(&mut Cpu::new(self), fault);
+        if let Some(log) = self.vm.log.get() {
+            log.event(self.shared.index(), pc, Some(fault), self.shared.env().pc());
+        }
         self.update_mode();
     }
 
@@ -175,7 +179,11 @@ impl VcpuCore {
     /// As [`VcpuCore::take_interrupt`], for one that ended a wait, whatever the debugger says.
     fn take_any_interrupt(&mut self) {
         let guest = Arc::clone(&self.guest);
+        let pc = self.shared.env().pc();
         if guest.take_interrupt(&mut Cpu::new(self)) {
+            if let Some(log) = self.vm.log.get() {
+                log.event(self.shared.index(), pc, None, self.shared.env().pc());
+            }
             count(&self.shared.counts.interrupts);
             self.halted = false;
             self.from = None;

@@ -14,6 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::cache::{CodeCache, SegmentId};
 use crate::engine::EngineKind;
 use crate::guest::{Flush, Guest};
+use crate::log::TraceLog;
 use crate::perf::PerfMap;
 use crate::phys::{Io, PhysMemory};
 use crate::regions::{Killed, Regions};
@@ -132,6 +133,8 @@ pub struct TcgVm {
     pub(crate) counts: VmCounts,
     /// Where translated code is listed for `perf`.
     perf_map: OnceLock<PerfMap>,
+    /// Where translations are logged.
+    pub(crate) log: OnceLock<TraceLog>,
     /// Addresses at which some vCPU stops; regions end before them.
     pub(crate) breakpoints: RwLock<Arc<Vec<u64>>>,
     /// How many vCPUs stop at each of them.
@@ -179,6 +182,7 @@ impl TcgVm {
             hot_side: AtomicUsize::new(0),
             counts: VmCounts::default(),
             perf_map: OnceLock::new(),
+            log: OnceLock::new(),
             breakpoints: RwLock::default(),
             breakpoint_users: Mutex::default(),
             changing: Mutex::new(()),
@@ -204,6 +208,11 @@ impl TcgVm {
         // A second call changes nothing.
         let _ = self.perf_map.set(map);
         Ok(())
+    }
+
+    /// Logs what is translated from now on. A second call changes nothing.
+    pub fn start_log(&self, log: TraceLog) {
+        let _ = self.log.set(log);
     }
 
     /// Says that `region` is there, for profilers.

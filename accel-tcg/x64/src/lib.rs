@@ -14,6 +14,7 @@ pub mod asm;
 mod codegen;
 mod features;
 pub mod link;
+mod listing;
 mod native;
 mod soft;
 pub mod stubs;
@@ -23,6 +24,7 @@ pub use features::HostFeatures;
 pub use native::NativeRunner;
 
 pub use link::{LinkKind, LinkSite};
+pub use listing::disassemble;
 pub use stubs::{Enter, Stubs};
 
 /// Why code could not be generated.

@@ -68,6 +68,9 @@ struct CtlRestore {
     /// `file://` and the absolute path of the snapshot's directory.
     #[schemars(extend("x-positional" = true))]
     source_url: String,
+    /// Accelerators to try instead of those of the saved VM.
+    #[serde(default)]
+    accel: Option<holdfast_config::AccelChoice>,
     /// Populate all of RAM before the VM runs.
     #[serde(default)]
     prefault: bool,
@@ -200,6 +203,7 @@ fn restore(keys: &str) -> Result<(RestoreConfig, Vec<RawFd>), CliError> {
     let restored =
         nets.iter().map(|net| RestoredNet { id: net.id.clone(), num_fds: net.fds.len() }).collect();
     let restore = RestoreConfig {
+        accel: given.accel,
         source_url: given.source_url,
         prefault: given.prefault,
         memory_restore_mode: given.memory_restore_mode,

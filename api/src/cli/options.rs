@@ -76,6 +76,12 @@ pub(super) const OPTIONS: &[Opt] = &[
         "Accelerators to try in order: kvm, tcg, auto, kvm:tcg [default: auto]",
     ),
     opt("perf-map", Shape::Flag, MACHINE, "List translated code for perf in /tmp/perf-PID.map"),
+    opt(
+        "tcg-log",
+        Shape::Keys(holdfast_keyval::keys::<config::TcgLogConfig>),
+        MACHINE,
+        "Log translated code: guest=on, ir=on, host=on, int=on, to file=PATH",
+    ),
     opt("cpus", Shape::Keys(holdfast_keyval::keys::<config::CpusConfig>), MACHINE, "vCPUs, as N or keys"),
     opt(
         "memory",

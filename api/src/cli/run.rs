@@ -89,6 +89,7 @@ const DESCRIBES_VM: &[&str] = &[
     "machine",
     "accel",
     "perf-map",
+    "tcg-log",
     "cpus",
     "memory",
     "platform",
@@ -213,6 +214,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         accel: parsed(matches, "accel")?.unwrap_or_default(),
         perf_map: matches.get_flag("perf-map"),
         board_devices: devices(matches)?,
+        tcg_log: keyval(matches, "tcg-log")?,
         pflash: keyvals::<PflashConfig>(matches, "pflash")?,
     };
     config.validate_for_boot().map_err(CliError::Config)?;

@@ -205,4 +205,8 @@ pub struct State {
     pub mp_state: MpState,
     /// TSC frequency in kHz; 0 if not known.
     pub tsc_khz: u32,
+    /// What the guest was shown by CPUID, to tell whether another host or accelerator shows as much. Setting a state
+    /// does not change it. Empty in states of versions that did not keep it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cpuid: Vec<CpuidEntry>,
 }

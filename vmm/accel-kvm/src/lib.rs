@@ -166,8 +166,15 @@ impl Accelerator for KvmAccelerator {
         self.open().map(|_| ())
     }
 
-    fn at_speed(&self, arch: Arch) -> bool {
-        self.probe(arch).is_ok() && sys::hardware_virtualization()
+    fn check_speed(&self, arch: Arch) -> Result<(), String> {
+        self.probe(arch).map_err(|e| match e {
+            AccelError::Unavailable { reason, .. } => reason,
+            other => other.to_string(),
+        })?;
+        if sys::hardware_virtualization() {
+            return Ok(());
+        }
+        Err("the host's KVM interprets: no processor has vmx or svm".into())
     }
 
     fn create_vm(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, AccelError> {

@@ -197,6 +197,7 @@ impl KvmVcpu {
             events: events(&pending),
             mp_state: mp_state(mp.mp_state),
             tsc_khz: self.fd.get_tsc_khz().unwrap_or(0),
+            cpuid: self.cpuid.clone(),
             ..State::default()
         };
         put_sregs(&mut state, &self.fd.get_sregs().map_err(fail("system registers"))?);

@@ -27,6 +27,8 @@ pub struct KvmVcpu {
     pub(crate) vm: Arc<KvmVm>,
     pub(crate) index: u32,
     pub(crate) debug: Debug,
+    /// What the guest is shown.
+    pub(crate) cpuid: Vec<CpuidEntry>,
     handle: Arc<VcpuHandle>,
     run_size: usize,
     /// An access was served, and KVM finishes the instruction only when it is entered again.
@@ -101,6 +103,7 @@ impl KvmVcpu {
             vm,
             index,
             debug: Debug::default(),
+            cpuid: table.to_vec(),
             handle,
             run_size,
             unfinished: false,

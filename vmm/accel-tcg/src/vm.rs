@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use holdfast_accel::{AccelError, RomWindow, Vcpu, Vm};
+use holdfast_accel::{AccelError, CodeLog, RomWindow, Vcpu, Vm};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::CpuTopology;
 use holdfast_device::{CpuLines, ExtInt, IoEvents, IrqSink, MsiController};
 use holdfast_devices::x86::LapicBus;
-use holdfast_tcg::{TcgVcpu, TcgVm};
+use holdfast_tcg::{LogOptions, TcgVcpu, TcgVm, TraceLog};
 
 use crate::vcpu::TcgVcpuHandle;
 use crate::{NAME, explain};
@@ -136,6 +136,12 @@ impl Vm for TcgVmHandle {
             what: "no perf map can be written".into(),
             source,
         })
+    }
+
+    fn start_code_log(&self, file: std::fs::File, what: &CodeLog) -> Result<(), AccelError> {
+        let CodeLog { guest, ir, host, interrupts, filter, limit } = *what;
+        self.vm.start_log(TraceLog::new(file, LogOptions { guest, ir, host, interrupts, filter, limit }));
+        Ok(())
     }
 
     fn jit_info(&self) -> Option<String> {

@@ -114,10 +114,18 @@ pub trait Accelerator: Send + Sync + Debug {
     /// [`AccelError::Unavailable`].
     fn probe(&self, arch: Arch) -> Result<(), AccelError>;
 
-    /// True if guests of `arch` run about as fast as the host does, so that `--accel auto` should
-    /// prefer this accelerator. False for an accelerator that interprets or translates.
-    fn at_speed(&self, _arch: Arch) -> bool {
-        false
+    /// Checks that guests of `arch` run about as fast as the host does, so that `--accel auto` should
+    /// prefer this accelerator.
+    ///
+    /// # Errors
+    /// Why they do not, for the log. An accelerator that interprets or translates always has a reason.
+    fn check_speed(&self, _arch: Arch) -> Result<(), String> {
+        Err(format!("{} translates", self.name()))
+    }
+
+    /// True if [`Accelerator::check_speed`] finds nothing.
+    fn at_speed(&self, arch: Arch) -> bool {
+        self.check_speed(arch).is_ok()
     }
 
     /// Makes a VM with all of `spec.memory` mapped.
@@ -135,6 +143,23 @@ pub struct RomWindow {
     pub gpa: u64,
     /// The bytes, a region of its own; writes by vCPUs go to the memory bus.
     pub region: Arc<holdfast_memory::GuestRegion>,
+}
+
+/// What is logged of translated code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CodeLog {
+    /// Guest instructions.
+    pub guest: bool,
+    /// The intermediate representation.
+    pub ir: bool,
+    /// Host instructions.
+    pub host: bool,
+    /// Exceptions and interrupts.
+    pub interrupts: bool,
+    /// First and last guest-virtual address of what is logged.
+    pub filter: Option<(u64, u64)>,
+    /// Bytes after which the log ends.
+    pub limit: u64,
 }
 
 /// A VM as an accelerator holds it.
@@ -223,6 +248,17 @@ pub trait Vm: Send + Sync + Debug {
         Err(AccelError::Unsupported {
             accel: self.accel(),
             what: "a perf map (only `--accel tcg` translates)".into(),
+        })
+    }
+
+    /// Writes what is translated from now on to `file`.
+    ///
+    /// # Errors
+    /// [`AccelError::Unsupported`] if nothing is translated.
+    fn start_code_log(&self, _file: std::fs::File, _what: &CodeLog) -> Result<(), AccelError> {
+        Err(AccelError::Unsupported {
+            accel: self.accel(),
+            what: "a log of translations (only `--accel tcg` translates)".into(),
         })
     }
 

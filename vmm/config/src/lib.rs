@@ -15,6 +15,7 @@ mod machine;
 mod memory;
 mod platform;
 mod requests;
+mod tcg_log;
 mod unsupported;
 mod validate;
 mod vm;
@@ -37,6 +38,7 @@ pub use platform::{LandlockAccess, LandlockConfig, PlatformConfig};
 pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNet, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
+pub use tcg_log::TcgLogConfig;
 pub use unsupported::{Cli, UNSUPPORTED_OPTIONS, unsupported_cli_key};
 pub use validate::{check_id, validate_disk, validate_net};
 pub use vm::{PayloadConfig, VmConfig, parse_json};

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::AccelChoice;
+
 /// Where a hot-plugged device sits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PciDeviceInfo {
@@ -70,6 +72,9 @@ pub struct RestoreConfig {
     /// `file://` and the absolute path of the snapshot's directory.
     #[schemars(extend("x-positional" = true))]
     pub source_url: String,
+    /// Accelerators to try instead of those of the saved VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accel: Option<AccelChoice>,
     /// Populate all of RAM before the VM runs.
     #[serde(default)]
     pub prefault: bool,

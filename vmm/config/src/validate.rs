@@ -30,6 +30,7 @@ impl VmConfig {
         self.check_devices(&mut problems);
         self.check_consoles(&mut problems);
         self.check_platform(&mut problems);
+        self.check_tcg_log(&mut problems);
         problems.into_result()
     }
 
@@ -53,6 +54,19 @@ impl VmConfig {
             problems.add("payload.initramfs", "needs a kernel that takes it");
         }
         problems.into_result()
+    }
+
+    fn check_tcg_log(&self, problems: &mut Problems) {
+        let Some(log) = &self.tcg_log else { return };
+        if !(log.guest || log.ir || log.host || log.int) {
+            problems.add("tcg_log", "logs nothing; switch on guest, ir, host or int");
+        }
+        if let Err(reason) = log.range() {
+            problems.add("tcg_log.filter", reason);
+        }
+        if log.file.as_os_str().is_empty() {
+            problems.add("tcg_log.file", "is empty");
+        }
     }
 
     fn check_profile(&self, profile: &str, problems: &mut Problems) {

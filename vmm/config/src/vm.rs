@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     AccelChoice, ConfigError, ConsolePortConfig, CpusConfig, DebugConsoleConfig, LandlockConfig,
-    MachineConfig, MemoryConfig, PflashConfig, PlatformConfig, Problems, SerialConfig,
+    MachineConfig, MemoryConfig, PflashConfig, PlatformConfig, Problems, SerialConfig, TcgLogConfig,
 };
 
 /// What the guest boots from.
@@ -110,6 +110,9 @@ pub struct VmConfig {
     /// List translated code for `perf` in `/tmp/perf-PID.map`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub perf_map: bool,
+    /// Log what is translated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcg_log: Option<TcgLogConfig>,
 }
 
 fn arch_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
@@ -141,6 +144,7 @@ impl Default for VmConfig {
             pflash: None,
             accel: AccelChoice::Auto,
             perf_map: false,
+            tcg_log: None,
         }
     }
 }

@@ -164,7 +164,7 @@ pub trait VmManager {
     ///
     /// # Errors
     /// As [`VmManager::cpu_state`], or if the state does not fit.
-    fn set_cpu_state(&mut self, _vcpu: u32, _state: Box<CpuState>) -> Result<(), ControlError> {
+    fn set_cpu_state(&mut self, _vcpu: u32, _state: CpuState) -> Result<(), ControlError> {
         Err(ControlError::unsupported("debugging the guest"))
     }
     /// Writes RAM of a guest that stands.

@@ -138,7 +138,7 @@ quick! {
     /// The state of a vCPU that stands.
     GetCpuState(vcpu: u32) -> CpuState = cpu_state;
     /// Replaces the state of a vCPU that stands.
-    SetCpuState(vcpu: u32, state: Box<CpuState>) -> () = set_cpu_state;
+    SetCpuState(vcpu: u32, state: CpuState) -> () = set_cpu_state;
     /// Writes guest memory while the guest stands.
     WriteMemory(write: MemoryWrite) -> () = write_memory;
 }

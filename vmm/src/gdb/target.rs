@@ -196,7 +196,7 @@ impl<R: Registers> MultiThreadBase for VmTarget<R> {
         let mut state = self.state(tid)?;
         let bytes: Vec<u8> = regs.0.iter().map(|b| b.unwrap_or(0)).collect();
         R::write(&mut state, &bytes).ok_or(TargetError::NonFatal)?;
-        self.handle.call(SetCpuState(index(tid) as u32, Box::new(state))).map_err(|error| {
+        self.handle.call(SetCpuState(index(tid) as u32, state)).map_err(|error| {
             tracing::warn!("the debugger's registers are not taken: {}", error.describe());
             TargetError::NonFatal
         })

@@ -222,6 +222,9 @@ fn restore(config: &RestoreConfig, host: Host, sandbox: &Sandbox) -> Result<Vm, 
     let dir = SnapshotDir::open(&path).map_err(failed(MESSAGE))?;
     let saved: SavedVm = dir.state().map_err(failed(MESSAGE))?;
     let mut vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;
+    if let Some(accel) = &config.accel {
+        vm_config.accel = accel.clone();
+    }
     if config.prefault {
         if config.memory_restore_mode == MemoryRestoreMode::OnDemand {
             let text = "prefault=on and memory_restore_mode=OnDemand exclude each other";

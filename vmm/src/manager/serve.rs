@@ -315,8 +315,8 @@ impl VmManager for Manager {
         self.vcpu_state(vcpu)
     }
 
-    fn set_cpu_state(&mut self, vcpu: u32, state: Box<CpuState>) -> Result<(), ControlError> {
-        self.set_vcpu_state(vcpu, *state)
+    fn set_cpu_state(&mut self, vcpu: u32, state: CpuState) -> Result<(), ControlError> {
+        self.set_vcpu_state(vcpu, state)
     }
 
     fn write_memory(&mut self, write: MemoryWrite) -> Result<(), ControlError> {

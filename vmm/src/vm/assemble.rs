@@ -1,10 +1,12 @@
 //! Building a VM from its config: RAM, accelerator, machine, devices, vCPUs.
 
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
-use holdfast_accel::{Accelerator, IrqChip, VmSpec};
+use holdfast_accel::{Accelerator, CodeLog, IrqChip, Vm as AccelVm, VmSpec};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::{CpuTopology, features};
 use holdfast_clock::{HostRandom, Timers, VmClock};
@@ -103,6 +105,7 @@ impl Vm {
         if config.perf_map {
             vm.start_perf_map()?;
         }
+        start_log(&config, vm.as_ref())?;
         if let Some((memory_events, port_events)) = vm.io_events() {
             mmio.accelerate(memory_events);
             pio.accelerate(port_events);
@@ -352,4 +355,22 @@ fn plug_all<'a>(
         plugs.power_button(slot()?)?;
     }
     Ok(plugs)
+}
+
+/// Starts the log of translations, if there is to be one.
+fn start_log(config: &VmConfig, vm: &dyn AccelVm) -> Result<(), VmError> {
+    let Some(log) = &config.tcg_log else { return Ok(()) };
+    let what = CodeLog {
+        guest: log.guest,
+        ir: log.ir,
+        host: log.host,
+        interrupts: log.int,
+        filter: log.range().map_err(VmError::Unsupported)?,
+        limit: log.limit,
+    };
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).mode(0o600).open(&log.file);
+    let failed =
+        |source| VmError::Host { what: format!("tcg_log: `{}` cannot be made", log.file.display()), source };
+    Ok(vm.start_code_log(file.map_err(failed)?, &what)?)
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use holdfast_arch::CpuState;
+use holdfast_arch::x86_64::cpuid;
 use holdfast_device::DeviceState;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -34,6 +36,7 @@ impl Vm {
         self.check_fits(saved)?;
         self.clock.set(saved.clock);
         self.accel.restore(&saved.platform)?;
+        self.check_features(saved)?;
         // vCPUs first: devices then drive the pins that they hold.
         for (index, state) in saved.vcpus.iter().enumerate() {
             self.vcpus.set_state(index, state.clone())?;
@@ -55,6 +58,38 @@ impl Vm {
 
     fn ram_ranges(&self) -> Vec<(u64, u64)> {
         self.memory.iter().map(|r| (r.start_addr().raw_value(), r.len())).collect()
+    }
+
+    /// Whether vCPU 0 shows what the saved one showed. Paravirtual leaves are left out: what a guest uses of them is in
+    /// MSRs, which the accelerator looks at.
+    fn check_features(&self, saved: &SavedVm) -> Result<(), VmError> {
+        let Some(CpuState::X86_64(saved)) = saved.vcpus.first() else { return Ok(()) };
+        let CpuState::X86_64(here) = self.vcpus.state(0)? else { return Ok(()) };
+        if saved.cpuid.is_empty() || here.cpuid.is_empty() {
+            return Ok(());
+        }
+        let shown: Vec<_> = saved
+            .cpuid
+            .iter()
+            .filter(|e| !(0x4000_0000..0x4001_0000).contains(&e.function))
+            .copied()
+            .collect();
+        let lacking: Vec<_> = cpuid::missing(&here.cpuid, &shown)
+            .into_iter()
+            .map(|(leaf, index, register, bits)| {
+                let register = ["EAX", "EBX", "ECX", "EDX"].get(register).unwrap_or(&"?");
+                format!("CPUID leaf {leaf:#x}.{index} {register} bits {bits:#x}")
+            })
+            .collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        Err(VmError::Mismatch(format!(
+            "its guest was shown features that `{}` does not have here: {}; give the VM a CPU model by name \
+             (`--cpus profile=`) that both have",
+            self.accel.accel(),
+            lacking.join(", ")
+        )))
     }
 
     fn check_fits(&self, saved: &SavedVm) -> Result<(), VmError> {

@@ -7,6 +7,7 @@ use holdfast_tcg_runtime::{
     Translation,
 };
 
+use crate::decode::decode;
 use crate::hart::Hart;
 use crate::helpers::{self, Ids};
 use crate::trap::{self, cause};
@@ -148,7 +149,23 @@ impl Guest for RiscvGuest {
         Ok(())
     }
 
+    fn disassemble(&self, _key: u32, _pc: u64, bytes: &[u8]) -> (usize, String) {
+        let word = bytes.iter().take(4).rev().fold(0_u32, |word, byte| word << 8 | u32::from(*byte));
+        match decode(word) {
+            (Some(insn), len) => (usize::from(len), text(insn)),
+            (None, len) => (usize::from(len), "illegal".into()),
+        }
+    }
+
     fn describe(&self, cpu: &mut Cpu<'_>) -> String {
         state::describe(&state::export(cpu))
     }
+}
+
+/// An instruction as the tables name it, with its operands by name: `addi rd: 10, rs1: 0, imm: 5`.
+fn text(insn: crate::decode::Insn) -> String {
+    let debug = format!("{insn:?}");
+    let operands =
+        debug.split_once('{').map_or("", |(_, operands)| operands).trim_end_matches([')', '}', ' ']);
+    format!("{}{operands}", insn.name())
 }

@@ -5,9 +5,10 @@ use holdfast_tcg_ir::{Builder, HelperTable};
 use holdfast_tcg_runtime::{
     Access, CodeReader, Cpu, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,
 };
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 use crate::helpers::{self, Ids};
-use crate::key::idx;
+use crate::key::{CodeSize, Key, idx};
 use crate::state::X86;
 use crate::system::regs::vector;
 use crate::system::{deliver, events, fault, mmu, mode, reset, transfer};
@@ -136,6 +137,18 @@ impl Guest for X86Guest {
         cpu.mode_changed();
         cpu.request_exit();
         Ok(())
+    }
+
+    fn disassemble(&self, key: u32, pc: u64, bytes: &[u8]) -> (usize, String) {
+        let bits = match Key::from_bits_truncate(key).code_size() {
+            CodeSize::Bits16 => 16,
+            CodeSize::Bits32 => 32,
+            CodeSize::Bits64 => 64,
+        };
+        let insn = Decoder::with_ip(bits, bytes, pc, DecoderOptions::NONE).decode();
+        let mut text = String::new();
+        IntelFormatter::new().format(&insn, &mut text);
+        (insn.len(), text)
     }
 
     fn describe(&self, cpu: &mut Cpu<'_>) -> String {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use holdfast_arch::x86_64::{Events, MpState, Segment, State, Table};
+use holdfast_arch::x86_64::{CpuidEntry, Events, MpState, Segment, State, Table};
 use holdfast_tcg_runtime::{Cpu, Flush};
 
 use super::events::mp;
@@ -12,7 +12,7 @@ use super::regs::{cr4, efer, msr};
 use super::{mmu, msr as registers, tsc, xsave};
 use crate::apic::{self, ApicState};
 use crate::flags;
-use crate::state::{MC_BANKS, SegmentRegister, X86};
+use crate::state::{CpuidLeaf, MC_BANKS, SegmentRegister, X86};
 
 /// MSRs that go into a state, apart from the APIC's and the TSC.
 const MSRS: [u32; 19] = [
@@ -62,6 +62,12 @@ fn table(t: [u64; 2]) -> Table {
     Table { base: t[0], limit: t[1] as u16 }
 }
 
+/// A leaf in the common form.
+fn shown(leaf: &CpuidLeaf) -> CpuidEntry {
+    let CpuidLeaf { function, index, indexed, regs, .. } = *leaf;
+    CpuidEntry { function, index, indexed: indexed != 0, regs }
+}
+
 /// The state.
 pub(crate) fn export(cpu: &mut Cpu<'_>) -> State {
     let (pc, halted) = (cpu.pc(), cpu.halted());
@@ -104,10 +110,28 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> State {
             _ => MpState::Runnable,
         },
         tsc_khz: s.tsc_khz as u32,
+        cpuid: s.cpuid.iter().take(s.cpuid_count as usize).map(shown).collect(),
     }
 }
 
+/// What of a KVM's paravirtual features a guest can have switched on by an MSR's bit 0 (Linux,
+/// Documentation/virt/kvm/x86/msr.rst).
+const PARAVIRTUAL: [(u32, &str); 5] = [
+    (0x12, "clock"),
+    (0x4b56_4d01, "clock"),
+    (0x4b56_4d02, "asynchronous page faults"),
+    (0x4b56_4d03, "steal time"),
+    (0x4b56_4d04, "end of interrupt"),
+];
+
 fn check(s: &X86, state: &State) -> Result<(), String> {
+    let used = PARAVIRTUAL.iter().find(|(n, _)| state.msrs.get(n).is_some_and(|v| v & 1 != 0));
+    if let Some((number, what)) = used {
+        return Err(format!(
+            "the guest uses KVM's paravirtual {what} (MSR {number:#x}), which translation does not have; boot Linux with \
+             `no-kvmclock no-steal-acc no-kvmapf` and the like to be able to move it"
+        ));
+    }
     let [_, _, _, new_cr4, _] = state.cr;
     if new_cr4 & !s.cr4_bits != 0 {
         return Err(format!("CR4 bits {:#x} that this processor has not", new_cr4 & !s.cr4_bits));
