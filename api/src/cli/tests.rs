@@ -44,18 +44,21 @@ fn the_line_of_the_readme() {
 fn every_option() {
     let options = run(
         "holdfast run --firmware F --cmdline -x --name vm --machine q35,kernel_irqchip=off --arch x86_64 \
-                       --accel kvm:tcg --perf-map --cpus 4,max=8,topology=2:2:2:1,affinity=[0@[0-1]] \
+                       --accel kvm:tcg --perf-map --tcg-log file=/t,guest=on,filter=0x10+16 --cpus 4,max=8,topology=2:2:2:1,affinity=[0@[0-1]] \
                        --memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off \
                        --platform uuid=6ba7b810-9dad-11d1-80b4-00c04fd430c8 \
                        --disk path=/a,readonly=on,serial=s1 path=/b,direct=on,image_type=raw --disk path=/c \
                        --net tap=tap0,mac=02:00:00:00:00:01,ip=10.0.0.1,mask=255.255.255.0,mtu=1500,id=n \
                        --net fd=[3,4],num_queues=4 --rng src=/dev/random --balloon size=1M,deflate_on_oom=on \
                        --serial file=/s --console pty --debug-console file=/d,iobase=0x402 \
-                       --api-socket path=/api --event-monitor fd=9 --qmp unix:/q --log-file /l -vv \
+                       --api-socket path=/api --event-monitor fd=9 --qmp unix:/q --gdb tcp:[::1]:1234 --gdb-wait --log-file /l -vv \
                        --seccomp log --landlock --landlock-rules path=/x,access=rw --no-shutdown",
     );
     let config = options.config.unwrap();
     assert!(config.perf_map);
+    let log = config.tcg_log.as_ref().unwrap();
+    assert!(log.guest && !log.host && log.range() == Ok(Some((16, 31))));
+    assert_eq!((options.gdb, options.gdb_wait), (Some(QmpAddress::Tcp("::1".into(), 1234)), true));
     let topology = CpuTopology { threads_per_core: 2, cores_per_die: 2, dies_per_package: 2, packages: 1 };
     assert_eq!(config.cpus.topology, Some(topology));
     assert_eq!(config.cpus.affinity.as_ref().unwrap()[0].host_cpus, [0, 1]);
@@ -86,6 +89,9 @@ fn an_error_names_option_value_and_remedy() {
     assert!(says("--net colour=red").starts_with("--net: key `colour` (value `red`) is unknown; tap, ip,"));
     assert_eq!(says("--seccomp maybe"), "--seccomp `maybe`: must be true, false, log or errno");
     assert_eq!(says("--qmp udp:x"), "--qmp `udp:x`: must be unix:PATH or tcp:HOST:PORT");
+    assert_eq!(says("--gdb 1234"), "--gdb `1234`: must be unix:PATH or tcp:HOST:PORT");
+    assert_eq!(says("--gdb-wait"), "--gdb-wait waits for a debugger; say with --gdb where it connects");
+    assert!(says("--tcg-log file=/x").contains("`tcg_log`: logs nothing"));
     assert_eq!(says("--event-monitor x"), "--event-monitor `x`: must be path=PATH or fd=N");
     assert!(says("--memory size=1000 --cpus boot=0").contains("`cpus.boot_vcpus`: is 0"));
     assert!(says("--memory size=1000 --cpus boot=0").contains("`memory.size`: is 1000"));

@@ -297,6 +297,7 @@ impl Processor for Machine {
             }
             Ok(Stop::Shutdown) => End::Broken("shut down"),
             Ok(Stop::Kicked) => End::Broken("does not end"),
+            Ok(Stop::Watch(..)) => End::Broken("hit a watchpoint that nobody set"),
             Err(_) => End::Broken("an unknown exit"),
         };
         Outcome { end, image }
