@@ -184,10 +184,12 @@ pub fn probe(first: &[u8]) -> Result<Driver, BlockError> {
     if starts(b"QFI\xfb") && (at(4, &[0, 0, 0, 2]) || at(4, &[0, 0, 0, 3])) {
         return Ok(Driver::Qcow2);
     }
+    if starts(b"LUKS\xba\xbe\0\x01") {
+        return Ok(Driver::Luks);
+    }
     let foreign = [
         ("qcow", starts(b"QFI\xfb\0\0\0\x01")),
         ("qed", starts(b"QED\0")),
-        ("luks", starts(b"LUKS\xba\xbe\0\x01")),
         ("vmdk", starts(b"KDMV") || starts(b"COWD") || starts(b"# Disk DescriptorFile")),
         ("vhdx", starts(b"vhdxfile")),
         ("vpc", starts(b"conectix")),

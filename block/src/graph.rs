@@ -4,10 +4,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
+use holdfast_objects::Objects;
 use holdfast_threads::Spawner;
 use parking_lot::Mutex;
 
 use crate::format::{PROBE, RawFormat, probe};
+use crate::luks::{Luks, Volume};
+use crate::nbd::{self, Address, ClientOptions, Nbd, TlsClient};
 use crate::options::{Aio, BlockdevOptions, DiscardMode, Driver, Locking, NodeRef};
 use crate::qcow2::{self, Qcow2};
 use crate::raw::{LockRange, RawImage, RawOptions};
@@ -32,6 +35,8 @@ pub enum Backing {
 pub struct Opener {
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
+    /// Secrets that options name.
+    pub objects: Arc<Objects>,
     /// The topmost node is to be written.
     pub writable: bool,
     /// Others may write it meanwhile.
@@ -63,6 +68,7 @@ impl Opener {
     pub fn reading(spawner: Arc<dyn Spawner>) -> Self {
         Self {
             spawner,
+            objects: Arc::default(),
             writable: false,
             share: false,
             lock: LockRange::Qemu,
@@ -135,7 +141,7 @@ impl Opener {
         };
         if let Some(driver) = options.driver.filter(|d| !d.is_format()) {
             options.check(driver)?;
-            return opener.file_node(options, chain).map(|f| -> Arc<dyn BlockNode> { f });
+            return opener.protocol_node(options, chain);
         }
         let below = match (&options.file, &options.filename) {
             (Some(NodeRef::Node(file)), None) => (**file).clone(),
@@ -151,8 +157,69 @@ impl Opener {
             let file = opener.node(&below, chain)?;
             return opener.format_node(options, file, chain);
         }
-        let file = opener.file_node(&below, chain)?;
+        let file = opener.protocol_node(&below, chain)?;
         opener.format_node(options, file, chain)
+    }
+
+    /// A node that lies over no other.
+    fn protocol_node(
+        &self,
+        options: &BlockdevOptions,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        if options.driver == Some(Driver::Nbd) {
+            return self.nbd(options).map(|n| -> Arc<dyn BlockNode> { n });
+        }
+        if let (None, Some(name)) = (options.driver, &options.filename)
+            && let Some((address, export)) = nbd::parse_uri(name)?
+        {
+            let options = BlockdevOptions { filename: None, ..options.clone() };
+            options.check(Driver::Nbd)?;
+            return self.nbd_at(&options, address, export).map(|n| -> Arc<dyn BlockNode> { n });
+        }
+        self.file_node(options, chain).map(|f| -> Arc<dyn BlockNode> { f })
+    }
+
+    fn nbd(&self, options: &BlockdevOptions) -> Result<Arc<Nbd>, BlockError> {
+        options.check(Driver::Nbd)?;
+        self.nbd_at(options, options.address()?, options.export.clone().unwrap_or_default())
+    }
+
+    fn nbd_at(
+        &self,
+        options: &BlockdevOptions,
+        address: Address,
+        export: String,
+    ) -> Result<Arc<Nbd>, BlockError> {
+        let tls = match &options.tls_creds {
+            None if options.tls_hostname.is_some() => {
+                return Err(BlockError::Option("tls-hostname not supported without tls-creds".into()));
+            }
+            None => None,
+            Some(id) => {
+                let config = self.objects.tls(id).and_then(|t| t.client());
+                let config = config.map_err(|e| BlockError::Option(e.to_string()))?;
+                let hostname = match (&options.tls_hostname, &address) {
+                    (Some(name), _) | (None, Address::Tcp(name, _)) => name.clone(),
+                    (None, Address::Unix(_)) => {
+                        return Err(BlockError::Option(
+                            "TLS over UNIX sockets needs tls-hostname: the name in the server's certificate"
+                                .into(),
+                        ));
+                    }
+                };
+                Some(TlsClient { config, hostname })
+            }
+        };
+        Nbd::open(ClientOptions {
+            address,
+            export,
+            tls,
+            context: options.x_dirty_bitmap.clone(),
+            reconnect_delay: options.reconnect_delay.unwrap_or(0),
+            open_timeout: options.open_timeout.unwrap_or(0),
+            readonly: options.read_only.unwrap_or(!self.writable),
+        })
     }
 
     fn file_node(
@@ -208,6 +275,7 @@ impl Opener {
         options.check(driver)?;
         match driver {
             Driver::Qcow2 => self.qcow2(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
+            Driver::Luks => self.luks(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
             _ => {
                 let offset = options.offset.unwrap_or(0);
                 RawFormat::new(file, offset, options.size, !self.writable)
@@ -236,6 +304,61 @@ impl Opener {
             );
         }
         Ok(driver)
+    }
+
+    fn luks(
+        &self,
+        options: &BlockdevOptions,
+        file: Arc<dyn BlockNode>,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<Luks>, BlockError> {
+        let header = match &options.header {
+            Some(NodeRef::Node(node)) => Some(self.node(&as_file(node), chain)?),
+            Some(_) => return Err(BlockError::Option("'header' must be given by its options".into())),
+            None => None,
+        };
+        let password = match &options.key_secret {
+            Some(id) => Some(self.objects.password(id).map_err(|e| BlockError::Option(e.to_string()))?),
+            None if self.metadata_only => None,
+            None => return Err(BlockError::Option("Parameter 'key-secret' is required for cipher".into())),
+        };
+        Luks::open(file, header, password.as_ref().map(|p| p.bytes()), !self.writable)
+    }
+
+    /// The cipher of a qcow2 image, if it is encrypted.
+    fn qcow2_cipher(
+        &self,
+        options: &BlockdevOptions,
+        header: &qcow2::header::Header,
+        file: &dyn BlockNode,
+    ) -> Result<Option<qcow2::Key>, BlockError> {
+        let encrypt = options.encrypt.as_ref();
+        let is = match header.crypt_method {
+            2 => "luks",
+            0 if encrypt.is_some() => {
+                return Err(BlockError::Option(
+                    "No encryption in image header, but options specified format".into(),
+                ));
+            }
+            // What is said of others is said by the image.
+            _ => return Ok(None),
+        };
+        if let Some(format) = encrypt.and_then(|e| e.format.as_deref()).filter(|f| *f != is) {
+            return Err(BlockError::Option(format!(
+                "Header reported '{is}' encryption format but options specify '{format}'"
+            )));
+        }
+        let Some(id) = encrypt.and_then(|e| e.key_secret.as_deref()) else {
+            if self.metadata_only {
+                return Ok(None);
+            }
+            return Err(BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into()));
+        };
+        let password = self.objects.password(id).map_err(|e| BlockError::Option(e.to_string()))?;
+        let volume = Volume { node: file, base: header.crypto_offset()? };
+        let luks = volume.header()?;
+        let master = volume.unlock(&luks, password.bytes())?;
+        qcow2::Key::new(luks.cipher, master).map(Some)
     }
 
     fn qcow2(
@@ -269,6 +392,7 @@ impl Opener {
             None => self.named_backing(&header, &directory, chain)?,
         };
         let open = qcow2::OpenOptions {
+            key: self.qcow2_cipher(options, &header, &*file)?,
             readonly: !self.writable,
             metadata_only: self.metadata_only,
             for_check: self.for_check,
@@ -316,7 +440,9 @@ impl Opener {
 
 /// A node that is a file unless its options say otherwise.
 fn as_file(options: &BlockdevOptions) -> BlockdevOptions {
-    BlockdevOptions { driver: options.driver.or(Some(Driver::File)), ..options.clone() }
+    let remote = options.filename.as_deref().is_some_and(|n| matches!(nbd::parse_uri(n), Ok(Some(_))));
+    let driver = if remote { None } else { options.driver.or(Some(Driver::File)) };
+    BlockdevOptions { driver, ..options.clone() }
 }
 
 /// The options that a file name stands for.

@@ -5,8 +5,11 @@
 //! memory ranges, so that data moves between a disk and guest RAM without a copy.
 
 mod buffer;
+pub mod crypto;
 pub mod format;
 pub mod graph;
+pub mod luks;
+pub mod nbd;
 pub mod node;
 pub mod options;
 pub mod qcow2;

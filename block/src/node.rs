@@ -174,6 +174,11 @@ pub trait BlockNode: Send + Sync + Debug {
         None
     }
 
+    /// The LUKS volume, if it is one.
+    fn as_luks(&self) -> Option<&crate::luks::Luks> {
+        None
+    }
+
     /// The open file, if the node is one.
     fn as_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
         None

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::BlockError;
+use crate::nbd::Address;
+pub use holdfast_objects::pairs::split_pairs;
 
 /// Deepest nesting of option trees.
 const MAX_DEPTH: usize = 32;
@@ -18,23 +20,29 @@ pub enum Driver {
     File,
     /// A block device of the host.
     HostDevice,
+    /// An export of an NBD server.
+    Nbd,
     /// The bytes of the disk and nothing else.
     Raw,
     /// QEMU's copy-on-write format.
     Qcow2,
+    /// LUKS version 1.
+    Luks,
 }
 
 impl Driver {
     /// All that there are.
-    pub const ALL: [Self; 4] = [Self::File, Self::HostDevice, Self::Raw, Self::Qcow2];
+    pub const ALL: [Self; 6] = [Self::File, Self::HostDevice, Self::Nbd, Self::Raw, Self::Qcow2, Self::Luks];
 
     /// The name in options.
     pub fn name(self) -> &'static str {
         match self {
             Self::File => "file",
             Self::HostDevice => "host_device",
+            Self::Nbd => "nbd",
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Luks => "luks",
         }
     }
 
@@ -49,7 +57,7 @@ impl Driver {
 
     /// True if it is a format, which lies over a file.
     pub fn is_format(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2)
+        matches!(self, Self::Raw | Self::Qcow2 | Self::Luks)
     }
 }
 
@@ -125,6 +133,46 @@ pub enum NodeRef {
     Node(Box<BlockdevOptions>),
 }
 
+/// The kind of a socket's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketKind {
+    /// TCP: `host` and `port`.
+    Inet,
+    /// UNIX: `path`.
+    Unix,
+}
+
+/// Where a server is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SocketAddress {
+    /// The kind.
+    #[serde(rename = "type")]
+    pub kind: SocketKind,
+    /// Name or address of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// The port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
+    /// The socket's path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+}
+
+/// How an image's contents are encrypted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct EncryptOptions {
+    /// `luks`; as the image says if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
+    /// Id of the secret that is the password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_secret: Option<String>,
+}
+
 /// The options of a node. Which ones a driver takes is checked by [`BlockdevOptions::check`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -171,6 +219,45 @@ pub struct BlockdevOptions {
     /// qcow2: the external data file; the one that the image names if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_file: Option<NodeRef>,
+    /// NBD: where the server is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<SocketAddress>,
+    /// NBD: short for `server.host`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// NBD: short for `server.port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
+    /// NBD: short for `server.path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// NBD: the export; the default one if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+    /// NBD: id of the TLS credentials to use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_creds: Option<String>,
+    /// NBD: the name that the server's certificate must have, if not that of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_hostname: Option<String>,
+    /// NBD: how long requests wait for a lost connection, in seconds.
+    #[serde(default, deserialize_with = "size", skip_serializing_if = "Option::is_none")]
+    pub reconnect_delay: Option<u64>,
+    /// NBD: how long the first connection is tried for, in seconds.
+    #[serde(default, deserialize_with = "size", skip_serializing_if = "Option::is_none")]
+    pub open_timeout: Option<u64>,
+    /// NBD: the metadata context that block status is asked of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub x_dirty_bitmap: Option<String>,
+    /// LUKS: id of the secret that is the password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_secret: Option<String>,
+    /// LUKS: the node that has the header, where it is detached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<NodeRef>,
+    /// qcow2: how the image is encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypt: Option<EncryptOptions>,
     /// raw: where the disk starts in the file, in bytes.
     #[serde(default, deserialize_with = "size", skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
@@ -253,28 +340,6 @@ fn bad(text: impl Into<String>) -> BlockError {
     BlockError::Option(text.into())
 }
 
-/// Splits `key=value,key=value`; a comma within a value is written twice.
-pub fn split_pairs(text: &str) -> Vec<(String, Option<String>)> {
-    let mut parts = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match (c, parts.last_mut()) {
-            (',', _) if chars.peek() != Some(&',') => parts.push(String::new()),
-            (',', Some(part)) => {
-                chars.next();
-                part.push(',');
-            }
-            (c, Some(part)) => part.push(c),
-            (_, None) => {}
-        }
-    }
-    let pair = |p: String| match p.split_once('=') {
-        Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-        None => (p, None),
-    };
-    parts.into_iter().filter(|p| !p.is_empty()).map(pair).collect()
-}
-
 fn insert(tree: &mut Map<String, Value>, key: &str, value: String, depth: usize) -> Result<(), BlockError> {
     if depth > MAX_DEPTH {
         return Err(bad("options are nested too deeply"));
@@ -343,19 +408,59 @@ impl BlockdevOptions {
         Self::from_value(value)
     }
 
+    /// Where an NBD server is.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] if that is not said, or in two ways.
+    pub fn address(&self) -> Result<Address, BlockError> {
+        let tcp = |host: &Option<String>, port: &Option<String>| {
+            let port = port.as_deref().unwrap_or("10809");
+            let port = port.parse().map_err(|_| bad(format!("'{port}' is not a port number")))?;
+            Ok(Address::Tcp(host.clone().unwrap_or_else(|| "localhost".to_owned()), port))
+        };
+        match (&self.server, &self.host, &self.path) {
+            (Some(server), None, None) if self.port.is_none() => {
+                match (server.kind, &server.path, &server.host) {
+                    (SocketKind::Unix, Some(path), None) if server.port.is_none() => {
+                        Ok(Address::Unix(path.into()))
+                    }
+                    (SocketKind::Inet, None, Some(_)) => tcp(&server.host, &server.port),
+                    _ => Err(bad("'server' has 'host' and 'port' for type=inet, or 'path' for type=unix")),
+                }
+            }
+            (None, None, Some(path)) if self.port.is_none() => Ok(Address::Unix(path.into())),
+            (None, Some(_), None) => tcp(&self.host, &self.port),
+            _ => Err(bad("NBD server address missing: one of 'server', 'host' and 'path' is needed")),
+        }
+    }
+
     /// Refuses options that the driver does not have.
     ///
     /// # Errors
     /// [`BlockError::Option`] that names the option.
     pub fn check(&self, driver: Driver) -> Result<(), BlockError> {
-        let is_file = !driver.is_format();
+        let nbd = driver == Driver::Nbd;
+        let is_file = !driver.is_format() && !nbd;
         let foreign = [
-            ("filename", self.filename.is_some(), is_file || self.file.is_none()),
+            ("filename", self.filename.is_some(), is_file || (self.file.is_none() && !nbd)),
             ("aio", self.aio.is_some(), is_file),
             ("locking", self.locking.is_some(), is_file),
-            ("file", self.file.is_some(), !is_file),
+            ("file", self.file.is_some(), driver.is_format()),
             ("backing", self.backing.is_some(), driver == Driver::Qcow2),
             ("data-file", self.data_file.is_some(), driver == Driver::Qcow2),
+            ("server", self.server.is_some(), nbd),
+            ("host", self.host.is_some(), nbd),
+            ("port", self.port.is_some(), nbd),
+            ("path", self.path.is_some(), nbd),
+            ("export", self.export.is_some(), nbd),
+            ("tls-creds", self.tls_creds.is_some(), nbd),
+            ("tls-hostname", self.tls_hostname.is_some(), nbd),
+            ("reconnect-delay", self.reconnect_delay.is_some(), nbd),
+            ("open-timeout", self.open_timeout.is_some(), nbd),
+            ("x-dirty-bitmap", self.x_dirty_bitmap.is_some(), nbd),
+            ("key-secret", self.key_secret.is_some(), driver == Driver::Luks),
+            ("header", self.header.is_some(), driver == Driver::Luks),
+            ("encrypt", self.encrypt.is_some(), driver == Driver::Qcow2),
             ("offset", self.offset.is_some(), driver == Driver::Raw),
             ("size", self.size.is_some(), driver == Driver::Raw),
             ("l2-cache-size", self.l2_cache_size.is_some(), driver == Driver::Qcow2),

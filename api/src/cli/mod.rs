@@ -18,8 +18,11 @@ pub use run::{Endpoint, QmpAddress, RunOptions};
 
 /// The name under which Cloud Hypervisor's command line is served.
 const CH_NAME: &str = "cloud-hypervisor";
-/// The name under which `holdfast img` is served to QEMU's users.
-const IMG_NAME: &str = "qemu-img";
+/// The names under which the image tools are served to QEMU's users.
+const TOOL_NAMES: [&str; 3] = ["qemu-img", "qemu-nbd", "qemu-io"];
+/// Their commands here, and what they call themselves.
+const TOOL_COMMANDS: [(&str, &str); 3] =
+    [("img", "holdfast img"), ("nbd", "holdfast nbd"), ("io", "holdfast io")];
 /// First line of `cloud-hypervisor --version`: libvirt derives capabilities from the number.
 const CH_VERSION: &str = concat!("v54.0.0\nHoldfast ", env!("CARGO_PKG_VERSION"));
 
@@ -96,12 +99,13 @@ pub enum CliError {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
     let args: Vec<OsString> = args.into_iter().collect();
     let named = args.first().map(Path::new).and_then(Path::file_name);
-    if named.is_some_and(|name| name == IMG_NAME) {
-        return Ok(Invocation::Img(args, IMG_NAME));
+    if let Some(name) = TOOL_NAMES.into_iter().find(|tool| named.is_some_and(|name| name == *tool)) {
+        return Ok(Invocation::Img(args, name));
     }
-    // The image tool reads its own arguments, so that its errors and exit statuses are the ones that its users know.
-    if args.get(1).is_some_and(|word| word == "img") {
-        return Ok(Invocation::Img(args.into_iter().skip(1).collect(), "holdfast img"));
+    // The image tools read their own arguments, so that errors and exit statuses are the ones that their users know.
+    let tool = TOOL_COMMANDS.into_iter().find(|(word, _)| args.get(1).is_some_and(|first| first == word));
+    if let Some((_, name)) = tool {
+        return Ok(Invocation::Img(args.into_iter().skip(1).collect(), name));
     }
     // The texts come from the schemas, which are worth generating only if somebody reads them.
     let verbose = args
@@ -147,6 +151,8 @@ pub fn command(verbose: bool) -> Command {
         .subcommand(options::run_command("run", verbose))
         .subcommand(ctl::command(verbose))
         .subcommand(holdfast_img::command("img"))
+        .subcommand(holdfast_img::nbd_command("nbd"))
+        .subcommand(holdfast_img::io_command("io"))
         .subcommand(
             Command::new("man").about("Write man pages").hide(true).arg(
                 Arg::new("directory")

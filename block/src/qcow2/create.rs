@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::geometry::{Layout, set_refcount};
 use super::header::{AUTOCLEAR_RAW, Compression, Header, LAZY_REFCOUNTS, MAX_L1_BYTES, incompatible};
 use super::{OpenOptions, Qcow2};
+use crate::luks::{self, Volume};
 use crate::node::Preallocation;
 use crate::{BlockError, BlockNode};
 
@@ -34,6 +35,8 @@ pub struct CreateOptions {
     pub data_file: Option<String>,
     /// The data file is a raw image by itself.
     pub data_file_raw: bool,
+    /// Contents are encrypted by LUKS.
+    pub encrypt: Option<luks::CreateOptions>,
     /// What is allocated at once.
     pub preallocation: Preallocation,
 }
@@ -53,6 +56,7 @@ impl CreateOptions {
             backing_format: None,
             data_file: None,
             data_file_raw: false,
+            encrypt: None,
             preallocation: Preallocation::Off,
         }
     }
@@ -113,6 +117,9 @@ impl CreateOptions {
                 "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
             );
         }
+        if self.data_file_raw && self.encrypt.is_some() {
+            return bad("data-file-raw and encryption cannot be used at the same time");
+        }
         if self.size > i64::MAX as u64 - self.cluster_size {
             return bad("Image size is too large");
         }
@@ -170,6 +177,7 @@ pub fn create(
     file: Arc<dyn BlockNode>,
     data: Option<Arc<dyn BlockNode>>,
     options: &CreateOptions,
+    password: Option<&[u8]>,
 ) -> Result<Arc<Qcow2>, BlockError> {
     let header = options.header()?;
     let target = Arc::clone(&file);
@@ -200,7 +208,10 @@ pub fn create(
     let mut bytes = first.to_bytes()?;
     bytes.resize(cluster as usize, 0);
     file.write_at(0, &bytes).map_err(fail)?;
-    let image = Qcow2::open(file, data, None, &OpenOptions::default())?;
+    let mut image = Qcow2::open(file, data, None, &OpenOptions::default())?;
+    if let Some(encrypt) = &options.encrypt {
+        add_encryption(&mut image, encrypt, password)?;
+    }
     {
         let mut state = image.state.lock();
         let l1 = vec![0; header.l1_size as usize];
@@ -221,6 +232,35 @@ pub fn create(
     Ok(image)
 }
 
+/// Puts a LUKS header into an image that is empty yet.
+fn add_encryption(
+    image: &mut Arc<Qcow2>,
+    options: &luks::CreateOptions,
+    password: Option<&[u8]>,
+) -> Result<(), BlockError> {
+    let password = password
+        .ok_or_else(|| BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into()))?;
+    let file = Arc::clone(&image.files.file);
+    let fail = |source| BlockError::Host {
+        path: file.path().unwrap_or_default(),
+        what: "Could not create the image",
+        source,
+    };
+    let len = options.payload()?;
+    let mut state = image.state.lock();
+    let clusters = len.div_ceil(image.layout.cluster());
+    let at = state.allocate_run(clusters).map_err(fail)?;
+    file.write_zeroes(at, clusters * image.layout.cluster(), false).map_err(fail)?;
+    let made = luks::format(&Volume { node: &*file, base: at }, options, password, false)?;
+    state.header.crypt_method = 2;
+    state.header.crypto = Some((at, len));
+    drop(state);
+    if let Some(image) = Arc::get_mut(image) {
+        image.files.encrypt(made.cipher);
+    }
+    Ok(())
+}
+
 /// Bytes that an image takes with `allocated` bytes of data of a disk of `size` bytes, when it is made of whole clusters: as other
 /// tools calculate it.
 pub fn measure(options: &CreateOptions, allocated: u64) -> io::Result<u64> {
@@ -234,6 +274,11 @@ pub fn measure(options: &CreateOptions, allocated: u64) -> io::Result<u64> {
     meta += entries * layout.entry();
     let tables = (entries * layout.entry()) / cluster;
     meta += (tables * 8).next_multiple_of(cluster);
+    if let Some(encrypt) = &options.encrypt {
+        let len =
+            encrypt.payload().map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e.to_string()))?;
+        meta += len.next_multiple_of(cluster);
+    }
     meta += refcount_bytes((meta + aligned) / cluster, &layout);
     Ok(meta + allocated)
 }

@@ -157,6 +157,27 @@ impl Header {
         1 << self.cluster_bits
     }
 
+    /// Where the LUKS header of an encrypted image is.
+    ///
+    /// # Errors
+    /// [`BlockError::Format`] if the image does not say it.
+    pub fn crypto_offset(&self) -> Result<u64, BlockError> {
+        match self.crypto {
+            Some((offset, len))
+                if offset.is_multiple_of(self.cluster_size())
+                    && offset.checked_add(len).is_some_and(|end| end <= i64::MAX as u64) =>
+            {
+                Ok(offset)
+            }
+            Some((offset, _)) => Err(bad(format!(
+                "Encryption header offset '{offset}' is not a multiple of cluster size or too large"
+            ))),
+            None => {
+                Err(bad("CRYPTO header extension not found: the image says that it is encrypted by LUKS"))
+            }
+        }
+    }
+
     /// True if L2 entries have 128 bits.
     pub fn extended_l2(&self) -> bool {
         self.incompatible & incompatible::EXTENDED_L2 != 0

@@ -28,7 +28,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
+use zeroize::Zeroizing;
 
+use crate::crypto::{CipherSpec, SectorCipher};
+use crate::luks::{SlotChange, Volume};
 use crate::node::{Extent, Plan, Preallocation, os_error};
 use crate::ranges::Ranges;
 use crate::raw::RawImage;
@@ -44,6 +47,9 @@ const L2_CACHE: u64 = 24 << 20;
 const REFCOUNT_CACHE: u64 = 2 << 20;
 /// Bytes of an image that may hold a header.
 const HEADER_WINDOW: usize = 2 << 20;
+
+/// Most bytes of a LUKS header within an image that are guarded against allocations.
+const MAX_CRYPTO: u64 = 64 << 20;
 
 /// How to open an image.
 #[derive(Debug, Clone)]
@@ -62,6 +68,8 @@ pub struct OpenOptions {
     pub l2_cache: u64,
     /// Bytes of refcount blocks in memory.
     pub refcount_cache: u64,
+    /// What opens the contents of an encrypted image.
+    pub key: Option<Key>,
     /// Find out whether clusters were allocated ahead of their use, for block status.
     pub guess_preallocation: bool,
 }
@@ -76,8 +84,37 @@ impl Default for OpenOptions {
             pass_discard: true,
             l2_cache: L2_CACHE,
             refcount_cache: REFCOUNT_CACHE,
+            key: None,
             guess_preallocation: true,
         }
+    }
+}
+
+/// The cipher of an encrypted image and its key, which is overwritten when it is let go.
+#[derive(Clone)]
+pub struct Key {
+    spec: CipherSpec,
+    master: Zeroizing<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Key").field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
+impl Key {
+    /// A cipher with its key.
+    ///
+    /// # Errors
+    /// [`BlockError::Format`] if they do not fit.
+    pub fn new(spec: CipherSpec, master: Zeroizing<Vec<u8>>) -> Result<Self, BlockError> {
+        SectorCipher::new(spec, &master).map_err(BlockError::Format)?;
+        Ok(Self { spec, master })
+    }
+
+    fn cipher(&self) -> Result<SectorCipher, BlockError> {
+        SectorCipher::new(self.spec, &self.master).map_err(BlockError::Format)
     }
 }
 
@@ -85,6 +122,7 @@ impl Default for OpenOptions {
 #[derive(Debug)]
 pub struct Qcow2 {
     files: Files,
+    key: Option<Key>,
     backing: RwLock<Option<Arc<dyn BlockNode>>>,
     layout: Layout,
     compression: Compression,
@@ -133,7 +171,7 @@ impl Qcow2 {
         let header = read_header(&*file)?;
         let writable = !options.readonly;
         if !options.metadata_only {
-            refuse_encryption(&header)?;
+            refuse_encryption(&header, options)?;
             if header.has_data_file() && data.is_none() {
                 return Err(BlockError::Format("'data-file' is required for this image".into()));
             }
@@ -148,7 +186,11 @@ impl Qcow2 {
             return Err(BlockError::Format("qcow2: Image is corrupt; cannot be opened read/write".into()));
         }
         let repair = for_use && header.incompatible & incompatible::DIRTY != 0;
-        let image = Self::with_header(header, Files { file, data }, backing, options)?;
+        let mut files = Files { file, data, crypt: None };
+        if let Some(key) = &options.key {
+            files.encrypt(key.cipher()?);
+        }
+        let image = Self::with_header(header, files, backing, options)?;
         if repair {
             image.repair_dirty()?;
         }
@@ -202,6 +244,7 @@ impl Qcow2 {
         if !options.readonly {
             state.find_metadata();
         }
+        let key = options.key.clone();
         let header = &state.header;
         Ok(Arc::new(Self {
             backing: RwLock::new(backing),
@@ -214,8 +257,34 @@ impl Qcow2 {
             ranges: Arc::default(),
             decompressed: Mutex::default(),
             preallocated: if options.guess_preallocation { OnceLock::new() } else { OnceLock::from(false) },
+            key,
             files,
         }))
+    }
+
+    /// Changes the key slots of an encrypted image.
+    ///
+    /// # Errors
+    /// As [`Volume::change`]; [`BlockError::Option`] if the image is not encrypted by LUKS.
+    pub fn change_slots(&self, change: &SlotChange<'_>) -> Result<(), BlockError> {
+        let header = self.header();
+        let Some(key) = self.key.as_ref().filter(|_| header.crypt_method == 2) else {
+            return Err(BlockError::Option("Can't amend encryption options - encryption not present".into()));
+        };
+        let volume = Volume { node: &*self.files.file, base: header.crypto_offset()? };
+        volume.change(&key.master, change)
+    }
+
+    /// The LUKS header of an encrypted image.
+    ///
+    /// # Errors
+    /// As [`Volume::header`].
+    pub fn luks_header(&self) -> Result<Option<crate::luks::header::Header>, BlockError> {
+        let header = self.header();
+        if header.crypt_method != 2 {
+            return Ok(None);
+        }
+        Volume { node: &*self.files.file, base: header.crypto_offset()? }.header().map(Some)
     }
 
     /// The header as it is now.
@@ -305,15 +374,14 @@ impl Qcow2 {
     }
 }
 
-fn refuse_encryption(header: &Header) -> Result<(), BlockError> {
+fn refuse_encryption(header: &Header, options: &OpenOptions) -> Result<(), BlockError> {
     match header.crypt_method {
         0 => Ok(()),
         1 => Err(BlockError::Unsupported(
             "Use of AES-CBC encrypted qcow2 images is not supported: this version cannot decrypt them".into(),
         )),
-        2 => Err(BlockError::Unsupported(
-            "LUKS encrypted qcow2 images are not supported by this version".into(),
-        )),
+        2 if options.key.is_some() => Ok(()),
+        2 => Err(BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into())),
         other => Err(BlockError::Format(format!("Unsupported encryption method {other}"))),
     }
 }
@@ -329,6 +397,9 @@ impl State {
         add(0, 1);
         add(self.header.l1_offset, self.l1.len() as u64 * 8);
         add(self.header.reftable_offset, self.reftable.len() as u64 * 8);
+        if let Some((offset, len)) = self.header.crypto {
+            add(offset, len.min(MAX_CRYPTO));
+        }
         if self.snapshot_table_size != 0 {
             add(self.header.snapshots_offset, self.snapshot_table_size);
         }

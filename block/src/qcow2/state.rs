@@ -13,6 +13,7 @@ use super::geometry::{COPIED, Entry, L1_RESERVED, Layout, OFFSET};
 use super::header::{Header, be64};
 use super::snapshot::Snapshot;
 use crate::BlockNode;
+use crate::crypto::{CryptFile, SectorCipher};
 use crate::node::os_error;
 
 /// Clusters that may wait for a flush before one is made for them.
@@ -24,12 +25,20 @@ pub(super) struct Files {
     pub(super) file: Arc<dyn BlockNode>,
     /// The external data file.
     pub(super) data: Option<Arc<dyn BlockNode>>,
+    /// What decrypts guest clusters, over the file that they are in.
+    pub(super) crypt: Option<Arc<dyn BlockNode>>,
 }
 
 impl Files {
+    /// Guest clusters are encrypted with this cipher, by their places.
+    pub(super) fn encrypt(&mut self, cipher: SectorCipher) {
+        let below = self.data.as_ref().unwrap_or(&self.file);
+        self.crypt = Some(CryptFile::new(Arc::clone(below), 0, cipher));
+    }
+
     /// Where guest clusters are.
     pub(super) fn guest(&self) -> &Arc<dyn BlockNode> {
-        self.data.as_ref().unwrap_or(&self.file)
+        self.crypt.as_ref().or(self.data.as_ref()).unwrap_or(&self.file)
     }
 }
 

@@ -265,6 +265,10 @@ impl Qcow2 {
     /// As a write.
     pub fn store_compressed(&self, offset: u64, data: &[u8], packed: Option<Vec<u8>>) -> io::Result<()> {
         let Some(packed) = packed else { return self.write_range(offset, data) };
+        if self.files.crypt.is_some() {
+            let text = "Compression and encryption not supported at the same time";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
         let layout = self.layout;
         let _exclusive = self.ranges.lock(offset, offset + layout.cluster(), true);
         self.note_write(offset, data.len() as u64)?;

@@ -1,13 +1,14 @@
 //! What commands share: opening images, errors, progress, numbers.
 
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
 use holdfast_block::graph::Opener;
 use holdfast_block::options::{BlockdevOptions, Driver, parse_size};
 use holdfast_block::qcow2::Qcow2;
 use holdfast_block::{BlockError, BlockNode};
+use holdfast_objects::Objects;
 use holdfast_threads::PlainSpawner;
 use serde_json::Value;
 
@@ -59,6 +60,25 @@ pub(crate) type Result<T> = std::result::Result<T, ImgError>;
 
 pub(crate) fn refused<T>(text: impl Into<String>) -> Result<T> {
     Err(ImgError::Refused(text.into()))
+}
+
+/// The objects of the command line.
+static OBJECTS: OnceLock<Arc<Objects>> = OnceLock::new();
+
+/// The objects that `--object` made.
+pub(crate) fn objects() -> Arc<Objects> {
+    Arc::clone(OBJECTS.get_or_init(Arc::default))
+}
+
+/// Makes the objects of the command line.
+pub(crate) fn make_objects(texts: &[String]) -> Result<()> {
+    let objects = objects();
+    texts.iter().try_for_each(|t| objects.add_text(t)).map_err(|e| ImgError::Refused(e.to_string()))
+}
+
+/// The password that a secret is.
+pub(crate) fn password(id: &str) -> Result<Arc<holdfast_objects::Secret>> {
+    objects().password(id).map_err(|e| ImgError::Refused(e.to_string()))
 }
 
 /// Makes an error of the host's one of a command.
@@ -114,7 +134,12 @@ impl<'a> Source<'a> {
 
     /// What opens it.
     pub(crate) fn opener(&self, writable: bool) -> Result<Opener> {
-        let mut opener = Opener { writable, share: self.share, ..Opener::reading(PlainSpawner::shared()) };
+        let mut opener = Opener {
+            writable,
+            share: self.share,
+            objects: objects(),
+            ..Opener::reading(PlainSpawner::shared())
+        };
         (opener.direct, opener.no_flush) = cache_mode(self.cache.unwrap_or("writeback"))?;
         Ok(opener)
     }

@@ -104,7 +104,7 @@ fn sources(args: &Args, names: &[String]) -> Result<Vec<Arc<dyn BlockNode>>> {
     Ok(out)
 }
 
-fn at_snapshot(node: &Arc<dyn BlockNode>, name: &str, key: &str) -> Result<Arc<dyn BlockNode>> {
+pub(crate) fn at_snapshot(node: &Arc<dyn BlockNode>, name: &str, key: &str) -> Result<Arc<dyn BlockNode>> {
     let key = key.strip_prefix("snapshot.id=").or_else(|| key.strip_prefix("snapshot.name=")).unwrap_or(key);
     let Some(image) = node.as_qcow2() else {
         return refused(format!("Failed to load snapshot: '{name}' has none"));
@@ -135,6 +135,10 @@ fn new_target(args: &Args, name: &str, size: u64) -> Result<(Target, Arc<dyn Blo
     target.size.get_or_insert(size);
     check_backing(&mut target, name, true)?;
     target.options.size = target.size.unwrap_or(size).next_multiple_of(512);
+    target.settle().map_err(|e| ImgError::Refused(format!("{name}: {e}")))?;
+    if args.compress && target.options.encrypt.is_some() {
+        return refused("Compression and encryption not supported at the same time");
+    }
     if args.compress && target.options.preallocation != Preallocation::Off {
         return refused("Compression and preallocation not supported at the same time");
     }
@@ -227,7 +231,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     if node.size() < total {
         return refused("output file is smaller than input file");
     }
-    let preallocated = target.as_ref().is_some_and(|t| t.options.preallocation == Preallocation::Full);
+    let preallocated = target
+        .as_ref()
+        .is_some_and(|t| t.options.preallocation == Preallocation::Full || t.starts_as_noise());
     let skip_below = match (&backing, sources.first()) {
         (Some(b), Some(first)) => {
             let place = b.path().map(|p| p.display().to_string()).unwrap_or_default();

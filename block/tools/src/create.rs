@@ -3,16 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use holdfast_block::BlockNode;
 use holdfast_block::graph::{Opener, beside};
+use holdfast_block::luks;
 use holdfast_block::node::Preallocation;
 use holdfast_block::options::{Driver, split_pairs};
 use holdfast_block::qcow2::header::Compression;
 use holdfast_block::qcow2::{self, CreateOptions};
 use holdfast_block::raw::{LockRange, RawImage, RawOptions};
+use holdfast_block::{BlockError, BlockNode};
 use holdfast_threads::PlainSpawner;
 
-use crate::common::{ImgError, Result, Source, failed, print, refused, size_argument};
+use crate::common::{ImgError, Result, Source, failed, password, print, refused, size_argument};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -49,10 +50,30 @@ const QCOW2_HELP: &str = "Supported qcow2 options:
   compression_type=<str> - Compression method used for image cluster compression
   data_file=<str>        - File name of an external data file
   data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image
+  encrypt.cipher-alg=<str> - Name of encryption cipher algorithm
+  encrypt.cipher-mode=<str> - Name of encryption cipher mode
+  encrypt.format=<str>   - Encrypt the image, format choices: 'luks'
+  encrypt.hash-alg=<str> - Name of encryption hash algorithm
+  encrypt.iter-time=<num> - Time to spend in PBKDF in milliseconds
+  encrypt.ivgen-alg=<str> - Name of IV generator algorithm
+  encrypt.ivgen-hash-alg=<str> - Name of IV generator hash algorithm
+  encrypt.key-secret=<str> - ID of the secret that is the LUKS passphrase
   extended_l2=<bool (on/off)> - Extended L2 tables
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   preallocation=<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)
   refcount_bits=<num>    - Width of a reference count entry in bits
+  size=<size>            - Virtual disk size
+";
+const LUKS_HELP: &str = "Supported luks options:
+  cipher-alg=<str>       - Name of encryption cipher algorithm
+  cipher-mode=<str>      - Name of encryption cipher mode
+  detached-header=<bool (on/off)> - The file is to have the header alone
+  hash-alg=<str>         - Name of encryption hash algorithm
+  iter-time=<num>        - Time to spend in PBKDF in milliseconds
+  ivgen-alg=<str>        - Name of IV generator algorithm
+  ivgen-hash-alg=<str>   - Name of IV generator hash algorithm
+  key-secret=<str>       - ID of the secret that provides the keyslot passphrase
+  preallocation=<str>    - Preallocation mode (allowed values: off, falloc, full)
   size=<size>            - Virtual disk size
 ";
 const RAW_HELP: &str = "Supported raw options:
@@ -69,7 +90,23 @@ pub(crate) struct Target {
     pub(crate) size: Option<u64>,
     /// The version as options give it.
     compat: Option<String>,
+    /// Options of encryption, without `encrypt.`, as they are given.
+    encrypt: Vec<(String, String)>,
+    /// The header has a file of its own.
+    detached: bool,
 }
+
+/// Options of encryption, in the order in which they are shown.
+const ENCRYPT_OPTIONS: [&str; 8] = [
+    "format",
+    "key-secret",
+    "cipher-alg",
+    "cipher-mode",
+    "ivgen-alg",
+    "ivgen-hash-alg",
+    "hash-alg",
+    "iter-time",
+];
 
 fn on_off(key: &str, value: &str) -> Result<bool> {
     match value {
@@ -83,7 +120,11 @@ fn on_off(key: &str, value: &str) -> Result<bool> {
 pub(crate) fn options_help(driver: Driver, options: &[String]) -> Option<&'static str> {
     let asked =
         options.iter().flat_map(|o| split_pairs(o)).any(|(k, v)| v.is_none() && (k == "help" || k == "?"));
-    asked.then_some(if driver == Driver::Qcow2 { QCOW2_HELP } else { RAW_HELP })
+    asked.then_some(match driver {
+        Driver::Qcow2 => QCOW2_HELP,
+        Driver::Luks => LUKS_HELP,
+        _ => RAW_HELP,
+    })
 }
 
 /// Formats that images can be made of.
@@ -96,7 +137,14 @@ pub(crate) fn target_driver(name: &str) -> Result<Driver> {
 
 impl Target {
     pub(crate) fn new(driver: Driver) -> Self {
-        Self { driver, options: CreateOptions::new(0), size: None, compat: None }
+        Self {
+            driver,
+            options: CreateOptions::new(0),
+            size: None,
+            compat: None,
+            encrypt: Vec::new(),
+            detached: false,
+        }
     }
 
     /// Takes options as `-o` gives them.
@@ -104,6 +152,14 @@ impl Target {
         for (key, value) in options.iter().flat_map(|o| split_pairs(o)) {
             let Some(value) = value else { return refused(format!("Expected '=' after parameter '{key}'")) };
             if self.common(&key, &value)? {
+                continue;
+            }
+            if self.driver == Driver::Luks {
+                match key.as_str() {
+                    "detached-header" => self.detached = on_off(&key, &value)?,
+                    "format" => return refused("Invalid parameter 'format'"),
+                    _ => self.encryption(&key, &value)?,
+                }
                 continue;
             }
             if self.driver != Driver::Qcow2 {
@@ -160,18 +216,116 @@ impl Target {
                     bits.ok_or_else(|| ImgError::Refused(format!("Parameter '{key}' expects a number")))?;
             }
             "encryption" if value == "off" => {}
-            _ if key.starts_with("encrypt") => {
-                return refused(format!("'{key}': encrypted images are not supported by this version"));
+            "encryption" => {
+                return refused(
+                    "'encryption' means the format 'aes', which is not made any more: use encrypt.format=luks",
+                );
+            }
+            _ if key.starts_with("encrypt.") => {
+                self.encryption(key.strip_prefix("encrypt.").unwrap_or(key), value)?;
             }
             _ => return refused(format!("Invalid parameter '{key}'")),
         }
         Ok(())
     }
 
+    /// Takes an option of encryption.
+    fn encryption(&mut self, key: &str, value: &str) -> Result<()> {
+        if !ENCRYPT_OPTIONS.contains(&key) {
+            return refused(format!("Invalid parameter '{key}'"));
+        }
+        self.encrypt.retain(|(k, _)| k != key);
+        self.encrypt.push((key.to_owned(), value.to_owned()));
+        Ok(())
+    }
+
+    fn encrypt_option(&self, key: &str) -> Option<&str> {
+        self.encrypt.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    /// How contents are to be encrypted, if they are.
+    fn luks(&self) -> Result<Option<luks::CreateOptions>> {
+        if self.encrypt.is_empty() && self.driver != Driver::Luks {
+            return Ok(None);
+        }
+        match (self.driver, self.encrypt_option("format")) {
+            (Driver::Qcow2, Some("luks")) | (Driver::Luks, _) => {}
+            (_, Some("aes")) => {
+                return refused(
+                    "images encrypted in the format 'aes' are not made any more: use encrypt.format=luks",
+                );
+            }
+            (_, Some(other)) => return refused(format!("Unknown encryption format {other}")),
+            (_, None) => return refused("Parameter 'encrypt.format' is missing"),
+        }
+        let mut options = luks::CreateOptions::default();
+        for (key, value) in &self.encrypt {
+            if key != "format" && key != "key-secret" {
+                options.set(key, value).map_err(|e| ImgError::Refused(e.to_string()))?;
+            }
+        }
+        Ok(Some(options))
+    }
+
+    /// Bytes before the data of a LUKS volume.
+    pub(crate) fn luks_payload(&self) -> Result<u64> {
+        let options = self.luks()?.unwrap_or_default();
+        options.payload().map_err(|e| ImgError::Refused(e.to_string()))
+    }
+
+    /// Puts what is known of encryption into the options of qcow2 images.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if self.driver == Driver::Qcow2 {
+            self.options.encrypt = self.luks()?;
+        }
+        Ok(())
+    }
+
+    /// True if what was never written does not read as zeroes.
+    pub(crate) fn starts_as_noise(&self) -> bool {
+        self.driver == Driver::Luks
+            || (!self.encrypt.is_empty() && self.options.preallocation != Preallocation::Off)
+    }
+
+    /// The options that open the image that was made.
+    pub(crate) fn key_secret(&self) -> Option<&str> {
+        self.encrypt_option("key-secret")
+    }
+
+    fn password(&self) -> Result<Option<Arc<holdfast_objects::Secret>>> {
+        let prefix = if self.driver == Driver::Luks { "" } else { "encrypt." };
+        match self.key_secret() {
+            Some(id) => password(id).map(Some),
+            None if self.driver == Driver::Luks || !self.encrypt.is_empty() => {
+                refused(format!("Parameter '{prefix}key-secret' is required for cipher"))
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn make_luks(&self, file: Arc<dyn BlockNode>) -> std::result::Result<Arc<dyn BlockNode>, MakeError> {
+        let options = self.luks()?.unwrap_or_default();
+        let password = self.password()?;
+        let password = password.as_ref().map(|p| p.bytes()).unwrap_or_default();
+        if self.detached {
+            luks::format(&luks::Volume { node: &*file, base: 0 }, &options, password, true)?;
+            return Ok(file);
+        }
+        let how = (self.options.size, self.options.preallocation);
+        Ok(luks::create(file, &options, how, password)?)
+    }
+
     /// Makes the image and opens it for writing.
     pub(crate) fn make(&self, name: &str, no_flush: bool) -> Result<Arc<dyn BlockNode>> {
         let fail = |source| ImgError::Image { what: "error while creating", name: name.to_owned(), source };
+        let password = self.password()?;
         let file = new_file(name, no_flush)?;
+        if self.driver == Driver::Luks {
+            return self.make_luks(file).map_err(|e| match e {
+                MakeError::Image(source) => fail(source),
+                MakeError::Img(error) => error,
+            });
+        }
         if self.driver != Driver::Qcow2 {
             let size = self.options.size;
             file.truncate(size, self.options.preallocation)
@@ -189,8 +343,27 @@ impl Target {
             }
             None => None,
         };
-        let image = qcow2::create(file, data, &self.options).map_err(fail)?;
+        let image =
+            qcow2::create(file, data, &self.options, password.as_ref().map(|p| p.bytes())).map_err(fail)?;
         Ok(image)
+    }
+}
+
+/// Why an image cannot be made.
+enum MakeError {
+    Image(BlockError),
+    Img(ImgError),
+}
+
+impl From<BlockError> for MakeError {
+    fn from(error: BlockError) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<ImgError> for MakeError {
+    fn from(error: ImgError) -> Self {
+        Self::Img(error)
     }
 }
 
@@ -227,7 +400,8 @@ pub(crate) fn check_backing(target: &mut Target, name: &str, open: bool) -> Resu
             "{name}: Error: Trying to create an image with the same filename as the backing file"
         ));
     }
-    let opener = Opener { share: true, ..Opener::reading(PlainSpawner::shared()) };
+    let opener =
+        Opener { share: true, objects: crate::common::objects(), ..Opener::reading(PlainSpawner::shared()) };
     let node = Source::new(&place, Some(&format)).open_with(&opener)?;
     if target.size.is_none() {
         target.size = Some(node.size());
@@ -239,13 +413,22 @@ fn formatting(name: &str, target: &Target) -> String {
     let o = &target.options;
     let onoff = |b: bool| if b { "on" } else { "off" };
     let mut text = format!("Formatting '{name}', fmt={}", target.driver.name());
+    let encryption = |prefix: &str| -> String {
+        let given = ENCRYPT_OPTIONS.iter().filter_map(|k| target.encrypt_option(k).map(|v| (k, v)));
+        given.map(|(k, v)| format!(" {prefix}{k}={v}")).collect()
+    };
     if target.driver != Driver::Qcow2 {
         text += &format!(" size={}", o.size);
+        text += &encryption("");
+        if target.detached {
+            text += " detached-header=on";
+        }
         if o.preallocation != Preallocation::Off {
             text += &format!(" preallocation={}", o.preallocation.name());
         }
         return text + "\n";
     }
+    text += &encryption("encrypt.");
     text += &format!(" cluster_size={} extended_l2={}", o.cluster_size, onoff(o.extended_l2));
     if o.preallocation != Preallocation::Off {
         text += &format!(" preallocation={}", o.preallocation.name());
@@ -282,6 +465,10 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         target.size = Some(size_argument(size, "image size")?);
     }
     check_backing(&mut target, name, !args.unsafe_backing)?;
+    target.settle().map_err(named)?;
+    if target.detached && target.size.is_none() {
+        target.size = Some(0);
+    }
     let Some(size) = target.size else {
         return refused(format!("{name}: Image creation needs a size parameter"));
     };

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use holdfast_block::BlockNode;
+use holdfast_block::crypto::IvGenerator;
 use holdfast_block::graph::{Backing, beside};
+use holdfast_block::luks::header::Header;
 use holdfast_block::options::Driver;
 use holdfast_block::qcow2::Qcow2;
 use holdfast_block::qcow2::header::{AUTOCLEAR_RAW, LAZY_REFCOUNTS, incompatible};
@@ -48,6 +50,37 @@ fn child(name: &str, node: &Arc<dyn BlockNode>) -> Value {
     json!({ "name": name, "info": info })
 }
 
+/// What there is to say of a LUKS header; within an image with the name of the format.
+fn luks_json(header: &Header, within: bool) -> Value {
+    let spec = &header.cipher;
+    let mut data = Map::new();
+    if let Some(iv) = spec.iv {
+        data.insert("ivgen-alg".into(), json!(iv.name()));
+        if let IvGenerator::Essiv(hash) = iv {
+            data.insert("ivgen-hash-alg".into(), json!(hash.name()));
+        }
+    }
+    data.insert("hash-alg".into(), json!(header.hash.name()));
+    data.insert("cipher-alg".into(), json!(format!("{}-{}", spec.algorithm.name(), spec.key * 8)));
+    data.insert("uuid".into(), json!(header.uuid));
+    if within {
+        data.insert("format".into(), json!("luks"));
+    }
+    data.insert("cipher-mode".into(), json!(spec.mode.name()));
+    let slots = header.slots.iter().map(|slot| {
+        let offset = u64::from(slot.offset) * 512;
+        if slot.active {
+            json!({ "active": true, "iters": slot.iterations, "key-offset": offset, "stripes": slot.stripes })
+        } else {
+            json!({ "active": false, "key-offset": offset })
+        }
+    });
+    data.insert("slots".into(), slots.collect());
+    data.insert("payload-offset".into(), json!(u64::from(header.payload) * 512));
+    data.insert("master-key-iters".into(), json!(header.digest_iterations));
+    Value::Object(data)
+}
+
 fn qcow2_specific(image: &Qcow2) -> Value {
     let header = image.header();
     let mut data = Map::new();
@@ -75,7 +108,13 @@ fn qcow2_specific(image: &Qcow2) -> Value {
     }
     match header.crypt_method {
         1 => drop(data.insert("encrypt".into(), json!({ "format": "aes" }))),
-        2 => drop(data.insert("encrypt".into(), json!({ "format": "luks" }))),
+        2 => {
+            let header = image.luks_header().ok().flatten();
+            drop(data.insert(
+                "encrypt".into(),
+                header.map_or(json!({ "format": "luks" }), |h| luks_json(&h, true)),
+            ))
+        }
         _ => {}
     }
     json!({ "type": "qcow2", "data": data })
@@ -124,6 +163,13 @@ pub(crate) fn image_info(name: &str, node: &Arc<dyn BlockNode>) -> Value {
         info.insert("format-specific".into(), qcow2_specific(image));
         info.insert("dirty-flag".into(), json!(header.incompatible & incompatible::DIRTY != 0));
     } else {
+        if let Some(header) = node.as_luks().and_then(|l| l.header().ok()) {
+            info.insert("encrypted".into(), json!(true));
+            info.insert(
+                "format-specific".into(),
+                json!({ "type": "luks", "data": luks_json(&header, false) }),
+            );
+        }
         info.insert("dirty-flag".into(), json!(false));
     }
     info.insert("virtual-size".into(), json!(node.size()));

@@ -1,6 +1,7 @@
-//! `holdfast img`: making, looking into, converting and repairing disk images.
+//! `holdfast img`: making, looking into, converting and repairing disk images; `holdfast nbd`: exporting them; `holdfast io`:
+//! reading and writing them by commands.
 //!
-//! Commands, options, exit codes and output are those of `qemu-img`, whose name works too.
+//! Commands, options, exit codes and output are those of `qemu-img`, `qemu-nbd` and `qemu-io`, whose names work too.
 
 mod amend;
 mod bench;
@@ -14,8 +15,10 @@ mod copy;
 mod create;
 mod dd;
 mod info;
+mod io;
 mod map;
 mod measure;
+mod nbd;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -34,6 +37,9 @@ pub use common::ImgError;
     arg_required_else_help = true
 )]
 struct Cli {
+    /// Make an object that other options name, such as `secret,id=ID,file=FILE`
+    #[arg(long = "object", global = true, value_name = "TYPE,id=ID,...")]
+    objects: Vec<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -77,8 +83,26 @@ pub fn command(name: &'static str) -> clap::Command {
     <Cli as clap::CommandFactory>::command().name(name)
 }
 
+/// The command line of `holdfast nbd`, for help and completions.
+pub fn nbd_command(name: &'static str) -> clap::Command {
+    <nbd::Args as clap::CommandFactory>::command().name(name)
+}
+
+/// The command line of `holdfast io`, for help and completions.
+pub fn io_command(name: &'static str) -> clap::Command {
+    <io::Args as clap::CommandFactory>::command().name(name)
+}
+
 /// Runs a command line whose first word is the program's name. Returns the exit status.
+///
+/// Names that end with `nbd` or `io` call the server and the tester of images.
 pub fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 {
+    if name.ends_with("nbd") {
+        return nbd::main(args, name);
+    }
+    if name.ends_with("io") {
+        return io::main(args, name);
+    }
     let parsed = command(name)
         .bin_name(name)
         .try_get_matches_from(args)
@@ -91,7 +115,18 @@ pub fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 
             return u8::from(error.use_stderr());
         }
     };
-    let result = match cli.command {
+    let result = common::make_objects(&cli.objects).and_then(|()| run(cli.command, name));
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            error.status()
+        }
+    }
+}
+
+fn run(command: Command, name: &str) -> common::Result<u8> {
+    match command {
         Command::Amend(args) => amend::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
@@ -107,12 +142,5 @@ pub fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 
         Command::Rebase(args) => rebase::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
-    };
-    match result {
-        Ok(status) => status,
-        Err(error) => {
-            eprintln!("{name}: {error}");
-            error.status()
-        }
     }
 }

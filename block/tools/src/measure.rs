@@ -77,6 +77,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         (None, None) => return refused("Either --size N or one filename must be specified."),
     };
     let size = node.as_ref().map_or(target.size.unwrap_or(0), |n| n.size()).next_multiple_of(512);
+    target.settle()?;
     let mut bitmaps = None;
     let (required, full) = if driver == Driver::Qcow2 {
         target.options.size = size;
@@ -102,6 +103,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             bitmaps = Some(image.bitmaps().iter().map(|b| bitmap_bytes(b, size, cluster)).sum::<u64>());
         }
         (calculate(used)?, calculate(all)?)
+    } else if driver == Driver::Luks {
+        let all = size.saturating_add(target.luks_payload()?);
+        (all, all)
     } else {
         // As other tools have it: nothing is known of holes in raw files.
         (size, size)

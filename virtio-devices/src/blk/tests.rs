@@ -422,7 +422,7 @@ fn qcow2(dir: &std::path::Path, options: &CreateOptions) -> DiskConfig {
     let path = dir.join("disk.qcow2");
     let raw = RawOptions { create: true, ..RawOptions::new(&path) };
     let file = RawImage::open(raw, PlainSpawner::shared()).expect("file");
-    drop(qcow2::create(file, None, options).expect("image"));
+    drop(qcow2::create(file, None, options, None).expect("image"));
     DiskConfig {
         path: Some(path),
         image_type: Some(super::config::ImageType::Qcow2),

@@ -136,7 +136,7 @@ const SIZE: u64 = 128 << 10;
 
 fn run(options: &CreateOptions, seed: u64, snapshots: bool) -> (Arc<Tape>, History) {
     let tape = Arc::new(Tape::default());
-    let image = create(Arc::clone(&tape) as Arc<dyn BlockNode>, None, options).expect("create");
+    let image = create(Arc::clone(&tape) as Arc<dyn BlockNode>, None, options, None).expect("create");
     let sectors = (SIZE / 512) as usize;
     let mut history = History { models: vec![vec![0; SIZE as usize]], touched: vec![vec![false; sectors]] };
     let mut model = vec![0; SIZE as usize];
@@ -287,7 +287,7 @@ fn write_errors_lose_nothing_else() {
     }
     let disk = Arc::new(Failing { tape: Tape::default(), countdown: Mutex::new(u64::MAX) });
     let options = CreateOptions { cluster_size: 512, ..CreateOptions::new(SIZE) };
-    let image = create(Arc::clone(&disk) as Arc<dyn BlockNode>, None, &options).expect("create");
+    let image = create(Arc::clone(&disk) as Arc<dyn BlockNode>, None, &options, None).expect("create");
     *disk.countdown.lock() = 20;
     let mut rng = Rng(4);
     let mut known: Vec<Option<u8>> = vec![Some(0); (SIZE / 512) as usize];

@@ -41,7 +41,7 @@ fn headers_that_cannot_be_are_refused() {
         (100, 90u32.to_be_bytes().to_vec(), "too short"),
         (100, 5000u32.to_be_bytes().to_vec(), "exceeds"),
         (32, 1u32.to_be_bytes().to_vec(), "AES"),
-        (32, 2u32.to_be_bytes().to_vec(), "LUKS"),
+        (32, 2u32.to_be_bytes().to_vec(), "key-secret"),
         (8, 5000u64.to_be_bytes().to_vec(), "backing"),
     ];
     for (at, value, words) in cases {
@@ -150,7 +150,7 @@ fn altered_images_only_make_calls_fail() {
     for (n, (cluster_size, extended_l2)) in [(512, false), (16384, true)].into_iter().enumerate() {
         let tape = Arc::new(super::crash::Tape::default());
         let options = CreateOptions { cluster_size, extended_l2, ..CreateOptions::new(256 << 10) };
-        let image = create(Arc::clone(&tape) as Arc<dyn BlockNode>, None, &options).expect("image");
+        let image = create(Arc::clone(&tape) as Arc<dyn BlockNode>, None, &options, None).expect("image");
         image.write_at(3000, &[7; 30_000]).expect("write");
         image.write_compressed(4 * cluster_size, &vec![5; cluster_size as usize]).expect("compressed");
         image.create_snapshot("one", 0).expect("snapshot");

@@ -81,7 +81,7 @@ impl Bed {
     }
 
     pub(super) fn create(&self) -> Arc<Qcow2> {
-        let image = create(file(&self.path(), true), self.data(true), &self.options).expect("create");
+        let image = create(file(&self.path(), true), self.data(true), &self.options, None).expect("create");
         image.set_backing(self.backing());
         image
     }

@@ -1,0 +1,16 @@
+//! Network block devices: client and server of the NBD protocol ("The NBD protocol", newstyle negotiation).
+
+mod client;
+mod handshake;
+pub mod proto;
+mod server;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod transmission;
+mod uri;
+
+pub use client::{ClientOptions, ExportInfo, Nbd, list};
+pub use server::{BitmapContext, Export, Server};
+pub use stream::{Address, Listener, Socket, Stream, TlsClient};
+pub use uri::parse as parse_uri;

@@ -1,0 +1,304 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use holdfast_threads::PlainSpawner;
+
+use super::proto::{OPTION_MAGIC, REQUEST_MAGIC, SERVER_MAGIC, command, option};
+use super::*;
+use crate::graph::Opener;
+use crate::qcow2::{CreateOptions, Qcow2, create};
+use crate::raw::{LockRange, RawImage, RawOptions};
+use crate::{BlockNode, graph};
+
+/// A server at a socket, on threads of its own.
+struct Bed {
+    dir: tempfile::TempDir,
+    server: Arc<Server>,
+    /// Held so that the name stays.
+    accepting: Option<JoinHandle<()>>,
+}
+
+fn image(path: &Path) -> Arc<Qcow2> {
+    let options = RawOptions { create: true, lock: LockRange::None, ..RawOptions::new(path) };
+    let file = RawImage::open(options, PlainSpawner::shared()).expect("file");
+    create(file, None, &CreateOptions::new(4 << 20), None).expect("image")
+}
+
+fn listen(server: &Arc<Server>, path: PathBuf) -> JoinHandle<()> {
+    let listener = Listener::bind(&Address::Unix(path)).expect("listening");
+    let server = Arc::clone(server);
+    std::thread::spawn(move || {
+        let mut threads = Vec::new();
+        while let Ok(socket) = listener.accept() {
+            // A client that says nothing at all is the test's end.
+            let server = Arc::clone(&server);
+            if server.export("").is_none() {
+                break;
+            }
+            threads.push(std::thread::spawn(move || server.serve(socket)));
+        }
+        server.disconnect_all();
+        drop(listener);
+        for thread in threads {
+            let _ = thread.join().expect("no panic");
+        }
+    })
+}
+
+impl Bed {
+    fn new(readonly: bool) -> (Self, Arc<Qcow2>) {
+        let dir = tempfile::tempdir().expect("directory");
+        let node = image(&dir.path().join("a.qcow2"));
+        let server = Server::new(None);
+        let export = Export {
+            name: String::new(),
+            description: Some("words".to_owned()),
+            node: Arc::clone(&node) as Arc<dyn BlockNode>,
+            readonly,
+            allocation_depth: true,
+            bitmaps: Vec::new(),
+            multi_conn: true,
+        };
+        assert!(server.add(export));
+        let accepting = Some(listen(&server, dir.path().join("s")));
+        (Self { dir, server, accepting }, node)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
+    fn options(&self) -> ClientOptions {
+        ClientOptions {
+            address: Address::Unix(self.socket()),
+            export: String::new(),
+            tls: None,
+            context: None,
+            reconnect_delay: 0,
+            open_timeout: 0,
+            readonly: false,
+        }
+    }
+
+    /// A connection that is past the negotiation, of simple replies.
+    fn raw(&self) -> UnixStream {
+        let mut socket = UnixStream::connect(self.socket()).expect("connected");
+        let mut hello = [0; 18];
+        socket.read_exact(&mut hello).expect("hello");
+        assert_eq!(hello[..8], SERVER_MAGIC.to_be_bytes());
+        socket.write_all(&3u32.to_be_bytes()).expect("flags");
+        socket
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.server.remove("");
+        drop(UnixStream::connect(self.socket()));
+        if let Some(thread) = self.accepting.take() {
+            thread.join().expect("no panic");
+        }
+    }
+}
+
+fn option_bytes(kind: u32, data: &[u8]) -> Vec<u8> {
+    [&OPTION_MAGIC.to_be_bytes()[..], &kind.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
+}
+
+#[test]
+fn a_client_sees_what_the_server_has() {
+    let (bed, node) = Bed::new(false);
+    let client = Nbd::open(bed.options()).expect("client");
+    assert_eq!((client.size(), client.info().description.as_deref()), (4 << 20, Some("words")));
+    client.write_at(100_000, &[7; 70_000]).expect("written");
+    client.write_zeroes(110_000, 1000, true).expect("zeroed");
+    client.discard(3 << 20, 65536).expect("discarded");
+    client.flush().expect("flushed");
+    let (mut ours, mut theirs) = (vec![1; 4 << 20], vec![2; 4 << 20]);
+    client.read_at(0, &mut ours).expect("read");
+    node.read_at(0, &mut theirs).expect("read");
+    assert!(ours == theirs && ours[100_000] == 7 && ours[110_500] == 0);
+    let hole = client.status(0, 1 << 20).expect("status");
+    assert!(hole.zero && !hole.data && hole.len == 65536, "{hole:?}");
+    let data = client.status(65536, 1 << 20).expect("status");
+    assert!(data.data && !data.zero, "{data:?}");
+    assert!(client.read_at((4 << 20) - 10, &mut [0; 10]).is_ok());
+    assert!(client.write_at((4 << 20) - 10, &[0; 11]).is_err());
+    // By name, and with a format over it.
+    let name = format!("nbd+unix:///?socket={}", bed.socket().display());
+    let opener = Opener::writing(PlainSpawner::shared());
+    let node =
+        opener.open(&graph::named(&name, Some(crate::options::Driver::Raw)).expect("name")).expect("open");
+    assert_eq!((node.driver(), node.size()), ("raw", 4 << 20));
+    let exports = list(&bed.options().address, None).expect("exports");
+    assert_eq!(exports[0].contexts, ["base:allocation", "qemu:allocation-depth"]);
+}
+
+#[test]
+fn several_connections_at_once() {
+    let (bed, node) = Bed::new(false);
+    let client = Nbd::open(bed.options()).expect("client");
+    std::thread::scope(|s| {
+        for n in 0..8u64 {
+            let client = &client;
+            s.spawn(move || {
+                for m in 0..16 {
+                    let at = (n * 16 + m) * 8192;
+                    client.write_at(at, &[n as u8 + 1; 8192]).expect("written");
+                    let mut back = [0; 8192];
+                    client.read_at(at, &mut back).expect("read");
+                    assert!(back.iter().all(|b| *b == n as u8 + 1));
+                }
+            });
+        }
+    });
+    let mut all = vec![0; 1 << 20];
+    node.read_at(0, &mut all).expect("read");
+    assert!(all.chunks(16 * 8192).enumerate().all(|(n, c)| c.iter().all(|b| usize::from(*b) == n + 1)));
+}
+
+#[test]
+fn a_lost_connection_is_made_anew() {
+    let (bed, _node) = Bed::new(false);
+    let patient = Nbd::open(ClientOptions { reconnect_delay: 60, ..bed.options() }).expect("client");
+    patient.write_at(0, &[9; 512]).expect("written");
+    bed.server.disconnect_all();
+    let mut back = [0; 512];
+    patient.read_at(0, &mut back).expect("read again");
+    assert_eq!(back, [9; 512]);
+}
+
+#[test]
+fn what_is_read_only_is_not_written() {
+    let (bed, _node) = Bed::new(true);
+    let error = Nbd::open(bed.options()).expect_err("refused").to_string();
+    assert!(error.contains("write access denied"), "{error}");
+    let client = Nbd::open(ClientOptions { readonly: true, ..bed.options() }).expect("client");
+    assert!(client.is_readonly() && client.write_at(0, &[1]).is_err());
+    // A client that tries anyway.
+    let mut socket = bed.raw();
+    socket.write_all(&option_bytes(option::EXPORT_NAME, b"")).expect("asked");
+    let mut export = [0; 10];
+    socket.read_exact(&mut export).expect("export");
+    for (kind, payload) in [(command::WRITE, 512usize), (command::TRIM, 0), (command::WRITE_ZEROES, 0)] {
+        let request = proto::Request { flags: 0, command: kind, cookie: 5, offset: 0, len: 512 };
+        socket.write_all(&[&request.to_bytes()[..], &vec![1; payload]].concat()).expect("asked");
+        let mut answer = [0; 16];
+        socket.read_exact(&mut answer).expect("answer");
+        assert_eq!(answer[4..8], 1u32.to_be_bytes(), "EPERM");
+    }
+    assert!(Nbd::open(ClientOptions { export: "other".to_owned(), ..bed.options() }).is_err());
+}
+
+#[test]
+fn garbage_ends_a_connection_and_nothing_else() {
+    let (bed, _node) = Bed::new(false);
+    let past = |tail: &[u8]| [option_bytes(option::EXPORT_NAME, b""), tail.to_vec()].concat();
+    let request = |command: u16, offset: u64, len: u32| {
+        proto::Request { flags: 0, command, cookie: 1, offset, len }.to_bytes().to_vec()
+    };
+    let half = request(command::WRITE, 0, 1 << 20);
+    let words: Vec<Vec<u8>> = vec![
+        vec![0xff; 64],
+        option_bytes(option::GO, &[0xff; 64]),
+        option_bytes(option::GO, b""),
+        [&OPTION_MAGIC.to_be_bytes()[..], &option::LIST.to_be_bytes(), &u32::MAX.to_be_bytes()].concat(),
+        option_bytes(option::STARTTLS, b""),
+        option_bytes(option::SET_META_CONTEXT, &[0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]),
+        option_bytes(option::EXPORT_NAME, &[0xff, 0xfe]),
+        past(&[0; 100]),
+        past(&REQUEST_MAGIC.to_be_bytes()),
+        past(&request(command::WRITE, 0, u32::MAX)),
+        past(&half[..]),
+        past(&[request(command::READ, u64::MAX, 1), request(99, 0, 0)].concat()),
+        past(&[request(command::READ, 0, u32::MAX), request(command::BLOCK_STATUS, 0, 512)].concat()),
+    ];
+    for text in &words {
+        let mut socket = bed.raw();
+        // The server may hang up in the middle.
+        let _ = socket.write_all(text);
+        let _ = socket.shutdown(std::net::Shutdown::Write);
+        let mut rest = Vec::new();
+        let _ = socket.read_to_end(&mut rest);
+    }
+    let client = Nbd::open(bed.options()).expect("still served");
+    client.read_at(0, &mut [0; 512]).expect("read");
+}
+
+#[test]
+fn servers_that_talk_nonsense_are_left() {
+    let dir = tempfile::tempdir().expect("directory");
+    let path = dir.path().join("s");
+    let hello = [&SERVER_MAGIC.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &[0, 3]].concat();
+    let reply = |option: u32, kind: u32, data: &[u8]| {
+        [
+            &0x0003_e889_0455_65a9u64.to_be_bytes()[..],
+            &option.to_be_bytes(),
+            &kind.to_be_bytes(),
+            &(data.len() as u32).to_be_bytes(),
+            data,
+        ]
+        .concat()
+    };
+    let size = [&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0, 1]].concat();
+    let go = [
+        reply(option::STRUCTURED_REPLY, 1, b""),
+        reply(option::SET_META_CONTEXT, 1, b""),
+        reply(option::GO, 3, &size),
+        reply(option::GO, 1, b""),
+    ]
+    .concat();
+    let opened = [hello.clone(), go].concat();
+    let chunk = |kind: u16, len: u32, data: &[u8]| {
+        [
+            &0x668e_33efu32.to_be_bytes()[..],
+            &1u16.to_be_bytes(),
+            &kind.to_be_bytes(),
+            &1u64.to_be_bytes(),
+            &len.to_be_bytes(),
+            data,
+        ]
+        .concat()
+    };
+    let all = |data: Vec<u8>| [opened.clone(), data].concat();
+    let texts: Vec<Vec<u8>> = vec![
+        b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n".to_vec(),
+        hello.clone(),
+        [hello.clone(), vec![0xff; 64]].concat(),
+        [hello.clone(), reply(option::STRUCTURED_REPLY, 1, b""), reply(option::LIST, 1, b"")].concat(),
+        all(vec![0xff; 64]),
+        all(chunk(1, 9, &[&u64::MAX.to_be_bytes()[..], &[1]].concat())),
+        all(chunk(2, 12, &[&0u64.to_be_bytes()[..], &u32::MAX.to_be_bytes()].concat())),
+        all(chunk(1, u32::MAX, &[0; 64])),
+        all(chunk(0, 0, &[])),
+        all(chunk(0x8001, 6, &[0; 6])),
+        all(chunk(5, 12, &[0; 12])),
+    ];
+    for text in &texts {
+        let listener = std::os::unix::net::UnixListener::bind(&path).expect("listening");
+        let text = text.clone();
+        let server = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("client");
+            let _ = socket.write_all(&text);
+            let _ = socket.shutdown(std::net::Shutdown::Write);
+            let _ = socket.read_to_end(&mut Vec::new());
+        });
+        let options = ClientOptions {
+            address: Address::Unix(path.clone()),
+            export: String::new(),
+            tls: None,
+            context: None,
+            reconnect_delay: 0,
+            open_timeout: 0,
+            readonly: true,
+        };
+        if let Ok(client) = Nbd::open(options) {
+            assert!(client.read_at(0, &mut [0; 512]).is_err());
+        }
+        server.join().expect("server");
+        std::fs::remove_file(&path).expect("removed");
+    }
+}

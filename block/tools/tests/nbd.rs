@@ -1,0 +1,353 @@
+//! Our NBD server and client beside those of QEMU, libnbd and nbdkit (Debian: qemu-utils, libnbd-bin, nbdkit, gnutls-bin).
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+struct Bed(tempfile::TempDir);
+
+/// A server that ends with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+impl Bed {
+    fn new() -> Self {
+        let bed = Self(tempfile::tempdir().expect("directory"));
+        let data: Vec<u8> = (0..2u32 << 20)
+            .map(|n| if n >> 17 & 1 == 0 { 0 } else { (n.wrapping_mul(2_654_435_761) >> 13) as u8 })
+            .collect();
+        std::fs::write(bed.dir().join("in.raw"), data).expect("data");
+        for name in ["holdfast-nbd", "holdfast-io"] {
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_holdfast-img"), bed.dir().join(name))
+                .expect("link");
+        }
+        bed
+    }
+
+    fn dir(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let program: PathBuf = match program {
+            "img" => env!("CARGO_BIN_EXE_holdfast-img").into(),
+            "nbd" => self.dir().join("holdfast-nbd"),
+            "io" => self.dir().join("holdfast-io"),
+            other => other.into(),
+        };
+        let mut command = Command::new(program);
+        command.current_dir(self.dir());
+        command
+    }
+
+    fn run(&self, program: &str, args: &[&str]) -> Output {
+        let out = self.command(program).args(args).output();
+        out.unwrap_or_else(|e| panic!("{program}: {e} (Debian: qemu-utils, libnbd-bin, nbdkit, gnutls-bin)"))
+    }
+
+    fn ok(&self, program: &str, args: &[&str]) -> String {
+        let out = self.run(program, args);
+        assert!(out.status.success(), "{program} {args:?}: {}{}", text(&out.stdout), text(&out.stderr));
+        text(&out.stdout)
+    }
+
+    /// A server at the socket `s`, once it is there.
+    fn serve(&self, program: &str, args: &[&str]) -> Running {
+        let _ = std::fs::remove_file(self.dir().join("s"));
+        let child = self.command(program).args(args).stdin(Stdio::null()).spawn().expect("server");
+        let mut running = Running(child);
+        let until = Instant::now() + Duration::from_secs(120);
+        while std::os::unix::net::UnixStream::connect(self.dir().join("s")).is_err() {
+            assert!(running.0.try_wait().expect("server").is_none(), "{program} {args:?} has ended");
+            assert!(Instant::now() < until, "{program} {args:?} does not come up");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        running
+    }
+
+    fn uri(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.dir().join("s").display())
+    }
+
+    /// Certificates of an authority, a server called `vm.example` and a client.
+    fn certificates(&self, dir: &str) {
+        let dir = self.dir().join(dir);
+        std::fs::create_dir(&dir).expect("directory");
+        let make = |args: &[&str]| {
+            let out = Command::new("certtool")
+                .current_dir(&dir)
+                .args(args)
+                .output()
+                .expect("certtool (Debian: gnutls-bin)");
+            assert!(out.status.success(), "{}", text(&out.stderr));
+        };
+        let template = |name: &str, words: &str| std::fs::write(dir.join(name), words).expect("template");
+        template("ca.info", "cn = Test\nca\ncert_signing_key\n");
+        template(
+            "server.info",
+            "cn = vm.example\ndns_name = vm.example\ntls_www_server\nencryption_key\nsigning_key\n",
+        );
+        template("client.info", "cn = client\ntls_www_client\nencryption_key\nsigning_key\n");
+        for who in ["ca", "server", "client"] {
+            make(&["--generate-privkey", "--ecc", "--outfile", &format!("{who}-key.pem")]);
+        }
+        make(&[
+            "--generate-self-signed",
+            "--template",
+            "ca.info",
+            "--load-privkey",
+            "ca-key.pem",
+            "--outfile",
+            "ca-cert.pem",
+        ]);
+        for who in ["server", "client"] {
+            make(&[
+                "--generate-certificate",
+                "--load-ca-certificate",
+                "ca-cert.pem",
+                "--load-ca-privkey",
+                "ca-key.pem",
+                "--load-privkey",
+                &format!("{who}-key.pem"),
+                "--template",
+                &format!("{who}.info"),
+                "--outfile",
+                &format!("{who}-cert.pem"),
+            ]);
+        }
+    }
+}
+
+#[test]
+fn others_read_and_write_what_we_serve() {
+    let bed = Bed::new();
+    bed.ok("img", &["convert", "-O", "qcow2", "in.raw", "a.qcow2"]);
+    bed.ok("img", &["bitmap", "--add", "--disable", "a.qcow2", "b0"]);
+    let running = bed.serve(
+        "nbd",
+        &[
+            "-t",
+            "-e",
+            "0",
+            "-k",
+            "s",
+            "-f",
+            "qcow2",
+            "-x",
+            "exp",
+            "-D",
+            "some text",
+            "-B",
+            "b0",
+            "-A",
+            "a.qcow2",
+        ],
+    );
+    let uri = bed.uri("exp");
+    let info = bed.ok("nbdinfo", &[&uri]);
+    for word in [
+        "export-size: 2097152",
+        "some text",
+        "base:allocation",
+        "qemu:dirty-bitmap:b0",
+        "qemu:allocation-depth",
+        "can_multi_conn: true",
+    ] {
+        assert!(info.contains(word), "{word}: {info}");
+    }
+    assert_eq!(bed.ok("nbd", &["-L", "-k", "s"]), bed.ok("qemu-nbd", &["-L", "-k", "s"]));
+    let map = bed.ok("nbdinfo", &["--map", &uri]);
+    assert!(map.contains("hole,zero") && map.contains("data"), "{map}");
+    bed.ok("nbdcopy", &[&uri, "out.raw"]);
+    bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", "out.raw"]);
+    bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &uri]);
+    // Written by others, read by ours, and back.
+    std::fs::write(bed.dir().join("new.raw"), vec![0x5a; 2 << 20]).expect("data");
+    bed.ok("nbdcopy", &["new.raw", &uri]);
+    bed.ok("img", &["compare", "-f", "raw", "-F", "raw", "new.raw", &uri]);
+    bed.ok("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", "in.raw", &uri]);
+    bed.ok(
+        "qemu-io",
+        &["-f", "raw", "-c", "write -z -u 0 64k", "-c", "discard 64k 64k", "-c", "flush", &uri],
+    );
+    bed.ok("img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &uri]);
+    assert!(!bed.run("nbdinfo", &[&bed.uri("other")]).status.success());
+    drop(running);
+    bed.ok("qemu-img", &["check", "-r", "leaks", "a.qcow2"]);
+    bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "in.raw", "a.qcow2"]);
+}
+
+#[test]
+fn we_read_and_write_what_others_serve() {
+    let bed = Bed::new();
+    let qemu: (&str, &[&str]) = ("qemu-nbd", &["-t", "-e", "8", "-k", "s", "-f", "raw", "b.raw"]);
+    let nbdkit: (&str, &[&str]) = ("nbdkit", &["-f", "-U", "s", "file", "b.raw"]);
+    // Blocks of 4096 bytes at least, and no structured replies.
+    let blocks: (&str, &[&str]) = (
+        "nbdkit",
+        &[
+            "-f",
+            "-U",
+            "s",
+            "--no-sr",
+            "--filter=blocksize-policy",
+            "file",
+            "b.raw",
+            "blocksize-minimum=4096",
+            "blocksize-error-policy=error",
+        ],
+    );
+    // nbdkit 1.32 has the filter; where it has not, the others are enough.
+    let has_blocks =
+        bed.run("nbdkit", &["--dump-plugin", "--filter=blocksize-policy", "file"]).status.success();
+    let servers = [Some(qemu), Some(nbdkit), has_blocks.then_some(blocks)];
+    for (program, args) in servers.into_iter().flatten() {
+        std::fs::copy(bed.dir().join("in.raw"), bed.dir().join("b.raw")).expect("copied");
+        let running = bed.serve(program, args);
+        let uri = bed.uri("");
+        bed.ok("img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &uri]);
+        bed.ok("img", &["convert", "-f", "raw", "-O", "qcow2", &uri, "c.qcow2"]);
+        bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "in.raw", "c.qcow2"]);
+        bed.ok(
+            "io",
+            &["-f", "raw", "-c", "write -P 9 100 5000", "-c", "read -P 9 100 5000", "-c", "flush", &uri],
+        );
+        bed.ok("qemu-io", &["-f", "raw", "-c", "read -P 9 100 5000", &uri]);
+        drop(running);
+        let bytes = std::fs::read(bed.dir().join("b.raw")).expect("data");
+        assert!(bytes[100..5100].iter().all(|b| *b == 9) && bytes[5100] == 0, "{program}");
+    }
+    // Errors of a server are errors of requests.
+    let _running =
+        bed.serve("nbdkit", &["-f", "-U", "s", "--filter=error", "file", "b.raw", "error-pread=ENOMEM"]);
+    let out = bed.run("io", &["-f", "raw", "-r", "-c", "read 0 512", &bed.uri("")]);
+    assert!(!out.status.success() && text(&out.stderr).to_string().len() + text(&out.stdout).len() > 0);
+}
+
+#[test]
+fn tls_is_required_where_it_is_configured() {
+    let bed = Bed::new();
+    bed.certificates("pki");
+    bed.certificates("others");
+    let server = "tls-creds-x509,id=t,dir=pki,endpoint=server";
+    let client = "tls-creds-x509,id=t,dir=pki,endpoint=client";
+    let stranger = "tls-creds-x509,id=t,dir=others,endpoint=client";
+    let image = |extra: &str| format!("driver=raw,file.driver=nbd,file.path=s,file.tls-creds=t{extra}");
+    let named = image(",file.tls-hostname=vm.example");
+    let compare = |object: &str, opened: &str| {
+        bed.run(
+            "img",
+            &["compare", "--object", object, "--image-opts", "driver=raw,file.filename=in.raw", opened],
+        )
+    };
+    let running = bed.serve(
+        "nbd",
+        &["-t", "-e", "0", "-k", "s", "-f", "raw", "--object", server, "--tls-creds", "t", "in.raw", "-r"],
+    );
+    // Plain clients are sent away.
+    assert!(!bed.run("nbdinfo", &[&bed.uri("")]).status.success());
+    assert!(!bed.run("qemu-img", &["info", &bed.uri("")]).status.success());
+    let out = bed.run("img", &["info", &bed.uri("")]);
+    assert!(text(&out.stderr).contains("TLS"), "{}", text(&out.stderr));
+    // Ours, by the name that the certificate has.
+    let out = compare(client, &named);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(!compare(client, &image(",file.tls-hostname=other.example")).status.success());
+    assert!(!compare(client, &image("")).status.success());
+    assert!(!compare(stranger, &named).status.success());
+    // Theirs.
+    let socket = bed.dir().join("s");
+    let uri = format!(
+        "nbds+unix:///?socket={}&tls-certificates={}",
+        socket.display(),
+        bed.dir().join("pki").display()
+    );
+    bed.ok("nbdcopy", &[&uri, "out.raw"]);
+    assert!(
+        std::fs::read(bed.dir().join("out.raw")).expect("out")
+            == std::fs::read(bed.dir().join("in.raw")).expect("in")
+    );
+    drop(running);
+    // Our client at a server of theirs.
+    let _running = bed.serve(
+        "nbdkit",
+        &[
+            "-f",
+            "-U",
+            "s",
+            "--tls=require",
+            "--tls-certificates=pki",
+            "--tls-verify-peer",
+            "-r",
+            "file",
+            "in.raw",
+        ],
+    );
+    let out = compare(client, &named);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(!compare(stranger, &named).status.success());
+}
+
+#[test]
+fn a_server_in_the_background_ends_with_its_last_client() {
+    let bed = Bed::new();
+    bed.ok("nbd", &["--fork", "--pid-file", "pid", "-r", "-k", "s", "-f", "raw", "in.raw"]);
+    assert!(bed.dir().join("pid").exists());
+    bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &bed.uri("")]);
+    let until = Instant::now() + Duration::from_secs(120);
+    while bed.dir().join("s").exists() || bed.dir().join("pid").exists() {
+        assert!(Instant::now() < until, "the server does not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn io_says_what_qemu_io_says() {
+    let bed = Bed::new();
+    bed.ok("img", &["convert", "-O", "qcow2", "in.raw", "a.qcow2"]);
+    std::fs::copy(bed.dir().join("a.qcow2"), bed.dir().join("b.qcow2")).expect("copied");
+    // Lines with times are not compared.
+    let lines = |out: &Output| -> Vec<String> {
+        text(&out.stdout).lines().filter(|l| !l.contains("ops/sec")).map(str::to_owned).collect()
+    };
+    for script in [
+        &["write -P 3 0 4k", "read -P 3 0 4k", "read -v 0 32", "length"][..],
+        &["read -P 4 0 4k"],
+        &["read -P 3 -s 512 -l 512 0 4k"],
+        &["write -z 0 64k", "read -P 0 0 64k", "alloc 0 2M", "map"],
+        &["writev -P 1 128k 512 1k", "readv -P 1 128k 512 1k", "discard 0 64k", "map"],
+        &["truncate 3M", "length", "read 3M 512"],
+        &["bogus"],
+        &["read 0"],
+        &["read 10M 1k"],
+        &["flush", "aio_write -P 7 0 4k", "aio_flush", "quit", "read 0 512"],
+    ] {
+        let with = |program: &str, image: &str| {
+            let mut args: Vec<&str> = script.iter().flat_map(|c| ["-c", c]).collect();
+            args.push(image);
+            bed.run(program, &args)
+        };
+        let (ours, theirs) = (with("io", "a.qcow2"), with("qemu-io", "b.qcow2"));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{script:?}: {}", text(&ours.stderr));
+        // What QEMU says on standard error differs between versions.
+        let known = |l: &Vec<String>| {
+            l.iter()
+                .filter(|l| !l.contains("failed") && !l.contains("not found") && !l.contains("bad argument"))
+                .cloned()
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(known(&lines(&ours)), known(&lines(&theirs)), "{script:?}");
+    }
+    bed.ok("qemu-img", &["check", "a.qcow2"]);
+    bed.ok("qemu-img", &["compare", "a.qcow2", "b.qcow2"]);
+}
