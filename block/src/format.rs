@@ -187,13 +187,18 @@ pub fn probe(first: &[u8]) -> Result<Driver, BlockError> {
     if starts(b"LUKS\xba\xbe\0\x01") {
         return Ok(Driver::Luks);
     }
+    let read = [
+        (Driver::Vmdk, starts(b"KDMV") || starts(b"COWD") || starts(b"# Disk DescriptorFile")),
+        (Driver::Vhdx, starts(b"vhdxfile")),
+        (Driver::Vpc, starts(b"conectix")),
+        (Driver::Vdi, at(0x40, &0xbeda_107fu32.to_le_bytes())),
+    ];
+    if let Some((driver, _)) = read.iter().find(|(_, found)| *found) {
+        return Ok(*driver);
+    }
     let foreign = [
         ("qcow", starts(b"QFI\xfb\0\0\0\x01")),
         ("qed", starts(b"QED\0")),
-        ("vmdk", starts(b"KDMV") || starts(b"COWD") || starts(b"# Disk DescriptorFile")),
-        ("vhdx", starts(b"vhdxfile")),
-        ("vpc", starts(b"conectix")),
-        ("vdi", at(0x40, &0xbeda_107fu32.to_le_bytes())),
         ("parallels", starts(b"WithoutFreeSpace") || starts(b"WithouFreSpacExt")),
     ];
     match foreign.iter().find(|(_, found)| *found) {

@@ -14,7 +14,8 @@ use crate::nbd::{self, Address, ClientOptions, Nbd, TlsClient};
 use crate::options::{Aio, BlockdevOptions, DiscardMode, Driver, Locking, NodeRef};
 use crate::qcow2::{self, Qcow2};
 use crate::raw::{LockRange, RawImage, RawOptions};
-use crate::{BlockError, BlockNode};
+use crate::throttle::Throttle;
+use crate::{BlockError, BlockNode, vdi, vhdx, vmdk, vpc};
 
 /// Longest chain of backing files.
 const MAX_CHAIN: usize = 200;
@@ -273,7 +274,24 @@ impl Opener {
             None => self.probe(&*file)?,
         };
         options.check(driver)?;
+        if self.writable && !driver.is_writable() {
+            return Err(BlockError::Unsupported(format!(
+                "images of the format '{}' can be read and converted, but not written",
+                driver.name()
+            )));
+        }
         match driver {
+            Driver::Throttle => {
+                let id = options.throttle_group.as_deref();
+                let id =
+                    id.ok_or_else(|| BlockError::Option("Parameter 'throttle-group' is missing".into()))?;
+                let group = self.objects.throttle(id).map_err(|e| BlockError::Option(e.to_string()))?;
+                Ok(Throttle::new(file, group))
+            }
+            Driver::Vdi => vdi::open(file),
+            Driver::Vpc => vpc::open(file),
+            Driver::Vhdx => vhdx::open(file),
+            Driver::Vmdk => self.vmdk(file, chain),
             Driver::Qcow2 => self.qcow2(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
             Driver::Luks => self.luks(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
             _ => {
@@ -304,6 +322,20 @@ impl Opener {
             );
         }
         Ok(driver)
+    }
+
+    fn vmdk(
+        &self,
+        file: Arc<dyn BlockNode>,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        let directory = file.path().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        vmdk::open(file, &mut |name| {
+            self.refuse_reference("extent", name)?;
+            let options =
+                BlockdevOptions { filename: Some(beside(&directory, name)), ..BlockdevOptions::default() };
+            self.node(&as_file(&options), chain)
+        })
     }
 
     fn luks(

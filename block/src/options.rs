@@ -28,11 +28,33 @@ pub enum Driver {
     Qcow2,
     /// LUKS version 1.
     Luks,
+    /// A filter that keeps to the rates of a group.
+    Throttle,
+    /// VirtualBox's format, for reading.
+    Vdi,
+    /// Hyper-V's format, for reading.
+    Vhdx,
+    /// VMware's format, for reading.
+    Vmdk,
+    /// Virtual PC's format, for reading.
+    Vpc,
 }
 
 impl Driver {
     /// All that there are.
-    pub const ALL: [Self; 6] = [Self::File, Self::HostDevice, Self::Nbd, Self::Raw, Self::Qcow2, Self::Luks];
+    pub const ALL: [Self; 11] = [
+        Self::File,
+        Self::HostDevice,
+        Self::Nbd,
+        Self::Raw,
+        Self::Qcow2,
+        Self::Luks,
+        Self::Throttle,
+        Self::Vdi,
+        Self::Vhdx,
+        Self::Vmdk,
+        Self::Vpc,
+    ];
 
     /// The name in options.
     pub fn name(self) -> &'static str {
@@ -43,6 +65,11 @@ impl Driver {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Luks => "luks",
+            Self::Throttle => "throttle",
+            Self::Vdi => "vdi",
+            Self::Vhdx => "vhdx",
+            Self::Vmdk => "vmdk",
+            Self::Vpc => "vpc",
         }
     }
 
@@ -57,7 +84,12 @@ impl Driver {
 
     /// True if it is a format, which lies over a file.
     pub fn is_format(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2 | Self::Luks)
+        !matches!(self, Self::File | Self::HostDevice | Self::Nbd)
+    }
+
+    /// True if images of the format can be made and written.
+    pub fn is_writable(self) -> bool {
+        matches!(self, Self::Raw | Self::Qcow2 | Self::Luks | Self::Throttle)
     }
 }
 
@@ -249,6 +281,9 @@ pub struct BlockdevOptions {
     /// NBD: the metadata context that block status is asked of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x_dirty_bitmap: Option<String>,
+    /// throttle: id of the group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_group: Option<String>,
     /// LUKS: id of the secret that is the password.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_secret: Option<String>,
@@ -458,6 +493,7 @@ impl BlockdevOptions {
             ("reconnect-delay", self.reconnect_delay.is_some(), nbd),
             ("open-timeout", self.open_timeout.is_some(), nbd),
             ("x-dirty-bitmap", self.x_dirty_bitmap.is_some(), nbd),
+            ("throttle-group", self.throttle_group.is_some(), driver == Driver::Throttle),
             ("key-secret", self.key_secret.is_some(), driver == Driver::Luks),
             ("header", self.header.is_some(), driver == Driver::Luks),
             ("encrypt", self.encrypt.is_some(), driver == Driver::Qcow2),

@@ -1,9 +1,10 @@
-//! Objects that other options name: secrets and TLS credentials, as `--object secret,id=…` and `object-add` make them.
+//! Objects that other options name: secrets, TLS credentials and throttle groups, as `--object secret,id=…` and `object-add` make them.
 //!
 //! What is secret is overwritten when it is let go, and no `Debug`, error or log shows it.
 
 pub mod pairs;
 mod secret;
+pub mod throttle;
 pub mod tls;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use parking_lot::RwLock;
 use serde_json::{Map, Value};
 
 pub use secret::Secret;
+pub use throttle::ThrottleGroup;
 pub use tls::TlsCreds;
 
 /// An object that cannot be made, or is not there.
@@ -41,6 +43,7 @@ pub(crate) fn bad(text: impl Into<String>) -> ObjectError {
 pub struct Objects {
     secrets: RwLock<BTreeMap<String, Arc<Secret>>>,
     tls: RwLock<BTreeMap<String, TlsCreds>>,
+    throttles: RwLock<BTreeMap<String, Arc<ThrottleGroup>>>,
 }
 
 /// An object's options, each taken once; what is left over is refused.
@@ -53,6 +56,24 @@ impl Fields {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
             Some(_) => Err(bad(format!("Invalid parameter type for '{key}', expected: string"))),
+        }
+    }
+
+    /// Makes `GROUP.KEY` of the keys of a group that is an object.
+    fn flatten(&mut self, group: &str) {
+        if let Some(Value::Object(map)) = self.0.remove(group) {
+            self.0.extend(map.into_iter().map(|(key, value)| (format!("{group}.{key}"), value)));
+        }
+    }
+
+    /// The number of an option.
+    pub(crate) fn number(&mut self, key: &str) -> Result<Option<u64>, ObjectError> {
+        let wrong = || bad(format!("Parameter '{key}' expects a number"));
+        match self.0.remove(key) {
+            None => Ok(None),
+            Some(Value::Number(n)) => n.as_u64().map(Some).ok_or_else(wrong),
+            Some(Value::String(text)) => text.parse().map(Some).map_err(|_| wrong()),
+            Some(_) => Err(wrong()),
         }
     }
 
@@ -137,14 +158,23 @@ impl Objects {
                 self.tls.write().insert(id, creds);
                 Ok(())
             }
+            "throttle-group" => {
+                fields.flatten("limits");
+                let limits = throttle::Limits::from_fields(&mut fields)?;
+                fields.finish(&kind)?;
+                self.throttles.write().insert(id, ThrottleGroup::new(limits));
+                Ok(())
+            }
             _ => Err(bad(format!(
-                "Invalid parameter '{kind}': objects are of the types 'secret' and 'tls-creds-x509'"
+                "Invalid parameter '{kind}': objects are of the types 'secret', 'tls-creds-x509' and 'throttle-group'"
             ))),
         }
     }
 
     fn contains(&self, id: &str) -> bool {
-        self.secrets.read().contains_key(id) || self.tls.read().contains_key(id)
+        self.secrets.read().contains_key(id)
+            || self.tls.read().contains_key(id)
+            || self.throttles.read().contains_key(id)
     }
 
     /// Lets an object go. Who uses it already keeps it.
@@ -154,6 +184,7 @@ impl Objects {
     pub fn remove(&self, id: &str) -> Result<(), ObjectError> {
         let secret = self.secrets.write().remove(id).map(drop);
         let gone = secret.or_else(|| self.tls.write().remove(id).map(drop));
+        let gone = gone.or_else(|| self.throttles.write().remove(id).map(drop));
         gone.ok_or_else(|| bad(format!("object '{id}' not found")))
     }
 
@@ -161,7 +192,17 @@ impl Objects {
     pub fn list(&self) -> Vec<(String, &'static str)> {
         let mut all: Vec<_> = self.secrets.read().keys().map(|id| (id.clone(), "secret")).collect();
         all.extend(self.tls.read().keys().map(|id| (id.clone(), "tls-creds-x509")));
+        all.extend(self.throttles.read().keys().map(|id| (id.clone(), "throttle-group")));
         all
+    }
+
+    /// The throttle group of that id.
+    ///
+    /// # Errors
+    /// [`ObjectError::Option`] if there is none.
+    pub fn throttle(&self, id: &str) -> Result<Arc<ThrottleGroup>, ObjectError> {
+        let found = self.throttles.read().get(id).cloned();
+        found.ok_or_else(|| bad(format!("Throttle group '{id}' does not exist")))
     }
 
     /// The TLS credentials of that id.

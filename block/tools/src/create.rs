@@ -130,7 +130,10 @@ pub(crate) fn options_help(driver: Driver, options: &[String]) -> Option<&'stati
 /// Formats that images can be made of.
 pub(crate) fn target_driver(name: &str) -> Result<Driver> {
     match Driver::from_name(name) {
-        Ok(driver) if driver.is_format() => Ok(driver),
+        Ok(driver) if driver.is_writable() && driver != Driver::Throttle => Ok(driver),
+        Ok(driver) if driver.is_format() && driver != Driver::Throttle => refused(format!(
+            "images of the format '{name}' can be read and converted, but not made by this version"
+        )),
         _ => refused(format!("Unknown file format '{name}'")),
     }
 }

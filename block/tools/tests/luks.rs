@@ -78,8 +78,8 @@ fn volumes_are_read_by_both_tools() {
                 info
             };
             assert_eq!(info("ours"), info("theirs"), "{options}");
-            // One of ours and one of theirs are enough for the header tools.
-            if n < 3 || n == 7 {
+            // Without help of the kernel it opens AES only.
+            if n < 3 {
                 bed.ok("cryptsetup", &["open", "--test-passphrase", "--key-file", "key", "x.luks"]);
                 let dump = bed.ok("cryptsetup", &["luksDump", "x.luks"]);
                 assert!(
