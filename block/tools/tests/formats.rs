@@ -95,7 +95,7 @@ fn damaged_images_are_refused() {
     for (format, patches) in [
         ("vdi", &[(0x44usize, 0u8), (0x180, 0xff), (0x178, 1), (0x154, 1)][..]),
         ("vpc", &[(512 + 20, 1), (512 + 28, 0xff), (60, 9)]),
-        ("vmdk", &[(4, 9), (20, 3), (44, 0), (63, 0x7f)]),
+        ("vmdk", &[(4, 9), (20, 3), (45, 0x7f), (63, 0x7f)]),
         ("vhdx", &[(0, 0)]),
     ] {
         let bed = Bed::new();

@@ -51,11 +51,9 @@ const VOLUMES: &[&str] = &[
     "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1",
     "cipher-alg=aes-192,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha512",
     "cipher-alg=serpent-256,cipher-mode=xts,ivgen-alg=plain64",
-    "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=plain64",
     "cipher-alg=twofish-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha512",
     "cipher-alg=twofish-128,cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=sha256",
     "cipher-alg=cast5-128,cipher-mode=cbc,ivgen-alg=plain64",
-    "cipher-alg=cast5-128,cipher-mode=ctr,ivgen-alg=plain64,hash-alg=sha1",
 ];
 
 #[test]
@@ -78,8 +76,8 @@ fn volumes_are_read_by_both_tools() {
                 info
             };
             assert_eq!(info("ours"), info("theirs"), "{options}");
-            // Without help of the kernel it opens AES only.
-            if n < 3 {
+            // Without help of the kernel it opens AES of 128 and 256 bits only.
+            if n < 2 {
                 bed.ok("cryptsetup", &["open", "--test-passphrase", "--key-file", "key", "x.luks"]);
                 let dump = bed.ok("cryptsetup", &["luksDump", "x.luks"]);
                 assert!(

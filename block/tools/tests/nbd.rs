@@ -75,6 +75,11 @@ impl Bed {
         running
     }
 
+    /// The socket's name: QEMU's tools want it absolute.
+    fn socket(&self) -> String {
+        self.dir().join("s").display().to_string()
+    }
+
     fn uri(&self, export: &str) -> String {
         format!("nbd+unix:///{export}?socket={}", self.dir().join("s").display())
     }
@@ -165,7 +170,7 @@ fn others_read_and_write_what_we_serve() {
     ] {
         assert!(info.contains(word), "{word}: {info}");
     }
-    assert_eq!(bed.ok("nbd", &["-L", "-k", "s"]), bed.ok("qemu-nbd", &["-L", "-k", "s"]));
+    assert_eq!(bed.ok("nbd", &["-L", "-k", "s"]), bed.ok("qemu-nbd", &["-L", "-k", &bed.socket()]));
     let map = bed.ok("nbdinfo", &["--map", &uri]);
     assert!(map.contains("hole,zero") && map.contains("data"), "{map}");
     bed.ok("nbdcopy", &[&uri, "out.raw"]);
@@ -190,7 +195,8 @@ fn others_read_and_write_what_we_serve() {
 #[test]
 fn we_read_and_write_what_others_serve() {
     let bed = Bed::new();
-    let qemu: (&str, &[&str]) = ("qemu-nbd", &["-t", "-e", "8", "-k", "s", "-f", "raw", "b.raw"]);
+    let socket = bed.socket();
+    let qemu: (&str, &[&str]) = ("qemu-nbd", &["-t", "-e", "8", "-k", &socket, "-f", "raw", "b.raw"]);
     let nbdkit: (&str, &[&str]) = ("nbdkit", &["-f", "-U", "s", "file", "b.raw"]);
     // Blocks of 4096 bytes at least, and no structured replies.
     let blocks: (&str, &[&str]) = (
