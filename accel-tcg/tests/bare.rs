@@ -290,7 +290,7 @@ fn a_cache_much_too_small_evicts_and_goes_on() {
         m.load(RAM, &p);
         assert_eq!(m.run(), 12_000 * 3 * 8);
         let info = m.vm.info();
-        assert!(!info.contains("blocks evicted              0"), "{info}");
+        assert!(!info.contains("regions evicted             0"), "{info}");
     }
 }
 
@@ -417,7 +417,7 @@ fn translated_code_is_listed_for_perf_and_counted() {
         let line = info.lines().find(|l| l.starts_with(name)).expect("the line");
         line[28..].split(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("a number")
     };
-    assert!(figure("blocks translated") >= 1 && figure("guest bytes translated") >= 8, "{info}");
+    assert!(figure("regions translated") >= 1 && figure("guest bytes translated") >= 8, "{info}");
     assert!(figure("host bytes generated") > figure("guest bytes translated"), "{info}");
     Machine::with(Engine::Interpreter, 1, &p).vm.start_perf_map().expect_err("there is no code to list");
 }

@@ -20,12 +20,14 @@ pub struct Builder {
     pc: u64,
     max_pc: u64,
     min_pc: u64,
-    /// The value of a slot in this extended basic block, direct mapped by [`Slot::index`].
+    /// Where this extended basic block begins. What tables say of values from before it is void.
+    block: u32,
+    /// The value of a slot, direct mapped by [`Slot::index`].
     known: Vec<(u32, u32)>,
     effects: Vec<(Effects, Type)>,
-    /// Sums and shifts of this block, direct mapped.
+    /// Sums and shifts, direct mapped.
     computed: [Computed; COMPUTED],
-    /// Sign extensions of this block: (operand, result), direct mapped.
+    /// Sign extensions: (operand, result), direct mapped.
     extended: [(u32, u32); 8],
     /// Zero extensions likewise.
     extended_u: [(u32, u32); 8],
@@ -64,7 +66,11 @@ impl Builder {
     pub fn start(&mut self, entry_pc: u64) {
         self.region.reset(entry_pc);
         (self.pc, self.min_pc, self.max_pc) = (entry_pc, entry_pc, entry_pc);
-        self.new_block();
+        self.known.fill((u32::MAX, 0));
+        self.extended = [(u32::MAX, 0); 8];
+        self.extended_u = [(u32::MAX, 0); 8];
+        self.computed = [Computed::default(); COMPUTED];
+        self.block = 0;
     }
 
     /// The region built so far; complete after a terminator.
@@ -108,10 +114,7 @@ impl Builder {
     }
 
     fn new_block(&mut self) {
-        self.known.fill((u32::MAX, 0));
-        self.extended = [(u32::MAX, 0); 8];
-        self.extended_u = [(u32::MAX, 0); 8];
-        self.computed = [Computed::default(); COMPUTED];
+        self.block = self.region.insts.len() as u32;
     }
 
     #[inline]
@@ -164,9 +167,8 @@ impl Builder {
 
     /// Reads a slot.
     pub fn get(&mut self, slot: Slot) -> Val {
-        let k = *self.known_at(slot);
-        if k.0 == slot.offset && self.ty(Val(k.1)) == slot.ty {
-            return Val(k.1);
+        if let Some(v) = self.known(slot) {
+            return v;
         }
         let v = self.push_op(Op::GetSlot, slot.ty, 0, (slot.offset, 0, 0));
         *self.known_at(slot) = (slot.offset, v.0);
@@ -176,7 +178,7 @@ impl Builder {
     /// The value that a slot is known to have here.
     pub fn known(&self, slot: Slot) -> Option<Val> {
         let &(offset, v) = self.known.get(slot.index())?;
-        (offset == slot.offset && self.ty(Val(v)) == slot.ty).then_some(Val(v))
+        (offset == slot.offset && v >= self.block && self.ty(Val(v)) == slot.ty).then_some(Val(v))
     }
 
     /// Writes a slot. `v` must have the slot's type.
@@ -187,6 +189,7 @@ impl Builder {
             return;
         }
         if known.0 == slot.offset
+            && known.1 >= self.block
             && let (Some(old), Some(new)) = (self.as_const(Val(known.1)), self.as_const(v))
             && old == new
         {
@@ -211,7 +214,7 @@ impl Builder {
     pub fn binary(&mut self, op: Op, a: Val, b: Val) -> Val {
         debug_assert!(op.is_int_binary() && self.ty(a) == self.ty(b) && self.ty(a).is_int());
         let ty = self.ty(a);
-        if let Some(v) = self.extension(op, a, b) {
+        if let Some(v) = self.extension(op, a, b).or_else(|| self.narrow(op, a, b)) {
             return v;
         }
         match fold::binary(op, ty, (a, self.as_const(a)), (b, self.as_const(b))) {
@@ -235,7 +238,7 @@ impl Builder {
         let next = self.region.insts.len() as u32;
         let same =
             known.op == Some(op) && known.wide == (ty == Type::I64) && known.a == a.0 && known.b == key;
-        if same && next - known.value <= REUSE {
+        if same && known.value >= self.block && next - known.value <= REUSE {
             return Val(known.value);
         }
         let v = self.push_op(op, ty, 0, (a.0, b.0, 0));
@@ -270,6 +273,33 @@ impl Builder {
         }
     }
 
+    /// `And`, `Or` and `Xor` of sign-extended `I32`s is the extension of the same on `I32`: as chains of 32-bit operations on
+    /// 64-bit registers are written, only what the last one gives is extended. Two shifts of one value that make a rotation
+    /// together are one.
+    fn narrow(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
+        if !matches!(op, Op::And | Op::Or | Op::Xor) {
+            return None;
+        }
+        let (x, y) = (*self.region.def(a), *self.region.def(b));
+        if x.op == Op::SExt && y.op == Op::SExt {
+            let v = self.binary(op, Val(x.a), Val(y.a));
+            return Some(self.sext(v));
+        }
+        self.rotation(op, a, b)
+    }
+
+    fn rotation(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
+        let (x, y) = (*self.region.def(a), *self.region.def(b));
+        let (left, right) = if x.op == Op::Shl { (x, y) } else { (y, x) };
+        if op == Op::And || left.op != Op::Shl || right.op != Op::ShrU || left.a != right.a {
+            return None;
+        }
+        let (n, m) = (self.as_const(Val(left.b))?, self.as_const(Val(right.b))?);
+        let whole = u64::from(self.ty(a).bits());
+        (n != 0 && m != 0 && n.checked_add(m) == Some(whole))
+            .then(|| self.binary(Op::RotL, Val(left.a), Val(left.b)))
+    }
+
     /// Any two-operand integer instruction with a constant second operand.
     pub fn binary_imm(&mut self, op: Op, a: Val, imm: i64) -> Val {
         let c = self.constant(self.ty(a), imm as u64);
@@ -302,7 +332,7 @@ impl Builder {
         // The same extension again.
         let n = a.index() % self.extended.len().max(1);
         match self.extended.get(n) {
-            Some(&(of, v)) if of == a.0 => return Val(v),
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
             _ => {}
         }
         let v = self.push_op(Op::SExt, Type::I64, 0, (a.0, 0, 0));
@@ -320,7 +350,7 @@ impl Builder {
         // The same extension again.
         let n = a.index() % self.extended_u.len().max(1);
         match self.extended_u.get(n) {
-            Some(&(of, v)) if of == a.0 => return Val(v),
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
             _ => {}
         }
         let v = self.push_op(Op::ZExt, Type::I64, 0, (a.0, 0, 0));

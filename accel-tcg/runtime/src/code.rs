@@ -6,6 +6,8 @@ use crate::guest::Fault;
 pub(crate) trait CodeSource {
     /// Copies 2 bytes at `pc` (2-byte aligned), or the fault of fetching them.
     fn half(&mut self, pc: u64) -> Result<u16, Fault>;
+    /// Fills `out` from `pc` on, all of it in one page, or gives the fault of fetching it.
+    fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault>;
     /// One byte at `pc`, or the fault of fetching it.
     fn byte(&mut self, pc: u64) -> Result<u8, Fault>;
     /// True if a breakpoint is set at `pc`.
@@ -23,7 +25,8 @@ impl<'a, 'b> CodeReader<'a, 'b> {
         Self { source }
     }
 
-    /// Runs `f` with a reader of `bytes`, which are at `pc`; all else cannot be fetched. For tests and measurements.
+    /// Runs `f` with a reader of `bytes`, which are at `pc`; all else cannot be fetched
+    /// (but reads as zero up to the end of a block of bytes). For tests and measurements.
     pub fn over<R>(pc: u64, bytes: &[u8], f: impl FnOnce(&mut CodeReader<'_, '_>) -> R) -> R {
         f(&mut CodeReader { source: &mut Plain { pc, bytes } })
     }
@@ -34,6 +37,14 @@ impl<'a, 'b> CodeReader<'a, 'b> {
     /// The fault of fetching it.
     pub fn u8(&mut self, pc: u64) -> Result<u8, Fault> {
         self.source.byte(pc)
+    }
+
+    /// Fills `out` with the bytes at `pc`, which must all lie in one page.
+    ///
+    /// # Errors
+    /// The fault of fetching them; what is in `out` is then of no use.
+    pub fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.source.bytes(pc, out)
     }
 
     /// The two bytes at `pc`, little-endian. `pc` must be even.
@@ -70,6 +81,17 @@ struct Plain<'a> {
 impl CodeSource for Plain<'_> {
     fn half(&mut self, pc: u64) -> Result<u16, Fault> {
         Ok(u16::from_le_bytes([self.byte(pc)?, self.byte(pc.wrapping_add(1))?]))
+    }
+
+    fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        // What is behind the end reads as zero, unless nothing is there.
+        let at = usize::try_from(pc.wrapping_sub(self.pc)).ok();
+        let from = at.and_then(|at| self.bytes.get(at..)).filter(|b| !b.is_empty());
+        let from = from.ok_or(Fault { cause: 0, value: pc, aux: 0 })?;
+        for (to, byte) in out.iter_mut().zip(from.iter().chain(std::iter::repeat(&0))) {
+            *to = *byte;
+        }
+        Ok(())
     }
 
     fn byte(&mut self, pc: u64) -> Result<u8, Fault> {

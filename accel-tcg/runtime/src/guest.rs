@@ -136,6 +136,8 @@ pub struct TranslateRequest {
 pub struct Translated {
     /// Guest instructions in the region; at least 1.
     pub insns: u32,
+    /// Basic blocks that they make, for statistics.
+    pub blocks: u32,
     /// The guest-virtual address behind the last byte that was translated.
     pub end: u64,
 }

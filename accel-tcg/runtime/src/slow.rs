@@ -182,16 +182,15 @@ impl VcpuCore {
     /// Finds where an access that crosses no page goes, refilling the TLB.
     fn place(&mut self, access: &Access) -> Result<Place, Fault> {
         let (va, write) = (access.gva, access.kind == AccessKind::Write);
-        let shared = Arc::clone(&self.shared);
-        let env = shared.env();
-        if let Some(entry) = self.tlb.find(env, va, access.mmu_idx, write, &shared.counts.tlb) {
+        let counts = &self.shared.counts.tlb;
+        if let Some(entry) = self.tlb.find(self.shared.env(), va, access.mmu_idx, write, counts) {
             if entry.tag & TLB_SLOW == 0 {
                 let host = (va as usize).wrapping_add(entry.addend as usize);
                 return Ok(Place::Host(std::ptr::with_exposed_provenance_mut(host), None));
             }
             return Ok(self.slow_place(access, va.wrapping_add(entry.addend)));
         }
-        count(&shared.counts.tlb.fills);
+        count(&counts.fills);
         let guest = Arc::clone(&self.guest);
         let mut t = guest.fill(&mut Cpu::new(self), access)?;
         match self.watched(access) {
@@ -201,7 +200,7 @@ impl VcpuCore {
         }
         if t.cacheable {
             self.tlb.note_large(va, t.page_bits);
-            if write && t.read && !self.tlb.has_read(env, va, access.mmu_idx) {
+            if write && t.read && !self.tlb.has_read(self.shared.env(), va, access.mmu_idx) {
                 // What is written is read before long.
                 self.enter(&Access { kind: AccessKind::Read, ..*access }, t.gpa, true);
             }
@@ -217,9 +216,9 @@ impl VcpuCore {
     /// Makes a TLB entry for `access` to `gpa` and says where it goes.
     fn enter(&mut self, access: &Access, gpa: u64, cacheable: bool) -> Place {
         let (va, write, idx) = (access.gva, access.kind == AccessKind::Write, access.mmu_idx);
-        let shared = Arc::clone(&self.shared);
+        // No counted references here: this is on the way of every miss.
+        let (shared, phys) = (&*self.shared, &*self.phys);
         let env = shared.env();
-        let phys = Arc::clone(&self.phys);
         let page = gpa & !(PAGE_SIZE - 1);
         let Some(at) = phys.find(page, PAGE_SIZE).filter(|at| !(write && at.block.rom)) else {
             if cacheable {

@@ -71,6 +71,8 @@ pub struct Region {
     pub page_id: u32,
     /// Guest instructions.
     pub insns: u32,
+    /// Basic blocks.
+    pub blocks: u32,
     /// Guest bytes.
     pub guest_len: u32,
     /// False if nothing may jump to it directly.
@@ -92,6 +94,7 @@ impl Region {
             granules: [0; 2],
             page_id: 0,
             insns: 0,
+            blocks: 0,
             guest_len: 0,
             chain: true,
             body,

@@ -137,6 +137,8 @@ impl VcpuCore {
         match region? {
             Some(region) => {
                 vm.counts.translated.fetch_add(1, Ordering::Relaxed);
+                vm.counts.blocks.fetch_add(u64::from(region.blocks), Ordering::Relaxed);
+                vm.counts.insns.fetch_add(u64::from(region.insns), Ordering::Relaxed);
                 vm.counts.guest_bytes.fetch_add(u64::from(region.guest_len), Ordering::Relaxed);
                 let host_len = region.host().map_or(0, |code| u64::from(code.len));
                 vm.counts.host_bytes.fetch_add(host_len, Ordering::Relaxed);
@@ -176,6 +178,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
                     }
                     let mut region = Region::new(id, key, body);
                     region.insns = t.insns;
+                    region.blocks = t.blocks;
                     region.guest_len = t.end.wrapping_sub(key.pc) as u32;
                     region.granules[0] = source.first.granules;
                     if let Some(second) = source.second {
@@ -253,7 +256,8 @@ impl Source<'_> {
     /// The page of `pc` and the offset in it, opening the second page when it is reached.
     fn page(&mut self, pc: u64, len: u64) -> Result<(*const u8, u64), Fault> {
         let offset = pc % PAGE_SIZE;
-        let granules = 1 << (offset / GRANULE) | 1 << ((offset + len - 1).min(PAGE_SIZE - 1) / GRANULE);
+        let last = (offset + len - 1).min(PAGE_SIZE - 1) / GRANULE;
+        let granules = (u64::MAX << (offset / GRANULE)) & (u64::MAX >> (63 - last));
         let va = pc - offset;
         if va == self.first.va {
             self.first.granules |= granules;
@@ -278,6 +282,28 @@ impl CodeSource for Source<'_> {
         let (host, offset) = self.page(pc, 2)?;
         // SAFETY: inside the page (`pc` is even), which is mapped; volatile because others may write it.
         Ok(u16::from_le(unsafe { host.add((offset & !1) as usize).cast::<u16>().read_volatile() }))
+    }
+
+    fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let len = (out.len() as u64).min(PAGE_SIZE - pc % PAGE_SIZE);
+        let (host, offset) = self.page(pc, len.max(1))?;
+        let mut at = 0;
+        while at < len as usize {
+            // SAFETY: inside the page.
+            let from = unsafe { host.add(offset as usize + at) };
+            if from.addr() % 8 == 0
+                && let Some(word) = out.get_mut(at..at + 8)
+            {
+                // SAFETY: a page is a multiple of eight bytes and mapped; volatile because others may write it.
+                word.copy_from_slice(&unsafe { from.cast::<u64>().read_volatile() }.to_ne_bytes());
+                at += 8;
+            } else if let Some(byte) = out.get_mut(at) {
+                // SAFETY: in the page, which is mapped.
+                *byte = unsafe { from.read_volatile() };
+                at += 1;
+            }
+        }
+        Ok(())
     }
 
     fn byte(&mut self, pc: u64) -> Result<u8, Fault> {

@@ -238,10 +238,10 @@ impl VcpuCore {
 
     /// A safe point: requests, interrupts, sleep.
     fn safe_point(&mut self) -> Option<Stop> {
-        let shared = Arc::clone(&self.shared);
+        let index = self.shared.index();
         loop {
-            self.vm.regions.epochs.enter(shared.index());
-            if (shared.requested() || shared.env().exit_request().load(Ordering::Relaxed) != 0)
+            self.vm.regions.epochs.enter(index);
+            if (self.shared.requested() || self.shared.env().exit_request().load(Ordering::Relaxed) != 0)
                 && let Some(stop) = self.serve()
             {
                 return Some(stop);
@@ -258,9 +258,9 @@ impl VcpuCore {
                 self.take_any_interrupt();
                 continue;
             }
-            count(&shared.counts.sleeps);
-            self.vm.regions.epochs.leave(shared.index());
-            shared.sleep(None);
+            count(&self.shared.counts.sleeps);
+            self.vm.regions.epochs.leave(index);
+            self.shared.sleep(None);
         }
     }
 
@@ -293,8 +293,7 @@ impl VcpuCore {
         if !region.chain || region.entry() == 0 {
             return;
         }
-        let shared = Arc::clone(&self.shared);
-        let (env, pc, idx) = (shared.env(), region.key.pc, self.mode.fetch_idx);
+        let (env, pc, idx) = (self.shared.env(), region.key.pc, self.mode.fetch_idx);
         let two = region.second != NO_PAGE;
         let Some(first) = self.tlb.code(pc, idx) else { return };
         let global = first.global && (!two || self.tlb.code(next_page(pc), idx).is_some_and(|e| e.global));
@@ -310,9 +309,10 @@ impl VcpuCore {
             return 0;
         }
         let Ok(phys) = self.fetch(pc) else { return 0 };
-        let vm = Arc::clone(&self.vm);
         // SAFETY: this thread entered an epoch before it entered translated code.
-        let Some(region) = (unsafe { vm.regions.find(&Key { phys, pc, mode: self.key }) }) else { return 0 };
+        let Some(region) = (unsafe { self.vm.regions.find(&Key { phys, pc, mode: self.key }) }) else {
+            return 0;
+        };
         if !region.chain || !matches!(self.second_fits(region), Ok(true)) {
             return 0;
         }
@@ -354,9 +354,8 @@ impl VcpuCore {
         }
         let mode = if self.alone.is_some() { self.key | KEY_STEP } else { self.key };
         let key = Key { phys, pc, mode };
-        let vm = Arc::clone(&self.vm);
         // SAFETY: `safe_point` entered an epoch and nothing has left it since.
-        let region = match unsafe { vm.regions.find(&key) } {
+        let region = match unsafe { self.vm.regions.find(&key) } {
             Some(region) => region,
             None => match self.translate(key)? {
                 // SAFETY: published regions live until every vCPU has passed a safe point.
@@ -366,12 +365,12 @@ impl VcpuCore {
         };
         if !self.second_fits(region)? {
             // Mapped elsewhere by now: this translation serves nobody here.
-            vm.code_written(region.key.phys, 1);
+            self.vm.code_written(region.key.phys, 1);
             return Ok(None);
         }
         self.remember(region);
         if let Some((source, link)) = from
-            && vm.regions.link(source, link, region)
+            && self.vm.regions.link(source, link, region)
         {
             count(&self.shared.counts.links);
         }

@@ -98,6 +98,10 @@ pub struct VmCounts {
     pub translated: AtomicU64,
     /// Guest bytes of them.
     pub guest_bytes: AtomicU64,
+    /// Basic blocks of the regions translated.
+    pub blocks: AtomicU64,
+    /// Guest instructions translated.
+    pub insns: AtomicU64,
     /// Host bytes of them.
     pub host_bytes: AtomicU64,
     /// Translations whose CPU time was taken; others are not, for asking costs a system call.

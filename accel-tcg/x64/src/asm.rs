@@ -6,6 +6,9 @@
 /// Bytes in the buffer: the longest code of one region.
 pub const BUFFER: usize = 64 * 1024;
 
+/// Bytes behind the buffer, so that eight can be stored at any position.
+const SLACK: usize = 8;
+
 use holdfast_tcg_ir::VecInsn;
 
 mod operand;
@@ -35,14 +38,15 @@ const NOPS: [&[u8]; 4] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]];
 
 /// The code buffer and the current position.
 pub struct Asm {
-    buf: Box<[u8; BUFFER]>,
+    buf: Box<[u8; BUFFER + SLACK]>,
     pos: usize,
     overflow: bool,
 }
 
 impl Default for Asm {
     fn default() -> Self {
-        let buf = vec![0u8; BUFFER].into_boxed_slice().try_into().unwrap_or_else(|_| Box::new([0; BUFFER]));
+        let zeroes = vec![0u8; BUFFER + SLACK].into_boxed_slice();
+        let buf = zeroes.try_into().unwrap_or_else(|_| Box::new([0; BUFFER + SLACK]));
         Self { buf, pos: 0, overflow: false }
     }
 }
@@ -85,17 +89,23 @@ impl Asm {
         self.overflow
     }
 
+    /// Writes the low `len` (at most 8) bytes of `x`: all eight at once, for a position that is stored and read again for
+    /// every byte costs more than the bytes.
+    #[inline]
+    fn put(&mut self, x: u64, len: usize) {
+        let at = self.pos & (BUFFER - 1);
+        self.buf[at..at + 8].copy_from_slice(&x.to_le_bytes());
+        self.pos += len;
+    }
+
     #[inline]
     fn b(&mut self, x: u8) {
-        self.buf[self.pos & (BUFFER - 1)] = x;
-        self.pos += 1;
+        self.put(u64::from(x), 1);
     }
 
     #[inline]
     fn d(&mut self, x: u32) {
-        for y in x.to_le_bytes() {
-            self.b(y);
-        }
+        self.put(u64::from(x), 4);
     }
 
     /// Raw bytes (constants behind the code).
@@ -117,40 +127,37 @@ impl Asm {
         self.patch32(at, (target as u32).wrapping_sub(at as u32 + 4));
     }
 
+    #[inline]
     fn modrm(&mut self, reg: u8, rm: Rm, imm_len: u32) {
         let reg = (reg & 7) << 3;
         match rm {
             Rm::R(r) => self.b(0xc0 | reg | r & 7),
-            Rm::M(m) if m.base == Mem::RIP => {
-                self.b(reg | 5);
-                let end = self.pos as u32 + 4 + imm_len;
-                self.d((m.disp as u32).wrapping_sub(end));
-            }
-            Rm::M(m) => {
-                let base = m.base & 7;
-                let small = i8::try_from(m.disp).is_ok();
-                let md = if m.disp == 0 && base != 5 {
-                    0
-                } else if small {
-                    0x40
-                } else {
-                    0x80
-                };
-                if m.index != Mem::NONE {
-                    self.b(md | reg | 4);
-                    self.b(m.scale << 6 | (m.index & 7) << 3 | base);
-                } else if base == 4 {
-                    self.b(md | reg | 4);
-                    self.b(0x24);
-                } else {
-                    self.b(md | reg | base);
-                }
-                match md {
-                    0x40 => self.b(m.disp as u8),
-                    0x80 => self.d(m.disp as u32),
-                    _ => {}
-                }
-            }
+            Rm::M(m) => self.modrm_mem(reg, m, imm_len),
+        }
+    }
+
+    fn modrm_mem(&mut self, reg: u8, m: Mem, imm_len: u32) {
+        if m.base == Mem::RIP {
+            let end = self.pos as u32 + 5 + imm_len;
+            let rel = (m.disp as u32).wrapping_sub(end);
+            return self.put(u64::from(reg | 5) | u64::from(rel) << 8, 5);
+        }
+        let base = m.base & 7;
+        let (md, disp_len) = if m.disp == 0 && base != 5 {
+            (0, 0)
+        } else if i8::try_from(m.disp).is_ok() {
+            (0x40, 1)
+        } else {
+            (0x80, 4)
+        };
+        let disp = u64::from(m.disp as u32);
+        if m.index != Mem::NONE {
+            let sib = m.scale << 6 | (m.index & 7) << 3 | base;
+            self.put(u64::from(md | reg | 4) | u64::from(sib) << 8 | disp << 16, 2 + disp_len);
+        } else if base == 4 {
+            self.put(u64::from(md | reg | 4) | 0x24 << 8 | disp << 16, 2 + disp_len);
+        } else {
+            self.put(u64::from(md | reg | base) | disp << 8, 1 + disp_len);
         }
     }
 
@@ -158,8 +165,13 @@ impl Asm {
     #[inline]
     fn enc(&mut self, o: Opc, w: bool, reg: u8, rm: Rm, more: (bool, u32)) {
         let (force, imm_len) = more;
+        let (mut bytes, mut len) = (0, 0);
+        let mut add = |x: u8| {
+            bytes |= u64::from(x) << (8 * len);
+            len += 1;
+        };
         if o.prefix != 0 {
-            self.b(o.prefix);
+            add(o.prefix);
         }
         let (x, b) = match rm {
             Rm::R(r) => (0, r >> 3),
@@ -170,21 +182,22 @@ impl Asm {
         };
         let rex = (w as u8) << 3 | (reg >> 3) << 2 | x << 1 | b;
         if rex != 0 || force {
-            self.b(0x40 | rex);
+            add(0x40 | rex);
         }
         match o.map {
             0 => {}
-            1 => self.b(0x0f),
+            1 => add(0x0f),
             2 => {
-                self.b(0x0f);
-                self.b(0x38);
+                add(0x0f);
+                add(0x38);
             }
             _ => {
-                self.b(0x0f);
-                self.b(0x3a);
+                add(0x0f);
+                add(0x3a);
             }
         }
-        self.b(o.op);
+        add(o.op);
+        self.put(bytes, len);
         self.modrm(reg, rm, imm_len);
     }
 
@@ -203,15 +216,13 @@ impl Asm {
             }
         };
         if x == 0 && b == 0 && !w && map == 1 {
-            self.b(0xc5);
-            self.b((reg >> 3 ^ 1) << 7 | (!vvvv & 15) << 3 | pp);
-            self.b(op);
+            let second = (reg >> 3 ^ 1) << 7 | (!vvvv & 15) << 3 | pp;
+            self.put(0xc5 | u64::from(second) << 8 | u64::from(op) << 16, 3);
             return self.modrm(reg, rm, imm_len);
         }
-        self.b(0xc4);
-        self.b(((reg >> 3 ^ 1) << 7) | ((x ^ 1) << 6) | ((b ^ 1) << 5) | map);
-        self.b((w as u8) << 7 | (!vvvv & 15) << 3 | pp);
-        self.b(op);
+        let second = ((reg >> 3 ^ 1) << 7) | ((x ^ 1) << 6) | ((b ^ 1) << 5) | map;
+        let third = (w as u8) << 7 | (!vvvv & 15) << 3 | pp;
+        self.put(0xc4 | u64::from(second) << 8 | u64::from(third) << 16 | u64::from(op) << 24, 4);
         self.modrm(reg, rm, imm_len);
     }
 
@@ -263,10 +274,8 @@ impl Asm {
             self.enc(one(0xc7), true, 0, d.into(), (false, 4));
             self.d(imm as u32);
         } else {
-            self.b(0x48 | d.0 >> 3);
-            self.b(0xb8 | d.0 & 7);
-            self.d(imm as u32);
-            self.d((imm >> 32) as u32);
+            self.put(u64::from(0x48 | d.0 >> 3) | u64::from(0xb8 | d.0 & 7) << 8, 2);
+            self.put(imm, 8);
         }
     }
 
@@ -485,16 +494,13 @@ impl Asm {
 
     /// `jcc rel32`; returns where the rel32 is.
     pub fn jcc(&mut self, cc: Cc) -> usize {
-        self.b(0x0f);
-        self.b(0x80 | cc as u8);
-        self.d(0);
+        self.put(0x0f | u64::from(0x80 | cc as u8) << 8, 6);
         self.pos - 4
     }
 
     /// `jmp rel32`; returns where the rel32 is.
     pub fn jmp(&mut self) -> usize {
-        self.b(0xe9);
-        self.d(0);
+        self.put(0xe9, 5);
         self.pos - 4
     }
 
@@ -530,8 +536,7 @@ impl Asm {
 
     /// `call rel32`; returns where the rel32 is.
     pub fn call(&mut self) -> usize {
-        self.b(0xe8);
-        self.d(0);
+        self.put(0xe8, 5);
         self.pos - 4
     }
 
@@ -565,8 +570,8 @@ impl Asm {
             return;
         }
         self.buf.copy_within(at..end, at + n);
-        self.pos = at;
-        self.raw(NOPS[n]);
+        // Not a byte more: the code is behind them.
+        self.buf[at..at + n].copy_from_slice(NOPS[n]);
         self.pos = end + n;
     }
 

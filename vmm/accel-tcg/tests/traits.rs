@@ -137,7 +137,7 @@ fn devices_are_served_on_the_bus_and_a_kick_ends_the_run() {
     let mut g = Guest::new(&[0x0045_a503, SD_A0_DEVICE, LOOP]);
     assert_eq!(g.vcpu.run().expect("run"), Exit::Kicked);
     assert_eq!(g.device.last.load(Ordering::SeqCst), 0x0505_0505);
-    assert!(g.vm.jit_info().expect("translated").contains("blocks translated"));
+    assert!(g.vm.jit_info().expect("translated").contains("regions translated"));
 }
 
 #[test]

@@ -74,14 +74,14 @@ impl Alloc {
     pub(crate) fn start(&mut self, n: usize) {
         self.places.clear();
         self.places.resize(n, NOWHERE);
+        self.homes = [(NO_HOME, 0); SLOT_INDEXES];
         self.forget_all();
     }
 
-    /// Values are dead: at labels.
+    /// Values are dead: at labels. Homes of dead values do no harm.
     pub(crate) fn forget_all(&mut self) {
         self.occ = [NO_VALUE; 32];
         self.locked = 0;
-        self.homes = [(NO_HOME, 0); SLOT_INDEXES];
         self.spills = 0;
         self.pages = [None; 3];
     }

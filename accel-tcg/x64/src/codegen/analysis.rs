@@ -11,7 +11,7 @@ const FUSED_COND: u8 = 4;
 const FUSED_SHIFT: u8 = 8;
 
 /// Up to four values.
-pub(crate) struct Operands {
+struct Operands {
     vals: [Val; 4],
     len: usize,
 }
@@ -26,17 +26,36 @@ impl Operands {
     }
 
     #[inline]
-    pub(crate) fn list(&self) -> &[Val] {
+    fn list(&self) -> &[Val] {
         &self.vals[..self.len.min(4)]
     }
 }
 
+const NO_VALUE: u32 = u32::MAX;
+
+/// What is known of an instruction and its value.
+#[derive(Clone, Copy)]
+struct Info {
+    /// The value that its own is another name of.
+    root: u32,
+    /// The last instruction that uses it, 0 for none.
+    last: u32,
+    /// The next load or store at its value as base address; void at or behind the barrier.
+    access: u32,
+    /// Of a load or store: the next one in the block at the same base address, 0 for none.
+    next: u32,
+    /// The first of the values whose last use the instruction is; [`NO_VALUE`] for none.
+    dies: u32,
+    /// The next one of those that the value dies with.
+    also: u32,
+    flags: u8,
+}
+
 /// Results of the pass, indexed by instruction.
 pub(crate) struct Analysis {
-    root: Vec<u32>,
-    last: Vec<u32>,
-    uses: Vec<u32>,
-    flags: Vec<u8>,
+    info: Vec<Info>,
+    /// The next instruction that ends what probes may share.
+    barrier: u32,
     /// Slot offsets that are overwritten before anything can see them, direct mapped, and the epoch of each entry.
     overwritten: [(u32, u32); SLOT_INDEXES],
     /// Entries of other epochs are void: something that can see slots lies between.
@@ -45,24 +64,20 @@ pub(crate) struct Analysis {
 
 impl Default for Analysis {
     fn default() -> Self {
-        let (root, last, uses, flags) = Default::default();
-        Self { root, last, uses, flags, overwritten: [(0, 0); SLOT_INDEXES], epoch: 0 }
+        Self { info: Vec::new(), barrier: 0, overwritten: [(0, 0); SLOT_INDEXES], epoch: 0 }
     }
 }
 
 impl Analysis {
     /// Analyses `r`.
     pub(crate) fn run(&mut self, r: &Region) {
-        let n = r.insts.len();
-        self.root.clear();
-        self.last.clear();
-        self.last.resize(n, 0);
-        self.uses.clear();
-        self.uses.resize(n, 0);
-        self.flags.clear();
-        self.flags.resize(n, 0);
-        self.overwritten = [(0, 0); SLOT_INDEXES];
-        self.epoch = 1;
+        // Epochs go on from region to region; a region has fewer instructions than are left here.
+        if self.epoch > u32::MAX / 2 {
+            self.overwritten = [(0, 0); SLOT_INDEXES];
+            self.epoch = 0;
+        }
+        self.epoch += 1;
+        self.barrier = r.insts.len() as u32;
         self.roots(r);
         for (at, i) in r.insts.iter().enumerate().rev() {
             self.backward(r, at, i);
@@ -70,59 +85,77 @@ impl Analysis {
     }
 
     fn roots(&mut self, r: &Region) {
+        self.info.clear();
+        self.info.reserve(r.insts.len());
         for (at, i) in r.insts.iter().enumerate() {
+            let of = |v: u32| self.info.get(v as usize).map_or(v, |d| d.root);
             let root = match i.op {
-                Op::Trunc => self.root[i.a as usize],
+                Op::Trunc => of(i.a),
                 // Everything that makes a 32-bit value zeroes the upper half, but for truncations.
-                Op::ZExt if self.root[i.a as usize] == i.a => i.a,
+                Op::ZExt if of(i.a) == i.a => i.a,
                 _ => at as u32,
             };
-            if root != at as u32 {
-                self.flags[at] |= ALIAS;
-            }
-            self.root.push(root);
+            let flags = if root == at as u32 { 0 } else { ALIAS };
+            let (dies, also) = (NO_VALUE, NO_VALUE);
+            self.info.push(Info { root, last: 0, access: 0, next: 0, dies, also, flags });
         }
     }
 
     fn backward(&mut self, r: &Region, at: usize, i: &Inst) {
-        if self.flags[at] & ALIAS != 0 {
+        let info = &mut self.info[at];
+        if info.flags & ALIAS != 0 {
             return;
         }
-        if !i.op.has_effect() && self.uses[at] == 0 {
-            self.flags[at] |= DEAD;
+        if info.last == 0 && !i.op.has_effect() {
+            info.flags |= DEAD;
             return;
         }
         match i.op {
+            Op::Const | Op::InsnStart => return,
             Op::SetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if *o == (i.a, self.epoch) {
-                    self.flags[at] |= DEAD;
+                    info.flags |= DEAD;
                     return;
                 }
                 *o = (i.a, self.epoch);
+                self.mark(Val(i.b), at);
+                return;
             }
             Op::GetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if o.0 == i.a {
                     *o = (0, 0);
                 }
+                return;
             }
-            Op::Load
-            | Op::Store
-            | Op::AtomicRmw
-            | Op::AtomicCas
-            | Op::Call
-            | Op::Host
-            | Op::Label
-            | Op::BrCond => {
+            Op::Load | Op::Store => {
                 self.epoch += 1;
+                self.chain(at, i);
             }
-            _ if i.op.is_terminator() => self.epoch += 1,
+            Op::AtomicRmw | Op::AtomicCas | Op::BrCond => self.epoch += 1,
+            Op::Call | Op::Host | Op::Label => {
+                self.epoch += 1;
+                self.barrier = at as u32;
+            }
+            _ if i.op.is_terminator() => {
+                self.epoch += 1;
+                self.barrier = at as u32;
+            }
             _ => {}
         }
         self.fuse(r, at, i);
-        for &v in self.operands(r, at as u32).list() {
-            self.mark(v, at);
+        if self.info[at].flags & (FUSED_COND | FUSED_SHIFT) != 0 {
+            for &v in self.operands(r, at as u32).list() {
+                self.mark(v, at);
+            }
+            return;
+        }
+        let mask = i.op.operands();
+        for (n, v) in [i.a, i.b, i.c].into_iter().enumerate() {
+            if mask >> n & 1 != 0 {
+                self.mark(Val(v), at);
+            }
         }
         if i.op == Op::Call {
             for &v in r.call_args(i) {
@@ -131,27 +164,42 @@ impl Analysis {
         }
     }
 
+    /// Puts a load or store before the next one at the same base address.
+    fn chain(&mut self, at: usize, i: &Inst) {
+        let root = self.root(Val(i.a));
+        let base = &mut self.info[root.index()];
+        let next = if base.access < self.barrier { base.access } else { 0 };
+        base.access = at as u32;
+        self.info[at].next = next;
+    }
+
+    /// The next load or store of the block with the same base address as the load or store at `at`.
+    #[inline]
+    pub(crate) fn next_access(&self, at: u32) -> Option<u32> {
+        self.info.get(at as usize).map(|i| i.next).filter(|n| *n != 0)
+    }
+
     fn fuse(&mut self, r: &Region, at: usize, i: &Inst) {
         let cond = match i.op {
             Op::Select => i.a,
             Op::BrCond if i.cond() as u8 <= 1 && is_zero(r, i.b) => i.a,
             Op::Add if is_small_shift(r, i.b, i.ty) && !is_const(r, i.a) => {
-                self.flags[at] |= FUSED_SHIFT;
+                self.info[at].flags |= FUSED_SHIFT;
                 return;
             }
             _ => return,
         };
         if r.insts[cond as usize].op == Op::SetCond {
-            self.flags[at] |= FUSED_COND;
+            self.info[at].flags |= FUSED_COND;
         }
     }
 
     /// The values that instruction `at` uses, those of fused operands in place of the operands. Call arguments are not
     /// among them.
     #[inline]
-    pub(crate) fn operands(&self, r: &Region, at: u32) -> Operands {
+    fn operands(&self, r: &Region, at: u32) -> Operands {
         let i = &r.insts[at as usize];
-        let f = self.flags[at as usize];
+        let f = self.info[at as usize].flags;
         let mut o = Operands { vals: [Val(0); 4], len: 0 };
         let mask = i.op.operands();
         if f & (FUSED_COND | FUSED_SHIFT) == 0 {
@@ -171,49 +219,63 @@ impl Analysis {
         o
     }
 
+    #[inline]
     fn mark(&mut self, v: Val, at: usize) {
-        let v = self.root[v.index()] as usize;
-        self.uses[v] += 1;
-        if self.last[v] == 0 {
-            self.last[v] = at as u32;
+        let root = self.info[v.index()].root;
+        if self.info[root as usize].last == 0 {
+            let also = std::mem::replace(&mut self.info[at].dies, root);
+            let value = &mut self.info[root as usize];
+            (value.last, value.also) = (at as u32, also);
         }
+    }
+
+    /// The first of the values whose last use the instruction is.
+    #[inline]
+    pub(crate) fn dying(&self, at: u32) -> Option<Val> {
+        self.info.get(at as usize).map(|i| Val(i.dies)).filter(|v| v.0 != NO_VALUE)
+    }
+
+    /// The next one of the values that `v` dies with.
+    #[inline]
+    pub(crate) fn dying_too(&self, v: Val) -> Option<Val> {
+        self.info.get(v.index()).map(|i| Val(i.also)).filter(|v| v.0 != NO_VALUE)
     }
 
     /// The value that `v` is another name of.
     #[inline]
     pub(crate) fn root(&self, v: Val) -> Val {
-        Val(self.root[v.index()])
+        Val(self.info[v.index()].root)
     }
 
     /// Index of the last instruction that uses root `v`; 0 for none.
     #[inline]
     pub(crate) fn last_use(&self, v: Val) -> u32 {
-        self.last[v.index()]
+        self.info[v.index()].last
     }
 
     #[inline]
     pub(crate) fn is_dead(&self, at: u32) -> bool {
-        self.flags.get(at as usize).is_some_and(|f| f & DEAD != 0)
+        self.info.get(at as usize).is_some_and(|i| i.flags & DEAD != 0)
     }
 
     /// Makes the instruction dead: its work is done.
     pub(crate) fn kill(&mut self, at: u32) {
-        self.flags[at as usize] |= DEAD;
+        self.info[at as usize].flags |= DEAD;
     }
 
     #[inline]
     pub(crate) fn is_alias(&self, at: u32) -> bool {
-        self.flags[at as usize] & ALIAS != 0
+        self.info[at as usize].flags & ALIAS != 0
     }
 
     #[inline]
     pub(crate) fn cond_fused(&self, at: u32) -> bool {
-        self.flags[at as usize] & FUSED_COND != 0
+        self.info[at as usize].flags & FUSED_COND != 0
     }
 
     #[inline]
     pub(crate) fn shift_fused(&self, at: u32) -> bool {
-        self.flags[at as usize] & FUSED_SHIFT != 0
+        self.info[at as usize].flags & FUSED_SHIFT != 0
     }
 }
 

@@ -200,7 +200,18 @@ impl Cx<'_> {
         };
         let (a, b) = (Val(i.a), Val(i.b));
         if let Some(n) = self.konst(b) {
-            let n = n as u8 & if w { 63 } else { 31 };
+            let (bits, bytes) = if w { (64, 8) } else { (32, 4) };
+            let n = n as u8 & (bits - 1);
+            if self.features.bmi2 && matches!(op, Shift::Rol | Shift::Ror) {
+                if self.lives_on(a) {
+                    self.gpr(a);
+                }
+                let s = self.rm(a, bytes);
+                let d = self.dest(Some(a));
+                let right = if op == Shift::Rol { (bits - n) & (bits - 1) } else { n };
+                self.st.asm.rorx(w, d, s, right);
+                return self.define(d);
+            }
             let d = self.cached_dest(a);
             self.copy_to(d, a);
             self.st.asm.shift_imm(op, w, d, n);

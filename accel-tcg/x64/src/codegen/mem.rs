@@ -45,7 +45,7 @@ struct Range {
 /// The widest range of a shared probe: what crosses a page takes the slow path with all its accesses.
 const MAX_RANGE: i32 = 256;
 /// How far ahead accesses are looked for.
-const LOOK_AHEAD: usize = 48;
+const LOOK_AHEAD: u32 = 48;
 
 impl Probe {
     fn host(&self) -> Mem {
@@ -59,27 +59,21 @@ impl Probe {
 impl Cx<'_> {
     /// The range that the access at hand and later ones of this block have in common; `None` when it is alone. A load before
     /// a store goes through the write array, whose pages can be read too.
-    fn range(&self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Range> {
+    fn range(&self, mem: MemOp, disp: i32, write: bool) -> Option<Range> {
         let size = mem.bytes() as i32;
         let mut range = Range { lo: disp, hi: disp.checked_add(size)?, last: self.at, write };
-        let from = self.at as usize + 1;
-        for (n, i) in self.r.insts.iter().enumerate().skip(from).take(LOOK_AHEAD) {
-            let store = match i.op {
-                Op::Load => false,
-                Op::Store => true,
-                Op::Label | Op::Call | Op::Host => break,
-                _ if i.op.is_terminator() => break,
-                _ => continue,
-            };
+        let mut at = self.at;
+        while let Some(n) = self.st.an.next_access(at).filter(|n| n - self.at <= LOOK_AHEAD) {
+            at = n;
+            let Some(i) = self.r.insts.get(n as usize) else { break };
             let m = i.mem();
-            let same = self.st.an.root(Val(i.a)) == addr && m.mmu_idx() == mem.mmu_idx();
-            if !same {
+            if m.mmu_idx() != mem.mmu_idx() {
                 continue;
             }
             let end = i.disp().checked_add(m.bytes() as i32)?;
             let (lo, hi) = (range.lo.min(i.disp()), range.hi.max(end));
             if i64::from(hi) - i64::from(lo) <= i64::from(MAX_RANGE) {
-                range = Range { lo, hi, last: n as u32, write: range.write || store };
+                range = Range { lo, hi, last: n, write: range.write || i.op == Op::Store };
             }
         }
         (range.last != self.at).then_some(range)
@@ -148,7 +142,7 @@ impl Cx<'_> {
         if let Some(p) = self.reuse_page(mem, (addr, disp), write) {
             return p;
         }
-        let Some(Range { lo, hi, last, write }) = self.range(mem, (addr, disp), write) else {
+        let Some(Range { lo, hi, last, write }) = self.range(mem, disp, write) else {
             return self.lone_probe(mem, (addr, disp), write);
         };
         let mut p = self.probe_range(mem, addr, (lo, hi), write);

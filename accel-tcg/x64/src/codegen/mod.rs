@@ -71,12 +71,21 @@ pub(crate) struct State {
     cold: Vec<Cold>,
     links: Vec<LinkSite>,
     insns: Vec<(u32, u64)>,
+    /// The number of the pin at a slot offset, direct mapped; [`NO_PIN`] where there is none.
+    pin_at: [u8; PIN_INDEXES],
     /// Code offset of bound labels.
     label_at: Vec<Option<u32>>,
     /// Branches to each label that are not link sites themselves.
     label_uses: Vec<u32>,
     /// rel32s that wait for a label.
     label_refs: Vec<(u32, u32)>,
+}
+
+const PIN_INDEXES: usize = 64;
+const NO_PIN: u8 = 0xff;
+
+fn pin_index(offset: u32) -> usize {
+    offset as usize / 8 % PIN_INDEXES
 }
 
 /// One compilation.
@@ -109,17 +118,21 @@ impl Translator {
         features: HostFeatures,
     ) -> Result<Self, CodegenError> {
         stubs::check_pins(&spec)?;
-        let st = State {
+        let mut st = State {
             asm: Asm::new(),
             an: Analysis::default(),
             al: Alloc::default(),
             cold: Vec::new(),
             links: Vec::new(),
             insns: Vec::new(),
+            pin_at: [NO_PIN; PIN_INDEXES],
             label_at: Vec::new(),
             label_uses: Vec::new(),
             label_refs: Vec::new(),
         };
+        for (n, pin) in spec.pins.iter().enumerate().rev() {
+            st.pin_at[pin_index(pin.offset)] = n as u8;
+        }
         Ok(Self { spec, helpers, slow, features, st })
     }
 
@@ -212,7 +225,7 @@ impl Cx<'_> {
                 return;
             }
             self.inst(i);
-            self.finish(i);
+            self.finish();
         }
     }
 
@@ -257,16 +270,12 @@ impl Cx<'_> {
     }
 
     /// Frees what the current instruction used last.
-    fn finish(&mut self, i: &Inst) {
+    fn finish(&mut self) {
         self.st.al.locked = 0;
-        for &v in self.st.an.operands(self.r, self.at).list() {
-            self.release(v);
-        }
-        if i.op == Op::Call {
-            let r = self.r;
-            for &v in r.call_args(i) {
-                self.release(v);
-            }
+        let mut dying = self.st.an.dying(self.at);
+        while let Some(v) = dying {
+            self.drop_value(v);
+            dying = self.st.an.dying_too(v);
         }
         // A result that nobody reads.
         let me = Val(self.at);
@@ -275,15 +284,15 @@ impl Cx<'_> {
         }
     }
 
-    fn release(&mut self, v: Val) {
-        let v = self.st.an.root(v);
-        if self.st.an.last_use(v) <= self.at {
-            self.drop_value(v);
-        }
-    }
-
     /// The pin register of a slot.
     fn pin_of(&self, offset: u32) -> Option<Reg> {
+        let n = self.st.pin_at[pin_index(offset)];
+        if n == NO_PIN {
+            return None;
+        }
+        if self.spec.pins.get(usize::from(n)).is_some_and(|s| s.offset == offset) {
+            return PIN_REGS.get(usize::from(n)).copied();
+        }
         let n = self.spec.pins.iter().position(|s| s.offset == offset)?;
         PIN_REGS.get(n).copied()
     }

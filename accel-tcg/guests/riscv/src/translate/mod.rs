@@ -82,7 +82,7 @@ pub(crate) fn region(
         scan: &scan,
     };
     t.run();
-    Ok(Translated { insns: scan.lines.len() as u32, end: scan.end })
+    Ok(Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end })
 }
 
 impl Translator<'_> {

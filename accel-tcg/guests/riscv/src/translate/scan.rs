@@ -39,6 +39,12 @@ impl Scan {
     pub fn index_of(&self, pc: u64) -> Option<usize> {
         self.lines.binary_search_by_key(&pc, |l| l.pc).ok()
     }
+
+    /// How many basic blocks there are.
+    pub fn blocks(&self) -> u32 {
+        let follows = self.lines.iter().skip(1).zip(&self.lines);
+        1 + follows.filter(|(line, before)| line.target || !matches!(flow(before), Flow::Next)).count() as u32
+    }
 }
 
 /// How an instruction passes control on.

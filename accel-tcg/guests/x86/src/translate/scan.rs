@@ -42,6 +42,12 @@ pub(crate) struct Line {
     pub live_before: u32,
     /// The same where its direct jump or call out of the region goes.
     pub live_there: u32,
+    /// How it passes control on.
+    flow: Flow,
+    /// The status flags that it may read.
+    read: u32,
+    /// The status flags that it sets or leaves undefined, whatever happens.
+    changed: u32,
 }
 
 /// The instructions of a region, by rising pc.
@@ -61,10 +67,16 @@ impl Scan {
     pub fn index_of(&self, pc: u64) -> Option<usize> {
         self.lines.binary_search_by_key(&pc, |l| l.pc).ok()
     }
+
+    /// How many basic blocks there are.
+    pub fn blocks(&self) -> u32 {
+        let follows = self.lines.iter().skip(1).zip(&self.lines);
+        1 + follows.filter(|(line, before)| line.target || before.flow != Flow::Next).count() as u32
+    }
 }
 
 /// How an instruction passes control on.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flow {
     /// To the next.
     Next,
@@ -80,8 +92,7 @@ enum Flow {
     Stop,
 }
 
-fn flow(line: &Line, key: Key) -> Flow {
-    let insn = &line.insn;
+fn flow(insn: &Instruction, key: Key) -> Flow {
     match insn.flow_control() {
         FlowControl::Next if control::ends_region(insn) => Flow::Stop,
         FlowControl::Next => Flow::Next,
@@ -106,18 +117,19 @@ struct Bytes {
 impl Bytes {
     /// Reads up to the end of the granule behind what there is.
     fn more(&mut self, code: &mut CodeReader<'_, '_>) -> Result<(), Fault> {
-        let mut at = self.start.wrapping_add(self.buffer.len() as u64);
-        let end = (at | (GRANULE - 1)).wrapping_add(1);
-        while at != end {
-            if at & 1 == 0 {
-                self.buffer.extend_from_slice(&code.u16(at)?.to_le_bytes());
-                at = at.wrapping_add(2);
-            } else {
-                self.buffer.push(code.u8(at)?);
-                at = at.wrapping_add(1);
-            }
+        let len = self.buffer.len();
+        let at = self.start.wrapping_add(len as u64);
+        self.buffer.resize(len + (GRANULE - at % GRANULE) as usize, 0);
+        let read = code.bytes(at, self.buffer.get_mut(len..).unwrap_or_default());
+        if read.is_err() {
+            self.buffer.truncate(len);
         }
-        Ok(())
+        read
+    }
+
+    /// Whether the byte at `pc` has been read.
+    fn has(&self, pc: u64) -> bool {
+        pc.wrapping_sub(self.start) < self.buffer.len() as u64
     }
 
     /// Decodes the instruction at `pc`. `Ok(None)`: it runs into the next page and is not the first.
@@ -141,6 +153,9 @@ impl Bytes {
             live: 0,
             live_before: 0,
             live_there: STATUS,
+            flow: Flow::Away,
+            read: 0,
+            changed: 0,
         };
         loop {
             let bytes = self.buffer.get(from..).unwrap_or(&[]);
@@ -159,7 +174,12 @@ impl Bytes {
             }
             self.more(code)?;
         }
-        line.faults = can_fault(&line.insn, key);
+        line.flow = flow(&line.insn, key);
+        line.read = line.insn.rflags_read() & STATUS;
+        line.changed = line.insn.rflags_modified() & STATUS;
+        if line.changed != 0 && counted(&line.insn) {
+            line.changed = 0;
+        }
         Ok(Some(line))
     }
 }
@@ -189,7 +209,7 @@ pub(crate) fn run(
         if !first && ((pc ^ request.pc) & !PAGE != 0 || code.is_break(pc) || scan.lines.len() >= limit) {
             break;
         }
-        let line = match bytes.decode(code, pc, key) {
+        let mut line = match bytes.decode(code, pc, key) {
             Ok(Some(line)) => line,
             Ok(None) => {
                 scan.end_indirect = true;
@@ -199,12 +219,13 @@ pub(crate) fn run(
             Err(_) => break,
         };
         let next = pc.wrapping_add(u64::from(line.len));
+        line.faults = can_fault(&line.insn, key);
         scan.lines.push(line);
         scan.end = next;
         if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || line.insn.is_invalid() {
             break; // it ran into the next page: alone
         }
-        pc = match flow(&line, key) {
+        pc = match line.flow {
             Flow::Next | Flow::Fork => next,
             Flow::Branch(to) => {
                 targets.push(to);
@@ -233,8 +254,8 @@ pub(crate) fn run(
             line.target = true;
         }
     }
-    look_ahead(&mut scan, key, code);
-    liveness(&mut scan, key);
+    look_ahead(&mut scan, key, code, &mut bytes);
+    liveness(&mut scan);
     Ok(scan)
 }
 
@@ -243,32 +264,47 @@ const AHEAD: usize = 4;
 
 /// Finds out for direct jumps and calls out of the region, to the same page, which status flags are live there. What is
 /// read becomes part of the region, so a change of it is noticed.
-fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>) {
+fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) {
     if scan.lines.len() < 2 {
         return;
     }
+    let mut other = Bytes { start: 0, buffer: Vec::new() };
+    let mut live_at = |to: u64| {
+        // What is read becomes part of the region, so nothing is read up to there.
+        if bytes.has(to) {
+            return live_at(to, key, code, bytes);
+        }
+        if !other.has(to) {
+            other.buffer.clear();
+            other.start = to;
+        }
+        live_at(to, key, code, &mut other)
+    };
     for i in 0..scan.lines.len() {
         let Some(line) = scan.lines.get(i) else { continue };
-        if line.insn.flow_control() == FlowControl::Next {
-            continue;
-        }
-        let to = match control::target(&line.insn, key) {
+        let to = match line.flow {
+            Flow::Next | Flow::Stop => continue,
+            Flow::Branch(to) | Flow::Jump(to) => Some(to),
+            // A call.
+            Flow::Fork | Flow::Away => control::target(&line.insn, key),
+        };
+        let to = match to {
             Some(to) if (to ^ line.pc) & !PAGE == 0 && scan.index_of(to).is_none() => to,
             _ => continue,
         };
-        let live = live_at(to, key, code);
+        let live = live_at(to);
         if let Some(line) = scan.lines.get_mut(i) {
             line.live_there = live;
         }
     }
-    if (scan.end ^ scan.lines.first().map_or(0, |l| l.pc)) & !PAGE == 0 {
-        scan.live_end = live_at(scan.end, key, code);
+    let goes_on = scan.lines.last().is_some_and(|l| !matches!(l.flow, Flow::Jump(_) | Flow::Away));
+    if goes_on && (scan.end ^ scan.lines.first().map_or(0, |l| l.pc)) & !PAGE == 0 {
+        scan.live_end = live_at(scan.end);
     }
 }
 
 /// The status flags that the code at `pc` may read before it sets them.
-fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>) -> u32 {
-    let mut bytes = Bytes { start: pc, buffer: Vec::with_capacity(GRANULE as usize) };
+fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) -> u32 {
     let (mut read, mut changed, mut at) = (0, 0, pc);
     for _ in 0..AHEAD {
         let line = match bytes.decode(code, at, key) {
@@ -276,12 +312,12 @@ fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>) -> u32 {
             _ => break,
         };
         at = at.wrapping_add(u64::from(line.len));
-        read |= line.insn.rflags_read() & !changed;
-        if flow(&line, key) != Flow::Next || (at ^ pc) & !PAGE != 0 {
+        read |= line.read & !changed;
+        if line.flow != Flow::Next || (at ^ pc) & !PAGE != 0 {
             break;
         }
-        changed |= if counted(&line.insn) { 0 } else { line.insn.rflags_modified() };
-        if changed & STATUS == STATUS {
+        changed |= line.changed;
+        if changed == STATUS {
             break;
         }
     }
@@ -293,7 +329,7 @@ fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>) -> u32 {
 ///
 /// An instruction that faults reads none by that. So what a handler finds in RFLAGS is exact but for flags that the
 /// program sets anew, whatever happens, before it reads them; nothing but a look at the saved RFLAGS can tell.
-fn liveness(scan: &mut Scan, key: Key) {
+fn liveness(scan: &mut Scan) {
     if let [line] = scan.lines.as_mut_slice() {
         // It may be one that must not jump to itself.
         (line.live, line.live_before) = (STATUS, STATUS);
@@ -304,12 +340,11 @@ fn liveness(scan: &mut Scan, key: Key) {
         let mut live = scan.live_end;
         for i in (0..scan.lines.len()).rev() {
             let Some(line) = scan.lines.get(i) else { continue };
-            let insn = &line.insn;
             let there = |to| scan.index_of(to).and_then(|at| Some((at, scan.lines.get(at)?.live_before)));
-            let out = match flow(line, key) {
+            let out = match line.flow {
                 Flow::Next => live,
                 Flow::Branch(to) | Flow::Jump(to) => {
-                    let next = if matches!(flow(line, key), Flow::Jump(_)) { 0 } else { live };
+                    let next = if matches!(line.flow, Flow::Jump(_)) { 0 } else { live };
                     match there(to) {
                         Some((at, before)) => {
                             backward |= at <= i;
@@ -321,8 +356,7 @@ fn liveness(scan: &mut Scan, key: Key) {
                 Flow::Away => line.live_there,
                 Flow::Stop | Flow::Fork => STATUS,
             };
-            let changed = if counted(insn) { 0 } else { insn.rflags_modified() };
-            live = (out & !changed | insn.rflags_read()) & STATUS;
+            live = (out & !line.changed | line.read) & STATUS;
             if let Some(line) = scan.lines.get_mut(i) {
                 grew |= line.live_before != live;
                 (line.live, line.live_before) = (out, live);
