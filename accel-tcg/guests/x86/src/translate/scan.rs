@@ -112,6 +112,8 @@ fn flow(insn: &Instruction, key: Key) -> Flow {
 struct Bytes {
     start: u64,
     buffer: Vec<u8>,
+    /// The next page is not to be read: a region that needs two pages is never jumped to directly.
+    one_page: bool,
 }
 
 impl Bytes {
@@ -169,7 +171,7 @@ impl Bytes {
                 break;
             }
             let end = self.start.wrapping_add(self.buffer.len() as u64);
-            if from != 0 && end & PAGE == 0 {
+            if (from != 0 || self.one_page) && end & PAGE == 0 {
                 return Ok(None);
             }
             self.more(code)?;
@@ -201,7 +203,8 @@ pub(crate) fn run(
         end_indirect: false,
         live_end: STATUS,
     };
-    let mut bytes = Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize) };
+    let mut bytes =
+        Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize), one_page: false };
     let mut targets: Vec<u64> = Vec::new();
     let mut pc = request.pc;
     loop {
@@ -268,7 +271,7 @@ fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>, bytes: &
     if scan.lines.len() < 2 {
         return;
     }
-    let mut other = Bytes { start: 0, buffer: Vec::new() };
+    let mut other = Bytes { start: 0, buffer: Vec::new(), one_page: true };
     let mut live_at = |to: u64| {
         // What is read becomes part of the region, so nothing is read up to there.
         if bytes.has(to) {
