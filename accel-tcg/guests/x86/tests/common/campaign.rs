@@ -54,8 +54,17 @@ impl Report {
 
 /// Runs random cases on both.
 pub fn run(seed: u64, limits: Limits, a: &mut dyn Processor, b: &mut dyn Processor) -> Report {
+    run_of(Generator::new(seed), seed, limits, (a, b))
+}
+
+/// Runs what `generator` makes on both.
+pub fn run_of(
+    mut generator: Generator,
+    seed: u64,
+    limits: Limits,
+    (a, b): (&mut dyn Processor, &mut dyn Processor),
+) -> Report {
     let patterns = patterns();
-    let mut generator = Generator::new(seed);
     let mut gaps = Random::new(seed ^ 0x6a95);
     let mut report = Report {
         insns: 0,

@@ -48,6 +48,14 @@ impl Generator {
         }
     }
 
+    /// A generator of 64-bit code of the codes that are `wanted`.
+    pub fn of(seed: u64, wanted: impl Fn(Code) -> bool) -> Self {
+        let mut this = Self::new(seed);
+        this.templates[0].retain(wanted);
+        this.templates[1].retain(|_| false);
+        this
+    }
+
     /// The codes of 64- or 32-bit code.
     pub fn codes(&self, bits: u32) -> &[Code] {
         &self.templates[usize::from(bits == 32)].codes
@@ -87,7 +95,7 @@ impl Generator {
 
     /// The next case, at offset `at` of the code area.
     pub fn case(&mut self, at: usize) -> Case {
-        let which = usize::from(self.random.percent(25));
+        let which = usize::from(self.random.percent(25) && !self.templates[1].codes.is_empty());
         let bits = [64, 32][which];
         let roles = self.roles();
         let wanted = 1 + self.random.below(8) as usize;

@@ -205,7 +205,14 @@ unsafe extern "C" fn on_signal(signal: c_int, _info: *mut libc::siginfo_t, frame
         }
         context.rip = general[libc::REG_RIP as usize] as u64;
         context.rflags = general[libc::REG_EFL as usize] as u64;
-        context.vector = general[libc::REG_TRAPNO as usize] as u64;
+        context.vector = match (general[libc::REG_TRAPNO as usize] as u64, signal) {
+            (vector @ 0..32, _) => vector,
+            // An emulator may not say.
+            (_, libc::SIGILL) => 6,
+            (_, libc::SIGFPE) => 0,
+            (_, libc::SIGTRAP) => 3,
+            _ => 14,
+        };
         context.error = general[libc::REG_ERR as usize] as u64;
         context.address = general[libc::REG_CR2 as usize] as u64;
         let area = machine.fpregs.cast::<u8>();
@@ -280,6 +287,16 @@ impl Host {
     pub fn end_page(&self) -> Vec<u8> {
         // SAFETY: in the mapping, and not written any more.
         unsafe { std::slice::from_raw_parts(self.memory.add(CODE_SIZE), 0x1000) }.to_vec()
+    }
+
+    /// For an emulator that runs this program and does not see that code is written through another mapping.
+    pub fn code_changed(&self) {
+        for protection in [libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC] {
+            let at = ptr::with_exposed_provenance_mut(CODE as usize);
+            // SAFETY: the sandbox's own mapping; its code does not run now.
+            let done = unsafe { libc::mprotect(at, CODE_SIZE, protection) };
+            assert_eq!(done, 0, "mprotect: {}", std::io::Error::last_os_error());
+        }
     }
 
     fn write(&self, at: usize, bytes: &[u8]) {

@@ -74,6 +74,11 @@ impl Templates {
         Self { bits, codes, by_code }
     }
 
+    /// Leaves out all but what is `wanted`.
+    pub fn retain(&mut self, wanted: impl Fn(Code) -> bool) {
+        self.codes.retain(|c| wanted(*c));
+    }
+
     /// The encodings of `code`.
     pub fn of(&self, code: Code) -> &[Template] {
         self.by_code.get(&code).map_or(&[], Vec::as_slice)
