@@ -1,5 +1,5 @@
 //! Machines that are saved on one accelerator and go on on the other: KVM, with the interrupt controllers split, and
-//! translation. `HOLDFAST_NO_KVM=1` skips it where there is no KVM; otherwise its absence fails.
+//! translation. Cases that save twice come back to where they started. `HOLDFAST_NO_KVM=1` skips it where there is no KVM; otherwise its absence fails.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -50,7 +50,13 @@ fn cross(first: usize) {
             made: AtomicUsize::new(first),
         };
         if let Err(e) = case.check(&both, IrqChip::Split) {
-            panic!("{}: {e} ({:?})", case.name, std::error::Error::source(&e).map(ToString::to_string));
+            let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+            // A KVM that cannot scale the time-stamp counter has to refuse a guest that was started with another.
+            if first == 1 && cause.contains("its TSC runs at") && cause.contains("cannot be scaled") {
+                eprintln!("{}: refused, since this KVM cannot scale the time-stamp counter", case.name);
+                continue;
+            }
+            panic!("{}: {e} ({cause})", case.name);
         }
         assert!(both.made.load(Ordering::Relaxed) >= first + 2, "{} made one machine only", case.name);
     }
