@@ -194,7 +194,7 @@ fn forget_cpuid(saved: &Path) {
 }
 
 /// Linux counts on accelerator `from`, is saved, and goes on counting on `to` in another process.
-fn moves(from: &str, to: &str, profile: &str, options: &str) {
+fn moves(from: &str, to: &str, profile: Option<&str>, options: &str) {
     let Some(guest) = guest() else { return };
     let _one = ONE.lock();
     let dir = tempfile::tempdir().expect("directory");
@@ -230,7 +230,17 @@ fn moves(from: &str, to: &str, profile: &str, options: &str) {
     std::fs::remove_file(dir.path().join("api")).expect("the dead process's socket");
     let (second, api) = vmm(dir.path());
     std::thread::sleep(Duration::from_secs(2));
-    api.put("vm.restore", &json!({ "source_url": url, "accel": to }));
+    let restored = api.request("PUT", "vm.restore", &json!({ "source_url": url, "accel": to }));
+    if from == "tcg"
+        && restored.body.contains("its TSC runs at")
+        && restored.body.contains("cannot be scaled")
+    {
+        // Said by name, and right: the guest would see its time-stamp counter run at another rate.
+        eprintln!("refused, since this KVM cannot scale the time-stamp counter");
+        api.put("vmm.shutdown", &Value::Null);
+        return;
+    }
+    assert!((200..300).contains(&restored.status), "{restored:?}");
     api.put("vm.resume", &Value::Null);
     let &(last, mut sum, uptime) = before.last().expect("it counted");
     let after = counted(&wait_in(&second, &console, &format!("COUNT {} ", last + 5)));
@@ -254,7 +264,7 @@ fn moves(from: &str, to: &str, profile: &str, options: &str) {
 
 #[test]
 fn needs_kvm_a_snapshot_of_linux_goes_on_in_another_process() {
-    moves("kvm", "kvm", "host", "");
+    moves("kvm", "kvm", None, "");
 }
 
 /// What a guest has to leave alone to be movable: KVM's paravirtual features, and (since an interpreting KVM cannot set
@@ -263,10 +273,10 @@ const MOVABLE: &str = "no-kvmclock no-steal-acc no-kvmapf notsc clocksource=acpi
 
 #[test]
 fn needs_kvm_linux_moves_from_translation_to_kvm() {
-    moves("tcg", "kvm", "qemu64", MOVABLE);
+    moves("tcg", "kvm", Some("qemu64"), MOVABLE);
 }
 
 #[test]
 fn needs_kvm_linux_moves_from_kvm_to_translation() {
-    moves("kvm", "tcg", "qemu64", MOVABLE);
+    moves("kvm", "tcg", Some("qemu64"), MOVABLE);
 }
