@@ -396,7 +396,9 @@ mod tests {
     }
 
     fn read<const N: usize>(memory: &GuestMemory, at: u64) -> [u8; N] {
-        memory.read_obj(GuestAddress(at)).expect("readable")
+        let mut bytes = [0; N];
+        memory.read_slice(&mut bytes, GuestAddress(at)).expect("readable");
+        bytes
     }
 
     fn word(memory: &GuestMemory, at: u64) -> u32 {
@@ -451,7 +453,7 @@ mod tests {
         let text = |image: &[u8]| boot(&memory, image, &[], "").expect_err("refused").to_string();
         assert!(text(&elf(4)).contains("video mode"), "{}", text(&elf(4)));
         assert!(text(&elf(8)).contains("flags 0x8"), "{}", text(&elf(8)));
-        let plain = |addresses| text(&[header(ADDRESSES, &addresses), vec![0; 64]].concat());
+        let plain = |addresses: [u32; 5]| text(&[header(ADDRESSES, &addresses), vec![0; 64]].concat());
         assert!(plain([0x1000, 0x1000, 0, 0, 0x1000]).contains("wants to lie at 0x1000"));
         assert!(plain([0x10_0000, 0x20_0000, 0, 0, 0]).contains("before its load address"));
         assert!(plain([0x10_0000, 0x0f_ff00, 0, 0, 0]).contains("before the file"));

@@ -46,7 +46,9 @@ fn rig(count: u32) -> Rig {
     let timers = Timers::start(clock, &PlainSpawner).expect("thread");
     let woken = Arc::new(AtomicU32::new(0));
     let wake = Arc::clone(&woken);
-    let waker: Waker = Arc::new(move |n| drop(wake.fetch_or(1 << n, Ordering::SeqCst)));
+    let waker: Waker = Arc::new(move |n| {
+        wake.fetch_or(1 << n, Ordering::SeqCst);
+    });
     let bus = LapicBus::new(&(0..count).collect::<Vec<_>>(), &timers, waker);
     let ended = Arc::new(Mutex::new(Vec::new()));
     let ends = Arc::clone(&ended);
@@ -142,10 +144,8 @@ fn only_level_triggered_interrupts_report_their_end() {
     r.message(0xfee0_0000, 0x8060);
     assert_eq!(r.get(0, TMR + 0x30), 1);
     r.message(0xfee0_0000, 0x61);
-    for vector in [0x61, 0x60] {
-        assert_eq!(r.apic(0).acknowledge(), if vector == 0x61 { Some(0x61) } else { None });
-        r.put(0, EOI, 0);
-    }
+    assert_eq!(r.apic(0).acknowledge(), Some(0x61));
+    r.put(0, EOI, 0);
     assert!(r.ended.lock().is_empty());
     assert_eq!(r.apic(0).acknowledge(), Some(0x60));
     r.put(0, EOI, 0);
@@ -179,7 +179,7 @@ fn destinations_are_physical_logical_and_everyone() {
     }
     assert_eq!(hit(0xfee0_3004), 0b0011);
     assert_eq!(hit(0xfee1_2004), 0b1000);
-    assert_eq!(hit(0xfeef_1004), 0b1111, "all ones are everyone");
+    assert_eq!(hit(0xfeef_1004), 0b0101, "the first of every cluster");
     assert!(r.bus.send(MsiMessage { address: 0xfec0_0000, data: 0, device: 0 }).is_err());
 }
 
@@ -316,15 +316,16 @@ fn the_timer_counts_down_once() {
     let r = rig(1);
     r.put(0, DIVIDE, 0b1011); // by 1
     r.put(0, LVT_TIMER, 0x40);
+    r.timers.clock().set(1_000_000_000);
     r.put(0, INITIAL, 1_000_000);
     assert_eq!(r.get(0, CURRENT), 1_000_000);
-    r.timers.clock().set(400_000);
+    r.timers.clock().set(1_000_400_000);
     assert_eq!(r.get(0, CURRENT), 600_000);
     r.put(0, DIVIDE, 0b0000); // by 2, going on from where it is
     assert_eq!(r.get(0, CURRENT), 600_000);
-    r.timers.clock().set(500_000);
+    r.timers.clock().set(1_000_500_000);
     assert_eq!(r.get(0, CURRENT), 550_000);
-    r.time(1_600_000, || r.apic(0).has_interrupt());
+    r.time(1_001_600_000, || r.apic(0).has_interrupt());
     assert_eq!((r.apic(0).acknowledge(), r.get(0, CURRENT)), (Some(0x40), 0));
     r.put(0, INITIAL, 0);
     assert_eq!(r.get(0, CURRENT), 0);

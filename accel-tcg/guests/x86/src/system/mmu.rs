@@ -194,23 +194,13 @@ fn denied(s: &X86, leaf: &Leaf, access: &Access) -> Option<u32> {
         let smep = !user && leaf.user && s.cr4 & cr4::SMEP != 0;
         return (leaf.no_execute || user && !leaf.user || smep).then_some(code::P);
     }
-    if user && !leaf.user {
-        return Some(code::P);
-    }
-    if !user && leaf.user && s.cr4 & cr4::SMAP != 0 && access.mmu_idx != idx::KERNEL_AC {
-        return Some(code::P);
-    }
-    let (no_read, no_write) = protection_key(s, leaf);
-    let protected = user || s.cr0 & cr0::WP != 0;
-    if access.kind == AccessKind::Write {
-        if !leaf.writable && protected {
-            return Some(code::P);
-        }
-        if no_write && protected {
-            return Some(code::P | code::PK);
-        }
-    }
-    no_read.then_some(code::P | code::PK)
+    let (write, protected) = (access.kind == AccessKind::Write, user || s.cr0 & cr0::WP != 0);
+    let smap = !user && leaf.user && s.cr4 & cr4::SMAP != 0 && access.mmu_idx != idx::KERNEL_AC;
+    let rights = user && !leaf.user || smap || write && !leaf.writable && protected;
+    // That the key denies the access is told whatever else does.
+    let (no_read, no_write) = if user && !leaf.user { (false, false) } else { protection_key(s, leaf) };
+    let key = no_read || write && no_write && protected;
+    (rights || key).then_some(if key { code::P | code::PK } else { code::P })
 }
 
 fn page_fault(s: &X86, access: &Access, bits: u32) -> Fault {

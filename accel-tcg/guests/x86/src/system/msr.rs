@@ -42,6 +42,10 @@ const FLUSH_CMD_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 3, 28)];
 const PKS_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 2, 31)];
 const XSS_FEATURES: [(u32, u32, usize, u32); 1] = [(0xd, 1, 0, 3)];
 
+/// IA32_APIC_BASE: x2APIC mode, and the feature that it needs.
+const X2APIC_MODE: u64 = 1 << 10;
+const X2APIC_FEATURE: (u32, u32, usize, u32) = (1, 0, 2, 21);
+
 /// Whether the processor has MSR `number`, as far as that depends on its model.
 fn there(s: &X86, number: u32) -> bool {
     let any = |features: &[(u32, u32, usize, u32)]| features.iter().any(|f| cpuid::has(s, *f));
@@ -173,7 +177,11 @@ pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
             return valid.then(|| cpu.state::<X86>().pat = value);
         }
         msr::APIC_BASE => {
-            let bits = cpu.state::<X86>().phys_bits;
+            let s = cpu.state::<X86>();
+            let bits = s.phys_bits;
+            if value & X2APIC_MODE != 0 && !cpuid::has(s, X2APIC_FEATURE) {
+                return None;
+            }
             return apic::of(cpu)?.set_base(value, bits).then_some(());
         }
         msr::TSC_DEADLINE => {
