@@ -320,7 +320,8 @@ impl Drop for Host {
 
 /// Signals that exceptions become go to [`on_signal`], on a stack of their own.
 fn take_signals() {
-    let stack = Vec::leak(vec![0u8; 0x1_0000]);
+    // An emulator's frame may be shorter than the state that is copied from it: there is room behind it.
+    let stack = Vec::leak(vec![0u8; 0x1_0000 + XSAVE_SIZE]);
     let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: 0x1_0000 };
     // SAFETY: the stack is never freed; the handler keeps to what a handler may do.
     unsafe {
