@@ -46,7 +46,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         "pflash",
         Shape::Many(holdfast_keyval::keys::<config::PflashConfig>),
         BOOT,
-        "Contents of a flash bank, first bank first (virt)",
+        "Contents of a flash bank, first bank first",
     ),
     opt("initramfs", Shape::Text("PATH"), BOOT, "Initial RAM disk"),
     opt("cmdline", Shape::Text("TEXT"), BOOT, "Kernel command line"),

@@ -1,5 +1,7 @@
 //! What one chip says of itself.
 
+use super::Chips;
+
 /// Bytes of the query table, primary vendor table included.
 pub(super) const LEN: usize = 0x40;
 
@@ -8,10 +10,11 @@ const MANUFACTURER: u8 = 0x89;
 /// Device: a 16 MiB StrataFlash part.
 const DEVICE: u8 = 0x18;
 
-/// The query table (JESD68.01, section 4) of a chip of `size` bytes with blocks and a write buffer of these
-/// sizes, all powers of two.
-pub(super) fn query(size: u64, block: u64, buffer: u64) -> [u8; LEN] {
-    let log2 = |n: u64| n.max(1).ilog2() as u8;
+/// The query table (JESD68.01, section 4) of one of `chips` that make a bank of `size` bytes with a write buffer of
+/// `buffer` bytes, a power of two. The table's size is a power of two: that of the bank or the next larger one.
+pub(super) fn query(chips: Chips, size: u64, buffer: u64) -> [u8; LEN] {
+    let log2 = |n: u64| n.max(1).next_power_of_two().ilog2() as u8;
+    let (size, block, buffer) = (size / chips.count(), chips.block() / chips.count(), buffer / chips.count());
     let [blocks_low, blocks_high] = ((size / block).saturating_sub(1) as u16).to_le_bytes();
     let [size_low, size_high] = ((block / 256) as u16).to_le_bytes();
     let mut t = [0; LEN];
@@ -25,8 +28,8 @@ pub(super) fn query(size: u64, block: u64, buffer: u64) -> [u8; LEN] {
     (t[0x1f], t[0x20], t[0x21]) = (7, 7, 10);
     (t[0x23], t[0x24], t[0x25]) = (4, 4, 4);
     t[0x27] = log2(size);
-    // An interface of 16 bits.
-    t[0x28] = 1;
+    // An interface of 16 bits, or of 8.
+    t[0x28] = u8::from(chips == Chips::Pair16);
     t[0x2a] = log2(buffer);
     // One region of equal blocks.
     t[0x2c] = 1;
@@ -36,7 +39,7 @@ pub(super) fn query(size: u64, block: u64, buffer: u64) -> [u8; LEN] {
     t
 }
 
-/// What a chip answers in identifier mode at `word` (its own 16-bit words), with blocks of `block` words.
+/// What a chip answers in identifier mode at `word` (its own words), with blocks of `block` words.
 pub(super) fn identifier(word: u64, block: u64, locked: bool) -> u8 {
     match word % block {
         0 => MANUFACTURER,

@@ -1,5 +1,6 @@
 //! Parallel NOR flash with the Intel command set (JEDEC JESD68.01 and JESD137, command set 0x0001): one
-//! bank of two 16-bit chips side by side, 32 bits wide, with erase blocks of 256 KiB.
+//! bank of two 16-bit chips side by side, 32 bits wide, with erase blocks of 256 KiB, or of one chip of 8 bits with
+//! blocks of 4 KiB, as firmware of PCs expects it.
 //!
 //! A bank is backed by a file, mapped into guest memory as ROM while it is in array mode, or by memory
 //! that is only allocated for blocks that were programmed.
@@ -18,12 +19,59 @@ use serde::{Deserialize, Serialize};
 
 use store::Store;
 
-/// Bytes of an erase block (both chips).
+/// Bytes of an erase block of [`Chips::Pair16`] (both chips).
 pub const BLOCK: u64 = 256 << 10;
+/// Bytes of an erase block of [`Chips::Single8`].
+pub const SMALL_BLOCK: u64 = 4 << 10;
 /// Most bytes of a bank.
 pub const MAX_SIZE: u64 = 256 << 20;
-/// Bytes of the write buffer (both chips).
+/// Bytes of the write buffer (all chips).
 const BUFFER: usize = 2048;
+
+/// What a bank consists of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Chips {
+    /// Two chips of 16 bits: blocks of 256 KiB, the size is a power of two.
+    #[default]
+    Pair16,
+    /// One chip of 8 bits: blocks of 4 KiB, the size is any number of blocks. Clearing the status clears "ready"
+    /// too, until the next operation: it is how OVMF tells flash from ROM.
+    Single8,
+}
+
+impl Chips {
+    /// Bytes of an erase block.
+    fn block(self) -> u64 {
+        match self {
+            Self::Pair16 => BLOCK,
+            Self::Single8 => SMALL_BLOCK,
+        }
+    }
+
+    /// Bytes of the bank for one address of a chip: also what one write takes at most.
+    fn word(self) -> usize {
+        match self {
+            Self::Pair16 => 4,
+            Self::Single8 => 1,
+        }
+    }
+
+    /// How many chips share the bank.
+    fn count(self) -> u64 {
+        match self {
+            Self::Pair16 => 2,
+            Self::Single8 => 1,
+        }
+    }
+
+    fn is_size(self, size: u64) -> bool {
+        let whole = match self {
+            Self::Pair16 => size.is_power_of_two(),
+            Self::Single8 => size.is_multiple_of(SMALL_BLOCK),
+        };
+        whole && (self.block()..=MAX_SIZE).contains(&size)
+    }
+}
 
 /// Status: ready.
 const READY: u8 = 0x80;
@@ -64,7 +112,9 @@ pub struct FlashSpec {
     pub id: String,
     /// First guest-physical address.
     pub gpa: u64,
-    /// Bytes: a power of two, at least one block, at most [`MAX_SIZE`].
+    /// What the bank consists of.
+    pub chips: Chips,
+    /// Bytes: at least one block, at most [`MAX_SIZE`]; see [`Chips`].
     pub size: u64,
     /// Contents.
     pub backing: Backing,
@@ -116,6 +166,7 @@ struct Inner {
 pub struct Flash {
     id: String,
     gpa: u64,
+    chips: Chips,
     size: u64,
     rom: Option<Arc<dyn RomHook>>,
     query: [u8; cfi::LEN],
@@ -128,19 +179,23 @@ impl Flash {
     /// # Errors
     /// [`BuildError`] if the size is impossible or the file does not fit or cannot be mapped.
     pub fn new(spec: FlashSpec) -> Result<Arc<Self>, BuildError> {
-        let FlashSpec { id, gpa, size, backing, rom } = spec;
-        if !size.is_power_of_two() || !(BLOCK..=MAX_SIZE).contains(&size) {
-            let reason = format!("{size} bytes; a power of two from 256 KiB to 256 MiB is possible");
-            return Err(BuildError::Config { id, reason });
+        let FlashSpec { id, gpa, chips, size, backing, rom } = spec;
+        if !chips.is_size(size) {
+            let possible = match chips {
+                Chips::Pair16 => "a power of two from 256 KiB to 256 MiB",
+                Chips::Single8 => "a multiple of 4 KiB up to 256 MiB",
+            };
+            return Err(BuildError::Config { id, reason: format!("{size} bytes; {possible} is possible") });
         }
-        let store = Store::new(&id, gpa, size, backing)?;
+        let store = Store::new(&id, gpa, size, chips.block(), backing)?;
         let regs = Regs { status: READY, ..Regs::default() };
         let flash = Self {
             id,
             gpa,
+            chips,
             size,
             rom,
-            query: cfi::query(size / 2, BLOCK / 2, BUFFER as u64 / 2),
+            query: cfi::query(chips, size, BUFFER as u64),
             inner: Mutex::new(Inner { regs, store, mapped: false }),
         };
         flash.update_mapping(&mut flash.inner.lock());
@@ -150,6 +205,11 @@ impl Flash {
     /// Bytes of the bank, for the bus.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What is programmed from `offset` on, whatever the mode; bytes behind the end are ones.
+    pub fn contents(&self, offset: u64, data: &mut [u8]) {
+        self.inner.lock().store.read(offset, data);
     }
 
     /// Maps or unmaps the bank as its mode asks.
@@ -167,27 +227,29 @@ impl Flash {
 
     /// A byte of a non-array mode: both chips answer alike in their 16-bit lanes.
     fn register(&self, inner: &Inner, offset: u64) -> u8 {
-        // Bits 8 to 15 of each lane read as zero.
-        if offset % 2 == 1 {
+        // Bits 8 to 15 of each 16-bit lane read as zero.
+        if self.chips == Chips::Pair16 && offset % 2 == 1 {
             return 0;
         }
+        let word = self.chips.word() as u64;
+        let address = offset / word;
         match inner.regs.mode {
-            Mode::Id => cfi::identifier(offset / 4, BLOCK / 4, inner.store.readonly()),
+            Mode::Id => cfi::identifier(address, self.chips.block() / word, inner.store.readonly()),
             Mode::Query => {
-                let at = usize::try_from(offset / 4).unwrap_or(usize::MAX);
+                let at = usize::try_from(address).unwrap_or(usize::MAX);
                 self.query.get(at).copied().unwrap_or(0)
             }
             _ => inner.regs.status,
         }
     }
 
-    fn command(inner: &mut Inner, command: u8) {
+    fn command(&self, inner: &mut Inner, command: u8) {
         let regs = &mut inner.regs;
         regs.mode = match command {
             0x10 | 0x40 => Mode::Program,
             0x20 => Mode::Erase,
             0x50 => {
-                regs.status = READY;
+                regs.status = if self.chips == Chips::Single8 { 0 } else { READY };
                 // The mode stays as it was.
                 return;
             }
@@ -205,21 +267,24 @@ impl Flash {
         };
     }
 
-    /// One write of at most four bytes.
+    /// One write of at most [`Chips::word`] bytes.
     fn write_word(&self, inner: &mut Inner, offset: u64, data: &[u8]) {
         let Some(&low) = data.first() else { return };
+        let block_size = self.chips.block();
         match inner.regs.mode.clone() {
-            Mode::Array | Mode::Status | Mode::Id | Mode::Query => Self::command(inner, low),
+            Mode::Array | Mode::Status | Mode::Id | Mode::Query => self.command(inner, low),
             Mode::Program => {
+                inner.regs.status |= READY;
                 if !inner.store.program(offset, data) {
                     inner.regs.status |= PROGRAM_ERROR | LOCKED;
                 }
                 inner.regs.mode = Mode::Status;
             }
             Mode::Erase => {
+                inner.regs.status |= READY;
                 if low != 0xd0 {
                     inner.regs.status |= ERASE_ERROR | PROGRAM_ERROR;
-                } else if !inner.store.erase(offset / BLOCK) {
+                } else if !inner.store.erase(offset / block_size) {
                     inner.regs.status |= ERASE_ERROR | LOCKED;
                 }
                 inner.regs.mode = Mode::Status;
@@ -233,15 +298,15 @@ impl Flash {
             }
             Mode::BufferCount => {
                 let words = u32::from(low) | data.get(1).map_or(0, |&b| u32::from(b) << 8);
-                if words as usize >= BUFFER / 4 {
+                if words as usize >= BUFFER / self.chips.word() {
                     inner.regs.status |= ERASE_ERROR | PROGRAM_ERROR;
                     inner.regs.mode = Mode::Status;
                 } else {
-                    inner.regs.mode = Mode::BufferData(words + 1, offset / BLOCK * BLOCK);
+                    inner.regs.mode = Mode::BufferData(words + 1, offset / block_size * block_size);
                 }
             }
             Mode::BufferData(left, block) => {
-                if offset / BLOCK * BLOCK != block {
+                if offset / block_size * block_size != block {
                     inner.regs.status |= PROGRAM_ERROR;
                     inner.regs.mode = Mode::Status;
                     return;
@@ -251,6 +316,7 @@ impl Flash {
                     if left <= 1 { Mode::BufferConfirm } else { Mode::BufferData(left - 1, block) };
             }
             Mode::BufferConfirm => {
+                inner.regs.status |= READY;
                 let buffer = std::mem::take(&mut inner.regs.buffer);
                 if low != 0xd0 {
                     inner.regs.status |= ERASE_ERROR | PROGRAM_ERROR;
@@ -277,8 +343,9 @@ impl BusDevice for Flash {
 
     fn write(&self, access: Access, data: &[u8]) {
         let mut inner = self.inner.lock();
-        for (i, word) in data.chunks(4).enumerate() {
-            let Some(offset) = access.offset.checked_add(4 * i as u64) else { break };
+        let size = self.chips.word();
+        for (i, word) in data.chunks(size).enumerate() {
+            let Some(offset) = access.offset.checked_add((size * i) as u64) else { break };
             if offset >= self.size {
                 break;
             }
@@ -323,7 +390,7 @@ impl Device for Flash {
             Mode::BufferData(left, _) => left as usize,
             _ => 0,
         };
-        if buffered > BUFFER || state.regs.buffer.len().saturating_add(expected) > BUFFER / 4 {
+        if buffered > BUFFER || state.regs.buffer.len().saturating_add(expected) > BUFFER / self.chips.word() {
             return Err(invalid("its write buffer is larger than this device's"));
         }
         let mut inner = self.inner.lock();

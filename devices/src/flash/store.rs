@@ -8,7 +8,7 @@ use holdfast_device::BuildError;
 use holdfast_memory::GuestRegion;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
-use super::{BLOCK, Backing};
+use super::Backing;
 
 /// Saved runs of programmed bytes start and end at multiples of this.
 const RUN: usize = 64;
@@ -16,15 +16,21 @@ const RUN: usize = 64;
 #[derive(Debug)]
 pub(super) enum Store {
     /// Programmed blocks by number; all others are erased.
-    Sparse { size: u64, blocks: BTreeMap<u64, Box<[u8]>> },
+    Sparse { size: u64, block_size: u64, blocks: BTreeMap<u64, Box<[u8]>> },
     /// A mapped file.
-    File { size: u64, region: Arc<GuestRegion>, readonly: bool },
+    File { size: u64, block_size: u64, region: Arc<GuestRegion>, readonly: bool },
 }
 
 impl Store {
-    pub(super) fn new(id: &str, gpa: u64, size: u64, backing: Backing) -> Result<Self, BuildError> {
+    pub(super) fn new(
+        id: &str,
+        gpa: u64,
+        size: u64,
+        block_size: u64,
+        backing: Backing,
+    ) -> Result<Self, BuildError> {
         let Backing::File { file, readonly } = backing else {
-            return Ok(Self::Sparse { size, blocks: BTreeMap::new() });
+            return Ok(Self::Sparse { size, block_size, blocks: BTreeMap::new() });
         };
         let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
         let len = file.metadata().map_err(|e| host("the flash image cannot be examined", e))?.len();
@@ -39,7 +45,7 @@ impl Store {
         let region = GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(|| {
             host("the flash bank ends behind the address space", io::ErrorKind::InvalidInput.into())
         })?;
-        Ok(Self::File { size, region: Arc::new(region), readonly })
+        Ok(Self::File { size, block_size, region: Arc::new(region), readonly })
     }
 
     /// The mapping, if there is a file.
@@ -60,9 +66,16 @@ impl Store {
         }
     }
 
+    fn block_size(&self) -> u64 {
+        match self {
+            Self::Sparse { block_size, .. } | Self::File { block_size, .. } => *block_size,
+        }
+    }
+
     /// Reads; bytes behind the end are ones.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
+        let block_size = self.block_size();
         match self {
             Self::File { region, .. } => {
                 // A short read at the end leaves ones.
@@ -71,8 +84,8 @@ impl Store {
             Self::Sparse { blocks, .. } => {
                 for (i, byte) in data.iter_mut().enumerate() {
                     let at = offset.saturating_add(i as u64);
-                    if let Some(block) = blocks.get(&(at / BLOCK)) {
-                        *byte = block[(at % BLOCK) as usize];
+                    if let Some(block) = blocks.get(&(at / block_size)) {
+                        *byte = block[(at % block_size) as usize];
                     }
                 }
             }
@@ -85,6 +98,7 @@ impl Store {
         if self.readonly() || end.is_none_or(|end| end > self.size()) {
             return false;
         }
+        let block_size = self.block_size();
         let mut old = vec![0; data.len()];
         self.read(offset, &mut old);
         let new: Vec<u8> = old.iter().zip(data).map(|(old, new)| old & new).collect();
@@ -94,9 +108,9 @@ impl Store {
                 for (i, &byte) in new.iter().enumerate() {
                     let at = offset + i as u64;
                     let block = blocks
-                        .entry(at / BLOCK)
-                        .or_insert_with(|| vec![0xff; BLOCK as usize].into_boxed_slice());
-                    block[(at % BLOCK) as usize] = byte;
+                        .entry(at / block_size)
+                        .or_insert_with(|| vec![0xff; block_size as usize].into_boxed_slice());
+                    block[(at % block_size) as usize] = byte;
                 }
                 true
             }
@@ -105,12 +119,14 @@ impl Store {
 
     /// Sets a block to ones. False if the bank is read-only or has no such block.
     pub(super) fn erase(&mut self, block: u64) -> bool {
-        if self.readonly() || block >= self.size() / BLOCK {
+        let block_size = self.block_size();
+        if self.readonly() || block >= self.size() / block_size {
             return false;
         }
         match self {
             Self::File { region, .. } => {
-                region.write_slice(&vec![0xff; BLOCK as usize], MemoryRegionAddress(block * BLOCK)).is_ok()
+                let ones = vec![0xff; block_size as usize];
+                region.write_slice(&ones, MemoryRegionAddress(block * block_size)).is_ok()
             }
             Self::Sparse { blocks, .. } => {
                 blocks.remove(&block);
@@ -121,14 +137,14 @@ impl Store {
 
     /// What must be saved with the VM: (offset, bytes) of what was programmed and no file keeps.
     pub(super) fn programmed(&self) -> Vec<(u64, Vec<u8>)> {
-        let Self::Sparse { blocks, .. } = self else { return Vec::new() };
+        let Self::Sparse { blocks, block_size, .. } = self else { return Vec::new() };
         let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
         for (number, block) in blocks {
             for (at, piece) in block.chunks(RUN).enumerate() {
                 if piece.iter().all(|&b| b == 0xff) {
                     continue;
                 }
-                let offset = number * BLOCK + (at * RUN) as u64;
+                let offset = number * block_size + (at * RUN) as u64;
                 match runs.last_mut() {
                     Some((start, bytes)) if *start + bytes.len() as u64 == offset => bytes.extend(piece),
                     _ => runs.push((offset, piece.to_vec())),

@@ -21,7 +21,7 @@ impl RomHook for Hook {
 }
 
 fn bank(backing: Backing, rom: Option<Arc<dyn RomHook>>) -> Arc<Flash> {
-    let spec = FlashSpec { id: "flash0".into(), gpa: 0x2000_0000, size: SIZE, backing, rom };
+    let spec = FlashSpec { id: "flash0".into(), chips: Chips::Pair16, gpa: 0x2000_0000, size: SIZE, backing, rom };
     Flash::new(spec).expect("a bank")
 }
 
@@ -163,7 +163,7 @@ fn read_only_and_misfit_files_are_refused() {
     assert_eq!(read(&flash, 0) & 0xff, 0xa2);
     let (_scratch, file) = Scratch::new("short", SIZE - 1);
     let build = |size, backing| {
-        let spec = FlashSpec { id: "f".into(), gpa: 0, size, backing, rom: None };
+        let spec = FlashSpec { id: "f".into(), gpa: 0, chips: Chips::Pair16, size, backing, rom: None };
         Flash::new(spec).expect_err("refused").to_string()
     };
     assert!(build(SIZE, Backing::File { file, readonly: false }).contains("both must be equal"));
@@ -207,4 +207,56 @@ fn hostile_accesses_do_no_harm() {
             }
         }
     }
+}
+
+/// One chip of 8 bits: what OVMF does to find and to write its variables.
+#[test]
+fn a_single_chip_takes_bytes() {
+    let size = 3 * SMALL_BLOCK;
+    let (scratch, file) = Scratch::new("single", size);
+    let spec = FlashSpec {
+        id: "vars".into(),
+        gpa: 0xffc0_0000,
+        chips: Chips::Single8,
+        size,
+        backing: Backing::File { file, readonly: false },
+        rom: None,
+    };
+    let flash = Flash::new(spec).expect("a bank of any number of blocks");
+    let put = |offset, byte: u8| flash.write(at(offset), &[byte]);
+    let get = |offset| {
+        let mut byte = [0];
+        flash.read(at(offset), &mut byte);
+        byte[0]
+    };
+    put(0x11, 0x20);
+    put(0x11, 0xd0);
+    assert_eq!(get(0x11), 0x80, "erased, ready");
+    put(0x11, 0x50);
+    put(0x11, 0x70);
+    assert_eq!(get(0x11), 0, "the status is clear: this is flash");
+    for (offset, byte) in [(0x1001, 0xa5), (0x1002, 0x3c)] {
+        put(offset, 0x10);
+        put(offset, byte);
+        assert_eq!(get(offset), 0x80);
+    }
+    put(0, 0xff);
+    assert_eq!([0xfff, 0x1001, 0x1002, 0x1003].map(get), [0xff, 0xa5, 0x3c, 0x00]);
+    put(0x1fff, 0x20);
+    put(0x1fff, 0xd0);
+    put(0, 0xff);
+    assert_eq!([0x1001, 0x1fff, 0x2000].map(get), [0xff, 0xff, 0]);
+    put(0, 0x98);
+    assert_eq!([0x10, 0x11, 0x12, 0x28].map(get), [b'Q', b'R', b'Y', 0]);
+    // Three blocks of 4 KiB.
+    assert_eq!([0x2d, 0x2e, 0x2f, 0x30].map(get), [2, 0, 16, 0]);
+    put(0, 0x90);
+    assert_eq!([0, 1].map(get), [0x89, 0x18]);
+    // A wide write is a write of each byte.
+    put(0, 0xff);
+    flash.write(at(0x1000), &[0x10, 0x77, 0x10, 0x55]);
+    put(0, 0xff);
+    assert_eq!([0x1000, 0x1001, 0x1002, 0x1003].map(get), [0xff, 0x77, 0xff, 0x55]);
+    drop(flash);
+    assert_eq!(std::fs::read(&scratch.0).expect("file")[0x1001], 0x77);
 }

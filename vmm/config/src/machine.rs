@@ -63,7 +63,7 @@ pub struct MachineConfig {
 /// What a flash bank holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PflashConfig {
-    /// The file, of exactly the bank's size (`virt`: 32 MiB).
+    /// The file, of exactly the bank's size (`virt`: 32 MiB; `q35`: any multiple of 4 KiB, 16 MiB for all).
     pub path: PathBuf,
     /// The guest cannot write it.
     #[serde(default)]

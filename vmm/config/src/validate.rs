@@ -260,7 +260,7 @@ impl VmConfig {
                 problems.add(format!("landlock_rules[{i}].access"), reason);
             }
         }
-        let banks = if self.machine_name() == "virt" { 2 } else { 0 };
+        let banks = if matches!(self.machine_name(), "virt" | "q35") { 2 } else { 0 };
         if self.pflash().len() > banks {
             let reason =
                 format!("are {}; machine `{}` has {banks}", self.pflash().len(), self.machine_name());

@@ -101,7 +101,8 @@ pub struct VmConfig {
     /// Devices of the board that are added by name, with QEMU's names and keys.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub board_devices: Option<Vec<DeviceConfig>>,
-    /// Contents of the flash banks, first bank first; `virt` only, which has two.
+    /// Contents of the flash banks, first bank first; there are two. On q35 the first ends at 4 GiB and the second
+    /// ends where the first begins, as OVMF's code and variables do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pflash: Option<Vec<PflashConfig>>,
     /// Accelerators to try, in order.

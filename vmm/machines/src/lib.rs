@@ -5,6 +5,7 @@
 //! devices on its PCI bus or its virtio-mmio slots, loads firmware and kernel at every power-on,
 //! and says how each vCPU starts.
 
+mod flash;
 pub mod q35;
 pub mod virt;
 

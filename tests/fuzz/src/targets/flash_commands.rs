@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use arbitrary::{Arbitrary, Unstructured};
 use holdfast_device::{Access, BusDevice, Device, DeviceState};
-use holdfast_devices::flash::{BLOCK, Backing, Flash, FlashSpec};
+use holdfast_devices::flash::{BLOCK, Backing, Chips, Flash, FlashSpec};
 use vmm_sys_util::tempfile::TempFile;
 
 const SIZE: u64 = 2 * BLOCK;
@@ -50,7 +50,9 @@ struct Rig {
 static RIG: OnceLock<Rig> = OnceLock::new();
 
 fn bank(id: &str, backing: Backing) -> Arc<Flash> {
-    Flash::new(FlashSpec { id: id.into(), gpa: 0x2000_0000, size: SIZE, backing, rom: None }).expect("a bank")
+    let chips = Chips::Pair16;
+    let spec = FlashSpec { id: id.into(), gpa: 0x2000_0000, chips, size: SIZE, backing, rom: None };
+    Flash::new(spec).expect("a bank")
 }
 
 fn build() -> Rig {

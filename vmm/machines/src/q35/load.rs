@@ -9,11 +9,13 @@ use holdfast_accel::{RomWindow, Vm};
 use holdfast_arch::x86_64::acpi;
 use holdfast_arch::x86_64::boot::{self, ACPI_AREA, BootError, BootModule, BootRequest, Entry, SMBIOS_AREA};
 use holdfast_arch::x86_64::smbios::{self, SmbiosConfig};
+use holdfast_device::{BuildError, BusDevice, Device};
+use holdfast_devices::flash::{Chips, Flash, FlashSpec};
 use holdfast_memory::{GuestMemory, GuestRegion};
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use super::plan::{NAME, Plan};
-use crate::{MachineError, Payload};
+use crate::{FlashImage, MachineContext, MachineError, Payload, flash};
 
 /// Firmware ends here.
 const TOP: u64 = 1 << 32;
@@ -23,10 +25,56 @@ const LARGEST: u64 = 16 << 20;
 const SHADOW: usize = 128 << 10;
 const SHADOW_END: u64 = 1 << 20;
 
-/// Firmware in its ROM.
+/// Firmware in its ROM or in flash.
 #[derive(Debug)]
-pub struct Firmware {
-    bytes: Vec<u8>,
+pub struct Firmware(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Rom(Vec<u8>),
+    /// The bank that ends at 4 GiB.
+    Flash(Arc<Flash>),
+}
+
+/// Puts flash banks below 4 GiB, the first at the end, each as large as its file. Adds them to `devices`; the first
+/// is the firmware.
+///
+/// # Errors
+/// [`BuildError`] if a file cannot be opened, is no bank's size, or all are too large together.
+pub fn flash_banks(
+    images: &[FlashImage],
+    context: &MachineContext,
+    devices: &mut Vec<Arc<dyn Device>>,
+) -> Result<Option<Firmware>, BuildError> {
+    let mut end = TOP;
+    let mut firmware = None;
+    for (n, image) in images.iter().enumerate() {
+        let id = format!("flash{n}");
+        let meta = image.path.metadata().map_err(|source| BuildError::Host {
+            id: id.clone(),
+            what: format!("flash image `{}` cannot be examined", image.path.display()),
+            source,
+        })?;
+        let size = meta.len();
+        let Some(gpa) = end.checked_sub(size).filter(|gpa| *gpa >= TOP - LARGEST) else {
+            let reason = "the flash images are larger than 16 MiB together".to_owned();
+            return Err(BuildError::Config { id, reason });
+        };
+        let bank = Flash::new(FlashSpec {
+            gpa,
+            chips: Chips::Single8,
+            size,
+            backing: flash::backing(&id, Some(image))?,
+            id: id.clone(),
+            rom: Some(Arc::new(flash::VmRom(Arc::clone(&context.vm)))),
+        })?;
+        let attached = context.build.mmio.attach(gpa, size, "flash", Arc::clone(&bank) as Arc<dyn BusDevice>);
+        attached.map_err(|source| BuildError::Bus { id, source })?;
+        devices.push(Arc::clone(&bank) as Arc<dyn Device>);
+        firmware.get_or_insert(Firmware(Kind::Flash(bank)));
+        end = gpa;
+    }
+    Ok(firmware)
 }
 
 /// Describes a failure to load `path`, with the whole chain of reasons.
@@ -63,7 +111,7 @@ impl Firmware {
             GuestRegion::from_range(GuestAddress(TOP - len), bytes.len(), None).map_err(|e| refuse(&e))?;
         region.write_slice(&bytes, MemoryRegionAddress(0)).map_err(|e| refuse(&e))?;
         vm.map_rom(&RomWindow { gpa: TOP - len, region: Arc::new(region) }).map_err(|e| refuse(&e))?;
-        Ok(Self { bytes })
+        Ok(Self(Kind::Rom(bytes)))
     }
 
     /// Copies the last 128 KiB to below 1 MiB, as a chipset's decoder shows them after a reset.
@@ -71,8 +119,16 @@ impl Firmware {
     /// # Errors
     /// [`MachineError::Request`] if there is no RAM.
     pub fn shadow(&self, memory: &GuestMemory) -> Result<(), MachineError> {
-        let tail = self.bytes.get(self.bytes.len().saturating_sub(SHADOW)..).unwrap_or(&self.bytes);
-        memory.write_slice(tail, GuestAddress(SHADOW_END - tail.len() as u64)).map_err(|e| {
+        let tail = match &self.0 {
+            Kind::Rom(bytes) => bytes.get(bytes.len().saturating_sub(SHADOW)..).unwrap_or(bytes).to_vec(),
+            Kind::Flash(bank) => {
+                let len = bank.size().min(SHADOW as u64);
+                let mut tail = vec![0; len as usize];
+                bank.contents(bank.size() - len, &mut tail);
+                tail
+            }
+        };
+        memory.write_slice(&tail, GuestAddress(SHADOW_END - tail.len() as u64)).map_err(|e| {
             MachineError::Request { machine: NAME, reason: format!("firmware cannot be copied to RAM: {e}") }
         })
     }

@@ -69,14 +69,19 @@ impl MachineModule for Q35Module {
         context: MachineContext,
     ) -> Result<Box<dyn Machine>, MachineError> {
         let plan = Plan::new(&request)?;
-        let firmware = match (&request.payload.firmware, &request.payload.kernel) {
-            (Some(path), None) => Some(Firmware::map(path, context.vm.as_ref())?),
-            (None, Some(_)) => None,
-            (Some(_), Some(_)) => return Err(refuse("a kernel and firmware together; give one of them")),
-            (None, None) => return Err(refuse("neither a kernel nor firmware to boot; give one of them")),
-        };
         let build = |source| MachineError::Build { machine: NAME, source };
-        let parts = Parts::build(&plan, &request, &context).map_err(build)?;
+        let payload = &request.payload;
+        let mut banks = Vec::new();
+        let firmware = match (&payload.firmware, &payload.kernel, payload.flash.as_slice()) {
+            (Some(path), None, []) => Some(Firmware::map(path, context.vm.as_ref())?),
+            (None, Some(_), []) => None,
+            (None, None, []) => return Err(refuse("neither a kernel nor firmware to boot; give one of them")),
+            (None, None, flash) => load::flash_banks(flash, &context, &mut banks).map_err(build)?,
+            (_, Some(_), _) => return Err(refuse("a kernel and firmware together; give one of them")),
+            (Some(_), None, _) => return Err(refuse("firmware and flash together; give one of them")),
+        };
+        let mut parts = Parts::build(&plan, &request, &context).map_err(build)?;
+        parts.devices.append(&mut banks);
         Ok(Box::new(Q35 {
             smbios: plan.smbios(&request),
             plan,

@@ -165,6 +165,15 @@ fn try_rig(kernel: Option<&[u8]>, firmware: Option<&[u8]>, irqchip: IrqChip) -> 
         cmdline: "quiet".into(),
         ..Payload::default()
     };
+    rig_of(payload, irqchip, Some(dir))
+}
+
+fn rig_of(
+    payload: Payload,
+    irqchip: IrqChip,
+    dir: Option<tempfile::TempDir>,
+) -> Result<Rig, MachineError> {
+    let dir = dir.unwrap_or_else(|| tempfile::tempdir().expect("directory"));
     let request = request(payload, irqchip);
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("RAM");
     let clock = VmClock::stopped_at(0);
@@ -310,6 +319,38 @@ fn firmware_is_rom_below_4_gib_and_ram_below_1_mib() {
     assert_eq!([0; 4].map(|_: u8| read(&rig.build.pio, 0x511, 1) as u8), *b"QEMU");
     write(&rig.build.pio, 0x510, 5, 2);
     assert_eq!(read(&rig.build.pio, 0x511, 1), 2);
+}
+
+#[test]
+fn flash_banks_end_at_4_gib_and_keep_what_is_written() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (code, vars) = (dir.path().join("code"), dir.path().join("vars"));
+    let image: Vec<u8> = (0..204u32 << 10).map(|n| (n >> 10) as u8).collect();
+    std::fs::write(&code, &image).expect("file");
+    std::fs::write(&vars, [0xff; 12 << 10]).expect("file");
+    let flash = |path: &PathBuf, readonly| FlashImage { path: path.clone(), readonly };
+    let flash = vec![flash(&code, true), flash(&vars, false)];
+    let rig = rig_of(Payload { flash: flash.clone(), ..Payload::default() }, IrqChip::Split, None);
+    let rig = rig.expect("a machine");
+    rig.machine.load().expect("loads");
+    let roms: Vec<_> = rig.vm.roms.lock().iter().map(|r| (r.gpa, r.region.len())).collect();
+    assert_eq!(roms, [(0xfffc_d000, 204 << 10), (0xfffc_a000, 12 << 10)]);
+    let mut byte = [0];
+    rig.build.memory.read_slice(&mut byte, GuestAddress(0xe_0405)).expect("RAM");
+    assert_eq!(byte, [204 - 128 + 1]);
+    // Commands, a byte each; the file has the datum.
+    for command in [0x10, 0x5a, 0xff] {
+        write(&rig.build.mmio, 0xfffc_a123, command, 1);
+        write(&rig.build.mmio, 0xfffc_d123, command, 1);
+    }
+    assert_eq!(std::fs::read(&vars).expect("file")[0x123], 0x5a);
+    assert!(std::fs::read(&code).expect("file") == image);
+    let refused = |payload| rig_of(payload, IrqChip::Split, None).err().expect("refused").to_string();
+    let both = refused(Payload { flash: flash.clone(), firmware: Some(code.clone()), ..Payload::default() });
+    assert!(both.contains("firmware and flash"), "{both}");
+    std::fs::File::options().write(true).open(&vars).and_then(|f| f.set_len(16 << 20)).expect("file");
+    let large = refused(Payload { flash, ..Payload::default() });
+    assert!(large.contains("flash1") || large.contains("16 MiB"), "{large}");
 }
 
 #[test]

@@ -7,12 +7,12 @@ pub mod plan;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use holdfast_accel::{RomWindow, Vm};
+use holdfast_accel::RomWindow;
 use holdfast_arch::riscv64::IsaModel;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildError, BusDevice, Device, IrqLine, IrqSink};
 use holdfast_devices::catalog::Board;
-use holdfast_devices::flash::{Backing, Flash, FlashSpec, RomHook};
+use holdfast_devices::flash::{Chips, Flash, FlashSpec};
 use holdfast_devices::fw_cfg::{self, FwCfg};
 use holdfast_devices::goldfish_rtc::GoldfishRtc;
 use holdfast_devices::pci::{
@@ -25,8 +25,7 @@ use holdfast_memory::GuestRegion;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use crate::{
-    FlashImage, Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange,
-    VirtioSlot,
+    Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange, VirtioSlot, flash,
 };
 use plan::{Plan, Window};
 
@@ -143,15 +142,16 @@ impl Virt {
         for bank in 0..2 {
             let window = plan::flash_bank(bank);
             let id = format!("flash{bank}");
-            let flash = Flash::new(FlashSpec {
+            let device = Flash::new(FlashSpec {
                 gpa: window.base,
+                chips: Chips::Pair16,
                 size: window.len,
-                backing: flash_backing(&id, request.payload.flash.get(bank as usize))?,
+                backing: flash::backing(&id, request.payload.flash.get(bank as usize))?,
                 id,
-                rom: Some(Arc::new(VmRom(Arc::clone(&context.vm)))),
+                rom: Some(Arc::new(flash::VmRom(Arc::clone(&context.vm)))),
             })?;
-            attach(window, "flash", Arc::clone(&flash) as Arc<dyn BusDevice>)?;
-            devices.push(flash);
+            attach(window, "flash", Arc::clone(&device) as Arc<dyn BusDevice>)?;
+            devices.push(device);
         }
         let board = Board { build, pci: &pci, isa: None };
         for device in &request.board {
@@ -167,35 +167,6 @@ impl Virt {
             slots_taken: AtomicU32::new(0),
             context,
         })
-    }
-}
-
-/// Opens what a flash bank holds.
-fn flash_backing(id: &str, image: Option<&FlashImage>) -> Result<Backing, BuildError> {
-    let Some(FlashImage { path, readonly }) = image else { return Ok(Backing::Erased) };
-    let what = || format!("flash image `{}` cannot be opened", path.display());
-    let file = std::fs::File::options().read(true).write(!readonly).open(path);
-    let file = file.map_err(|source| BuildError::Host { id: id.to_owned(), what: what(), source })?;
-    Ok(Backing::File { file, readonly: *readonly })
-}
-
-/// Maps flash in array mode as ROM.
-#[derive(Debug)]
-struct VmRom(Arc<dyn Vm>);
-
-impl RomHook for VmRom {
-    fn map(&self, gpa: u64, region: &Arc<GuestRegion>) -> bool {
-        let mapped = self.0.map_rom(&RomWindow { gpa, region: Arc::clone(region) });
-        if let Err(error) = &mapped {
-            tracing::warn!(%error, "flash at {gpa:#x} is read through its registers");
-        }
-        mapped.is_ok()
-    }
-
-    fn unmap(&self, gpa: u64) {
-        if let Err(error) = self.0.unmap_rom(gpa) {
-            tracing::error!(%error, "flash at {gpa:#x} stays mapped");
-        }
     }
 }
 
