@@ -105,6 +105,10 @@ fn sub(function: u32, index: u32, regs: [u32; 4]) -> CpuidEntry {
     CpuidEntry { function, index, indexed: true, regs }
 }
 
+/// Most bits of physical addresses: 1 TiB. Firmware lays out page tables for as much as a processor says, and
+/// Debian 12's OVMF does so with 2-MiB pages: 48 bits would be more page tables than most guests have RAM.
+const PHYS_BITS: u32 = 40;
+
 /// Everything that translation offers on this host.
 pub(crate) fn supported() -> Vec<CpuidEntry> {
     let [_, b0, c0, d0] = host(0, 0);
@@ -157,7 +161,7 @@ fn extended(out: &mut Vec<CpuidEntry>, a1: u32, a8: u32, (b0, c0, d0): (u32, u32
     out.push(entry(0x8000_0005, [0x01ff_01ff, 0x01ff_01ff, 0x2008_0140, 0x2008_0140]));
     out.push(entry(0x8000_0006, [0, 0x4200_4200, 0x0200_8140, 0]));
     out.push(entry(0x8000_0007, [0, 0, 0, 1 << 8])); // the TSC is invariant
-    let bits = if a8 & 0xff == 0 { 40 } else { (a8 & 0xff).clamp(36, 52) };
+    let bits = if a8 & 0xff == 0 { PHYS_BITS } else { (a8 & 0xff).clamp(36, PHYS_BITS) };
     out.push(entry(0x8000_0008, [0x3000 | bits, if amd { AMD_IMMUNE_8 } else { 0 }, 0, 0]));
     if amd {
         out.push(entry(0x8000_001e, [0; 4]));
