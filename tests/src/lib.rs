@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: the program under test, guests, and talking to both.
 
+pub mod devices;
 pub mod http;
+pub mod pc;
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -24,51 +26,74 @@ pub fn holdfast() -> PathBuf {
     newest.expect("build the program first (cargo build --release), or set HOLDFAST_BIN")
 }
 
+/// Runs `guests/fetch-NAME`, which prints a directory; `variable` names another one.
+fn fetched(variable: &str, script: &str, guest: &[&str]) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
+        return path.into();
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests").join(script);
+    let output =
+        Command::new(&script).args(guest).stderr(Stdio::inherit()).output().expect("the script runs");
+    assert!(output.status.success(), "{} {guest:?} fails", script.display());
+    String::from_utf8(output.stdout).expect("a path").trim().into()
+}
+
 /// The directory with Debian's riscv64 `Image` and `initramfs.cpio`, fetched if it is missing.
 ///
 /// # Panics
 /// If it cannot be fetched.
 pub fn riscv64_guest() -> PathBuf {
-    if let Some(path) = std::env::var_os("HOLDFAST_RISCV64_GUEST") {
-        return path.into();
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/fetch-riscv64");
-    let output = Command::new(script).stderr(Stdio::inherit()).output().expect("fetch-riscv64 runs");
-    assert!(output.status.success(), "the riscv64 guest cannot be fetched");
-    String::from_utf8(output.stdout).expect("a path").trim().into()
+    fetched("HOLDFAST_RISCV64_GUEST", "fetch-riscv64", &[])
 }
 
-/// The directory with Debian's amd64 `vmlinuz` and `initramfs.cpio`, fetched if it is missing.
+/// The directory with Debian's amd64 `vmlinuz`, `vmlinux` and `initramfs.cpio`, fetched if it is missing.
 ///
 /// # Panics
 /// If it cannot be fetched.
 pub fn x86_64_guest() -> PathBuf {
-    if let Some(path) = std::env::var_os("HOLDFAST_X86_64_GUEST") {
-        return path.into();
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/fetch-x86_64");
-    let output = Command::new(script).stderr(Stdio::inherit()).output().expect("fetch-x86_64 runs");
-    assert!(output.status.success(), "the x86_64 guest cannot be fetched");
-    String::from_utf8(output.stdout).expect("a path").trim().into()
+    fetched("HOLDFAST_X86_64_GUEST", "fetch-x86_64", &[])
 }
 
-/// As [`riscv64_args`] for the x86_64 guest.
-pub fn x86_64_args(vcpus: u32, test: &str) -> Vec<String> {
-    let guest = x86_64_guest();
-    let test = if test.is_empty() { String::new() } else { format!(" holdfast.test={test}") };
+/// The directory with `vmlinuz` and `initramfs.cpio` of another x86 guest of `fetch-debian`: `x86_64-generic`,
+/// `x86_64-bookworm` or `i386`.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn debian_guest(name: &str) -> PathBuf {
+    let variable = format!("HOLDFAST_{}_GUEST", name.to_uppercase().replace('-', "_"));
+    fetched(&variable, "fetch-debian", &[name])
+}
+
+/// Arguments of a q35 under translation, with the first serial port on the program's standard streams and nothing to boot.
+pub fn q35_args(vcpus: u32) -> Vec<String> {
     let args = [
         ["--arch", "x86_64"],
         ["--machine", "q35"],
         ["--accel", "tcg"],
         ["--cpus", &format!("boot={vcpus}")],
         ["--memory", "size=512M"],
-        ["--kernel", &format!("{}/vmlinuz", guest.display())],
-        ["--initramfs", &format!("{}/initramfs.cpio", guest.display())],
-        ["--cmdline", &format!("console=ttyS0 quiet{test}")],
         ["--serial", "tty"],
         ["--console", "off"],
     ];
     args.into_iter().flatten().map(str::to_owned).collect()
+}
+
+/// Arguments that boot the kernel `kernel` of the x86 guest in `dir`; `options` go to its command line.
+pub fn x86_args(vcpus: u32, dir: &Path, kernel: &str, options: &str) -> Vec<String> {
+    let mut args = q35_args(vcpus);
+    let payload = [
+        ["--kernel", &dir.join(kernel).display().to_string()],
+        ["--initramfs", &dir.join("initramfs.cpio").display().to_string()],
+        ["--cmdline", &format!("console=ttyS0 quiet {options}")],
+    ];
+    args.extend(payload.into_iter().flatten().map(str::to_owned));
+    args
+}
+
+/// As [`riscv64_args`] for the x86_64 guest.
+pub fn x86_64_args(vcpus: u32, test: &str) -> Vec<String> {
+    let test = if test.is_empty() { String::new() } else { format!("holdfast.test={test}") };
+    x86_args(vcpus, &x86_64_guest(), "vmlinuz", &test)
 }
 
 /// The value that the guest printed after `key`.

@@ -390,7 +390,8 @@ impl Device for Flash {
             Mode::BufferData(left, _) => left as usize,
             _ => 0,
         };
-        if buffered > BUFFER || state.regs.buffer.len().saturating_add(expected) > BUFFER / self.chips.word() {
+        if buffered > BUFFER || state.regs.buffer.len().saturating_add(expected) > BUFFER / self.chips.word()
+        {
             return Err(invalid("its write buffer is larger than this device's"));
         }
         let mut inner = self.inner.lock();

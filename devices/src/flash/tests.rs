@@ -21,7 +21,8 @@ impl RomHook for Hook {
 }
 
 fn bank(backing: Backing, rom: Option<Arc<dyn RomHook>>) -> Arc<Flash> {
-    let spec = FlashSpec { id: "flash0".into(), chips: Chips::Pair16, gpa: 0x2000_0000, size: SIZE, backing, rom };
+    let spec =
+        FlashSpec { id: "flash0".into(), chips: Chips::Pair16, gpa: 0x2000_0000, size: SIZE, backing, rom };
     Flash::new(spec).expect("a bank")
 }
 

@@ -326,6 +326,9 @@ impl PciBus {
             let address = match bar.kind {
                 BarKind::Io => io.take(bar.size),
                 BarKind::Mem32 | BarKind::Mem64 { prefetchable: false } => mem32.take(bar.size),
+                BarKind::Mem64 { prefetchable: true } if bar.size <= SMALL_BAR => {
+                    mem32.take(bar.size).or_else(|| mem64.take(bar.size))
+                }
                 BarKind::Mem64 { prefetchable: true } => {
                     mem64.take(bar.size).or_else(|| mem32.take(bar.size))
                 }
@@ -350,6 +353,10 @@ impl PciBus {
             .collect()
     }
 }
+
+/// 64-bit BARs up to this size go below 4 GiB while there is room, where 32-bit kernels reach them: Debian 12's
+/// `ioremap` with PAE drops the upper half of addresses.
+const SMALL_BAR: u64 = 1 << 20;
 
 /// Hands out naturally aligned pieces of a window, upwards.
 struct Cursor {

@@ -75,7 +75,9 @@ impl MachineModule for Q35Module {
         let firmware = match (&payload.firmware, &payload.kernel, payload.flash.as_slice()) {
             (Some(path), None, []) => Some(Firmware::map(path, context.vm.as_ref())?),
             (None, Some(_), []) => None,
-            (None, None, []) => return Err(refuse("neither a kernel nor firmware to boot; give one of them")),
+            (None, None, []) => {
+                return Err(refuse("neither a kernel nor firmware to boot; give one of them"));
+            }
             (None, None, flash) => load::flash_banks(flash, &context, &mut banks).map_err(build)?,
             (_, Some(_), _) => return Err(refuse("a kernel and firmware together; give one of them")),
             (Some(_), None, _) => return Err(refuse("firmware and flash together; give one of them")),

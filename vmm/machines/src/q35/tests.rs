@@ -168,11 +168,7 @@ fn try_rig(kernel: Option<&[u8]>, firmware: Option<&[u8]>, irqchip: IrqChip) -> 
     rig_of(payload, irqchip, Some(dir))
 }
 
-fn rig_of(
-    payload: Payload,
-    irqchip: IrqChip,
-    dir: Option<tempfile::TempDir>,
-) -> Result<Rig, MachineError> {
+fn rig_of(payload: Payload, irqchip: IrqChip, dir: Option<tempfile::TempDir>) -> Result<Rig, MachineError> {
     let dir = dir.unwrap_or_else(|| tempfile::tempdir().expect("directory"));
     let request = request(payload, irqchip);
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("RAM");

@@ -25,7 +25,8 @@ use holdfast_memory::GuestRegion;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 use crate::{
-    Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange, VirtioSlot, flash,
+    Machine, MachineContext, MachineError, MachineModule, MachineRequest, Payload, RamRange, VirtioSlot,
+    flash,
 };
 use plan::{Plan, Window};
 
