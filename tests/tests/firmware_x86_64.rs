@@ -16,7 +16,8 @@ const BOOT: Duration = Duration::from_secs(400);
 /// Debian: seabios.
 const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
 
-const LINUX: &str = "linux $prefix/vmlinuz console=ttyS0 quiet holdfast.loader=GRUB holdfast.test=boot,firmware
+const LINUX: &str =
+    "linux $prefix/vmlinuz console=ttyS0 quiet holdfast.loader=GRUB holdfast.test=boot,firmware
 initrd $prefix/initramfs.cpio
 boot
 ";

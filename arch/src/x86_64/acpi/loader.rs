@@ -73,8 +73,17 @@ impl LinkedTables {
     /// Appends a table with the usual header; returns its offset.
     pub(super) fn add(&mut self, table: &[u8]) -> u32 {
         let at = self.add_raw(table, 16);
+        self.clear_checksum(TABLES, at + 9);
         self.checksums.push(Checksum { file: TABLES, at: at + 9, start: at, len: table.len() as u32 });
         at
+    }
+
+    /// Checksums are 0 until they are computed: OVMF stores the negative sum of all bytes, this one included.
+    fn clear_checksum(&mut self, file: &str, at: u32) {
+        let bytes = if file == RSDP { &mut self.rsdp } else { &mut self.tables };
+        if let Some(byte) = bytes.get_mut(at as usize) {
+            *byte = 0;
+        }
     }
 
     pub(super) fn point(&mut self, pointer: Pointer) {
@@ -88,6 +97,7 @@ impl LinkedTables {
         }
         // The first 20 bytes for ACPI 1.0, then all of it.
         for (at, len) in [(8, 20), (32, 36)] {
+            self.clear_checksum(RSDP, at);
             self.checksums.push(Checksum { file: RSDP, at, start: 0, len });
         }
     }
