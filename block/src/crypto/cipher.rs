@@ -175,9 +175,9 @@ impl CipherSpec {
             return Err(format!("Unsupported cipher mode xts: blocks of {name} are too short"));
         }
         if let Some(IvGenerator::Essiv(hash)) = self.iv
-            && !self.algorithm.key_sizes().contains(&hash.len())
+            && !self.algorithm.key_sizes().contains(&hash.digest_len())
         {
-            return Err(format!("No {name} cipher with key size {} available for essiv", hash.len()));
+            return Err(format!("No {name} cipher with key size {} available for essiv", hash.digest_len()));
         }
         Ok(())
     }
@@ -330,7 +330,7 @@ impl SectorCipher {
         let essiv = match spec.iv {
             Some(IvGenerator::Essiv(hash)) => {
                 let salt = hash.digest(&[key]);
-                Some(self::engine(spec.algorithm, hash.len(), Mode::Ecb, &salt).ok_or_else(wrong)?)
+                Some(self::engine(spec.algorithm, hash.digest_len(), Mode::Ecb, &salt).ok_or_else(wrong)?)
             }
             _ => None,
         };

@@ -36,7 +36,7 @@ impl Hash {
     }
 
     /// Bytes of a digest.
-    pub fn len(self) -> usize {
+    pub fn digest_len(self) -> usize {
         match self {
             Self::Sha1 => 20,
             Self::Sha256 => 32,
@@ -87,7 +87,7 @@ impl Hash {
 
     /// Diffuses a block: each digest-sized part is replaced by the digest of its number and itself.
     fn diffuse(self, block: &mut [u8]) {
-        for (n, part) in block.chunks_mut(self.len()).enumerate() {
+        for (n, part) in block.chunks_mut(self.digest_len()).enumerate() {
             let digest = self.digest(&[&(n as u32).to_be_bytes(), part]);
             part.iter_mut().zip(digest.iter()).for_each(|(p, d)| *p = *d);
         }

@@ -23,7 +23,7 @@ pub struct Volume<'a> {
 }
 
 /// A change of key slots (`state=`).
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct SlotChange<'a> {
     /// Slots are to be opened by the new password; otherwise they are erased.
     pub activate: bool,
@@ -37,6 +37,16 @@ pub struct SlotChange<'a> {
     pub iter_time: u64,
     /// The last slot may be erased, an active one replaced.
     pub force: bool,
+}
+
+impl std::fmt::Debug for SlotChange<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the passwords.
+        f.debug_struct("SlotChange")
+            .field("activate", &self.activate)
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
 }
 
 pub(super) fn random(buf: &mut [u8]) -> Result<(), BlockError> {

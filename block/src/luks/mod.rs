@@ -10,6 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use holdfast_objects::Secret;
 use zeroize::Zeroizing;
 
 use crate::crypto::{CryptFile, SECTOR, SectorCipher};
@@ -30,7 +31,7 @@ pub struct Luks {
     payload: u64,
     size: AtomicU64,
     readonly: bool,
-    master: Zeroizing<Vec<u8>>,
+    master: Secret,
 }
 
 impl Luks {
@@ -61,7 +62,7 @@ impl Luks {
             data = Some(CryptFile::new(Arc::clone(&file), payload, cipher));
         }
         let size = AtomicU64::new(size_of(&*file, payload));
-        Ok(Arc::new(Self { data, file, detached, payload, size, readonly, master }))
+        Ok(Arc::new(Self { data, file, detached, payload, size, readonly, master: Secret::new(master) }))
     }
 
     /// The header's place.
@@ -82,7 +83,7 @@ impl Luks {
     /// # Errors
     /// As [`Volume::change`].
     pub fn change_slots(&self, change: &SlotChange<'_>) -> Result<(), BlockError> {
-        self.volume().change(&self.master, change)
+        self.volume().change(self.master.bytes(), change)
     }
 
     fn data(&self) -> io::Result<&CryptFile> {

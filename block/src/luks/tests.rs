@@ -51,7 +51,7 @@ fn data_is_what_was_written_through_any_slot() {
     assert!(buf[1000..1500].iter().chain(&buf[1600..4000]).all(|b| *b == 7));
     assert!(buf[1500..1600].iter().all(|b| *b == 0));
     assert!(luks.write_at(0, &[1]).is_err(), "read-only");
-    assert!(!format!("{luks:?}").contains("master: ["), "keys are not shown");
+    assert!(format!("{luks:?}").contains("master: Secret(…)"), "keys are not shown");
 }
 
 #[test]

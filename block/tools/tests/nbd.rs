@@ -234,8 +234,10 @@ fn we_read_and_write_what_others_serve() {
         assert!(bytes[100..5100].iter().all(|b| *b == 9) && bytes[5100] == 0, "{program}");
     }
     // Errors of a server are errors of requests.
-    let _running =
-        bed.serve("nbdkit", &["-f", "-U", "s", "--filter=error", "file", "b.raw", "error-pread=ENOMEM"]);
+    let _running = bed.serve(
+        "nbdkit",
+        &["-f", "-U", "s", "--filter=error", "file", "b.raw", "error-pread=ENOMEM", "error-pread-rate=100%"],
+    );
     let out = bed.run("io", &["-f", "raw", "-r", "-c", "read 0 512", &bed.uri("")]);
     assert!(!out.status.success() && text(&out.stderr).to_string().len() + text(&out.stdout).len() > 0);
 }
