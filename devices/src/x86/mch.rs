@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn the_configuration_window_moves_with_pciexbar() {
-        let (mch, _, c) = mch();
+        let (mch, _bus, c) = mch();
         let mut id = [0; 4];
         assert!(!c.mmio.read(None, ECAM_WINDOW.0, &mut id));
         mch.enable_ecam();
