@@ -191,7 +191,7 @@ impl ThrottleGroup {
     pub fn admit(&self, write: bool, bytes: u64, now: u64) -> Result<(), u64> {
         let limits = self.limits();
         let own = usize::from(write) + 1;
-        let mine = |n: usize| n % 3 == 0 || n % 3 == own;
+        let mine = |n: usize| n.is_multiple_of(3) || n % 3 == own;
         let mut levels = self.levels.lock();
         let seconds = now.saturating_sub(levels.at) as f64 / 1e9;
         levels.at = levels.at.max(now);

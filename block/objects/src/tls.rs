@@ -119,10 +119,7 @@ fn client(dir: &Path) -> Result<ClientConfig, ObjectError> {
 impl TlsCreds {
     pub(crate) fn from_fields(fields: &mut Fields) -> Result<Self, ObjectError> {
         let dir = PathBuf::from(fields.text("dir")?.ok_or_else(|| bad("Parameter 'dir' is missing"))?);
-        let verify = match fields.flag("verify-peer")? {
-            Some(verify) => verify,
-            None => true,
-        };
+        let verify = fields.flag("verify-peer")?.unwrap_or(true);
         for key in ["priority", "passwordid"] {
             if fields.text(key)?.is_some() {
                 return Err(bad(format!("tls-creds-x509: '{key}' is not supported by this version")));
