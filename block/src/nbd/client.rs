@@ -28,6 +28,9 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Most replies to one option, and chunks of one reply.
 const MAX_REPLIES: usize = 1 << 20;
 
+/// A reply to an option: its type and its data.
+type OptionReply = (u32, Vec<u8>);
+
 /// Whom to connect to, and how.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
@@ -138,7 +141,7 @@ impl Talk {
     }
 
     /// All replies up to the one that ends them: true if that is not an error.
-    fn replies(&mut self, kind: u32, data: &[u8]) -> io::Result<(bool, Vec<(u32, Vec<u8>)>)> {
+    fn replies(&mut self, kind: u32, data: &[u8]) -> io::Result<(bool, Vec<OptionReply>)> {
         self.ask(kind, data)?;
         let mut all = Vec::new();
         loop {

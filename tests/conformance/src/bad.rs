@@ -60,7 +60,7 @@ fn try_all(p: &mut Program, codes: &[&[u8]]) -> Step {
 }
 
 /// What two prints of `xx ` and `@` give: `xx @nn ` becomes `xx@nn `.
-fn tidy(text: String) -> String {
+fn tidy(text: &str) -> String {
     text.replace(" @", "@")
 }
 
@@ -85,7 +85,7 @@ fn undefined(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failur
         p.print("end\n")?;
         p.done()
     })?;
-    one(accel, irqchip, &image).map(tidy)
+    one(accel, irqchip, &image).map(|text| tidy(&text))
 }
 
 fn lengths(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
@@ -101,7 +101,7 @@ fn lengths(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure>
         p.print("end\n")?;
         p.done()
     })?;
-    one(accel, irqchip, &image).map(tidy)
+    one(accel, irqchip, &image).map(|text| tidy(&text))
 }
 
 fn nothing(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {

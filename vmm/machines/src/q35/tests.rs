@@ -15,6 +15,7 @@ use holdfast_threads::PlainSpawner;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::*;
+use crate::FlashImage;
 
 type Events = (Arc<dyn IoEvents>, Arc<dyn IoEvents>);
 type Eoi = Arc<dyn Fn(u8) + Send + Sync>;

@@ -9,6 +9,7 @@ use holdfast_accel_kvm::KvmAccelerator;
 use holdfast_arch::{Arch, CpuModel};
 use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_device::{BuildContext, Bus, Device, SystemEvent, SystemSink};
+use holdfast_devices::catalog::isa_debug_exit::IsaDebugExitConfig;
 use holdfast_devices::chardev::CharBackend;
 use holdfast_machines::{Machine, MachineContext, MachineModule, MachineRequest, Payload, registry};
 use holdfast_memory::GuestMemory;
@@ -86,7 +87,7 @@ fn request(o: &Options, module: &dyn MachineModule) -> MachineRequest {
         irqchip: o.irqchip,
         uuid: None,
         debug_console_port: Some(0x402),
-        debug_exit_port: Some(0xf4),
+        board: vec![IsaDebugExitConfig { iobase: 0xf4, iosize: 4 }.into()],
         serial: o.serial.clone(),
         debug_console: o.debug_console.clone(),
     }
