@@ -104,7 +104,8 @@ impl Bed {
         );
         template("client.info", "cn = client\ntls_www_client\nencryption_key\nsigning_key\n");
         for who in ["ca", "server", "client"] {
-            make(&["--generate-privkey", "--ecc", "--outfile", &format!("{who}-key.pem")]);
+            let key = format!("{who}-key.pem");
+            make(&["--generate-privkey", "--rsa", "--bits", "2048", "--outfile", &key]);
         }
         make(&[
             "--generate-self-signed",

@@ -36,7 +36,8 @@ pub fn run(data: &[u8]) {
 pub fn run_on(rig: &Rig, data: &[u8]) {
     let bus = rig.machine.pci_bus().expect("a PCI bus");
     rig.reset();
-    let windows = Windows { mem64: (0x40_0000_0000, 1 << 20), ..Windows::default() };
+    let windows =
+        Windows { io: (0xc000, 0x1000), mem32: (0xe000_0000, 1 << 20), mem64: (0x40_0000_0000, 1 << 20) };
     bus.assign_resources(windows).expect("room");
     let ecam = Ecam::new(Arc::clone(&bus));
     for step in steps(data) {

@@ -342,7 +342,13 @@ fn flash_banks_end_at_4_gib_and_keep_what_is_written() {
     }
     assert_eq!(std::fs::read(&vars).expect("file")[0x123], 0x5a);
     assert!(std::fs::read(&code).expect("file") == image);
-    let refused = |payload| rig_of(payload, IrqChip::Split, None).err().expect("refused").to_string();
+    let refused = |payload| {
+        let error = rig_of(payload, IrqChip::Split, None).err().expect("refused");
+        std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source())
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(": ")
+    };
     let both = refused(Payload { flash: flash.clone(), firmware: Some(code.clone()), ..Payload::default() });
     assert!(both.contains("firmware and flash"), "{both}");
     std::fs::File::options().write(true).open(&vars).and_then(|f| f.set_len(16 << 20)).expect("file");
