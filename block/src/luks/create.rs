@@ -181,7 +181,7 @@ pub fn format(
 /// Makes a volume of `size` bytes in an empty file and opens it.
 ///
 /// # Errors
-/// As [`format`].
+/// As [`format()`].
 pub fn create(
     file: Arc<dyn BlockNode>,
     options: &CreateOptions,
