@@ -129,7 +129,7 @@ fn check(s: &X86, state: &State) -> Result<(), String> {
     if let Some((number, what)) = used {
         return Err(format!(
             "the guest uses KVM's paravirtual {what} (MSR {number:#x}), which translation does not have; boot Linux with \
-             `no-kvmclock no-steal-acc no-kvmapf` and the like to be able to move it"
+             `nopv` to be able to move it"
         ));
     }
     let [_, _, _, new_cr4, _] = state.cr;
