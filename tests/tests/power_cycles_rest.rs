@@ -49,16 +49,17 @@ fn cycle(guest: &Value) {
     let held = || (entries(&proc.join("task")), entries(&proc.join("fd")));
     api.put("vm.create", &config);
     // What the first cycle leaves is the program's own; the second and third may add nothing to it.
-    let mut first = None;
+    let mut first: Option<usize> = None;
     for cycle in 0..3 {
         api.put("vm.boot", &json!(null));
         assert_eq!(api.get("vm.info")["state"], "Running");
         assert!(entries(&proc.join("task")).iter().any(|name| name.trim() == "vcpu0"));
         api.put("vm.shutdown", &json!(null));
         assert_eq!(api.get("vm.info")["state"], "Created");
-        // A thread that has been joined may still be listed for a moment.
-        for _ in 0..200 {
-            if held().0.len() <= OWN_THREADS.len() {
+        // A thread that has been joined may still be listed for a moment, and so may the last request's connection.
+        for _ in 0..1000 {
+            let (tasks, fds) = held();
+            if tasks.len() <= OWN_THREADS.len() && first.is_none_or(|files| fds.len() <= files) {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
