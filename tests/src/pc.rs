@@ -10,12 +10,20 @@ const SECTOR: u64 = 512;
 /// Where the only partition begins, in sectors: 1 MiB.
 const START: u64 = 2048;
 
-/// The directory with OVMF, memtest86+ and GRUB for UEFI, fetched if it is missing.
+/// The directory with OVMF, memtest86+, iPXE and GRUB for UEFI, fetched if it is missing.
 ///
 /// # Panics
 /// If it cannot be fetched.
 pub fn pc_parts() -> PathBuf {
     fetched("HOLDFAST_PC_PARTS", "fetch-pc", &[])
+}
+
+/// The directory with `root.ext4`, a Debian system with systemd, made if it is missing.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn debian_system() -> PathBuf {
+    fetched("HOLDFAST_DEBIAN_SYSTEM", "fetch-system", &[])
 }
 
 /// An empty disk of `len` bytes with the partition table that `script` describes to sfdisk.
@@ -61,7 +69,7 @@ pub fn bios_disk(dir: &Path, files: &[(&str, PathBuf)]) -> PathBuf {
     run(Command::new("grub-mkimage")
         .args(["-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-o"])
         .arg(&core)
-        .args(["biosdisk", "part_msdos", "ext2", "normal", "configfile", "linux", "echo"]));
+        .args(["biosdisk", "part_msdos", "ext2", "normal", "configfile", "linux", "linux16", "echo"]));
     let core = std::fs::read(core).expect("GRUB's core");
     assert!(core.len() as u64 <= (START - 1) * SECTOR, "GRUB's core fits before the partition");
     let boot = std::fs::read("/usr/lib/grub/i386-pc/boot.img").expect("grub-pc-bin is installed");
