@@ -124,8 +124,8 @@ pub struct EnvHeader {
     pub owner: AtomicU64,
     /// For the runtime.
     pub runtime: [u64; 2],
-    /// Unused.
-    pub pad1: u64,
+    /// Guest pc of the instruction whose `goto_reg` was the last to find nothing in the indirect-branch cache.
+    pub branch_pc: u64,
 }
 
 /// A whole environment with guest state `G`. Large: allocate it zeroed (a mapping), do not build it on a stack.
@@ -166,6 +166,8 @@ pub mod offset {
     pub const HOST_MXCSR: i32 = HEADER + offset_of!(EnvHeader, host_mxcsr) as i32;
     /// [`EnvHeader::host_sp`]
     pub const HOST_SP: i32 = HEADER + offset_of!(EnvHeader, host_sp) as i32;
+    /// [`EnvHeader::branch_pc`]
+    pub const BRANCH_PC: i32 = HEADER + offset_of!(EnvHeader, branch_pc) as i32;
     /// [`EnvHeader::scratch`]
     pub const SCRATCH: i32 = HEADER + offset_of!(EnvHeader, scratch) as i32;
     /// [`EnvTables::page_ids`]

@@ -52,6 +52,12 @@ impl<'a> Cpu<'a> {
         self.core.shared.env().set_pc(pc);
     }
 
+    /// The pc of the instruction whose `goto_reg` was the last that had to be looked up. If the pc at hand cannot be fetched
+    /// from, it is the one that went there, or the code ran on into it.
+    pub fn branch_pc(&self) -> u64 {
+        self.core.shared.env().branch_pc()
+    }
+
     /// Guest-physical memory, for page walks.
     #[inline]
     pub fn phys(&self) -> Arc<PhysMemory> {

@@ -87,6 +87,12 @@ impl EnvBox {
         unsafe { (*self.header()).pc = pc }
     }
 
+    /// Where the last indirect branch was that had to be looked up.
+    pub fn branch_pc(&self) -> u64 {
+        // SAFETY: only the vCPU's thread touches it.
+        unsafe { (*self.header()).branch_pc }
+    }
+
     /// Detail of the last exit.
     pub fn exit_arg(&self) -> u64 {
         // SAFETY: only the vCPU's thread touches it.

@@ -73,7 +73,7 @@ pub struct Translation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Mode {
     /// Whatever changes the meaning of an instruction (privilege, FP enabled, ...). Regions are keyed
-    /// by it. At most 24 bits: the runtime adds its own above.
+    /// by it. At most 31 bits: the runtime has the highest one for itself.
     pub key: u32,
     /// MMU index of fetches.
     pub fetch_idx: u8,

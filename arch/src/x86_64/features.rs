@@ -213,6 +213,7 @@ pub fn resolve(supported: &[CpuidEntry], model: &CpuidModel) -> Result<Vec<Cpuid
         }
     }
     xsave_follows(supported, &mut table);
+    monitor_follows(supported, &mut table);
     Ok(table)
 }
 
@@ -250,6 +251,15 @@ fn set(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>, at: Place, on: boo
 fn has(table: &[CpuidEntry], name: &str) -> bool {
     let Some((function, index, register, bit)) = place(name) else { return false };
     find(table, function, index).and_then(|e| e.regs.get(register)).is_some_and(|r| r >> bit & 1 != 0)
+}
+
+/// Leaf 5, which describes MONITOR and MWAIT, is there if they are.
+fn monitor_follows(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>) {
+    if !has(table, "monitor") {
+        table.iter_mut().filter(|e| e.function == 5).for_each(|e| e.regs = [0; 4]);
+    } else if find(table, 5, 0).is_none() {
+        table.extend(supported.iter().filter(|e| e.function == 5));
+    }
 }
 
 /// Components of XCR0 are there if the features are that have them.
@@ -350,6 +360,19 @@ mod tests {
         assert_eq!((reg(&without, 0xd, 0, EAX), reg(&without, 0xd, 3, EAX)), (3, 0));
         let none = resolve(&supported(), &parse("max,-xsave").expect("reads")).expect("had");
         assert_eq!((reg(&none, 0xd, 0, EAX), reg(&none, 0xd, 1, EAX)), (0, 0));
+    }
+
+    #[test]
+    fn monitor_comes_with_its_leaf() {
+        let mut supported = supported();
+        supported[1].regs[ECX] |= 1 << 3;
+        supported.push(entry(5, 0, [64, 64, 3, 0]));
+        let resolved = |text| resolve(&supported, &parse(text).expect("reads")).expect("had");
+        let line = |text| reg(&resolved(text), 5, 0, EAX);
+        assert_eq!(
+            [line("max"), line("max,-monitor"), line("qemu64"), line("qemu64,+monitor")],
+            [64, 0, 0, 64]
+        );
     }
 
     #[test]

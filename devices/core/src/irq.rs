@@ -67,6 +67,13 @@ pub trait ExtInt: Send + Sync + Debug {
     fn acknowledge(&self) -> u8;
 }
 
+/// Where processors report x87 errors that they do not take as exceptions (CR0.NE clear): the pins `FERR#` and `IGNNE#`
+/// (SDM volume 1, section 8.7.2).
+pub trait FpuErrors: Send + Sync + Debug {
+    /// A processor drives `FERR#`. True if `IGNNE#` is asserted: the processor goes on despite the error.
+    fn set_ferr(&self, level: bool) -> bool;
+}
+
 /// A message-signalled interrupt as the device writes it. Little-endian data, PCI 3.0 section 6.8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct MsiMessage {

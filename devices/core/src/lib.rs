@@ -12,7 +12,7 @@ mod system;
 
 pub use bus::{Access, Bus, BusDevice, BusError, IoEvents};
 pub use context::{BuildContext, BuildError};
-pub use irq::{CpuLines, ExtInt, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector};
+pub use irq::{CpuLines, ExtInt, FpuErrors, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector};
 pub use state::{DeviceState, StateError};
 pub use system::{DeviceEvent, SystemEvent, SystemSink};
 

@@ -3,10 +3,13 @@
 //! An ISA interrupt goes to the 8259 input of its number and to an IOAPIC input (the timer's to
 //! input 2, as the MADT tells). Each of the eight PCI lines `PIRQA` to `PIRQH` goes to IOAPIC inputs
 //! 16 to 23 and, if its route register says so, to an 8259 input too (ICH9 data sheet, section 5.9).
+//!
+//! x87 errors of processors that have CR0.NE clear are interrupt 13 (the same, section 13.7.4): `FERR#` raises it, a write to port
+//! 0xf0 lowers it and asserts `IGNNE#`, with which the processor runs past the error until it takes `FERR#` back.
 
 use std::sync::Arc;
 
-use holdfast_device::{Device, DeviceState, IrqLine, IrqSink, StateError};
+use holdfast_device::{Access, BusDevice, Device, DeviceState, FpuErrors, IrqLine, IrqSink, StateError};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +17,10 @@ use super::{IoApic, PicPair};
 
 const KIND: &str = "gsi";
 const PIRQS: usize = 8;
+/// The port that ends the interrupt of an x87 error.
+pub const FPU_PORT: u64 = 0xf0;
+/// The interrupt of x87 errors.
+const FPU_IRQ: u32 = 13;
 
 /// Who takes the interrupts.
 #[derive(Debug, Clone)]
@@ -38,6 +45,10 @@ struct State {
     pirq: u8,
     /// ISA interrupt to which each PCI line is routed; 0: none.
     route: [u8; PIRQS],
+    /// A processor asserts `FERR#`.
+    ferr: bool,
+    /// `IGNNE#` is asserted.
+    ignne: bool,
 }
 
 impl State {
@@ -94,21 +105,51 @@ impl Gsi {
     }
 }
 
+impl Gsi {
+    /// Drives ISA line `pin`, 0 to 15.
+    fn set_isa(&self, s: &mut State, pin: u32, level: bool) {
+        let bit = 1u16 << (pin & 15);
+        s.isa = if level { s.isa | bit } else { s.isa & !bit };
+        match &self.target {
+            IrqTarget::Split { pic, ioapic } => {
+                pic.set_level(pin, s.pic_level(pin as u8));
+                ioapic.set_level(if pin == 0 { 2 } else { pin }, level);
+            }
+            IrqTarget::Kernel(sink) => sink.set_level(pin, s.pic_level(pin as u8)),
+        }
+    }
+}
+
+impl FpuErrors for Gsi {
+    fn set_ferr(&self, level: bool) -> bool {
+        let mut s = self.state.lock();
+        s.ferr = level;
+        s.ignne &= level;
+        if level && !s.ignne {
+            self.set_isa(&mut s, FPU_IRQ, true);
+        }
+        s.ignne
+    }
+}
+
+/// Port 0xf0.
+impl BusDevice for Gsi {
+    fn read(&self, _access: Access, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&self, _access: Access, _data: &[u8]) {
+        let mut s = self.state.lock();
+        self.set_isa(&mut s, FPU_IRQ, false);
+        s.ignne = s.ferr;
+    }
+}
+
 impl IrqSink for Gsi {
     fn set_level(&self, pin: u32, level: bool) {
         let mut s = self.state.lock();
         match pin {
-            0..=15 => {
-                let bit = 1u16 << pin;
-                s.isa = if level { s.isa | bit } else { s.isa & !bit };
-                match &self.target {
-                    IrqTarget::Split { pic, ioapic } => {
-                        pic.set_level(pin, s.pic_level(pin as u8));
-                        ioapic.set_level(if pin == 0 { 2 } else { pin }, level);
-                    }
-                    IrqTarget::Kernel(sink) => sink.set_level(pin, s.pic_level(pin as u8)),
-                }
-            }
+            0..=15 => self.set_isa(&mut s, pin, level),
             16..=23 => {
                 let index = (pin - 16) as usize;
                 s.pirq = if level { s.pirq | 1 << index } else { s.pirq & !(1 << index) };
@@ -131,7 +172,13 @@ impl Device for Gsi {
     }
 
     fn reset(&self) {
-        // Levels belong to the devices that drive them; routes to the LPC bridge, which resets them.
+        // Levels belong to the devices that drive them; routes to the LPC bridge, which resets them. Processors come up
+        // without x87 errors.
+        let mut s = self.state.lock();
+        if std::mem::take(&mut s.ferr) {
+            s.ignne = false;
+            self.set_isa(&mut s, FPU_IRQ, false);
+        }
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -151,7 +198,7 @@ impl Device for Gsi {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Pins;
+    use super::super::testing::{Pins, access, hostile};
     use super::*;
 
     #[test]
@@ -173,6 +220,26 @@ mod tests {
         assert_eq!(pins.take(), [(10, false), (17, true)], "13 is reserved, 9 is no PCI line");
         gsi.line(24).set(true);
         assert!(pins.take().is_empty());
+    }
+
+    #[test]
+    fn x87_errors_are_interrupt_13_until_port_f0_is_written() {
+        let pins = Arc::new(Pins::default());
+        let gsi = Gsi::new(IrqTarget::Kernel(Arc::clone(&pins) as Arc<dyn IrqSink>));
+        let clear = || gsi.write(access(FPU_PORT, 0), &[0]);
+        assert!(!gsi.set_ferr(true), "the processor waits");
+        assert_eq!(pins.take(), [(13, true)]);
+        clear();
+        assert_eq!(pins.take(), [(13, false)]);
+        assert!(gsi.set_ferr(true), "the same error is ignored");
+        assert!(pins.take().is_empty());
+        gsi.set_ferr(false);
+        clear();
+        assert!(!gsi.set_ferr(true), "another one is not");
+        assert_eq!(pins.take(), [(13, false), (13, true)]);
+        gsi.reset();
+        assert_eq!(pins.take(), [(13, false)]);
+        hostile(&*gsi, FPU_PORT, 1);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use holdfast_device::{BuildError, Bus, BusDevice};
 pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_BASE, SleepTypes};
 pub use chipset::{ChipsetFunction, ChipsetRegisters};
 pub use debug::DebugConsole;
-pub use gsi::{Gsi, IrqTarget};
+pub use gsi::{FPU_PORT, Gsi, IrqTarget};
 pub use hpet::{HPET_BASE, HPET_LEN, Hpet, HpetConfig};
 pub use i8042::{I8042, I8042Config};
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, IoApic, IoApicConfig, IoApicRoutes};

@@ -10,6 +10,7 @@
 pub mod asm;
 mod bad;
 mod debugging;
+mod exact;
 mod interrupts;
 mod memory;
 mod modes;
@@ -91,4 +92,9 @@ pub fn cases() -> Vec<Case> {
 /// Guests that need what an accelerator running at the host's speed has, and an interpreting KVM does not.
 pub fn hardware_cases() -> Vec<Case> {
     [debugging::SOFTWARE, bad::CASES].concat()
+}
+
+/// Guests of what translation has and KVM does otherwise.
+pub fn translation_cases() -> Vec<Case> {
+    exact::CASES.to_vec()
 }

@@ -7,14 +7,14 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 
 use holdfast_accel::{Accelerator, Exit, IrqChip, Kicker, Vcpu, Vm, VmSpec, Watchpoint};
-use holdfast_arch::x86_64::{CpuidModel, State};
+use holdfast_arch::x86_64::{CpuidModel, State, features};
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_clock::{HostRandom, Timers, VmClock, host_monotonic};
 use holdfast_device::{
-    Access, BuildContext, Bus, BusDevice, CpuLines, Device, DeviceState, ExtInt, IrqSink, MsiController,
-    MsiMessage, MsiVector, SystemEvent, SystemSink,
+    Access, BuildContext, Bus, BusDevice, CpuLines, Device, DeviceState, ExtInt, FpuErrors, IrqSink,
+    MsiController, MsiMessage, MsiVector, SystemEvent, SystemSink,
 };
-use holdfast_devices::x86::{Gsi, IoApic, IoApicConfig, IrqTarget, PicPair, Pit, PitConfig};
+use holdfast_devices::x86::{FPU_PORT, Gsi, IoApic, IoApicConfig, IrqTarget, PicPair, Pit, PitConfig};
 use holdfast_memory::GuestMemory;
 use holdfast_threads::PlainSpawner;
 use parking_lot::Mutex;
@@ -244,6 +244,8 @@ fn controllers(vm: &Arc<dyn Vm>, irqchip: IrqChip, context: &BuildContext) -> Re
     }));
     let target = IrqTarget::Split { pic: Arc::clone(&pic), ioapic: Arc::clone(&ioapic) };
     let gsi = Gsi::new(target);
+    vm.connect_fpu_errors(Arc::clone(&gsi) as Arc<dyn FpuErrors>);
+    context.pio.attach(FPU_PORT, 1, "fpu", Arc::clone(&gsi) as Arc<dyn BusDevice>).map_err(rig)?;
     let pit = Pit::build(PitConfig { irq: gsi.line(0) }, context).map_err(rig)?;
     Ok((Arc::clone(&gsi), vec![pic, ioapic, pit, gsi]))
 }
@@ -259,12 +261,32 @@ impl Rig {
         image: &Image,
         needs: Needs,
     ) -> Result<Self, Failure> {
-        let mut rig = Self::empty(accel, irqchip, needs)?;
-        for (at, bytes) in &image.0 {
-            rig.memory.write_slice(bytes, GuestAddress(*at)).map_err(self::rig)?;
-        }
-        rig.start_at_entry()?;
+        let mut rig = Self::empty(accel, irqchip, needs, CpuidModel::default())?;
+        rig.load(image)?;
         Ok(rig)
+    }
+
+    /// The same with one vCPU of a model, written as on the command line.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub fn of_model(
+        accel: &dyn Accelerator,
+        irqchip: IrqChip,
+        image: &Image,
+        model: &str,
+    ) -> Result<Self, Failure> {
+        let model = features::parse(model).map_err(self::rig)?;
+        let mut rig = Self::empty(accel, irqchip, Needs { vcpus: 1 }, model)?;
+        rig.load(image)?;
+        Ok(rig)
+    }
+
+    fn load(&mut self, image: &Image) -> Result<(), Failure> {
+        for (at, bytes) in &image.0 {
+            self.memory.write_slice(bytes, GuestAddress(*at)).map_err(rig)?;
+        }
+        self.start_at_entry()
     }
 
     /// Makes the boot vCPU, in its reset state, start at 0:[`asm::ENTRY`].
@@ -294,7 +316,12 @@ impl Rig {
         std::thread::Builder::new().name("asker".into()).spawn(body).map(|_| ()).map_err(rig)
     }
 
-    fn empty(accel: &dyn Accelerator, irqchip: IrqChip, needs: Needs) -> Result<Self, Failure> {
+    fn empty(
+        accel: &dyn Accelerator,
+        irqchip: IrqChip,
+        needs: Needs,
+        model: CpuidModel,
+    ) -> Result<Self, Failure> {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), asm::RAM as usize)]).map_err(rig)?;
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).map_err(rig)?;
@@ -329,7 +356,7 @@ impl Rig {
         let (gsi, devices) = controllers(&vm, irqchip, &context)?;
         let shared = Arc::new(Shared::default());
         attach_test_devices(&vm, &context, gsi, &shared)?;
-        let model = CpuModel::X86_64(CpuidModel::default());
+        let model = CpuModel::X86_64(model);
         let vcpu = vm.create_vcpu(0, &model)?;
         let _ = shared.boot.set(vcpu.kicker());
         let mut others = Vec::new();
@@ -451,7 +478,7 @@ impl Rig {
     /// # Errors
     /// [`Failure`].
     pub fn restore(accel: &dyn Accelerator, irqchip: IrqChip, saved: &Saved) -> Result<Self, Failure> {
-        let mut new = Self::empty(accel, irqchip, Needs { vcpus: 1 })?;
+        let mut new = Self::empty(accel, irqchip, Needs { vcpus: 1 }, CpuidModel::default())?;
         new.memory.write_slice(&saved.ram, GuestAddress(0)).map_err(rig)?;
         new.context.clock.set(saved.now);
         new.vm.restore(&serde_json::from_str(&saved.vm).map_err(rig)?)?;

@@ -5,7 +5,7 @@ use std::error::Error;
 
 use holdfast_accel::IrqChip;
 use holdfast_accel_tcg::TcgAccelerator;
-use holdfast_conformance::{cases, hardware_cases};
+use holdfast_conformance::{cases, hardware_cases, translation_cases};
 
 #[test]
 fn translation_conforms() {
@@ -13,6 +13,7 @@ fn translation_conforms() {
     let mut failed = Vec::new();
     let mut all = cases();
     all.extend(hardware_cases());
+    all.extend(translation_cases());
     for case in all.iter().filter(|c| c.name.contains(&wanted)) {
         if let Err(e) = case.check(&TcgAccelerator::default(), IrqChip::Split) {
             let mut text = format!("{}: {e}", case.name);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use holdfast_accel::{AccelError, CodeLog, RomWindow, Vcpu, Vm};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::CpuTopology;
-use holdfast_device::{CpuLines, ExtInt, IoEvents, IrqSink, MsiController};
+use holdfast_device::{CpuLines, ExtInt, FpuErrors, IoEvents, IrqSink, MsiController};
 use holdfast_devices::x86::LapicBus;
 use holdfast_tcg::{LogOptions, TcgVcpu, TcgVm, TraceLog};
 
@@ -97,6 +97,12 @@ impl Vm for TcgVmHandle {
     fn connect_ext_int(&self, source: Arc<dyn ExtInt>) {
         if !self.apics.as_ref().is_some_and(|a| a.connect_ext_int(source)) {
             tracing::warn!("a source of external interrupts is ignored: there is one, or this is no x86 VM");
+        }
+    }
+
+    fn connect_fpu_errors(&self, sink: Arc<dyn FpuErrors>) {
+        if !self.apics.as_ref().is_some_and(|a| a.connect_fpu_errors(sink)) {
+            tracing::warn!("a receiver of x87 errors is ignored: there is one, or this is no x86 VM");
         }
     }
 

@@ -120,6 +120,10 @@ impl LocalApic for Apic {
         self.0.reset(init);
     }
 
+    fn set_ferr(&self, level: bool) -> bool {
+        self.0.set_ferr(level)
+    }
+
     fn save(&self) -> ApicState {
         let LapicState { base, registers, tsc_deadline } = self.0.save();
         ApicState { base, registers, tsc_deadline }

@@ -200,6 +200,10 @@ pub trait Vm: Send + Sync + Debug {
     /// Connects the source of external interrupts (the 8259 pair) to the boot vCPU.
     fn connect_ext_int(&self, source: Arc<dyn ExtInt>);
 
+    /// Connects what takes x87 errors of processors with CR0.NE clear. Accelerators that make exceptions of them in any
+    /// case do without.
+    fn connect_fpu_errors(&self, _sink: Arc<dyn holdfast_device::FpuErrors>) {}
+
     /// Connects the receiver of EOI broadcasts (the IOAPIC): called with the vector.
     fn connect_eoi(&self, receiver: Arc<dyn Fn(u8) + Send + Sync>);
 

@@ -72,6 +72,9 @@ pub trait LocalApic: Send + Sync + Debug {
     /// Sends an interrupt of the vector and delivery mode in `icr` (the low bits of the interrupt command) to the APIC
     /// with `id`; false if there is none.
     fn send_ipi(&self, id: u32, icr: u32) -> bool;
+    /// Drives `FERR#`: an x87 error that is not taken as an exception is pending. True if `IGNNE#` is asserted, or nothing
+    /// takes such errors: the processor goes on.
+    fn set_ferr(&self, level: bool) -> bool;
     /// The state.
     fn save(&self) -> ApicState;
     /// Replaces the state. `deadline_at`: as in [`LocalApic::set_tsc_deadline`].

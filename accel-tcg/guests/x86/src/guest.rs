@@ -5,7 +5,7 @@ use holdfast_tcg_ir::{Builder, HelperTable};
 use holdfast_tcg_runtime::{
     Access, CodeReader, Cpu, Fault, Flush, Guest, GuestSpec, Mode, TranslateRequest, Translated, Translation,
 };
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use iced_x86::{Decoder, Formatter, IntelFormatter};
 
 use crate::helpers::{self, Ids};
 use crate::key::{CodeSize, Key, idx};
@@ -140,12 +140,13 @@ impl Guest for X86Guest {
     }
 
     fn disassemble(&self, key: u32, pc: u64, bytes: &[u8]) -> (usize, String) {
-        let bits = match Key::from_bits_truncate(key).code_size() {
+        let key = Key::from_bits_truncate(key);
+        let bits = match key.code_size() {
             CodeSize::Bits16 => 16,
             CodeSize::Bits32 => 32,
             CodeSize::Bits64 => 64,
         };
-        let insn = Decoder::with_ip(bits, bytes, pc, DecoderOptions::NONE).decode();
+        let insn = Decoder::with_ip(bits, bytes, pc, key.decoder_options()).decode();
         let mut text = String::new();
         IntelFormatter::new().format(&insn, &mut text);
         (insn.len(), text)

@@ -1,5 +1,7 @@
 //! The translation key: what of a processor's mode changes the meaning of instructions.
 
+use iced_x86::DecoderOptions;
+
 /// The size of code, from CS.D, CS.L and EFER.LMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CodeSize {
@@ -12,7 +14,7 @@ pub enum CodeSize {
 }
 
 bitflags::bitflags! {
-    /// Bits of a key (at most 24; see [`holdfast_tcg_runtime::Mode::key`]).
+    /// Bits of a key (at most 31; see [`holdfast_tcg_runtime::Mode::key`]).
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct Key: u32 {
         /// CPL, two bits.
@@ -59,6 +61,16 @@ bitflags::bitflags! {
         const WATCH = 1 << 22;
         /// CR4.UMIP and CPL above 0.
         const UMIP = 1 << 23;
+        /// CLI and STI work on VIF: virtual-8086 mode under CR4.VME, or CPL 3 under CR4.PVI, where IOPL is below 3.
+        const VIRTUAL_IF = 1 << 24;
+        /// The limit of CS is below 4 GiB (not in 64-bit mode): near branches are checked.
+        const CS_LIMIT = 1 << 25;
+        /// It is below 64 KiB, so that 16-bit ones are too.
+        const CS_SHORT = 1 << 26;
+        /// MPX is on.
+        const BOUNDS = 1 << 27;
+        /// Near branches without the BND prefix reset the bounds.
+        const RESET_BOUNDS = 1 << 28;
     }
 }
 
@@ -78,6 +90,11 @@ pub mod idx {
 }
 
 impl Key {
+    /// How instructions are decoded.
+    pub fn decoder_options(self) -> u32 {
+        if self.contains(Key::BOUNDS) { DecoderOptions::MPX } else { DecoderOptions::NONE }
+    }
+
     /// Regions of one instruction, that begin with [`crate::system`]'s `begin` and end with an exit.
     pub const SINGLE: Key = Key::STEP.union(Key::SHADOW).union(Key::WATCH);
 

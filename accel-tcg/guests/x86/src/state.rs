@@ -199,8 +199,16 @@ pub struct X86 {
     pub debug_pending: u64,
     /// IA32_PKRS.
     pub pkrs: u64,
-    /// Padding.
-    pub pad2: [u64; 5],
+    /// The line that MONITOR named, and a checksum of what it held: see `system::monitor`.
+    pub monitor: u64,
+    /// See [`X86::monitor`].
+    pub monitor_sum: u64,
+    /// The line that MWAIT waits for, with how; 0 if the processor does not wait by MWAIT.
+    pub mwait: u64,
+    /// When it ends at the latest (guest-virtual nanoseconds).
+    pub mwait_until: u64,
+    /// How long it sleeps.
+    pub mwait_sleep: u64,
     /// Machine-check banks: CTL, STATUS, ADDR, MISC.
     pub machine_check: [[u64; 4]; MC_BANKS],
     /// How many of `cpuid` there are.
@@ -260,11 +268,21 @@ pub mod slot {
     pub const fn seg_base(s: usize) -> Slot {
         Slot::i64(offset_of!(X86, seg) + s * size_of::<SegmentRegister>())
     }
+    /// The limit of segment register `s`.
+    pub const fn seg_limit(s: usize) -> Slot {
+        Slot::i64(
+            offset_of!(X86, seg) + s * size_of::<SegmentRegister>() + offset_of!(SegmentRegister, limit),
+        )
+    }
     /// The selector of segment register `s`.
     pub const fn seg_selector(s: usize) -> Slot {
         Slot::i64(
             offset_of!(X86, seg) + s * size_of::<SegmentRegister>() + offset_of!(SegmentRegister, selector),
         )
+    }
+    /// The lower (`part` 0) or upper (1) bound in bound register `n`.
+    pub const fn bnd(n: usize, part: usize) -> Slot {
+        Slot::i64(offset_of!(X86, bnd) + 16 * (n & 3) + 8 * (part & 1))
     }
     /// The low half of vector register `r` (XMM).
     pub const fn xmm(r: usize) -> Slot {

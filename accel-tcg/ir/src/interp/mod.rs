@@ -310,7 +310,11 @@ impl Interpreter {
             Op::Br => return Next::Jump(i.a),
             Op::BrCond => return if compare(i.cond(), aty, a, b) { Next::Jump(i.c) } else { Next::Step },
             Op::GotoPc => return Next::End(Outcome::Goto(i.imm())),
-            Op::GotoReg => return Next::End(Outcome::Goto(a)),
+            Op::GotoReg => {
+                // SAFETY: the header belongs to the environment.
+                unsafe { (*header(env)).branch_pc = self.pc };
+                return Next::End(Outcome::Goto(a));
+            }
             Op::Exit => return Next::End(Self::leave(env, i.a, i.imm())),
             Op::ExitReg => return Next::End(Self::leave(env, i.a, b)),
             Op::ExitAsIs => return Next::End(Outcome::Exit(i.a)),

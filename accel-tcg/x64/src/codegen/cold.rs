@@ -57,6 +57,8 @@ pub(crate) enum Cold {
     Exit { from: usize, code: u32, pc: u64 },
     /// Asks for link `n`, and looks its target up in the indirect-branch cache.
     Link { from: usize, n: usize },
+    /// Looks the pc in rax up, for an indirect branch at `pc` that missed by any of the jumps.
+    Lookup { from: [usize; 3], pc: u64 },
     /// Replaces a NaN by the canonical one; comes back.
     Nan { from: usize, back: usize, x: Xmm, double: bool },
     /// The same for a fused multiply-add of these factors.
@@ -92,6 +94,13 @@ impl Cx<'_> {
                     self.emit_exit(code, pc);
                 }
                 Cold::Link { from, n } => self.cold_link(from, n),
+                Cold::Lookup { from, pc } => {
+                    from.into_iter().for_each(|at| self.st.asm.patch_rel(at, here));
+                    self.st.asm.mov_imm(Reg::RDX, pc);
+                    self.st.asm.store(3, Mem::env(offset::BRANCH_PC), Reg::RDX);
+                    let at = self.st.asm.jmp();
+                    self.reach_stub(at, self.stubs.lookup_miss);
+                }
                 Cold::Nan { from, back, x, double } => {
                     self.st.asm.patch_rel(from, here);
                     let m = self.pool(if double { Const::Nan64 } else { Const::Nan32 });

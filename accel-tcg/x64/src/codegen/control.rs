@@ -143,9 +143,7 @@ impl Cx<'_> {
 
     fn goto_reg(&mut self, pc: Val) {
         self.copy_to(Reg::RAX, pc);
-        let misses = stubs::ibtc_probe(&mut self.st.asm, self.spec.pc_shift);
-        for at in misses {
-            self.reach_stub(at, self.stubs.lookup_miss);
-        }
+        let from = stubs::ibtc_probe(&mut self.st.asm, self.spec.pc_shift);
+        self.st.cold.push(Cold::Lookup { from, pc: self.pc });
     }
 }

@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use holdfast_clock::{Timer, Timers};
-use holdfast_device::{Access, Bus, BusDevice, BusError, ExtInt, MsiController, MsiMessage, MsiVector};
+use holdfast_device::{
+    Access, Bus, BusDevice, BusError, ExtInt, FpuErrors, MsiController, MsiMessage, MsiVector,
+};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -52,6 +54,7 @@ pub struct LapicBus {
     waker: Waker,
     eoi: OnceLock<EoiReceiver>,
     ext_int: OnceLock<Arc<dyn ExtInt>>,
+    fpu: OnceLock<Arc<dyn FpuErrors>>,
     /// Where the registers appear, so that they can appear elsewhere too.
     mmio: OnceLock<Weak<Bus>>,
     /// Pages where they do.
@@ -121,6 +124,7 @@ impl LapicBus {
                 waker,
                 eoi: OnceLock::new(),
                 ext_int: OnceLock::new(),
+                fpu: OnceLock::new(),
                 mmio: OnceLock::new(),
                 pages: Mutex::default(),
                 me: me.clone(),
@@ -148,6 +152,11 @@ impl LapicBus {
     /// Connects the 8259 pair. False if there is one already.
     pub fn connect_ext_int(&self, source: Arc<dyn ExtInt>) -> bool {
         self.ext_int.set(source).is_ok()
+    }
+
+    /// Connects what takes x87 errors. False if there is something already.
+    pub fn connect_fpu_errors(&self, sink: Arc<dyn FpuErrors>) -> bool {
+        self.fpu.set(sink).is_ok()
     }
 
     /// Attaches the registers to the memory bus, where processors find them and may move them.
@@ -534,6 +543,12 @@ impl Lapic {
         let signals = std::mem::take(&mut s.signals);
         self.publish(&s);
         signals
+    }
+
+    /// The processor drives `FERR#`, which is no pin of the APIC but goes the same way to the chipset. True if it is to
+    /// ignore the error (`IGNNE#`), which it is where nothing takes it.
+    pub fn set_ferr(&self, level: bool) -> bool {
+        self.bus.upgrade().and_then(|bus| bus.fpu.get().map(|sink| sink.set_ferr(level))).unwrap_or(true)
     }
 
     /// Sends an interrupt of the vector and delivery mode in `icr` (bits 0 to 10 of the interrupt command) to the APIC with

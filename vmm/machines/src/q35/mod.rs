@@ -12,15 +12,15 @@ use holdfast_arch::x86_64::acpi::{ACPI_DISABLE, ACPI_ENABLE, SLEEP_TYPE_S5};
 use holdfast_arch::x86_64::boot::Entry;
 use holdfast_arch::x86_64::smbios::SmbiosConfig;
 use holdfast_arch::{Arch, CpuModel, CpuState};
-use holdfast_device::{BuildContext, BuildError, BusDevice, Device, ExtInt};
+use holdfast_device::{BuildContext, BuildError, BusDevice, Device, ExtInt, FpuErrors};
 use holdfast_devices::catalog::Board;
 use holdfast_devices::fw_cfg::FwCfg;
 use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec};
 use holdfast_devices::serial::Serial;
 use holdfast_devices::x86::{
-    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, Gsi, Hpet, HpetConfig, I8042, I8042Config, IoApic,
-    IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl, Rtc,
-    SleepTypes, SystemControlA, pirq_of,
+    AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, FPU_PORT, Gsi, Hpet, HpetConfig, I8042, I8042Config,
+    IoApic, IoApicConfig, IrqTarget, LegacyGate, Lpc, Mch, PicPair, Pit, PitConfig, PostPort, ResetControl,
+    Rtc, SleepTypes, SystemControlA, pirq_of,
 };
 use parking_lot::Mutex;
 
@@ -164,6 +164,8 @@ fn interrupts(
     let pic = PicPair::build(context.vm.cpu_lines(), &context.build)?;
     context.vm.connect_ext_int(Arc::clone(&pic) as Arc<dyn ExtInt>);
     let gsi = Gsi::new(IrqTarget::Split { pic: Arc::clone(&pic), ioapic: Arc::clone(&ioapic) });
+    context.vm.connect_fpu_errors(Arc::clone(&gsi) as Arc<dyn FpuErrors>);
+    attach(&context.build, FPU_PORT, 1, "fpu", Arc::clone(&gsi) as Arc<dyn BusDevice>)?;
     devices.extend([gsi.clone() as Arc<dyn Device>, pic, ioapic]);
     Ok(gsi)
 }

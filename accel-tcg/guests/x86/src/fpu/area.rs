@@ -2,7 +2,7 @@
 
 use holdfast_tcg_runtime::{AccessKind, Cpu, Fault, HelperResult};
 
-use super::{check_alignment, probe, simd, touch};
+use super::{check_alignment, probe, simd, touch, x87};
 use crate::state::{X86, X87};
 use crate::system::fault::{gp, non_canonical, ud};
 use crate::system::regs::cr4;
@@ -22,9 +22,12 @@ const MXCSR_INIT: u32 = 0x1f80;
 const X87_BIT: u64 = 1;
 const SSE_BIT: u64 = 2;
 const AVX_BIT: u64 = 4;
+const BNDREGS_BIT: u64 = 1 << 3;
+const BNDCSR_BIT: u64 = 1 << 4;
 const PKRU_BIT: u64 = 1 << 9;
 /// Those of the extended region: bit, offset in the standard format, bytes.
-const COMPONENTS: [(u64, u64, u64); 2] = [(AVX_BIT, 576, 256), (PKRU_BIT, 2688, 8)];
+const COMPONENTS: [(u64, u64, u64); 4] =
+    [(AVX_BIT, 576, 256), (BNDREGS_BIT, 960, 64), (BNDCSR_BIT, 1024, 64), (PKRU_BIT, 2688, 8)];
 /// XCOMP_BV: the format is compacted.
 const COMPACT: u64 = 1 << 63;
 
@@ -70,12 +73,14 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
         touch(cpu, va.wrapping_add(511), access)?;
         touch(cpu, va, access)?;
     }
+    let was = x87::summary(cpu.state());
     match what {
         kind::FXSAVE => fxsave(cpu, va, form)?,
         kind::FXRSTOR => fxrstor(cpu, va, form)?,
         kind::XRSTOR | kind::XRSTORS => xrstor(cpu, va, form, what == kind::XRSTORS)?,
         _ => xsave(cpu, va, form, what)?,
     }
+    x87::settle(cpu, was);
     Ok(0)
 }
 
@@ -229,6 +234,12 @@ pub(crate) fn in_use(cpu: &mut Cpu<'_>, registers: usize) -> u64 {
     if regs().any(|r| r[2] | r[3] != 0) {
         bits |= AVX_BIT;
     }
+    if s.bnd != [[0; 2]; 4] {
+        bits |= BNDREGS_BIT;
+    }
+    if s.bnd_user != [0; 2] {
+        bits |= BNDCSR_BIT;
+    }
     if s.pkru != 0 {
         bits |= PKRU_BIT;
     }
@@ -242,7 +253,7 @@ fn requested(s: &X86, supervisor: bool) -> u64 {
 }
 
 /// Where extended components are: (bit, offset, bytes). `layout` is XCOMP_BV for the compacted format.
-fn places(layout: Option<u64>) -> [(u64, u64, u64); 2] {
+fn places(layout: Option<u64>) -> [(u64, u64, u64); 4] {
     let mut list = COMPONENTS;
     if let Some(bits) = layout {
         let mut at = EXTENDED;
@@ -257,10 +268,14 @@ fn places(layout: Option<u64>) -> [(u64, u64, u64); 2] {
 }
 
 fn component_out(s: &X86, bit: u64, registers: usize) -> Vec<u8> {
-    if bit == AVX_BIT {
-        s.ymm.iter().take(registers).flat_map(|r| [r[2], r[3]]).flat_map(u64::to_le_bytes).collect()
-    } else {
-        s.pkru.to_le_bytes().to_vec()
+    let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    match bit {
+        AVX_BIT => {
+            s.ymm.iter().take(registers).flat_map(|r| [r[2], r[3]]).flat_map(u64::to_le_bytes).collect()
+        }
+        BNDREGS_BIT => bytes(s.bnd.as_flattened()),
+        BNDCSR_BIT => bytes(&s.bnd_user),
+        _ => bytes(&[s.pkru]),
     }
 }
 
@@ -348,6 +363,10 @@ fn xrstor(cpu: &mut Cpu<'_>, va: u64, form: Form, supervisor: bool) -> Result<()
         set_mxcsr(cpu, word(&area, 24) as u32)?;
     }
     let s = cpu.state::<X86>();
+    let config = parts.iter().find(|p| p.0 == BNDCSR_BIT && rfbm & p.0 != 0).map(|p| word(&p.1, 0));
+    if config.is_some_and(|config| !s.bound_config_fits(config)) {
+        return Err(gp(0));
+    }
     if rfbm & X87_BIT != 0 {
         if present & X87_BIT != 0 {
             x87_in(&mut s.x87, &area, form.wide);
@@ -363,12 +382,19 @@ fn xrstor(cpu: &mut Cpu<'_>, va: u64, form: Form, supervisor: bool) -> Result<()
     }
     let mut pkru = None;
     for (bit, bytes) in parts.into_iter().filter(|p| rfbm & p.0 != 0) {
-        if bit == AVX_BIT {
-            for (n, r) in s.ymm.iter_mut().take(form.registers).enumerate() {
-                (r[2], r[3]) = (word(&bytes, 16 * n), word(&bytes, 16 * n + 8));
+        match bit {
+            AVX_BIT => {
+                for (n, r) in s.ymm.iter_mut().take(form.registers).enumerate() {
+                    (r[2], r[3]) = (word(&bytes, 16 * n), word(&bytes, 16 * n + 8));
+                }
             }
-        } else {
-            pkru = Some(word(&bytes, 0) as u32);
+            BNDREGS_BIT => {
+                for (n, bound) in s.bnd.iter_mut().enumerate() {
+                    *bound = [word(&bytes, 16 * n), word(&bytes, 16 * n + 8)];
+                }
+            }
+            BNDCSR_BIT => s.bnd_user = [word(&bytes, 0), word(&bytes, 8)],
+            _ => pkru = Some(word(&bytes, 0) as u32),
         }
     }
     if let Some(pkru) = pkru {

@@ -1,10 +1,12 @@
 //! x87 instructions (SDM volume 1, chapter 8).
 
-use holdfast_tcg_runtime::{Cpu, Fault, HelperResult};
+use holdfast_tcg_ir::env::exit;
+use holdfast_tcg_runtime::{Cpu, HelperResult, Leave};
 
 use super::probe;
 use super::x87_env;
 use super::x87_native::{Image, execute};
+use crate::apic;
 use crate::state::{X86, X87};
 use crate::system::fault;
 use crate::system::regs::{cr0, vector};
@@ -105,10 +107,40 @@ impl X87 {
     }
 }
 
-/// The exception that is pending, if it is to be raised now. Without CR0.NE it is reported outside the processor, where
-/// nothing listens, and the instruction goes on as with IGNNE# asserted.
-pub(super) fn pending(s: &X86) -> Result<(), Fault> {
-    if s.x87.status & ES != 0 && s.cr0 & cr0::NE != 0 { Err(fault::plain(vector::MF)) } else { Ok(()) }
+/// The exception that is pending, if it is to be raised now. Without CR0.NE it is reported to the chipset: unless that
+/// asserts IGNNE#, the processor stands before the instruction until it takes an interrupt (SDM volume 1, 8.7.2).
+fn pending(cpu: &mut Cpu<'_>) -> Result<(), Leave> {
+    let s = cpu.state::<X86>();
+    if s.x87.status & ES == 0 {
+        return Ok(());
+    }
+    if s.cr0 & cr0::NE != 0 {
+        return Err(fault::plain(vector::MF).into());
+    }
+    if apic::of(cpu).is_none_or(|apic| apic.set_ferr(true)) {
+        return Ok(());
+    }
+    // Nothing has been done: there is nothing to trap behind.
+    cpu.state::<X86>().debug_pending = 0;
+    cpu.set_halted(true);
+    Err(Leave::Exit(exit::HALT))
+}
+
+/// Takes back what [`pending`] reported, if no exception is pending any more. `was`: whether one was.
+pub(super) fn settle(cpu: &mut Cpu<'_>, was: bool) {
+    let s = cpu.state::<X86>();
+    if was
+        && s.x87.status & ES == 0
+        && s.cr0 & cr0::NE == 0
+        && let Some(apic) = apic::of(cpu)
+    {
+        apic.set_ferr(false);
+    }
+}
+
+/// Whether an unmasked exception is pending.
+pub(super) fn summary(s: &X86) -> bool {
+    s.x87.status & ES != 0
 }
 
 /// Bytes of the memory operand of `D8 + first /reg`, and whether it is stored.
@@ -135,8 +167,8 @@ pub(super) fn run(cpu: &mut Cpu<'_>, [what, va, offset, flags, _]: [u64; 5]) -> 
     let memory = second < 0xc0;
     let (size, store) = operand(first, second >> 3 & 7);
     let pc = cpu.pc();
+    pending(cpu)?;
     let s = cpu.state::<X86>();
-    pending(s)?;
     // What was pending without CR0.NE must not trap here.
     let (idx, ip) = (s.data_idx(), s.ip_of(pc));
     let old = s.x87.status & 0x3f;
@@ -202,13 +234,20 @@ pub(crate) mod what {
 }
 
 /// A control instruction: (what, linear address).
-pub(super) fn control(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
+pub(super) fn control(cpu: &mut Cpu<'_>, args: [u64; 5]) -> HelperResult {
+    let was = summary(cpu.state());
+    let result = control_insn(cpu, args)?;
+    settle(cpu, was);
+    Ok(result)
+}
+
+fn control_insn(cpu: &mut Cpu<'_>, [what, va, ..]: [u64; 5]) -> HelperResult {
     let s = cpu.state::<X86>();
     let idx = s.data_idx();
     let short = what & what::SHORT != 0;
     let kind = what & 0xff;
     if matches!(kind, what::WAIT | what::LOAD_CONTROL | what::LOAD_ENV | what::RESTORE | what::EMMS) {
-        pending(cpu.state())?;
+        pending(cpu)?;
     }
     match kind {
         what::LOAD_CONTROL | what::STORE_CONTROL | what::STORE_STATUS => {

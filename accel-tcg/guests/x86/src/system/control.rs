@@ -5,7 +5,7 @@ use holdfast_tcg_runtime::{Cpu, Fault, Flush};
 use super::fault::{gp, ud};
 use super::mode::{attr, space};
 use super::regs::{cr0, cr4, dr, efer, vector};
-use super::{cpuid, events, mmu};
+use super::{cpuid, events, mmu, mpx};
 use crate::apic;
 use crate::fpu::area;
 use crate::state::{X86, seg};
@@ -262,7 +262,11 @@ pub(crate) fn xsetbv(cpu: &mut Cpu<'_>, register: u64, value: u64) -> Result<(),
 
 /// True if XCR0 may have this value.
 pub(crate) fn valid_xcr0(s: &X86, value: u64) -> bool {
-    value & 1 != 0 && value & !s.xcr0_bits == 0 && (value & 4 == 0 || value & 2 != 0)
+    let bounds = value & mpx::XCR0;
+    value & 1 != 0
+        && value & !s.xcr0_bits == 0
+        && (value & 4 == 0 || value & 2 != 0)
+        && (bounds == 0 || bounds == mpx::XCR0)
 }
 
 /// XGETBV

@@ -5,14 +5,17 @@ use holdfast_arch::x86_64::{CpuidEntry, CpuidModel, cpuid as tables};
 use holdfast_tcg_runtime::{Cpu, Fault};
 
 use super::regs::cr4;
+use super::{monitor, mpx};
 use crate::apic;
 use crate::fpu::area;
 use crate::state::X86;
 
-/// Leaf 1 EDX: everything up to SSE2 but VME, PSN, DS, ACPI, SS, TM and PBE.
-const BASE_EDX: u32 = 0x078b_fbfd;
-/// Leaf 1 ECX, done by translated code or helpers: CX16, PCID, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND.
-const BASE_ECX: u32 = 1 << 13 | 1 << 17 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 26 | 1 << 30;
+/// Leaf 1 EDX: everything up to SSE2 but PSN, DS, ACPI, SS, TM and PBE.
+const BASE_EDX: u32 = 0x078b_fbff;
+/// Leaf 1 ECX, done by translated code or helpers: MONITOR, CX16, PCID, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND.
+const BASE_ECX: u32 = MONITOR | 1 << 13 | 1 << 17 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 26 | 1 << 30;
+/// Leaf 1 ECX: MONITOR and MWAIT, which KVM does not offer and so models do not have that are to move there.
+const MONITOR: u32 = 1 << 3;
 /// Leaf 1 ECX, run by the host's processor: SSE3, PCLMULQDQ, SSSE3, FMA, SSE4.1, SSE4.2, AES, AVX, F16C.
 const VECTOR_ECX: u32 = 1 | 1 << 1 | 1 << 9 | 1 << 12 | 1 << 19 | 1 << 20 | 1 << 25 | 1 << 28 | 1 << 29;
 /// Leaf 7 EBX: FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB.
@@ -28,6 +31,8 @@ const BASE_7_EBX: u32 = 1
     | 1 << 20
     | 1 << 23
     | 1 << 24;
+/// Leaf 7 EBX: MPX, which KVM on most hosts does not offer, as [`MONITOR`].
+const MPX: u32 = 1 << 14;
 /// Leaf 7 EBX, run by the host's: AVX2, SHA.
 const VECTOR_7_EBX: u32 = 1 << 5 | 1 << 29;
 /// Leaf 7 ECX: UMIP, PKU, RDPID, PKS.
@@ -117,8 +122,8 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
     let [a8, ..] = host(0x8000_0008, 0);
     let vectors = c1 & VECTOR_ECX;
     let avx = vectors >> 28 & 1 != 0;
-    // x87, SSE, AVX, PKRU.
-    let xcr0 = if avx { 7 } else { 3 } | 1 << 9;
+    // x87, SSE, AVX, bounds, PKRU.
+    let xcr0 = if avx { 7 } else { 3 } | mpx::XCR0 as u32 | 1 << 9;
     let (standard, compact) = area::sizes(xcr0.into(), 0);
     let ecx7 = BASE_7_ECX | c7 & VECTOR_7_ECX | LA57;
     let amd = b0 == AMD;
@@ -132,8 +137,10 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
         sub(4, 2, [0x0000_0143, 0x01c0_003f, 1023, 0]),
         sub(4, 3, [0x0000_0163, 0x03c0_003f, 0x3fff, 4]),
         sub(4, 4, [0; 4]),
+        // Lines of 64 bytes; interrupts end MWAIT even if masked; no C-states, so that kernels idle by HLT.
+        entry(5, [64, 64, 3, 0]),
         entry(6, [4, 0, 0, 0]), // the APIC timer always runs
-        sub(7, 0, [0, BASE_7_EBX | b7 & VECTOR_7_EBX, ecx7, BASE_7_EDX]),
+        sub(7, 0, [0, BASE_7_EBX | MPX | b7 & VECTOR_7_EBX, ecx7, BASE_7_EDX]),
         sub(0xd, 0, [xcr0, standard, standard, 0]),
         sub(0xd, 1, [XSAVE_FORMS, compact, 0, 0]),
     ];
@@ -180,9 +187,17 @@ pub(crate) fn table(model: &CpuidModel) -> Result<Vec<CpuidEntry>, ModelError> {
     if model.entries.is_empty() && model.name != "max" {
         // Everything that costs nothing to offer.
         model.entries = supported.clone();
-        for e in model.entries.iter_mut().filter(|e| e.function == 7 && e.index == 0) {
-            e.regs[2] &= !LA57;
+        for e in &mut model.entries {
+            match (e.function, e.index) {
+                (1, _) => e.regs[2] &= !MONITOR,
+                (7, 0) => {
+                    e.regs[1] &= !MPX;
+                    e.regs[2] &= !LA57;
+                }
+                _ => {}
+            }
         }
+        model.entries.retain(|e| e.function != 5);
     }
     features::resolve(&supported, &model)
 }
@@ -202,6 +217,11 @@ fn find(s: &X86, function: u32, index: u32) -> Option<[u32; 4]> {
 pub(crate) fn has(s: &X86, (function, index, register, bit): (u32, u32, usize, u32)) -> bool {
     let word = find(s, function, index).and_then(|regs| regs.get(register).copied());
     word.is_some_and(|word| word >> bit & 1 != 0)
+}
+
+/// Whether the vendor is Intel.
+pub(crate) fn is_intel(s: &X86) -> bool {
+    find(s, 0, 0).is_some_and(|[_, vendor, ..]| vendor == INTEL)
 }
 
 /// The leaf that answers `function`: beyond the highest, the highest basic one does (as Intel's processors have it;
@@ -228,6 +248,9 @@ pub(crate) fn cpuid(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
                 regs[2] & !tables::OSXSAVE | if s.cr4 & cr4::OSXSAVE != 0 { tables::OSXSAVE } else { 0 };
             if !enabled {
                 regs[3] &= !(1 << 9);
+            }
+            if !monitor::offered(s) {
+                regs[2] &= !MONITOR;
             }
         }
         7 if index == 0 && s.cr4 & cr4::PKE != 0 => regs[2] |= 1 << 4,

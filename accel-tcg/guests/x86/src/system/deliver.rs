@@ -5,7 +5,7 @@ use holdfast_tcg_runtime::{Cpu, Fault};
 use super::fault::{self, gp, np, ss, ts};
 use super::mode::attr;
 use super::noncanonical;
-use super::regs::{cr0, dr, vector};
+use super::regs::{cr0, cr4, dr, vector};
 use super::segment::{Descriptor, fetch, real, selector_code, set_accessed, sys_load, system};
 use super::stack::{RSP, Stack};
 use super::task;
@@ -17,8 +17,10 @@ use crate::state::{SegmentRegister, X86, seg};
 pub(crate) enum Source {
     /// The processor found a fault.
     Exception,
-    /// INT n, INT3, INTO: the gate's DPL counts.
+    /// INT3, INTO: the gate's DPL counts.
     Software,
+    /// INT n: IOPL and, under CR4.VME, the redirection bitmap too in virtual-8086 mode.
+    Number,
     /// INT1, and hardware interrupts: errors on the way are marked external.
     External,
 }
@@ -39,8 +41,13 @@ pub(crate) struct Event {
 }
 
 impl Event {
-    fn ext(&self) -> u32 {
-        u32::from(self.source != Source::Software)
+    fn is_software(&self) -> bool {
+        matches!(self.source, Source::Software | Source::Number)
+    }
+
+    /// The EXT bit of error codes on the way.
+    pub(crate) fn ext(&self) -> u32 {
+        u32::from(!self.is_software())
     }
 
     /// The error code that names the event's gate.
@@ -69,9 +76,9 @@ fn combine(first: Option<u8>, second: u8) -> Combined {
 
 /// Delivers a fault at the current pc.
 pub(crate) fn raise(cpu: &mut Cpu<'_>, fault: &Fault) {
+    let fault = noncanonical::refine(cpu, fault);
     let pc = cpu.pc();
     let ip = cpu.state::<X86>().ip_of(pc);
-    let fault = noncanonical::refine(cpu, fault);
     let event = note(cpu, &fault, ip);
     deliver_or_escalate(cpu, event);
 }
@@ -142,9 +149,15 @@ fn deliver(cpu: &mut Cpu<'_>, event: &Event) -> Result<(), Fault> {
     if s.cr0 & cr0::PE == 0 {
         return deliver_real(cpu, event);
     }
-    if s.vm86() && event.source == Source::Software && s.iopl() < 3 {
-        return Err(gp(0));
+    if s.vm86() && event.source == Source::Number {
+        if s.cr4 & cr4::VME != 0 && redirected(cpu, event.vector)? {
+            return deliver_redirected(cpu, event);
+        }
+        if cpu.state::<X86>().iopl() < 3 {
+            return Err(gp(0));
+        }
     }
+    let s = cpu.state::<X86>();
     if s.long() { deliver_long(cpu, event) } else { deliver_protected(cpu, event) }
 }
 
@@ -170,6 +183,46 @@ fn deliver_real(cpu: &mut Cpu<'_>, event: &Event) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Whether the TSS has INT `vector` of virtual-8086 mode go to the program's own handlers: the bit is clear in the 32
+/// bytes below the I/O permission bitmap (SDM volume 3, section 21.3.3).
+fn redirected(cpu: &mut Cpu<'_>, vector: u8) -> Result<bool, Fault> {
+    let tr = cpu.state::<X86>().tr;
+    let wide = matches!(tr.attributes & 15, system::TSS | system::TSS_BUSY);
+    if !wide || tr.limit < 0x67 {
+        return Ok(false);
+    }
+    let map = sys_load(cpu, tr.base.wrapping_add(0x66), 2)?;
+    let Some(at) = map.checked_sub(32).map(|start| start + u64::from(vector) / 8) else { return Ok(false) };
+    if at > tr.limit {
+        return Ok(false);
+    }
+    let bits = sys_load(cpu, tr.base.wrapping_add(at), 1)?;
+    Ok(bits >> (vector & 7) & 1 == 0)
+}
+
+/// INT n of virtual-8086 mode by the vectors at linear address 0, as real mode has it.
+fn deliver_redirected(cpu: &mut Cpu<'_>, event: &Event) -> Result<(), Fault> {
+    let entry = sys_load(cpu, u64::from(event.vector) * 4, 4)?;
+    let s = cpu.state::<X86>();
+    let (mut shown, cs, cleared) = (flags::read(s), s.seg[seg::CS].selector, s.iopl() == 3);
+    let interrupts = if cleared { rflags::IF } else { rflags::VIF };
+    if !cleared {
+        let virtual_if = if shown & rflags::VIF != 0 { rflags::IF } else { 0 };
+        shown = shown & !rflags::IF | virtual_if | rflags::IOPL;
+    }
+    let mut stack = Stack::current(s, 2);
+    for value in [shown, cs, event.ip] {
+        stack.push(cpu, value & 0xffff)?;
+    }
+    let s = cpu.state::<X86>();
+    stack.commit(s);
+    s.flags &= !(interrupts | rflags::TF | rflags::RF);
+    s.seg[seg::CS] = real(&s.seg[seg::CS], (entry >> 16) as u16, true);
+    let pc = s.pc_of(entry & 0xffff);
+    cpu.set_pc(pc);
+    Ok(())
+}
+
 /// Reads the gate of an event; `wide`: of 16 bytes.
 fn gate(cpu: &mut Cpu<'_>, event: &Event, wide: bool) -> Result<Descriptor, Fault> {
     let size = if wide { 16 } else { 8 };
@@ -189,7 +242,7 @@ fn gate(cpu: &mut Cpu<'_>, event: &Event, wide: bool) -> Result<Descriptor, Faul
             system::TASK | system::INTERRUPT16 | system::TRAP16 => !wide,
             _ => false,
         };
-    if !known || event.source == Source::Software && gate.dpl() < cpl {
+    if !known || event.is_software() && gate.dpl() < cpl {
         return Err(gp(event.gate_code()));
     }
     if !gate.present() {

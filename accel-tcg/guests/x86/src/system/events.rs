@@ -3,7 +3,7 @@
 use holdfast_tcg_runtime::{Access, AccessKind, Cpu, Fault};
 
 use super::regs::{dr, vector};
-use super::{deliver, reset};
+use super::{deliver, monitor, reset};
 use crate::apic::{self, LocalApic};
 use crate::flags::rflags;
 use crate::state::{X86, seg};
@@ -59,7 +59,8 @@ pub(crate) fn take(cpu: &mut Cpu<'_>) -> bool {
 
 fn wake(cpu: &mut Cpu<'_>) {
     cpu.set_halted(false);
-    cpu.state::<X86>().mp_state = mp::RUNNABLE;
+    let s = cpu.state::<X86>();
+    (s.mp_state, s.mwait) = (mp::RUNNABLE, 0);
 }
 
 /// Acts on what the APIC latched; true if the processor started anew.
@@ -107,7 +108,7 @@ pub(crate) mod apic_base {
 
 /// True if the waiting processor has to go on.
 pub(crate) fn wakes(cpu: &mut Cpu<'_>) -> bool {
-    let Some(apic) = apic::of(cpu) else { return false };
+    let Some(apic) = apic::of(cpu) else { return monitor::ends(cpu) };
     if apic.has_signal() {
         return true;
     }
@@ -118,6 +119,7 @@ pub(crate) fn wakes(cpu: &mut Cpu<'_>) -> bool {
     s.debug_pending != 0
         || s.nmi_pending != 0 && s.nmi_masked == 0
         || s.flags & rflags::IF != 0 && apic.has_interrupt()
+        || monitor::ends(cpu)
 }
 
 /// At the start of a region of one instruction (TF, breakpoints, interrupt shadow): what there is to do before it.

@@ -10,7 +10,7 @@ use super::far::{self, Target};
 use super::fault::{gp, ud};
 use super::mode::step;
 use super::regs::{cr4, dr};
-use super::{control, cpuid, events, hypercall, iret, msr, ports, segment, syscall, tsc};
+use super::{control, cpuid, events, hypercall, iret, monitor, mpx, msr, ports, segment, syscall, tsc};
 use crate::flags::{self, rflags};
 use crate::state::{X86, seg};
 
@@ -84,7 +84,7 @@ helpers! {
     far_call = far_call_helper(far_call): I64, 4, ALL;
     /// (operand size, bytes to drop): linear address.
     far_ret = far_ret_helper(far_ret): I64, 2, ALL;
-    /// (vector, next IP, 1 for INT1): linear address.
+    /// (vector, next IP, [`int`]): linear address.
     interrupt = interrupt_helper(interrupt): I64, 3, ALL;
     /// (next IP): linear address.
     syscall = syscall_helper(syscall_insn): I64, 1, ALL;
@@ -123,6 +123,14 @@ helpers! {
     set_ac = set_ac_helper(set_ac): Void, 1, SYSTEM;
     /// The guest spins.
     pause = pause_helper(pause): Void, 0, Effects::empty();
+    /// See [`mpx::run`].
+    mpx = mpx_helper(mpx::run): Void, 3, ALL;
+    /// (RIP to go to): fails if it is not canonical.
+    check_rip = check_rip_helper(check_rip): Void, 1, SYSTEM;
+    /// (linear address, MMU index)
+    monitor = monitor_helper(monitor::monitor): Void, 2, ALL;
+    /// (linear address behind it)
+    mwait = mwait_helper(monitor::mwait): Void, 1, ALL;
     /// Fails below privilege level 0.
     privileged = privileged_helper(privileged): Void, 0, SYSTEM;
 }
@@ -344,13 +352,25 @@ fn far_ret(cpu: &mut Cpu<'_>, [size, extra, ..]: [u64; 5]) -> HelperResult {
     Ok(far::ret(cpu, size as u8, extra)?)
 }
 
-fn interrupt(cpu: &mut Cpu<'_>, [vector, next, int1, ..]: [u64; 5]) -> HelperResult {
-    let source = if int1 & 1 != 0 {
-        // INT1 is a debug exception itself: what is pending behind MOV SS, and the step over it, are lost.
-        state(cpu).debug_pending = 0;
-        Source::External
-    } else {
-        Source::Software
+/// Which instruction a software interrupt is of.
+pub(crate) mod int {
+    /// INT3, INTO.
+    pub const TRAP: u64 = 0;
+    /// INT1.
+    pub const INT1: u64 = 1;
+    /// INT n.
+    pub const NUMBER: u64 = 2;
+}
+
+fn interrupt(cpu: &mut Cpu<'_>, [vector, next, kind, ..]: [u64; 5]) -> HelperResult {
+    let source = match kind {
+        int::INT1 => {
+            // INT1 is a debug exception itself: what is pending behind MOV SS, and the step over it, are lost.
+            state(cpu).debug_pending = 0;
+            Source::External
+        }
+        int::NUMBER => Source::Number,
+        _ => Source::Software,
     };
     deliver::software(cpu, vector as u8, next, source)?;
     cpu.mode_changed();
@@ -456,7 +476,9 @@ fn leave(cpu: &mut Cpu<'_>, next: u64) -> HelperResult {
 fn popf(cpu: &mut Cpu<'_>, [value, size, next, ..]: [u64; 5]) -> HelperResult {
     let s = state(cpu);
     if s.vm86() && s.iopl() < 3 {
-        return Err(gp(0).into());
+        // Translated code has made sure that this can be had.
+        iret::set_virtual_flags(s, value);
+        return Ok(0);
     }
     let mut mask = iret::changeable(s, size as u8) & !rflags::RF;
     if s.vm86() {
@@ -665,6 +687,10 @@ fn set_ac(cpu: &mut Cpu<'_>, [on, ..]: [u64; 5]) -> HelperResult {
     s.flags = s.flags & !rflags::AC | if on & 1 != 0 { rflags::AC } else { 0 };
     cpu.mode_changed();
     Ok(0)
+}
+
+fn check_rip(cpu: &mut Cpu<'_>, [rip, ..]: [u64; 5]) -> HelperResult {
+    if state(cpu).canonical(rip) { Ok(0) } else { Err(gp(0).into()) }
 }
 
 fn privileged(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {

@@ -21,7 +21,7 @@ pub(crate) fn iret(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     let result = if s.cr0 & cr0::PE == 0 {
         iret_real(cpu, size)
     } else if s.vm86() {
-        if s.iopl() < 3 {
+        if s.iopl() < 3 && !(s.virtual_if() && size == 2) {
             return Err(gp(0));
         }
         iret_real(cpu, size)
@@ -62,6 +62,13 @@ fn set_flags(s: &mut X86, value: u64, mask: u64) {
     flags::write(s, old & !mask | value & mask);
 }
 
+/// POPF and IRET of 16 bits in virtual-8086 mode under CR4.VME with IOPL below 3: IF is VIF.
+pub(crate) fn set_virtual_flags(s: &mut X86, new: u64) {
+    let shown = if new & rflags::IF != 0 { rflags::VIF } else { 0 };
+    let mask = rflags::STATUS | rflags::DF | rflags::NT | rflags::TF;
+    set_flags(s, new & mask | shown, mask | rflags::VIF);
+}
+
 fn iret_real(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     let size = size.min(4);
     let mut stack = Stack::current(cpu.state(), size);
@@ -72,13 +79,21 @@ fn iret_real(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     if ip > s.seg[seg::CS].limit {
         return Err(gp(0));
     }
+    let virtual_if = s.vm86() && s.iopl() < 3;
+    if virtual_if && (new & rflags::TF != 0 || new & rflags::IF != 0 && s.flags & rflags::VIP != 0) {
+        return Err(gp(0));
+    }
     let mut mask = changeable(s, size);
     if s.vm86() {
         mask = mask & !rflags::IOPL | rflags::IF;
     }
     stack.commit(s);
     s.seg[seg::CS] = real(&s.seg[seg::CS], cs, s.vm86());
-    set_flags(s, new, mask);
+    if virtual_if {
+        set_virtual_flags(s, new);
+    } else {
+        set_flags(s, new, mask);
+    }
     Ok(s.pc_of(ip))
 }
 
@@ -147,7 +162,10 @@ fn iret_protected(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     let target = return_target(cpu, cs)?;
     let level = u64::from(cs & 3);
     let to64 = long && target.attributes() & attr::L != 0;
-    let mask = changeable(cpu.state(), size);
+    let mut mask = changeable(cpu.state(), size);
+    if size > 2 && cpl == 0 {
+        mask |= rflags::VIF | rflags::VIP;
+    }
     if level > cpl || code64 {
         let sp = stack.pop(cpu)?;
         let ss_selector = stack.pop(cpu)? as u16;
@@ -200,5 +218,12 @@ fn iret_to_vm86(cpu: &mut Cpu<'_>, mut stack: Stack, ip: u64, cs: u16, new: u64)
         s.seg[r] = real(&s.seg[r], selector, true);
     }
     s.gpr[RSP] = sp & 0xffff_ffff;
-    Ok(s.pc_of(ip & 0xffff))
+    let pc = s.pc_of(ip & 0xffff);
+    if s.virtual_if() && s.flags & (rflags::VIF | rflags::VIP) == rflags::VIF | rflags::VIP {
+        // An interrupt is pending that the program takes: the fault is one of its first instruction.
+        s.nmi_masked = 0;
+        cpu.set_pc(pc);
+        return Err(gp(0));
+    }
+    Ok(pc)
 }

@@ -244,10 +244,7 @@ pub(crate) fn non_canonical(s: &X86, access: &Access) -> Option<Fault> {
     if !s.long() || s.canonical(access.gva) {
         return None;
     }
-    Some(match access.kind {
-        AccessKind::Fetch => fault::gp(0),
-        AccessKind::Read | AccessKind::Write => fault::non_canonical(access.gva),
-    })
+    Some(fault::non_canonical(access.gva))
 }
 
 /// Translates an address, with accessed and dirty bits set as the access needs.

@@ -11,6 +11,8 @@ pub(crate) mod hypercall;
 pub(crate) mod iret;
 pub(crate) mod mmu;
 pub(crate) mod mode;
+pub(crate) mod monitor;
+pub(crate) mod mpx;
 pub(crate) mod msr;
 pub(crate) mod noncanonical;
 pub(crate) mod ports;

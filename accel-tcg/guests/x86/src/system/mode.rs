@@ -57,6 +57,12 @@ impl X86 {
         (self.flags & rflags::IOPL) >> rflags::IOPL_SHIFT
     }
 
+    /// CLI and STI work on VIF (SDM volume 3, sections 21.3.3.5 and 21.4).
+    pub(crate) fn virtual_if(&self) -> bool {
+        let enabled = if self.vm86() { cr4::VME } else { cr4::PVI };
+        self.cr4 & enabled != 0 && self.cpl == 3 && self.iopl() < 3 && self.cr0 & cr0::PE != 0
+    }
+
     /// MMU index of the loads and stores of instructions.
     pub(crate) fn data_idx(&self) -> u8 {
         if self.cpl == 3 {
@@ -124,6 +130,8 @@ fn sizes(s: &X86) -> Key {
     key.set(Key::CODE32, cs.attributes & attr::DB != 0);
     key.set(Key::STACK32, s.seg[seg::SS].attributes & attr::DB != 0);
     key.set(Key::CS_FLAT, cs.base == 0);
+    key.set(Key::CS_LIMIT, cs.limit < 0xffff_ffff);
+    key.set(Key::CS_SHORT, cs.limit < 0xffff);
     key.set(Key::DATA_FLAT, [seg::ES, seg::SS, seg::DS].iter().all(|r| flat(&s.seg[*r])));
     key
 }
@@ -144,6 +152,9 @@ pub(crate) fn key(s: &X86) -> Key {
     key.set(Key::AVX, s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & 6 == 6);
     let iopl_ok = if s.vm86() { s.iopl() == 3 } else { s.cr0 & cr0::PE == 0 || s.cpl <= s.iopl() };
     key.set(Key::IOPL_OK, iopl_ok);
+    key.set(Key::VIRTUAL_IF, s.virtual_if());
+    key.set(Key::BOUNDS, s.bounds());
+    key.set(Key::RESET_BOUNDS, s.branches_reset_bounds());
     key.set(Key::ALIGN, s.cpl == 3 && s.cr0 & cr0::AM != 0 && s.flags & rflags::AC != 0);
     key.set(Key::SIMD_TRAPS, s.mxcsr_unmasked != 0);
     key.set(Key::UMIP, s.cpl > 0 && s.cr4 & cr4::UMIP != 0);

@@ -40,6 +40,7 @@ const SPEC_CTRL_FEATURES: [(u32, u32, usize, u32); 6] = [
 const PRED_CMD_FEATURES: [(u32, u32, usize, u32); 2] = [(7, 0, 3, 26), (0x8000_0008, 0, 1, 12)];
 const FLUSH_CMD_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 3, 28)];
 const PKS_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 2, 31)];
+const MPX_FEATURES: [(u32, u32, usize, u32); 1] = [(7, 0, 1, 14)];
 const XSS_FEATURES: [(u32, u32, usize, u32); 1] = [(0xd, 1, 0, 3)];
 
 /// IA32_APIC_BASE: x2APIC mode, and the feature that it needs.
@@ -55,6 +56,7 @@ fn there(s: &X86, number: u32) -> bool {
         msr::FLUSH_CMD => any(&FLUSH_CMD_FEATURES),
         msr::PKRS => any(&PKS_FEATURES),
         msr::XSS => any(&XSS_FEATURES),
+        msr::BNDCFGS => any(&MPX_FEATURES),
         _ => true,
     }
 }
@@ -136,6 +138,7 @@ pub(crate) fn get(cpu: &mut Cpu<'_>, number: u32) -> Option<u64> {
         msr::TSC_ADJUST => return Some(cpu.state::<X86>().tsc_adjust),
         msr::EFER => return Some(cpu.state::<X86>().efer),
         msr::PAT => return Some(cpu.state::<X86>().pat),
+        msr::BNDCFGS if there(cpu.state(), number) => return Some(cpu.state::<X86>().bndcfgs),
         msr::APIC_BASE => return apic::of(cpu).map(|a| a.base()),
         msr::TSC_DEADLINE => return apic::of(cpu).map(|a| a.tsc_deadline()),
         msr::X2APIC..=0x8ff => return apic::of(cpu)?.read_msr(number - msr::X2APIC),
@@ -192,6 +195,15 @@ pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
         msr::X2APIC..=0x8ff => return apic::of(cpu)?.write_msr(number - msr::X2APIC, value).then_some(()),
         msr::PRED_CMD | msr::FLUSH_CMD | msr::BIOS_UPDT_TRIG => return Some(()),
         msr::PKRS => return set_pkrs(cpu, value),
+        msr::BNDCFGS => {
+            let s = cpu.state::<X86>();
+            if !s.bound_config_fits(value) {
+                return None;
+            }
+            s.bndcfgs = value;
+            cpu.mode_changed();
+            return Some(());
+        }
         _ => {}
     }
     let s = cpu.state::<X86>();

@@ -2,8 +2,8 @@
 //!
 //! Translated code does not say which segment an access is by; a fault is rare enough to decode its instruction again.
 
-use holdfast_tcg_runtime::{Cpu, Fault};
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use holdfast_tcg_runtime::{Cpu, Fault, PhysMemory};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use super::fault::{self, NON_CANONICAL};
 use super::mmu;
@@ -13,25 +13,68 @@ use crate::state::X86;
 /// How far from RSP an instruction may push or pop.
 const REACH: u64 = 0x1_0000;
 
-/// #SS in place of #GP if `fault` is of an access by the stack segment.
+/// #SS in place of #GP if `fault` is of an access by the stack segment. If it is of a fetch by a near branch, the branch is
+/// taken back: it is the one that faults.
 pub(crate) fn refine(cpu: &mut Cpu<'_>, fault: &Fault) -> Fault {
     if fault.aux & NON_CANONICAL == 0 {
         return *fault;
     }
-    let by_stack = decode(cpu).is_some_and(|insn| by_stack(cpu.state(), &insn, fault.value));
+    let pc = cpu.pc();
+    if fault.value == pc && !cpu.state::<X86>().canonical(pc) {
+        undo_branch(cpu, pc);
+        return fault::gp(0);
+    }
+    let by_stack = decode(cpu, pc).is_some_and(|insn| by_stack(cpu.state(), &insn, fault.value));
     if by_stack { fault::ss(0) } else { fault::gp(0) }
 }
 
-/// The instruction at the pc; 64-bit code, for no other has such addresses.
-fn decode(cpu: &mut Cpu<'_>) -> Option<Instruction> {
-    let (pc, phys) = (cpu.pc(), cpu.phys());
+/// The byte at `va`, if there is RAM.
+fn byte(s: &X86, phys: &PhysMemory, va: u64) -> Option<u8> {
+    let gpa = mmu::probe(s, phys, va)?;
+    Some((phys.read_u64(gpa & !7)? >> (8 * (gpa & 7))) as u8)
+}
+
+/// The eight bytes at `va`, of any alignment.
+fn word(s: &X86, phys: &PhysMemory, va: u64) -> Option<u64> {
+    (0..8).rev().try_fold(0, |word, n| Some(word << 8 | u64::from(byte(s, phys, va.wrapping_add(n))?)))
+}
+
+/// Takes back the near branch that went to `target`, if one did: registers are those before it. (Direct branches are checked
+/// where they are translated.) What CALL has stored stays.
+fn undo_branch(cpu: &mut Cpu<'_>, target: u64) {
+    let from = cpu.branch_pc();
+    let Some(insn) = decode(cpu, from) else { return };
+    let phys = cpu.phys();
+    let s = cpu.state::<X86>();
+    let rsp = s.gpr[RSP];
+    let old = match insn.code() {
+        Code::Retnq | Code::Retnq_imm16 => {
+            let dropped = if insn.op_count() == 1 { u64::from(insn.immediate16()) } else { 0 };
+            Some(rsp.wrapping_sub(8 + dropped))
+        }
+        Code::Call_rm64 => (word(s, &phys, rsp) == Some(insn.next_ip())).then(|| rsp.wrapping_add(8)),
+        Code::Jmp_rm64 => {
+            let register = insn.op0_kind() == OpKind::Register;
+            let same = || s.gpr.get(insn.op0_register().number()) == Some(&target);
+            (!register || same()).then_some(rsp)
+        }
+        _ => None,
+    };
+    if let Some(old) = old {
+        s.gpr[RSP] = old;
+        cpu.set_pc(from);
+    }
+}
+
+/// The instruction at `pc`; 64-bit code, for no other has such addresses.
+fn decode(cpu: &mut Cpu<'_>, pc: u64) -> Option<Instruction> {
+    let phys = cpu.phys();
     let s = cpu.state::<X86>();
     let mut bytes = [0u8; 15];
     let mut len = 0;
-    for byte in &mut bytes {
-        let Some(gpa) = mmu::probe(s, &phys, pc.wrapping_add(len)) else { break };
-        let Some(word) = phys.read_u64(gpa & !7) else { break };
-        *byte = (word >> (8 * (gpa & 7))) as u8;
+    for to in &mut bytes {
+        let Some(found) = byte(s, &phys, pc.wrapping_add(len)) else { break };
+        *to = found;
         len += 1;
     }
     let insn = Decoder::with_ip(64, bytes.get(..len as usize)?, pc, DecoderOptions::NONE).decode();

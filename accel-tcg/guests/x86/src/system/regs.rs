@@ -21,6 +21,8 @@ pub mod cr0 {
 /// CR4.
 #[allow(missing_docs, reason = "the names are the SDM's")]
 pub mod cr4 {
+    pub const VME: u64 = 1;
+    pub const PVI: u64 = 1 << 1;
     pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;
     pub const PSE: u64 = 1 << 4;
@@ -123,6 +125,7 @@ pub mod msr {
     pub const TSC_DEADLINE: u32 = 0x6e0;
     pub const X2APIC: u32 = 0x800;
     pub const PKRS: u32 = 0x6e1;
+    pub const BNDCFGS: u32 = 0xd90;
     pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;

@@ -5,7 +5,7 @@ use holdfast_tcg_runtime::{Cpu, Flush};
 
 use super::events::mp;
 use super::regs::{cr0, cr4, dr, efer};
-use super::{cpuid, tsc};
+use super::{cpuid, monitor, tsc};
 use crate::apic;
 use crate::flags::{self, rflags};
 use crate::state::{CPUID_LEAVES, CpuidLeaf, SegmentRegister, X86, seg};
@@ -26,7 +26,7 @@ pub(crate) fn power_up(cpu: &mut Cpu<'_>, model: &CpuidModel) -> Result<(), Stri
     s.apic_id = u64::from(apic_id);
     s.cr0 = cr0::CD | cr0::NW;
     s.pat = 0x0007_0406_0007_0406;
-    s.misc_enable = 1;
+    s.misc_enable = 1 | monitor::ENABLE;
     s.xcr0 = 1;
     s.tsc_khz = tsc::KHZ;
     // Firmware locks it, and without virtualization there is nothing else in it.
@@ -57,11 +57,12 @@ fn install(s: &mut X86, table: &[CpuidEntry]) -> Result<(), String> {
         *place = CpuidLeaf { function: e.function, index: e.index, indexed, pad: 0, regs: e.regs };
     }
     s.cpuid_count = table.len() as u64;
-    let [_, _, ecx1, _] = leaf(table, 1);
+    let [_, _, ecx1, edx1] = leaf(table, 1);
     let [_, ebx7, ecx7, _] = leaf(table, 7);
     let [_, _, _, edx_ext] = leaf(table, 0x8000_0001);
     let on = |word: u32, bit: u32, value: u64| if word >> bit & 1 != 0 { value } else { 0 };
     s.cr4_bits = cr4::BASE
+        | on(edx1, 1, cr4::VME | cr4::PVI)
         | on(ecx1, 17, cr4::PCIDE)
         | on(ecx1, 26, cr4::OSXSAVE)
         | on(ebx7, 0, cr4::FSGSBASE)
@@ -114,6 +115,7 @@ pub(crate) fn init(cpu: &mut Cpu<'_>) {
     s.debug_pending = 0;
     s.sysenter = [0; 3];
     s.mp_state = mp::RUNNABLE;
+    (s.monitor, s.mwait) = (0, 0);
     cpu.set_pc(0xffff_fff0);
     cpu.set_halted(false);
     cpu.flush(Flush::All);

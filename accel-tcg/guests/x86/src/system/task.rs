@@ -57,7 +57,7 @@ pub(crate) fn far_transfer(
 /// # Errors
 /// The fault.
 pub(crate) fn through_gate(cpu: &mut Cpu<'_>, event: &Event, selector: u16) -> Result<(), Fault> {
-    let ext = u32::from(event.source != super::deliver::Source::Software);
+    let ext = event.ext();
     let pc = switch(cpu, selector, Reason::Nest, event.ip, ext)?;
     cpu.set_pc(pc);
     if let Some(code) = event.code {

@@ -15,7 +15,7 @@ use crate::flags;
 use crate::state::{CpuidLeaf, MC_BANKS, SegmentRegister, X86};
 
 /// MSRs that go into a state, apart from the APIC's and the TSC.
-const MSRS: [u32; 19] = [
+const MSRS: [u32; 20] = [
     msr::SYSENTER_CS,
     msr::SYSENTER_ESP,
     msr::SYSENTER_EIP,
@@ -34,6 +34,7 @@ const MSRS: [u32; 19] = [
     msr::MTRR_DEF_TYPE,
     msr::XSS,
     msr::PKRS,
+    msr::BNDCFGS,
     msr::TSC_ADJUST,
 ];
 
@@ -106,7 +107,8 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> State {
         mp_state: match s.mp_state {
             mp::UNINITIALIZED => MpState::Uninitialized,
             mp::INIT_RECEIVED => MpState::InitReceived,
-            _ if halted => MpState::Halted,
+            // MWAIT may end at any time.
+            _ if halted && s.mwait == 0 => MpState::Halted,
             _ => MpState::Runnable,
         },
         tsc_khz: s.tsc_khz as u32,
@@ -183,6 +185,7 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, state: &State) -> Result<(), String> {
     s.nmi_pending = u64::from(state.events.nmi_pending);
     s.nmi_masked = u64::from(state.events.nmi_masked);
     s.debug_pending = 0;
+    (s.monitor, s.mwait) = (0, 0);
     s.tsc_khz = if state.tsc_khz == 0 { tsc::KHZ } else { u64::from(state.tsc_khz) };
     s.mp_state = match state.mp_state {
         MpState::Runnable => mp::RUNNABLE,

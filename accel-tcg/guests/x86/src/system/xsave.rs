@@ -1,12 +1,16 @@
-//! x87, SSE, AVX and PKRU state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
+//! x87, SSE, AVX, MPX and PKRU state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
 
 use holdfast_tcg_runtime::Cpu;
 
+use super::mpx;
 use crate::state::X86;
 
 const LEGACY: usize = 512;
 const AVX: usize = 576;
 const SIZE: usize = 832;
+/// Where the bound registers are, and their configuration and status.
+const BOUNDS: usize = 960;
+const BOUNDS_CONFIG: usize = 1024;
 /// Where PKRU is, and its bit.
 const PKRU: usize = 2688;
 const PKRU_BIT: u64 = 1 << 9;
@@ -26,7 +30,7 @@ fn u64_at(area: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(take(area, at))
 }
 
-/// The area: 832 bytes, 2696 with PKRU.
+/// The area: 832 bytes, 1040 with bounds, 2696 with PKRU.
 pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
     let mxcsr = crate::fpu::mxcsr(cpu);
     let s = cpu.state::<X86>();
@@ -52,11 +56,21 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
             put(&mut a, at, &word.to_le_bytes());
         }
     }
+    // Bounds without XCR0 are in their initial state but after a change of XCR0, and cannot be seen then.
+    if s.xcr0 & mpx::XCR0 != 0 {
+        a.resize(BOUNDS_CONFIG + 16, 0);
+        for (n, word) in s.bnd.as_flattened().iter().enumerate() {
+            put(&mut a, BOUNDS + 8 * n, &word.to_le_bytes());
+        }
+        for (n, word) in s.bnd_user.iter().enumerate() {
+            put(&mut a, BOUNDS_CONFIG + 8 * n, &word.to_le_bytes());
+        }
+    }
     if s.xcr0 & PKRU_BIT != 0 {
         a.resize(PKRU + 8, 0);
         put(&mut a, PKRU, &s.pkru.to_le_bytes());
     }
-    put(&mut a, LEGACY, &(s.xcr0 & (7 | PKRU_BIT) | 3).to_le_bytes());
+    put(&mut a, LEGACY, &(s.xcr0 & (7 | mpx::XCR0 | PKRU_BIT) | 3).to_le_bytes());
     a
 }
 
@@ -95,6 +109,13 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
             r.significand = u64_at(area, 32 + 16 * n);
             r.sign_exponent = u64::from(u16::from_le_bytes(take(area, 40 + 16 * n)));
         }
+    }
+    let bounds = |n: usize, bit: u64| if present & bit != 0 { u64_at(area, n) } else { 0 };
+    for (n, word) in s.bnd.as_flattened_mut().iter_mut().enumerate() {
+        *word = bounds(BOUNDS + 8 * n, 1 << 3);
+    }
+    for (n, word) in s.bnd_user.iter_mut().enumerate() {
+        *word = bounds(BOUNDS_CONFIG + 8 * n, 1 << 4);
     }
     s.pkru = if present & PKRU_BIT != 0 { u64_at(area, PKRU) & 0xffff_ffff } else { 0 };
     for (n, r) in s.ymm.iter_mut().enumerate() {

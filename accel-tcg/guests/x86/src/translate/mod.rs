@@ -13,6 +13,7 @@ mod cc;
 mod control;
 mod mmx;
 mod moves;
+mod mpx;
 mod muldiv;
 mod operand;
 mod scan;
@@ -195,6 +196,7 @@ impl Translator<'_> {
             || self.vec_misc(insn)
             || self.x87(insn)
             || self.mmx(insn)
+            || self.mpx(insn)
     }
 
     // ---- leaving ----

@@ -1,7 +1,7 @@
 //! Which instructions make a region.
 
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::{STATUS, control};
 use crate::key::{CodeSize, Key};
@@ -161,7 +161,7 @@ impl Bytes {
         };
         loop {
             let bytes = self.buffer.get(from..).unwrap_or(&[]);
-            let mut decoder = Decoder::with_ip(bits, bytes, pc, DecoderOptions::NONE);
+            let mut decoder = Decoder::with_ip(bits, bytes, pc, key.decoder_options());
             decoder.decode_out(&mut line.insn);
             let used = decoder.position();
             if decoder.last_error() != DecoderError::NoMoreBytes {
@@ -393,6 +393,13 @@ fn quiet_vector(insn: &Instruction, key: Key) -> bool {
 fn can_fault(insn: &Instruction, key: Key) -> bool {
     if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
         return false;
+    }
+    // Near branches, where their targets are checked.
+    if insn.flow_control() != FlowControl::Next
+        && (key.contains(Key::CS_LIMIT)
+            || insn.op0_kind() == OpKind::NearBranch64 && control::target(insn, key).is_none())
+    {
+        return true;
     }
     let mut vector = false;
     for n in 0..insn.op_count() {

@@ -9,7 +9,7 @@ use crate::key::Key;
 use crate::state::{seg, slot};
 use crate::system::regs::vector;
 
-const RSP: usize = 4;
+pub(super) const RSP: usize = 4;
 const RBP: usize = 5;
 
 impl Translator<'_> {
@@ -228,7 +228,7 @@ impl Translator<'_> {
         self.move_sp(sp, 8 * n);
     }
 
-    /// In virtual-8086 mode PUSHF, POPF, CLI and STI need IOPL 3.
+    /// In virtual-8086 mode PUSHF and POPF need IOPL 3, unless they are of 16 bits and CR4.VME is set.
     fn vm86_denied(&mut self) -> bool {
         if self.key.contains(Key::VM86) && !self.key.contains(Key::IOPL_OK) {
             self.raise(vector::GP, Some(0));
@@ -238,29 +238,57 @@ impl Translator<'_> {
     }
 
     fn push_flags(&mut self, size: Size) {
-        if self.vm86_denied() {
+        let virtual_if = size == Size::B2 && self.key.contains(Key::VM86 | Key::VIRTUAL_IF);
+        if !virtual_if && self.vm86_denied() {
             return;
         }
         let status = self.flags();
         let others = self.b.get(slot::FLAGS);
         // VM and RF are stored as zero.
         let others = self.b.andi(others, !((rflags::VM | rflags::RF) as i64));
-        let v = self.b.or(others, status);
+        let mut v = self.b.or(others, status);
+        if virtual_if {
+            // VIF in the place of IF, and IOPL 3.
+            let shown = self.b.shrui(others, i64::from((rflags::VIF / rflags::IF).trailing_zeros()));
+            let shown = self.b.andi(shown, rflags::IF as i64);
+            let shown = self.b.ori(shown, rflags::IOPL as i64);
+            v = self.b.andi(v, !(rflags::IF as i64));
+            v = self.b.or(v, shown);
+        }
         let v = self.narrow(size, v);
         self.push(size, v);
     }
 
     fn pop_flags(&mut self, size: Size) {
-        if self.vm86_denied() {
+        let virtual_if = size == Size::B2 && self.key.contains(Key::VM86 | Key::VIRTUAL_IF);
+        if !virtual_if && self.vm86_denied() {
             return;
         }
-        let v = self.pop(size, 0);
+        let sp = self.gpr(RSP);
+        let at = self.stack_at(sp, 0, size, false);
+        let v = self.load(size, at);
         let v = self.to64(size, v);
+        if virtual_if {
+            self.check_virtual_flags(v);
+        }
+        self.move_sp(sp, i64::from(size.bytes()));
         let bytes = self.b.iconst(i64::from(size.bytes()));
         let next = self.next;
         let after = self.b.iconst(next as i64);
         self.call_system(self.ids.sys.popf, &[v, bytes, after]);
         self.goto_lookup(next);
+    }
+
+    /// #GP if `new` (`I64`), to be popped into FLAGS under CR4.VME, has TF, or IF while an interrupt is pending.
+    fn check_virtual_flags(&mut self, new: Val) {
+        let zero = self.b.iconst(0);
+        let trap = self.b.andi(new, rflags::TF as i64);
+        self.raise_if((Cond::Ne, trap, zero), vector::GP, Some(0));
+        let flags = self.b.get(slot::FLAGS);
+        let pending = self.b.shrui(flags, i64::from((rflags::VIP / rflags::IF).trailing_zeros()));
+        let both = self.b.and(pending, new);
+        let both = self.b.andi(both, rflags::IF as i64);
+        self.raise_if((Cond::Ne, both, zero), vector::GP, Some(0));
     }
 
     fn bound(&mut self, insn: &Instruction) {

@@ -5,9 +5,10 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::operand::segment;
 use super::{Addr, Size, Translator};
+use crate::flags::rflags;
 use crate::key::Key;
 use crate::state::{SegmentRegister, X86, seg, slot};
-use crate::system::helpers::Strings;
+use crate::system::helpers::{Strings, int};
 use crate::system::regs::vector;
 
 /// The selectors of LDTR and TR, and CR0.
@@ -80,6 +81,17 @@ impl Translator<'_> {
                 self.b.exit(holdfast_tcg_ir::env::exit::RESUME, next); // not reached: the helper leaves
                 return true;
             }
+            Monitor => {
+                self.monitor(insn);
+                return true;
+            }
+            Mwait => {
+                let next = self.next;
+                let behind = self.b.iconst(next as i64);
+                self.call_system(s.mwait, &[behind]);
+                self.b.exit(holdfast_tcg_ir::env::exit::RESUME, next); // not reached: the helper leaves
+                return true;
+            }
             Cli => {
                 self.clear_interrupts();
                 return true;
@@ -102,18 +114,50 @@ impl Translator<'_> {
         true
     }
 
+    /// MONITOR, whose address is in rAX.
+    fn monitor(&mut self, insn: &Instruction) {
+        use iced_x86::Code::*;
+        let rax = self.gpr(0);
+        let offset = match insn.code() {
+            Monitorw => self.b.andi(rax, 0xffff),
+            Monitord => self.wrap32(rax),
+            _ => rax,
+        };
+        let register = match insn.segment_prefix() {
+            Register::None => seg::DS,
+            prefix => segment(prefix),
+        };
+        let at = self.linear(register, Addr { base: offset, disp: 0 }, 1, false);
+        let at = self.whole(at);
+        let idx = self.b.iconst(i64::from(self.key.mmu_idx()));
+        self.call_system(self.ids.sys.monitor, &[at, idx]);
+        self.lookup_next();
+    }
+
     fn clear_interrupts(&mut self) {
-        if !self.key.contains(Key::IOPL_OK) {
+        if !self.key.intersects(Key::IOPL_OK | Key::VIRTUAL_IF) {
             return self.raise(vector::GP, Some(0));
         }
         let flags = self.b.get(slot::FLAGS);
-        let flags = self.b.andi(flags, !(crate::flags::rflags::IF as i64));
+        if self.key.contains(Key::VIRTUAL_IF) {
+            let flags = self.b.andi(flags, !(rflags::VIF as i64));
+            return self.b.set(slot::FLAGS, flags);
+        }
+        let flags = self.b.andi(flags, !(rflags::IF as i64));
         self.b.set(slot::FLAGS, flags);
     }
 
     /// STI: interrupts are recognised behind the next instruction. Within a region they are not before its end, so
     /// the interrupt shadow has to be told of only behind the last.
     fn set_interrupts(&mut self) {
+        if self.key.contains(Key::VIRTUAL_IF) {
+            let flags = self.b.get(slot::FLAGS);
+            let pending = self.b.andi(flags, rflags::VIP as i64);
+            let zero = self.b.iconst(0);
+            self.raise_if((Cond::Ne, pending, zero), vector::GP, Some(0));
+            let flags = self.b.ori(flags, rflags::VIF as i64);
+            return self.b.set(slot::FLAGS, flags);
+        }
         if !self.key.contains(Key::IOPL_OK) {
             return self.raise(vector::GP, Some(0));
         }
@@ -179,11 +223,11 @@ impl Translator<'_> {
     }
 
     fn software_interrupt(&mut self, insn: &Instruction) {
-        let (number, int1) = match insn.mnemonic() {
-            Mnemonic::Int3 => (vector::BP, false),
-            Mnemonic::Int1 => (vector::DB, true),
-            Mnemonic::Into => (vector::OF, false),
-            _ => (insn.immediate8(), false),
+        let (number, kind) = match insn.mnemonic() {
+            Mnemonic::Int3 => (vector::BP, int::TRAP),
+            Mnemonic::Int1 => (vector::DB, int::INT1),
+            Mnemonic::Into => (vector::OF, int::TRAP),
+            _ => (insn.immediate8(), int::NUMBER),
         };
         let next = self.next;
         if insn.mnemonic() == Mnemonic::Into {
@@ -195,7 +239,7 @@ impl Translator<'_> {
                 return; // known not to overflow
             }
         }
-        let args = [self.b.iconst(i64::from(number)), self.ip_of(next), self.b.iconst(i64::from(int1))];
+        let args = [self.b.iconst(i64::from(number)), self.ip_of(next), self.b.iconst(kind as i64)];
         self.go(self.ids.sys.interrupt, &args);
     }
 

@@ -279,7 +279,14 @@ impl Processor for Machine {
         let state = self.state(bits, image);
         self.vcpu.import(&CpuState::X86_64(Box::new(state))).expect("fits");
         self.runs.fetch_add(1, Ordering::SeqCst);
-        let stop = self.vcpu.run();
+        // Code that comes to the end of the other mode's code goes on there, as it does on the host.
+        let other = if bits == 32 { END } else { END32 };
+        let stop = loop {
+            match self.vcpu.run() {
+                Ok(Stop::Debug(at)) if at == other => {}
+                stop => break stop,
+            }
+        };
         self.runs.fetch_add(1, Ordering::SeqCst);
         let CpuState::X86_64(state) = self.vcpu.export() else { panic!("not x86") };
         self.memory.read_slice(&mut self.data, GuestAddress(DATA_AT)).expect("in RAM");
