@@ -9,7 +9,8 @@ use std::sync::mpsc;
 use holdfast_sandbox::SandboxError;
 use holdfast_threads::{Role, Spawner};
 use holdfast_vmm::control::{
-    Boot, ControlError, ControlHandle, ControlInbox, Create, Origin, Restore, VmmShutdown, control,
+    Boot, ControlError, ControlHandle, ControlInbox, Create, MigrateIncoming, Origin, Restore, VmmShutdown,
+    control,
 };
 
 use crate::cli::RunOptions;
@@ -144,7 +145,16 @@ pub fn run(
 fn start(handle: &ControlHandle, options: RunOptions) -> Result<(), ControlError> {
     if let Some(config) = options.config {
         handle.call(Create(config))?;
-        handle.call(Boot)?;
+        if options.incoming.is_none() {
+            handle.call(Boot)?;
+        }
+    }
+    if let Some(uri) = options.incoming {
+        // First that it will come, which allows a VM that was created to wait.
+        handle.call(MigrateIncoming(None, true))?;
+        if uri != "defer" {
+            handle.call(MigrateIncoming(Some(uri), true))?;
+        }
     }
     if let Some(restore) = options.restore {
         handle.call(Restore(restore, Vec::new()))?;

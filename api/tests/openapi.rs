@@ -44,6 +44,7 @@ const NOT_THERE: &[&str] = &[
     "PayloadConfig.igvm",
     "PayloadConfig.host_data",
     "RestoreConfig.zone_updates",
+    "ReceiveMigrationData.zone_updates",
     "PlatformConfig.iommu_segments",
     "PlatformConfig.iommu_address_width_bits",
     "PlatformConfig.system_serial_number",

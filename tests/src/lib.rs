@@ -2,6 +2,7 @@
 
 pub mod devices;
 pub mod http;
+pub mod migration;
 pub mod pc;
 
 use std::io::{Read, Write};

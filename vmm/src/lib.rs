@@ -8,3 +8,6 @@ pub mod manager;
 pub mod ram;
 pub mod snapshot;
 pub mod vm;
+
+/// Where a VM migrates to, or comes from.
+pub use holdfast_migration::Address as MigrationAddress;

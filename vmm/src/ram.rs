@@ -69,11 +69,25 @@ const DEFAULT_HUGEPAGE: u64 = 2 << 20;
 /// # Errors
 /// [`RamError`].
 pub fn allocate(ranges: &[RamRange], spec: &RamSpec) -> Result<GuestMemory, RamError> {
-    let regions: Result<Vec<_>, _> = ranges.iter().map(|range| map_range(range, spec)).collect();
+    allocate_on(ranges, spec, Vec::new())
+}
+
+/// As [`allocate`]; if there are `files`, they are the RAM, a file for each range.
+///
+/// # Errors
+/// [`RamError`], also if their number or lengths are not those of the ranges.
+pub fn allocate_on(ranges: &[RamRange], spec: &RamSpec, files: Vec<File>) -> Result<GuestMemory, RamError> {
+    if !files.is_empty() && files.len() != ranges.len() {
+        let text = format!("{} files came for {} ranges", files.len(), ranges.len());
+        return Err(RamError::Layout(text));
+    }
+    let mut files = files.into_iter();
+    let regions: Result<Vec<_>, _> =
+        ranges.iter().map(|range| map_range(range, spec, files.next())).collect();
     GuestMemory::from_regions(regions?).map_err(|e| RamError::Layout(e.to_string()))
 }
 
-fn map_range(range: &RamRange, spec: &RamSpec) -> Result<GuestRegion, RamError> {
+fn map_range(range: &RamRange, spec: &RamSpec, given: Option<File>) -> Result<GuestRegion, RamError> {
     let RamRange { gpa, len } = *range;
     let host = |what, source| RamError::Host { what, gpa, len, source };
     let size = usize::try_from(len).map_err(|_| RamError::Layout(format!("{len} bytes cannot be mapped")))?;
@@ -86,7 +100,16 @@ fn map_range(range: &RamRange, spec: &RamSpec) -> Result<GuestRegion, RamError> 
         if spec.hugepages {
             check_hugepages(range, page)?;
         }
-        let file = memfd(len, spec.hugepages.then_some(page)).map_err(|e| host("memfd", e))?;
+        let file = match given {
+            Some(file) => {
+                let found = file.metadata().map_err(|e| host("the size of a file for RAM", e))?.len();
+                if found != len || !spec.shared {
+                    return Err(RamError::Layout(format!("a file of {found} bytes cannot be RAM of {len}")));
+                }
+                file
+            }
+            None => memfd(len, spec.hugepages.then_some(page)).map_err(|e| host("memfd", e))?,
+        };
         builder = builder.with_file_offset(FileOffset::new(file, 0));
         flags |= if spec.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     } else {

@@ -49,6 +49,8 @@ fn host() -> Host {
         events: EventBus::default(),
         quit: Arc::new(|| {}),
         tap_fds: Default::default(),
+        incoming: false,
+        ram_files: Vec::new(),
         accelerator: Some(Arc::new(still::Still)),
     }
 }

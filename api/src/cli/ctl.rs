@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Command};
 use holdfast_config::{
-    DiskConfig, NetConfig, RestoreConfig, RestoredNet, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, NetConfig, ReceiveMigrationData, RestoreConfig, RestoredNet, SendMigrationData, VmConfig,
+    VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 use holdfast_keyval::parse_size;
 use schemars::JsonSchema;
@@ -58,8 +59,6 @@ const UNSUPPORTED: &[&str] = &[
     "coredump",
     "resize-disk",
     "resize-zone",
-    "receive-migration",
-    "send-migration",
 ];
 
 /// `restore`'s keys: like the request's, but the network devices name their file descriptors.
@@ -142,6 +141,16 @@ pub(super) fn command(verbose: bool) -> Command {
             Command::new("restore")
                 .about("Restore a VM from a snapshot")
                 .arg(keys("What is restored, and how", holdfast_keyval::keys::<CtlRestore>)),
+        )
+        .subcommand(
+            Command::new("send-migration")
+                .about("Move the VM elsewhere")
+                .arg(keys("Where it goes, and how", holdfast_keyval::keys::<SendMigrationData>)),
+        )
+        .subcommand(
+            Command::new("receive-migration")
+                .about("Take a VM over from elsewhere")
+                .arg(keys("Where it comes in", holdfast_keyval::keys::<ReceiveMigrationData>)),
         );
     for (verb, _, _, about) in PLAIN {
         command = command.subcommand(Command::new(*verb).about(*about));
@@ -192,6 +201,16 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
         "restore" => {
             let (restore, fds) = restore(argument("keys").unwrap_or_default())?;
             Ok(("vm.restore", json(&restore)?, fds))
+        }
+        "send-migration" => {
+            let data: SendMigrationData = read_keys("send-migration", argument("keys").unwrap_or_default())?;
+            data.check().map_err(CliError::Together)?;
+            Ok(("vm.send-migration", json(&data)?, Vec::new()))
+        }
+        "receive-migration" => {
+            let keys = argument("keys").unwrap_or_default();
+            let data: ReceiveMigrationData = read_keys("receive-migration", keys)?;
+            Ok(("vm.receive-migration", json(&data)?, Vec::new()))
         }
         _ => Err(CliError::Together(format!("ctl {verb} is not supported by this version of Holdfast"))),
     }

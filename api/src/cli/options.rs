@@ -56,6 +56,12 @@ pub(super) const OPTIONS: &[Opt] = &[
         BOOT,
         "Restore a VM from a snapshot",
     ),
+    opt(
+        "incoming",
+        Shape::Text("tcp:HOST:PORT|unix:PATH|fd:N|defer"),
+        BOOT,
+        "Wait for a VM that migrates here; with defer, for QMP's migrate-incoming",
+    ),
     opt("name", Shape::Text("NAME"), MACHINE, "Name of the VM, for people"),
     opt(
         "arch",

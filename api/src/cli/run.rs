@@ -58,6 +58,8 @@ pub struct RunOptions {
     pub config: Option<Box<VmConfig>>,
     /// A snapshot to restore at once.
     pub restore: Option<RestoreConfig>,
+    /// Where a VM that migrates here is waited for (`defer`: QMP will say).
+    pub incoming: Option<String>,
     /// Where REST is served.
     pub api_socket: Option<Endpoint>,
     /// Where QMP is served.
@@ -127,7 +129,8 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
     }
     let api_socket = endpoint(matches, "api-socket", true)?;
     let qmp = parsed::<QmpAddress>(matches, "qmp")?;
-    if !boots && restore.is_none() && api_socket.is_none() && qmp.is_none() {
+    let incoming = incoming(matches, restore.is_some())?;
+    if !boots && restore.is_none() && incoming.is_none() && api_socket.is_none() && qmp.is_none() {
         let reason =
             "nothing to do: give --kernel or --firmware to boot, --restore, or --api-socket to be told later";
         return Err(CliError::Together(reason.into()));
@@ -147,6 +150,7 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
     Ok(RunOptions {
         config: if boots { Some(Box::new(vm_config(matches)?)) } else { None },
         restore,
+        incoming,
         api_socket,
         qmp,
         gdb,
@@ -158,6 +162,22 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
         seccomp: seccomp(matches)?,
         no_shutdown: matches.get_flag("no-shutdown"),
     })
+}
+
+/// Where a VM that migrates here comes in.
+fn incoming(matches: &ArgMatches, restored: bool) -> Result<Option<String>, CliError> {
+    let Some(value) = text(matches, "incoming") else { return Ok(None) };
+    if restored {
+        return Err(CliError::Together("--restore and --incoming each bring a VM; give one of them".into()));
+    }
+    if value != "defer" {
+        value.parse::<holdfast_vmm::MigrationAddress>().map_err(|error| CliError::Text {
+            option: "incoming".to_owned(),
+            value: value.to_owned(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(Some(value.to_owned()))
 }
 
 /// Where debuggers connect: as QMP, or as Cloud Hypervisor has it.

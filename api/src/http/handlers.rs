@@ -182,6 +182,16 @@ pub(super) async fn restore(mut call: Call) -> Result<Answer, HttpError> {
     call.done(ops::Restore(restore, fds)).await
 }
 
+pub(super) async fn send_migration(call: Call) -> Result<Answer, HttpError> {
+    let data = call.read()?;
+    call.done(ops::SendMigration(data)).await
+}
+
+pub(super) async fn receive_migration(call: Call) -> Result<Answer, HttpError> {
+    let data = call.read()?;
+    call.done(ops::ReceiveMigration(data)).await
+}
+
 pub(super) async fn unsupported(call: Call) -> Result<Answer, HttpError> {
     let error = ControlError::unsupported(call.route.name);
     let chain = std::iter::once("Error from API".to_owned()).chain(error.chain()).collect();

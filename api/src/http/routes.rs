@@ -5,7 +5,8 @@ use std::pin::Pin;
 
 use bytes::Bytes;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
+    VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 use holdfast_vmm::control::{ControlHandle, Counters, VmInfo};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -136,6 +137,10 @@ pub(super) static ROUTES: &[Route] = &[
         body: Some(schema::<VmSnapshotConfig>)),
     route!("vm.restore", "Restore a VM from a snapshot", "The VM could not be restored", handlers::restore,
         &[204, 400, 404, 409, 500], body: Some(schema::<RestoreConfig>), takes_fds: true),
+    route!("vm.send-migration", "Send a VM migration to URL", "The VM could not be migrated", handlers::send_migration,
+        &[204, 400, 404, 429, 500], body: Some(schema::<SendMigrationData>)),
+    route!("vm.receive-migration", "Receive a VM migration from URL", "The VM could not be received",
+        handlers::receive_migration, &[204, 400, 429, 500], body: Some(schema::<ReceiveMigrationData>)),
 ];
 
 macro_rules! unsupported {
@@ -147,5 +152,5 @@ macro_rules! unsupported {
 /// Cloud Hypervisor's routes that are not there: they say so.
 static UNSUPPORTED: &[Route] = unsupported!(
     "vm.add-device" "vm.add-fs" "vm.add-generic-vhost-user" "vm.add-pmem" "vm.add-user-device" "vm.add-vdpa"
-    "vm.add-vsock" "vm.coredump" "vm.receive-migration" "vm.resize-disk" "vm.resize-zone" "vm.send-migration"
+    "vm.add-vsock" "vm.coredump" "vm.resize-disk" "vm.resize-zone"
 );

@@ -3,8 +3,8 @@
 use std::pin::Pin;
 
 use holdfast_vmm::control::{
-    self as ops, BlockInfo, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo, MachineInfo, Origin,
-    PciInfo, RunState,
+    self as ops, BlockInfo, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo, MachineInfo,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::request::QmpError;
-use super::{hmp, schema};
+use super::{hmp, migration, schema};
 use crate::call;
 
 /// No arguments, or nothing to return.
@@ -97,7 +97,7 @@ pub(super) struct Command {
 }
 
 macro_rules! commands {
-    ($($name:literal => $function:ident: $arguments:ty => $returns:ty;)*) => {
+    ($($name:literal => $function:path: $arguments:ty => $returns:ty;)*) => {
         /// All commands.
         pub(super) static COMMANDS: &[Command] = &[$(
             Command {
@@ -134,6 +134,18 @@ commands! {
     "system_powerdown" => system_powerdown: Empty => Empty;
     "inject-nmi" => inject_nmi: Empty => Empty;
     "quit" => quit: Empty => Empty;
+    "migrate" => migration::migrate: migration::Migrate => Empty;
+    "migrate-incoming" => migration::incoming: migration::Incoming => Empty;
+    "migrate_cancel" => migration::cancel: Empty => Empty;
+    "migrate-pause" => migration::pause: Empty => Empty;
+    "migrate-recover" => migration::recover: migration::Recover => Empty;
+    "migrate-start-postcopy" => migration::start_postcopy: Empty => Empty;
+    "migrate-continue" => migration::go_on: migration::Continue => Empty;
+    "query-migrate" => migration::query: Empty => MigrationInfo;
+    "migrate-set-parameters" => migration::set_parameters: MigrationParameters => Empty;
+    "query-migrate-parameters" => migration::query_parameters: Empty => MigrationParameters;
+    "migrate-set-capabilities" => migration::set_capabilities: migration::SetCapabilities => Empty;
+    "query-migrate-capabilities" => migration::query_capabilities: Empty => Vec<MigrationCapabilityStatus>;
     "human-monitor-command" => human_monitor: HumanMonitor => String;
 }
 
@@ -185,7 +197,7 @@ fn version_info() -> VersionInfo {
     }
 }
 
-type Reply<T> = Result<T, QmpError>;
+pub(super) type Reply<T> = Result<T, QmpError>;
 
 // Negotiation is done before commands run; the entry is for `query-commands` and the schema.
 async fn capabilities(_: ControlHandle, arguments: Capabilities) -> Reply<Empty> {

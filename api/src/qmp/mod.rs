@@ -5,6 +5,7 @@
 mod commands;
 mod framing;
 mod hmp;
+mod migration;
 mod request;
 mod schema;
 

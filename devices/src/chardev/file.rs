@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,8 +16,12 @@ struct FileBackend {
     failed: AtomicBool,
 }
 
-pub(super) fn open(path: &Path) -> io::Result<Arc<dyn CharBackend>> {
-    let file = File::options().create(true).write(true).truncate(true).open(path)?;
+/// Opens the file; what it holds stays if `keep`.
+pub(super) fn open(path: &Path, keep: bool) -> io::Result<Arc<dyn CharBackend>> {
+    let mut options = File::options();
+    // Two processes write to it while a VM moves from one to the other.
+    options.create(true).write(true).truncate(!keep).custom_flags(libc::O_APPEND);
+    let file = options.open(path)?;
     Ok(Arc::new(FileBackend { path: path.to_owned(), file, failed: AtomicBool::new(false) }))
 }
 

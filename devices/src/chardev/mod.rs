@@ -83,6 +83,8 @@ pub struct CharContext<'a> {
     pub spawner: &'a Arc<dyn Spawner>,
     /// Called (on the reading thread) when the user asks to quit with the terminal's escape.
     pub quit: Arc<dyn Fn() + Send + Sync>,
+    /// Files keep what they hold: the VM comes from elsewhere, and goes on writing.
+    pub keep: bool,
 }
 
 /// Opens a back end. It is closed, its thread ended and the terminal restored, when dropped.
@@ -96,9 +98,8 @@ pub fn open(spec: &CharSpec, context: &CharContext<'_>) -> Result<Arc<dyn CharBa
         CharSpec::Null => Arc::new(Null),
         CharSpec::Tty => stream::terminal(context).map_err(host("the terminal cannot be used".into()))?,
         CharSpec::Pty => pty::open(context).map_err(host("no pseudo-terminal can be made".into()))?,
-        CharSpec::File(path) => {
-            file::open(path).map_err(host(format!("file `{}` cannot be written", path.display())))?
-        }
+        CharSpec::File(path) => file::open(path, context.keep)
+            .map_err(host(format!("file `{}` cannot be written", path.display())))?,
         CharSpec::Socket(path) => stream::socket(path, context)
             .map_err(host(format!("socket `{}` cannot be listened on", path.display())))?,
     })

@@ -34,7 +34,7 @@ fn front(room: usize) -> (Arc<Front>, Receiver<Vec<u8>>) {
 
 fn open_spec(spec: &CharSpec) -> Result<Arc<dyn CharBackend>, BuildError> {
     let spawner = PlainSpawner::shared();
-    open(spec, &CharContext { id: "serial", spawner: &spawner, quit: Arc::new(|| {}) })
+    open(spec, &CharContext { id: "serial", spawner: &spawner, quit: Arc::new(|| {}), keep: false })
 }
 
 fn scratch(name: &str) -> PathBuf {

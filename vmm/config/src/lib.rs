@@ -13,6 +13,7 @@ mod error;
 mod ids;
 mod machine;
 mod memory;
+mod migration;
 mod platform;
 mod requests;
 mod tcg_log;
@@ -34,6 +35,7 @@ pub use machine::{
     AccelChoice, AccelKind, IrqChipMode, MachineConfig, PflashConfig, UnknownAccel, VirtioTransport,
 };
 pub use memory::MemoryConfig;
+pub use migration::{MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy};
 pub use platform::{LandlockAccess, LandlockConfig, PlatformConfig};
 pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNet, VmRemoveDevice, VmResize, VmSnapshotConfig,

@@ -89,6 +89,22 @@ pub enum Event {
     Restoring,
     /// A restore is complete.
     Restored,
+    /// A migration to elsewhere has begun.
+    MigrationStarted,
+    /// The VM has moved elsewhere.
+    MigrationFinished,
+    /// A migration to elsewhere has failed.
+    MigrationFailed,
+    /// A VM that comes from elsewhere is waited for.
+    MigrationReceiveStarted,
+    /// A VM has come from elsewhere.
+    MigrationReceiveFinished,
+    /// No VM has come from elsewhere.
+    MigrationReceiveFailed,
+    /// A migration's status, in QEMU's words. QMP `MIGRATION`.
+    MigrationStatus(&'static str),
+    /// A pass over RAM has begun. QMP `MIGRATION_PASS`.
+    MigrationPass(u64),
     /// The power button was pressed. QMP `POWERDOWN`.
     PowerButton,
     /// The guest's driver has started a virtio device.
@@ -133,7 +149,13 @@ impl Event {
             Self::Snapshotted => vm("snapshotted"),
             Self::Restoring => vm("restoring"),
             Self::Restored => vm("restored"),
-            Self::PowerButton => None,
+            Self::MigrationStarted => vm("migration-started"),
+            Self::MigrationFinished => vm("migration-finished"),
+            Self::MigrationFailed => vm("migration-failed"),
+            Self::MigrationReceiveStarted => vm("migration-receive-started"),
+            Self::MigrationReceiveFinished => vm("migration-receive-finished"),
+            Self::MigrationReceiveFailed => vm("migration-receive-failed"),
+            Self::PowerButton | Self::MigrationStatus(_) | Self::MigrationPass(_) => None,
             Self::DeviceActivated { id } => Some(("virtio-device", "activated", Some(json!({ "id": id })))),
             Self::DeviceReset { id } => Some(("virtio-device", "reset", Some(json!({ "id": id })))),
             Self::GuestPanic => Some(("guest", "panic", None)),
@@ -152,6 +174,8 @@ impl Event {
             Self::Shutdown(origin) => Some(("SHUTDOWN", Some(caused(*origin, origin.shutdown_cause())))),
             Self::Rebooted(origin) => Some(("RESET", Some(caused(*origin, origin.reset_cause())))),
             Self::PowerButton => Some(("POWERDOWN", None)),
+            Self::MigrationStatus(status) => Some(("MIGRATION", Some(json!({ "status": status })))),
+            Self::MigrationPass(pass) => Some(("MIGRATION_PASS", Some(json!({ "pass": pass })))),
             Self::GuestPanic => Some(("GUEST_PANICKED", Some(json!({ "action": "pause" })))),
             _ => None,
         }

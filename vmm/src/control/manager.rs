@@ -5,9 +5,11 @@ use std::os::fd::OwnedFd;
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
+    VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
+use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
 use super::{ControlError, DebugListener, DebugTarget, MemoryRead, MemoryWrite, Responder};
 
@@ -81,6 +83,92 @@ pub trait VmManager {
     /// Makes a VM from a snapshot. `fds` are the tap devices of `config.net_fds`, in that order; their
     /// number has been checked.
     fn restore(&mut self, config: RestoreConfig, fds: Vec<OwnedFd>, reply: Responder<()>);
+    /// Moves the VM elsewhere. Until it has moved, every failure leaves it as it was.
+    fn send_migration(&mut self, _data: SendMigrationData, reply: Responder<()>) {
+        reply.respond(Err(ControlError::unsupported("migration")));
+    }
+    /// Takes a VM over from elsewhere. There must be none.
+    fn receive_migration(&mut self, _data: ReceiveMigrationData, reply: Responder<()>) {
+        reply.respond(Err(ControlError::unsupported("migration")));
+    }
+    /// Begins to move the VM.
+    ///
+    /// # Errors
+    /// If it cannot begin.
+    fn migrate(&mut self, _uri: String, _resume: bool) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Begins to wait for a VM from elsewhere.
+    ///
+    /// # Errors
+    /// If it cannot listen, or there is a VM.
+    fn migrate_incoming(&mut self, _uri: Option<String>, _exit: bool) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Cancels the migration, if one is under way and it is not too late.
+    ///
+    /// # Errors
+    /// Never without a migration.
+    fn migrate_cancel(&mut self) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Interrupts a migration in post-copy.
+    ///
+    /// # Errors
+    /// Without one.
+    fn migrate_pause(&mut self) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Waits for an interrupted migration to go on.
+    ///
+    /// # Errors
+    /// Without one.
+    fn migrate_recover(&mut self, _uri: String) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Lets the guest go over before its RAM has.
+    ///
+    /// # Errors
+    /// Without a migration that may.
+    fn migrate_start_postcopy(&mut self) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Lets a migration go on that waits in `state`.
+    ///
+    /// # Errors
+    /// If none does.
+    fn migrate_continue(&mut self, _state: String) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// The migration under way, or the last one.
+    fn migration(&mut self) -> MigrationInfo {
+        MigrationInfo::default()
+    }
+    /// Parameters of migrations.
+    fn migration_parameters(&mut self) -> MigrationParameters {
+        MigrationParameters::default()
+    }
+    /// Changes them.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Invalid`] naming the parameter.
+    fn set_migration_parameters(&mut self, _new: MigrationParameters) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
+    /// Capabilities of migrations.
+    fn migration_capabilities(&mut self) -> Vec<MigrationCapabilityStatus> {
+        Vec::new()
+    }
+    /// Changes them.
+    ///
+    /// # Errors
+    /// Naming a capability that is not there.
+    fn set_migration_capabilities(
+        &mut self,
+        _new: Vec<MigrationCapabilityStatus>,
+    ) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("migration"))
+    }
     /// Ends the process in order: answer first, then shut down the VM and leave the manager's loop.
     fn vmm_shutdown(&mut self, origin: super::Origin, reply: Responder<()>);
 

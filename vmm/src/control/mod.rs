@@ -14,6 +14,7 @@ mod error;
 mod event;
 mod handle;
 mod manager;
+mod migration;
 mod operation;
 mod reply;
 
@@ -25,5 +26,6 @@ pub use error::{ControlError, ErrorKind};
 pub use event::{Event, EventBus, Origin, TimedEvent};
 pub use handle::{ControlHandle, ControlInbox, Request, Responder, control};
 pub use manager::VmManager;
+pub use migration::*;
 pub use operation::*;
 pub use reply::*;

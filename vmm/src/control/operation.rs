@@ -5,9 +5,11 @@ use std::os::fd::OwnedFd;
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
+    VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
+use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
 use super::{ControlError, DebugListener, DebugTarget, MemoryWrite, Origin, Responder, VmManager};
 
@@ -83,7 +85,10 @@ infallible!(
     Vec<MachineInfo>,
     Vec<ChardevInfo>,
     Vec<BlockInfo>,
-    Vec<PciInfo>
+    Vec<PciInfo>,
+    MigrationInfo,
+    MigrationParameters,
+    Vec<MigrationCapabilityStatus>
 );
 
 quick! {
@@ -119,6 +124,30 @@ quick! {
     QueryBlock -> Vec<BlockInfo> = block;
     /// The PCI buses.
     QueryPci -> Vec<PciInfo> = pci;
+    /// Begins to move the VM to a URI; `true` goes on with a migration that was interrupted.
+    Migrate(uri: String, resume: bool) -> () = migrate;
+    /// Begins to wait for a VM at a URI, or for being told where (`None`); `true` ends the process if none comes.
+    MigrateIncoming(uri: Option<String>, exit: bool) -> () = migrate_incoming;
+    /// Cancels the migration, if one is under way.
+    MigrateCancel -> () = migrate_cancel;
+    /// Interrupts a migration in post-copy.
+    MigratePause -> () = migrate_pause;
+    /// Waits at a URI for an interrupted migration to go on.
+    MigrateRecover(uri: String) -> () = migrate_recover;
+    /// Lets the guest go over before its RAM has.
+    MigrateStartPostcopy -> () = migrate_start_postcopy;
+    /// Lets a migration that waits in this state go on.
+    MigrateContinue(state: String) -> () = migrate_continue;
+    /// The migration under way, or the last one.
+    QueryMigrate -> MigrationInfo = migration;
+    /// Parameters of migrations.
+    QueryMigrateParameters -> MigrationParameters = migration_parameters;
+    /// Changes them.
+    MigrateSetParameters(new: MigrationParameters) -> () = set_migration_parameters;
+    /// Capabilities of migrations.
+    QueryMigrateCapabilities -> Vec<MigrationCapabilityStatus> = migration_capabilities;
+    /// Changes them.
+    MigrateSetCapabilities(new: Vec<MigrationCapabilityStatus>) -> () = set_migration_capabilities;
     /// The address spaces, as text.
     MemoryTree -> String = memory_tree;
     /// The devices, as text.
@@ -160,6 +189,10 @@ deferred! {
     Snapshot(config: VmSnapshotConfig) -> () = snapshot;
     /// Makes a VM from a snapshot, with the tap file descriptors of its network devices.
     Restore(config: RestoreConfig, fds: Vec<OwnedFd>) -> () = restore;
+    /// Moves the VM elsewhere; answers when it has moved.
+    SendMigration(data: SendMigrationData) -> () = send_migration;
+    /// Takes a VM over from elsewhere; answers when it is here.
+    ReceiveMigration(data: ReceiveMigrationData) -> () = receive_migration;
     /// Ends the process.
     VmmShutdown(origin: Origin) -> () = vmm_shutdown;
     /// Registers of all vCPUs or of one, as text.

@@ -74,6 +74,12 @@ pub enum RunState {
     GuestPanicked,
     /// The accelerator cannot go on.
     InternalError,
+    /// It waits for, or takes over, a VM that comes from elsewhere.
+    Inmigrate,
+    /// It stands for the last part of its migration.
+    FinishMigrate,
+    /// It has moved elsewhere.
+    Postmigrate,
 }
 
 /// Information about KVM support.

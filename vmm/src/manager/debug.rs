@@ -85,7 +85,7 @@ impl Manager {
             Run::Running => self.stop_for_debugger(&vm)?,
             Run::Paused => self.set_run(Run::Debug),
             // There may be something to be learnt of a guest that is over.
-            Run::Debug | Run::Off | Run::Failed | Run::Panicked => {}
+            Run::Debug | Run::Off | Run::Failed | Run::Panicked | Run::Moved { .. } => {}
         }
         let vcpus = vm.vcpus().len();
         self.debugger = Some(Debugger {

@@ -62,7 +62,7 @@ impl Manager {
     }
 
     /// Takes a VM that a job has built.
-    fn adopt(&mut self, vm: Arc<Vm>, run: Run, event: Event) {
+    pub(super) fn adopt(&mut self, vm: Arc<Vm>, run: Run, event: Event) {
         self.config = vm.config().clone();
         for id in 0..vm.vcpus().len() {
             self.events.publish(Event::CreateVcpu { id: id as u32 });
@@ -87,6 +87,11 @@ impl Manager {
         self.not_debugged()?;
         let vm = match &self.stage {
             Stage::Built { vm, run: Run::Debug } => Arc::clone(vm),
+            Stage::Built { vm, run: Run::Moved { ram: false } } => Arc::clone(vm),
+            Stage::Built { run: Run::Moved { ram: true }, .. } => {
+                let text = "The VM has moved to another process together with its RAM";
+                return Err(ControlError::new(ErrorKind::Failed, text));
+            }
             _ => self.built_and(Run::Paused, "VM is not paused")?,
         };
         self.events.publish(Event::Resuming);
@@ -98,6 +103,11 @@ impl Manager {
 
     pub(super) fn reset(&mut self, origin: Origin) -> Result<(), ControlError> {
         self.idle()?;
+        self.reset_now(origin)
+    }
+
+    /// Resets the machine, whatever job is under way.
+    pub(super) fn reset_now(&mut self, origin: Origin) -> Result<(), ControlError> {
         let vm = Arc::clone(self.built()?);
         let stands = match self.stage {
             Stage::Built { run: run @ (Run::Paused | Run::Debug), .. } => Some(run),
@@ -196,13 +206,13 @@ impl Manager {
 }
 
 /// A responder that a job may answer, or, if the job cannot start, its starter.
-type Shared = Arc<parking_lot::Mutex<Option<Responder<()>>>>;
+pub(super) type Shared = Arc<parking_lot::Mutex<Option<Responder<()>>>>;
 
-fn share(reply: Responder<()>) -> Shared {
+pub(super) fn share(reply: Responder<()>) -> Shared {
     Arc::new(parking_lot::Mutex::new(Some(reply)))
 }
 
-fn respond(reply: &Shared, result: Result<(), ControlError>) {
+pub(super) fn respond(reply: &Shared, result: Result<(), ControlError>) {
     if let Some(reply) = reply.lock().take() {
         reply.respond(result);
     }

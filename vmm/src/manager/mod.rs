@@ -6,6 +6,7 @@
 
 mod debug;
 mod lifecycle;
+mod migrate;
 mod query;
 mod serve;
 
@@ -59,6 +60,8 @@ enum Message {
     Quit,
     /// A job is done; what is left is for the manager's thread.
     Done(Box<dyn FnOnce(&mut Manager) + Send>),
+    /// A job needs something of the manager's thread and goes on.
+    Ask(Box<dyn FnOnce(&mut Manager) + Send>),
 }
 
 impl std::fmt::Debug for Message {
@@ -124,6 +127,10 @@ enum Run {
     /// The accelerator cannot go on.
     Failed,
     Panicked,
+    /// It has moved elsewhere, with its RAM or not.
+    Moved {
+        ram: bool,
+    },
 }
 
 /// The VM.
@@ -158,6 +165,7 @@ pub struct Manager {
     /// The job under way, by name.
     job: Option<&'static str>,
     debugger: Option<debug::Debugger>,
+    migration: migrate::Migration,
     exit: Option<u8>,
 }
 
@@ -187,6 +195,7 @@ impl Manager {
             stage: Stage::Nothing,
             job: None,
             debugger: None,
+            migration: migrate::Migration::default(),
             exit: None,
         })
     }
@@ -302,6 +311,8 @@ impl Manager {
             events: self.events.clone(),
             quit: Arc::new(move || quit.send(Message::Quit)),
             tap_fds: std::mem::take(&mut self.tap_fds),
+            incoming: false,
+            ram_files: Vec::new(),
             accelerator: None,
         }
     }
@@ -321,6 +332,7 @@ impl Manager {
                     self.take(held);
                 }
             }
+            Message::Ask(what) => what(self),
             Message::Quit => {
                 self.events.publish(Event::Shutdown(Origin::HostQuit));
                 self.exit = Some(0);
@@ -355,7 +367,8 @@ impl Manager {
                 self.tell_stopped();
             }
             SystemEvent::Reset => {
-                if let Err(error) = self.reset(Origin::Guest) {
+                // What a job would be in the way of, a migration is prepared for.
+                if let Err(error) = self.reset_now(Origin::Guest) {
                     tracing::error!("the guest's reset failed: {}", error.describe());
                     self.stand_still(Run::Failed);
                     self.end_unless_kept(FAILED, Event::Shutdown(Origin::HostError));
@@ -366,6 +379,7 @@ impl Manager {
 
     /// Stops the guest for good.
     fn stand_still(&mut self, run: Run) {
+        self.migration.guest_ended();
         if let Stage::Built { vm, .. } = &self.stage
             && let Err(error) = vm.pause()
         {

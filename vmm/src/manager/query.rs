@@ -33,7 +33,7 @@ pub(super) fn info(vm: &Vm, run: Run) -> VmInfo {
     let ballooned = vm.balloon().map_or(0, |b| b.actual());
     let state = match run {
         Run::Running => VmState::Running,
-        Run::Paused => VmState::Paused,
+        Run::Paused | Run::Moved { .. } => VmState::Paused,
         Run::Debug => VmState::BreakPoint,
         Run::Off | Run::Failed | Run::Panicked => VmState::Shutdown,
     };

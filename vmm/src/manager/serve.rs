@@ -6,16 +6,16 @@ use std::sync::Arc;
 use holdfast_accel::DebugControl;
 use holdfast_arch::{Arch, CpuState};
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize,
-    VmSnapshotConfig, check_id, validate_disk, validate_net,
+    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
+    VmRemoveDevice, VmResize, VmSnapshotConfig, check_id, validate_disk, validate_net,
 };
 
-use super::{Manager, Run, Stage, query};
+use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
     BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind,
-    Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, Origin, PciInfo, Responder, RunState, VmInfo,
-    VmManager,
+    Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
 
 impl Manager {
@@ -213,6 +213,66 @@ impl VmManager for Manager {
         self.start_restore(config, fds, reply);
     }
 
+    fn send_migration(&mut self, data: SendMigrationData, reply: Responder<()>) {
+        self.start_send(&data, reply);
+    }
+
+    fn receive_migration(&mut self, data: ReceiveMigrationData, reply: Responder<()>) {
+        self.start_receive(&data, reply);
+    }
+
+    fn migrate(&mut self, uri: String, resume: bool) -> Result<(), ControlError> {
+        self.migrate_to(&uri, resume)
+    }
+
+    fn migrate_incoming(&mut self, uri: Option<String>, exit: bool) -> Result<(), ControlError> {
+        self.migrate_from(uri.as_deref(), exit)
+    }
+
+    fn migrate_cancel(&mut self) -> Result<(), ControlError> {
+        self.cancel_migration();
+        Ok(())
+    }
+
+    fn migrate_pause(&mut self) -> Result<(), ControlError> {
+        self.pause_migration()
+    }
+
+    fn migrate_recover(&mut self, uri: String) -> Result<(), ControlError> {
+        self.recover_migration(&uri)
+    }
+
+    fn migrate_start_postcopy(&mut self) -> Result<(), ControlError> {
+        self.start_postcopy()
+    }
+
+    fn migrate_continue(&mut self, state: String) -> Result<(), ControlError> {
+        self.continue_migration(&state)
+    }
+
+    fn migration(&mut self) -> MigrationInfo {
+        self.migration_info()
+    }
+
+    fn migration_parameters(&mut self) -> MigrationParameters {
+        self.migration.parameters()
+    }
+
+    fn set_migration_parameters(&mut self, new: MigrationParameters) -> Result<(), ControlError> {
+        self.migration.set_parameters(&new)
+    }
+
+    fn migration_capabilities(&mut self) -> Vec<MigrationCapabilityStatus> {
+        self.migration.capabilities()
+    }
+
+    fn set_migration_capabilities(
+        &mut self,
+        new: Vec<MigrationCapabilityStatus>,
+    ) -> Result<(), ControlError> {
+        self.set_capabilities(&new)
+    }
+
     fn vmm_shutdown(&mut self, origin: Origin, reply: Responder<()>) {
         if matches!(self.stage, Stage::Built { .. }) {
             self.events.publish(Event::Shutdown(origin));
@@ -224,10 +284,14 @@ impl VmManager for Manager {
     fn run_state(&mut self) -> RunState {
         match (&self.stage, self.job) {
             (Stage::Nothing | Stage::Created, Some("restore")) => RunState::RestoreVm,
+            (Stage::Nothing | Stage::Created, Some(migrate::RECEIVE)) => RunState::Inmigrate,
+            (Stage::Nothing | Stage::Created, _) if self.migration.expected() => RunState::Inmigrate,
             (Stage::Nothing | Stage::Created, _) => RunState::Prelaunch,
             (Stage::Built { .. }, Some("snapshot")) => RunState::SaveVm,
             (Stage::Built { run, .. }, _) => match run {
                 Run::Running => RunState::Running,
+                Run::Paused if self.migration.finishing() => RunState::FinishMigrate,
+                Run::Moved { .. } => RunState::Postmigrate,
                 Run::Paused => RunState::Paused,
                 Run::Debug => RunState::Debug,
                 Run::Off => RunState::Shutdown,

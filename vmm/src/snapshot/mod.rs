@@ -6,7 +6,6 @@
 //! complete, `state.json` last: a directory without it is no snapshot.
 
 pub mod ram;
-pub mod uffd;
 
 use std::fs::{self, File};
 use std::io;
@@ -88,6 +87,14 @@ impl SavedVm {
             devices: Vec::new(),
             platform: serde_json::Value::Null,
         }
+    }
+
+    /// Fails if a newer version wrote it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Version`].
+    pub fn check_version(&self) -> Result<(), SnapshotError> {
+        if self.version > VERSION { Err(SnapshotError::Version(self.version)) } else { Ok(()) }
     }
 }
 
@@ -191,7 +198,7 @@ impl SnapshotDir {
     /// [`SnapshotError`].
     pub fn state(&self) -> Result<SavedVm, SnapshotError> {
         let state: SavedVm = self.read_json(STATE)?;
-        if state.version > VERSION { Err(SnapshotError::Version(state.version)) } else { Ok(state) }
+        state.check_version().map(|()| state)
     }
 
     /// The saved RAM.

@@ -12,7 +12,7 @@ use holdfast_memory::GuestMemory;
 use holdfast_threads::{Role, Spawner};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::uffd::Userfault;
+use holdfast_migration::uffd::Userfault;
 
 /// How much is read, tested and written at once, in bytes.
 const CHUNK: usize = 256 << 10;

@@ -43,6 +43,10 @@ pub struct Host {
     pub quit: Arc<dyn Fn() + Send + Sync>,
     /// Tap devices that came with requests, by device id.
     pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
+    /// The VM comes from elsewhere.
+    pub incoming: bool,
+    /// RAM that a migration on this host brought, a file for each range; empty otherwise.
+    pub ram_files: Vec<std::fs::File>,
     /// Runs the guest instead of what the config asks for: a test's own accelerator.
     pub accelerator: Option<Arc<dyn Accelerator>>,
 }
@@ -81,7 +85,8 @@ impl Vm {
         let module = find_machine(&config)?;
         let chardevs = open_chardevs(&mut config, &host)?;
         let request = machine_request(&config, module, &chardevs);
-        let memory = ram::allocate(&module.ram_layout(&request)?, &ram_spec(&config.memory))?;
+        let files = std::mem::take(&mut host.ram_files);
+        let memory = ram::allocate_on(&module.ram_layout(&request)?, &ram_spec(&config.memory), files)?;
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), host.spawner.as_ref())
             .map_err(|source| VmError::Host { what: "no timer thread".into(), source })?;
@@ -267,7 +272,8 @@ impl Chardevs {
 fn open_chardevs(config: &mut VmConfig, host: &Host) -> Result<Chardevs, VmError> {
     let open = |id: &str, spec: Option<CharSpec>| -> Result<Option<Arc<dyn CharBackend>>, VmError> {
         let Some(spec) = spec else { return Ok(None) };
-        let context = CharContext { id, spawner: &host.spawner, quit: Arc::clone(&host.quit) };
+        let quit = Arc::clone(&host.quit);
+        let context = CharContext { id, spawner: &host.spawner, quit, keep: host.incoming };
         Ok(Some(chardev::open(&spec, &context)?))
     };
     let serial = &mut config.serial;

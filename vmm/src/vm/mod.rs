@@ -1,6 +1,7 @@
 //! A VM: its machine, devices and vCPUs, and what can be done with them.
 
 mod assemble;
+mod migrate;
 mod plug;
 mod state;
 pub mod vcpus;

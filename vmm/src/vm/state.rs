@@ -56,13 +56,13 @@ impl Vm {
         }
     }
 
-    fn ram_ranges(&self) -> Vec<(u64, u64)> {
+    pub(super) fn ram_ranges(&self) -> Vec<(u64, u64)> {
         self.memory.iter().map(|r| (r.start_addr().raw_value(), r.len())).collect()
     }
 
     /// Whether vCPU 0 shows what the saved one showed. Paravirtual leaves are left out: what a guest uses of them is in
     /// MSRs, which the accelerator looks at.
-    fn check_features(&self, saved: &SavedVm) -> Result<(), VmError> {
+    pub(crate) fn check_features(&self, saved: &SavedVm) -> Result<(), VmError> {
         let Some(CpuState::X86_64(saved)) = saved.vcpus.first() else { return Ok(()) };
         let CpuState::X86_64(here) = self.vcpus.state(0)? else { return Ok(()) };
         if saved.cpuid.is_empty() || here.cpuid.is_empty() {

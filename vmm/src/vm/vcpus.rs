@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, SystemEvent, Vcpu, Vm, Watchpoint};
 use holdfast_arch::{CpuModel, CpuState};
+use holdfast_clock::host_monotonic;
 use holdfast_device::SystemSink;
 use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
@@ -70,6 +71,8 @@ enum Command {
     Debug(DebugControl, Reply<()>),
     Rearm(Reply<()>),
     Translate(u64, Reply<Option<u64>>),
+    /// Stand for so many nanoseconds, without being stopped.
+    Rest(u64),
     Stop,
 }
 
@@ -236,6 +239,15 @@ impl Vcpus {
         self.ask(index, |reply| Command::Translate(gva, reply))
     }
 
+    /// Lets all vCPUs that run stand for `nanoseconds` from now on. Returns at once.
+    pub fn rest(&self, nanoseconds: u64) {
+        for thread in &self.threads {
+            // A thread that is gone rests.
+            let _ = thread.commands.lock().send(Command::Rest(nanoseconds));
+            thread.kicker.kick();
+        }
+    }
+
     fn broadcast(&self, command: impl Fn(Reply<()>) -> Command) -> Result<(), VcpuError> {
         let mut answers = Vec::with_capacity(self.threads.len());
         for index in 0..self.threads.len() {
@@ -347,10 +359,20 @@ fn pin_to(cpus: &[usize]) -> io::Result<()> {
 /// The vCPU thread: runs guest code while told to, serves commands in between.
 fn serve(index: u32, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, shared: &Shared) {
     let mut running = false;
+    let mut rest_until = 0_u64;
     loop {
-        let command = if running { commands.try_recv().ok() } else { commands.recv().ok() };
+        let rest = if rest_until == 0 { 0 } else { rest_until.saturating_sub(host_monotonic()) };
+        let command = match (running, rest) {
+            (false, _) => commands.recv().ok(),
+            (true, 0) => commands.try_recv().ok(),
+            (true, rest) => match commands.recv_timeout(Duration::from_nanos(rest)) {
+                Err(RecvTimeoutError::Timeout) => continue,
+                other => other.ok(),
+            },
+        };
         match command {
             Some(Command::Stop) => return,
+            Some(Command::Rest(time)) => rest_until = host_monotonic().saturating_add(time),
             Some(command) => obey(command, vcpu.as_mut(), &mut running),
             // The VM is gone.
             None if !running => return,
@@ -425,5 +447,7 @@ fn obey(command: Command, vcpu: &mut dyn Vcpu, running: &mut bool) {
             let _ = reply.send(vcpu.translate(gva));
         }
         Command::Stop => *running = false,
+        // Not for the vCPU: its thread rests.
+        Command::Rest(_) => {}
     }
 }

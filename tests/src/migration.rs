@@ -1,0 +1,142 @@
+//! A guest that counts, in one process and then in another.
+
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::http::{Api, Response};
+use crate::{Program, riscv64_guest};
+
+/// How long a guest may take for anything.
+pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// A process that has a VM, or is to get one.
+#[derive(Debug)]
+pub struct Vmm {
+    /// The process.
+    pub program: Program,
+    /// Its REST API.
+    pub api: Api,
+}
+
+impl Vmm {
+    /// Starts one whose API is at `dir/name`; `options` go to its command line.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start(dir: &Path, name: &str, options: &[&str]) -> Self {
+        let socket = dir.join(name);
+        let mut args = vec!["--api-socket", socket.to_str().expect("UTF-8")];
+        args.extend(options);
+        let program = Program::run(&args);
+        Self { program, api: Api::connect(&socket) }
+    }
+
+    /// `Running`, `Paused`; empty without a VM.
+    pub fn state(&self) -> String {
+        let info = self.api.request("GET", "vm.info", &Value::Null);
+        if info.status != 200 {
+            return String::new();
+        }
+        info.json()["state"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Waits at `url` for a VM, on a thread that returns the answer. Returns when a UNIX socket is there.
+    ///
+    /// # Panics
+    /// If the socket never appears.
+    pub fn receive(&self, body: Value) -> JoinHandle<Response> {
+        let api = self.api.clone();
+        let url = body["receiver_url"].as_str().unwrap_or_default().to_owned();
+        let answer = std::thread::spawn(move || api.request("PUT", "vm.receive-migration", &body));
+        let deadline = Instant::now() + LIMIT;
+        while let Some(path) = url.strip_prefix("unix:")
+            && !Path::new(path).exists()
+        {
+            assert!(Instant::now() < deadline && !answer.is_finished(), "nobody listens at {url}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        answer
+    }
+
+    /// Sends the VM, again if nobody listens yet.
+    ///
+    /// # Panics
+    /// If nobody ever listens.
+    pub fn send(&self, body: &Value) -> Response {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let answer = self.api.request("PUT", "vm.send-migration", body);
+            if !answer.body.contains("cannot connect to") || Instant::now() > deadline {
+                return answer;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A riscv64 VM that runs `test` and writes to the file `console`.
+pub fn config(console: &Path, test: &str) -> Value {
+    let guest = riscv64_guest();
+    json!({
+        "arch": "riscv64",
+        "accel": "tcg",
+        "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+        "memory": { "size": 256u64 << 20 },
+        "payload": {
+            "kernel": guest.join("Image"),
+            "initramfs": guest.join("initramfs.cpio"),
+            "cmdline": format!("console=ttyS0 quiet holdfast.test={test}"),
+        },
+        "serial": { "mode": "File", "file": console },
+        "console": { "mode": "Off" },
+    })
+}
+
+/// What the guest writes, to a file that both processes have open.
+#[derive(Debug, Clone)]
+pub struct Console(pub PathBuf);
+
+impl Console {
+    /// All of it.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.0).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until it has counted `more` numbers further than now.
+    ///
+    /// # Panics
+    /// If it does not, or a number or checksum is wrong.
+    pub fn goes_on(&self, more: u64) {
+        let want = self.counted() + more;
+        let deadline = Instant::now() + LIMIT;
+        while self.counted() < want {
+            assert!(Instant::now() < deadline, "it does not count up to {want}:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The last number, all checked.
+    ///
+    /// # Panics
+    /// If a number is missing or its checksum is wrong, or memory got lost.
+    pub fn counted(&self) -> u64 {
+        let text = self.text();
+        assert!(!text.contains("SUM BAD"), "memory got lost:\n{text}");
+        let (mut i, mut sum, mut uptime) = (0, 0, 0.0);
+        // The last line may not be whole yet.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        for line in whole.lines().filter_map(|l| l.trim().strip_prefix("COUNT ")) {
+            let words: Vec<&str> = line.split(' ').collect();
+            i += 1;
+            sum = (sum * 31 + i) % 1_000_000_007;
+            assert_eq!(words[..2], [i.to_string(), sum.to_string()], "{text}");
+            let at: f64 = words[2].parse().expect("a time");
+            assert!(at >= uptime, "the clock went back:\n{text}");
+            uptime = at;
+        }
+        i
+    }
+}

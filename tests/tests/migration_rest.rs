@@ -1,0 +1,113 @@
+//! A VM moves from process to process over REST while it works, and stays where it is if that fails.
+
+use std::path::Path;
+
+use holdfast_tests::migration::{Console, Vmm, config};
+use serde_json::{Value, json};
+
+/// A running guest in one process, and a second process.
+fn pair(dir: &Path, test: &str, shared: bool) -> (Vmm, Vmm, Console) {
+    let console = Console(dir.join("console"));
+    let (first, second) = (Vmm::start(dir, "a", &[]), Vmm::start(dir, "b", &[]));
+    let mut config = config(&console.0, test);
+    config["memory"]["shared"] = shared.into();
+    first.api.put("vm.create", &config);
+    first.api.put("vm.boot", &Value::Null);
+    console.goes_on(3);
+    (first, second, console)
+}
+
+/// An address on the loopback network that no other process uses.
+fn loopback(n: u32) -> String {
+    let pid = std::process::id();
+    format!("tcp:127.{}.{}.{}:7711", (pid >> 8) % 250 + 1, pid % 256, n)
+}
+
+#[test]
+fn a_busy_guest_moves_there_and_back() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (mut first, second, console) = pair(dir.path(), "mover", false);
+    let unix = format!("unix:{}", dir.path().join("m").display());
+    let received = second.receive(json!({ "receiver_url": unix }));
+    let sent =
+        first.send(&json!({ "destination_url": unix, "timeout_s": 120, "timeout_strategy": "Ignore" }));
+    assert_eq!(sent.status, 204, "{sent:?}");
+    assert_eq!(received.join().expect("an answer").status, 204);
+    assert_eq!(second.state(), "Running");
+    assert!(first.program.wait_exit(holdfast_tests::migration::LIMIT).success(), "the source has ended");
+    console.goes_on(5);
+    // And back, over several TCP connections, compressed, with the source kept.
+    let third = Vmm::start(dir.path(), "c", &[]);
+    let tcp = loopback(1);
+    let received = third.receive(json!({ "receiver_url": tcp }));
+    let sent = second.send(&json!({
+        "destination_url": tcp, "connections": 3, "zstd_level": 1, "preserve_source": true,
+        "auto_converge": true, "timeout_s": 120, "timeout_strategy": "Ignore",
+    }));
+    assert_eq!(sent.status, 204, "{sent:?}");
+    assert_eq!(received.join().expect("an answer").status, 204);
+    assert_eq!((second.state().as_str(), third.state().as_str()), ("Paused", "Running"));
+    console.goes_on(5);
+    assert!(console.text().contains("SUM GOOD"));
+}
+
+#[test]
+fn a_guest_goes_to_another_process_with_its_ram() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (first, second, console) = pair(dir.path(), "mover", true);
+    let url = format!("unix:{}", dir.path().join("m").display());
+    let received = second.receive(json!({ "receiver_url": url }));
+    let sent = first.send(&json!({ "destination_url": url, "local": true, "preserve_source": true }));
+    assert_eq!(sent.status, 204, "{sent:?}");
+    assert_eq!(received.join().expect("an answer").status, 204);
+    assert_eq!((first.state().as_str(), second.state().as_str()), ("Paused", "Running"));
+    console.goes_on(5);
+    let resumed = first.api.request("PUT", "vm.resume", &Value::Null);
+    assert!(resumed.status == 500 && resumed.body.contains("together with its RAM"), "{resumed:?}");
+}
+
+#[test]
+fn whatever_fails_the_guest_stays() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (first, mut second, console) = pair(dir.path(), "counter", false);
+    let url = format!("unix:{}", dir.path().join("m").display());
+    // Nobody there, and what makes no sense.
+    for (body, status, says) in [
+        (json!({ "destination_url": "unix:/nonexistent/m" }), 500, "cannot connect to `unix:/nonexistent/m`"),
+        (json!({ "destination_url": "exec:cat" }), 400, "`exec:` is not supported"),
+        (json!({ "destination_url": url, "connections": 200 }), 400, "`connections` is 200"),
+        (json!({ "destination_url": url, "colour": 1 }), 400, "colour"),
+        (json!({ "destination_url": "tcp:127.0.0.1:1", "local": true }), 400, "begins with unix:"),
+    ] {
+        let answer = first.api.request("PUT", "vm.send-migration", &body);
+        assert!(answer.status == status && answer.body.contains(says), "{body}: {answer:?}");
+        assert_eq!(first.state(), "Running");
+    }
+    // RAM that is not shared cannot be handed over.
+    let received = second.receive(json!({ "receiver_url": url }));
+    let local = first.send(&json!({ "destination_url": url, "local": true }));
+    assert!(local.status == 500 && local.body.contains("memory.shared=on"), "{local:?}");
+    assert!(!received.is_finished(), "the destination has not been bothered");
+    // A time that is over before RAM is there; slow, so that it is.
+    let body = json!({ "destination_url": url, "bandwidth": 1 << 20, "timeout_s": 1 });
+    let slow = first.send(&body);
+    assert!(slow.status == 500 && slow.body.contains("within 1 seconds"), "{slow:?}");
+    assert_eq!(received.join().expect("an answer").status, 500);
+    assert_eq!((first.state().as_str(), second.state().as_str()), ("Running", ""));
+    console.goes_on(2);
+    // The destination is killed in the middle.
+    let received = second.receive(json!({ "receiver_url": url }));
+    let api = first.api.clone();
+    let send = json!({ "destination_url": url, "bandwidth": 4 << 20 });
+    let sent = std::thread::spawn(move || api.request("PUT", "vm.send-migration", &send));
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    // Meanwhile everything else is answered, and nothing else is begun.
+    assert_eq!(first.state(), "Running");
+    assert_eq!(first.api.request("PUT", "vm.pause", &Value::Null).status, 429);
+    second.program.kill();
+    let sent = sent.join().expect("an answer");
+    assert_eq!(sent.status, 500, "{sent:?}");
+    drop(received);
+    assert_eq!(first.state(), "Running");
+    console.goes_on(2);
+}

@@ -1,0 +1,237 @@
+//! The connections that carry RAM at the source.
+//!
+//! A piece of RAM always takes the same connection, so a page's newer contents never arrive before its older ones.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use holdfast_clock::host_monotonic;
+use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_threads::{Role, Spawner};
+use parking_lot::Mutex;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::control::Control;
+use crate::frame::{self, HEADER, Kind};
+use crate::pages::{Run, is_zero};
+use crate::{MigrationError, Stream};
+
+/// Pieces of RAM that wait for a connection.
+const QUEUE: usize = 16;
+/// RAM goes to connections in blocks of this size, in bytes.
+const BLOCK: u64 = 2 << 20;
+
+/// Keeps all connections together to the bandwidth.
+#[derive(Debug, Default)]
+pub(crate) struct Limiter(Mutex<Option<(u64, u64)>>);
+
+impl Limiter {
+    /// `bytes` are about to be sent: waits until they may.
+    pub(crate) fn admit(&self, bytes: u64, control: &Control) -> Result<(), MigrationError> {
+        loop {
+            let bandwidth = control.parameters().bandwidth;
+            let now = host_monotonic();
+            let wait = {
+                let mut state = self.0.lock();
+                if bandwidth == 0 {
+                    *state = None;
+                    return Ok(());
+                }
+                // What was not used is lost: the allowance is never more than a tenth of a second's.
+                let (at, debt) = state.unwrap_or((now, 0));
+                let paid = u128::from(now.saturating_sub(at)) * u128::from(bandwidth) / 1_000_000_000;
+                let debt = debt.saturating_sub(u64::try_from(paid).unwrap_or(u64::MAX));
+                if debt <= bandwidth / 10 {
+                    *state = Some((now, debt + bytes));
+                    return Ok(());
+                }
+                *state = Some((now, debt));
+                (debt - bandwidth / 10).saturating_mul(1_000_000_000) / bandwidth
+            };
+            control.check()?;
+            std::thread::sleep(Duration::from_nanos(wait.clamp(100_000, 50_000_000)));
+        }
+    }
+}
+
+/// Makes frames of RAM.
+pub(crate) struct Encoder {
+    memory: GuestMemory,
+    control: Arc<Control>,
+    limiter: Arc<Limiter>,
+    out: Vec<u8>,
+}
+
+impl Encoder {
+    pub(crate) fn new(memory: GuestMemory, control: Arc<Control>, limiter: Arc<Limiter>) -> Self {
+        Self { memory, control, limiter, out: Vec::new() }
+    }
+
+    /// Sends the pages of `run`.
+    pub(crate) fn send(&mut self, run: Run, to: &mut Stream) -> Result<(), MigrationError> {
+        self.out.clear();
+        let mut at = 0;
+        while at < run.len {
+            at += self.frame(Run { gpa: run.gpa + at, len: run.len - at })?;
+        }
+        self.limiter.admit(self.out.len() as u64, &self.control)?;
+        to.write_all(&self.out).map_err(MigrationError::broken("sending RAM"))?;
+        self.control.counters.transferred.fetch_add(self.out.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Appends a frame for as much of the start of `run` as is alike: zeroes, or not. Returns its length in bytes.
+    fn frame(&mut self, run: Run) -> Result<u64, MigrationError> {
+        let start = self.out.len();
+        self.out.resize(start + HEADER, 0);
+        let (mut zeroes, mut data) = (0, 0);
+        while zeroes + data < run.len {
+            let page = self.out.len();
+            self.out.resize(page + PAGE_SIZE as usize, 0);
+            let from = GuestAddress(run.gpa + zeroes + data);
+            let bytes = &mut self.out[page..];
+            self.memory.read_slice(bytes, from).map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
+            let zero = is_zero(bytes);
+            if zero || zeroes > 0 {
+                self.out.truncate(page);
+            }
+            match (zero, zeroes, data) {
+                (true, _, 0) => zeroes += PAGE_SIZE,
+                (false, 0, _) => data += PAGE_SIZE,
+                _ => break,
+            }
+        }
+        if zeroes > 0 {
+            self.out.truncate(start);
+            frame::append(&mut self.out, Kind::Zero, run.gpa, &zeroes.to_le_bytes());
+            self.control.counters.zero.fetch_add(zeroes / PAGE_SIZE, Relaxed);
+            return Ok(zeroes);
+        }
+        self.control.counters.normal.fetch_add(data / PAGE_SIZE, Relaxed);
+        if let Some(level) = self.control.parameters().zstd
+            && let Ok(packed) = zstd::bulk::compress(&self.out[start + HEADER..], level)
+            && (packed.len() as u64) + 4 < data
+        {
+            self.out.truncate(start);
+            let mut payload = (data as u32).to_le_bytes().to_vec();
+            payload.extend_from_slice(&packed);
+            frame::append(&mut self.out, Kind::Zstd, run.gpa, &payload);
+            return Ok(data);
+        }
+        let header = frame::header(Kind::Ram, run.gpa, &self.out[start + HEADER..]);
+        self.out[start..start + HEADER].copy_from_slice(&header);
+        Ok(data)
+    }
+}
+
+enum Job {
+    Send(Run),
+    /// Says when everything before it has left.
+    Flush(SyncSender<Result<(), MigrationError>>),
+    End(SyncSender<Result<(), MigrationError>>),
+}
+
+/// A connection with a thread of its own.
+struct Lane {
+    jobs: SyncSender<Job>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // Without a sender the thread ends.
+        self.jobs = sync_channel(0).0;
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// All connections but the first.
+pub(crate) struct Lanes {
+    lanes: Vec<Lane>,
+}
+
+fn serve(jobs: &Receiver<Job>, mut encoder: Encoder, mut stream: Stream) {
+    let mut result: Result<(), MigrationError> = Ok(());
+    for job in jobs {
+        match job {
+            // After a failure what is left is only taken off the queue.
+            Job::Send(run) => {
+                if result.is_ok() {
+                    result = encoder.send(run, &mut stream);
+                }
+            }
+            Job::Flush(answer) => {
+                let said = std::mem::replace(&mut result, Ok(()));
+                // Who asked waits for it.
+                let _ = answer.send(said);
+            }
+            Job::End(answer) => {
+                let ended = std::mem::replace(&mut result, Ok(())).and_then(|()| {
+                    let end = frame::write(&mut stream, Kind::End, 0, &[]);
+                    end.map_err(MigrationError::broken("sending the end of RAM"))
+                });
+                let _ = answer.send(ended);
+            }
+        }
+    }
+}
+
+impl Lanes {
+    /// No further connections.
+    pub(crate) fn none() -> Self {
+        Self { lanes: Vec::new() }
+    }
+
+    /// Adds a connection.
+    pub(crate) fn add(
+        &mut self,
+        stream: Stream,
+        encoder: Encoder,
+        spawner: &dyn Spawner,
+    ) -> Result<(), MigrationError> {
+        let (jobs, queue) = sync_channel(QUEUE);
+        let name = format!("migrate-ram{}", self.lanes.len() + 1);
+        let body = move || serve(&queue, encoder, stream);
+        let thread = spawner.spawn(&name, Role::Migration, Box::new(body));
+        let failed = |source| MigrationError::Host { what: "no thread for a connection", source };
+        self.lanes.push(Lane { jobs, thread: Some(thread.map_err(failed)?) });
+        Ok(())
+    }
+
+    /// Gives `run` to its connection; false if that is the first.
+    pub(crate) fn send(&self, run: Run) -> bool {
+        let index = (run.gpa / BLOCK) % (self.lanes.len() as u64 + 1);
+        let Some(lane) = index.checked_sub(1).and_then(|i| self.lanes.get(i as usize)) else { return false };
+        // A thread that is gone is noticed when its answer is waited for.
+        let _ = lane.jobs.send(Job::Send(run));
+        true
+    }
+
+    fn ask(&self, job: impl Fn(SyncSender<Result<(), MigrationError>>) -> Job) -> Result<(), MigrationError> {
+        let gone = || MigrationError::Protocol("the thread of a connection ended".into());
+        let mut answers = Vec::new();
+        for lane in &self.lanes {
+            let (tx, rx) = sync_channel(1);
+            lane.jobs.send(job(tx)).map_err(|_| gone())?;
+            answers.push(rx);
+        }
+        answers.into_iter().try_for_each(|answer| answer.recv().map_err(|_| gone())?)
+    }
+
+    /// Waits until everything has left.
+    pub(crate) fn flush(&self) -> Result<(), MigrationError> {
+        self.ask(Job::Flush)
+    }
+
+    /// Says on every connection that nothing more comes.
+    pub(crate) fn end(&self) -> Result<(), MigrationError> {
+        self.ask(Job::End)
+    }
+}

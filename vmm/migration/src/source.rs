@@ -1,0 +1,485 @@
+//! The source's end.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use holdfast_clock::host_monotonic;
+use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_threads::Spawner;
+
+use crate::control::{Control, Phase, TimeoutStrategy};
+use crate::frame::{self, Header, Kind, Preamble, Role};
+use crate::lanes::{Encoder, Lanes, Limiter};
+use crate::pages::{self, PageSet};
+use crate::{Address, MAX_CONNECTIONS, MigrationError, Plan, Stream, Tls};
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long the source waits for the reason of a connection's end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How often the source looks whether somebody let it go on.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+/// The VM at the source.
+pub trait Source: Send + Sync {
+    /// Its RAM.
+    fn memory(&self) -> GuestMemory;
+
+    /// What the target must be like.
+    ///
+    /// # Errors
+    /// Why this VM cannot migrate.
+    fn plan(&self) -> Result<Plan, Failure>;
+
+    /// The descriptors of its RAM, by range, for a target on the same host.
+    ///
+    /// # Errors
+    /// If RAM has none that another process can share.
+    fn ram_files(&self) -> Result<Vec<RawFd>, Failure>;
+
+    /// Starts the accelerator's log of writes, for all pages.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn start_log(&self) -> Result<(), Failure>;
+
+    /// Adds what vCPUs wrote to the trackers of RAM.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn sync_log(&self) -> Result<(), Failure>;
+
+    /// Ends the log.
+    fn stop_log(&self);
+
+    /// Lets vCPUs stand for this many percent of the time from now on.
+    fn throttle(&self, percent: u8);
+
+    /// Stops the guest.
+    ///
+    /// # Errors
+    /// If it does not stop, or ended by itself.
+    fn stop(&self) -> Result<(), Failure>;
+
+    /// Everything but RAM, of the stopped VM.
+    ///
+    /// # Errors
+    /// Naming what cannot be saved.
+    fn save(&self) -> Result<Vec<u8>, Failure>;
+
+    /// Gives up what only one VM can have.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn give_up(&self) -> Result<(), Failure>;
+
+    /// Takes back what was given up.
+    ///
+    /// # Errors
+    /// If somebody else has it.
+    fn take_back(&self) -> Result<(), Failure>;
+
+    /// Lets the guest go on here: undoes [`Source::stop`].
+    fn go_on(&self);
+
+    /// The guest is the target's.
+    fn moved(&self);
+
+    /// The migration has entered this phase.
+    fn entered(&self, phase: Phase);
+
+    /// Another pass over RAM has begun; the first is 1.
+    fn passed(&self, pass: u64);
+}
+
+/// How a migration that came about has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// The guest ran, and runs at the target.
+    pub running: bool,
+}
+
+/// What a migration is started with.
+#[derive(Debug, Clone)]
+pub struct SendTo {
+    /// Where the VM goes.
+    pub address: Address,
+    /// TLS, if the connections are to have it.
+    pub tls: Option<Tls>,
+    /// Connections for RAM, 1 to [`MAX_CONNECTIONS`].
+    pub connections: u32,
+    /// RAM goes over as file descriptors.
+    pub local: bool,
+    /// Distinguishes this migration from others.
+    pub session: [u8; 16],
+}
+
+/// Moves the VM. When it fails, the VM is as it was, but for [`MigrationError::Unknown`].
+///
+/// # Errors
+/// [`MigrationError`].
+pub fn send(
+    source: &dyn Source,
+    to: &SendTo,
+    control: &Arc<Control>,
+    spawner: &Arc<dyn Spawner>,
+) -> Result<Outcome, MigrationError> {
+    let mut sender = Sender {
+        source,
+        to,
+        control,
+        spawner,
+        memory: source.memory(),
+        limiter: Arc::default(),
+        lanes: Lanes::none(),
+        stopped: false,
+        given_up: false,
+        logging: false,
+    };
+    let result = sender.run();
+    sender.finish(result)
+}
+
+struct Sender<'a> {
+    source: &'a dyn Source,
+    to: &'a SendTo,
+    control: &'a Arc<Control>,
+    spawner: &'a Arc<dyn Spawner>,
+    memory: GuestMemory,
+    limiter: Arc<Limiter>,
+    lanes: Lanes,
+    stopped: bool,
+    given_up: bool,
+    logging: bool,
+}
+
+fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
+    move |source| MigrationError::Vm { what, source }
+}
+
+/// Reads a frame of kind `wanted`; one that says why the other side gives up becomes an error.
+pub(crate) fn expect(
+    stream: &mut Stream,
+    wanted: Kind,
+    what: &'static str,
+    side: &'static str,
+) -> Result<(Header, Vec<u8>), MigrationError> {
+    let mut payload = Vec::new();
+    let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(what))?;
+    match header.kind {
+        Kind::Abort => {
+            Err(MigrationError::Refused { side, reason: String::from_utf8_lossy(&payload).into_owned() })
+        }
+        kind if kind == wanted => Ok((header, payload)),
+        kind => Err(MigrationError::Protocol(format!("a {kind:?} section where {wanted:?} belongs"))),
+    }
+}
+
+impl Sender<'_> {
+    fn enter(&self, phase: Phase) {
+        if self.control.enter(phase) {
+            self.source.entered(phase);
+        }
+    }
+
+    fn run(&mut self) -> Result<Outcome, MigrationError> {
+        self.source.entered(Phase::Setup);
+        if self.to.connections == 0 || self.to.connections > MAX_CONNECTIONS {
+            let text = format!("connections={} is not from 1 to {MAX_CONNECTIONS}", self.to.connections);
+            return Err(MigrationError::Address { address: self.to.address.to_string(), reason: text });
+        }
+        if self.to.local && self.to.connections > 1 {
+            let reason = "a local migration has one connection".to_owned();
+            return Err(MigrationError::Address { address: self.to.address.to_string(), reason });
+        }
+        let mut plan = self.source.plan().map_err(vm("this VM cannot migrate"))?;
+        plan.local = self.to.local;
+        plan.connections = self.to.connections;
+        let files = if self.to.local {
+            self.source.ram_files().map_err(vm("this VM cannot migrate locally"))?
+        } else {
+            Vec::new()
+        };
+        let mut main = self.connect(Role::Main)?;
+        let text =
+            serde_json::to_vec(&plan).map_err(|e| MigrationError::vm("the plan cannot be written", e))?;
+        frame::write(&mut main, Kind::Hello, 0, &text).map_err(MigrationError::broken("sending the plan"))?;
+        if self.to.local {
+            main.send_fds(&files)?;
+        }
+        expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
+        for _ in 1..self.to.connections {
+            let stream = self.connect(Role::Ram)?;
+            self.lanes.add(stream, self.encoder(), self.spawner.as_ref())?;
+        }
+        let setup = self.control.elapsed().as_millis() as u64;
+        self.control.counters.setup.store(setup, Relaxed);
+        let mut result = self.transfer(&mut main, &plan);
+        if let Err(MigrationError::Broken { .. }) = &result
+            && main.set_timeouts(Some(LAST_WORDS)).is_ok()
+            && let Err(said @ MigrationError::Refused { .. }) =
+                expect(&mut main, Kind::Abort, "asking why", "destination")
+        {
+            result = Err(said);
+        }
+        if let Err(error) = &result
+            && !matches!(error, MigrationError::Broken { .. } | MigrationError::Unknown(_))
+        {
+            // The reason is a courtesy: that the connection ends says enough.
+            let text: String = error.describe().chars().take(4096).collect();
+            let _ = frame::write(&mut main, Kind::Abort, 0, text.as_bytes());
+        }
+        result
+    }
+
+    fn connect(&self, role: Role) -> Result<Stream, MigrationError> {
+        let preamble = Preamble { role, session: self.to.session };
+        Stream::connect(&self.to.address, self.to.tls.as_ref(), &preamble, self.control)
+    }
+
+    fn encoder(&self) -> Encoder {
+        Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter))
+    }
+
+    fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
+        let ranges = pages::ranges(&self.memory);
+        let total: u64 = ranges.iter().map(|r| r.1).sum();
+        self.control.counters.total.store(total, Relaxed);
+        self.enter(Phase::Active);
+        let mut left = PageSet::empty(&ranges);
+        let mut encoder = self.encoder();
+        if !self.to.local {
+            left = PageSet::full(&ranges);
+            pages::log_writes(&self.memory, true);
+            self.logging = true;
+            self.source.start_log().map_err(vm("writes to RAM cannot be logged"))?;
+            self.converge(&mut left, &mut encoder, main, &ranges)?;
+        }
+        self.wait_for_leave()?;
+        let began = host_monotonic();
+        self.source.throttle(0);
+        self.source.stop().map_err(vm("the guest cannot be stopped"))?;
+        self.stopped = true;
+        self.enter(Phase::Device);
+        if !self.to.local {
+            self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
+            left.take_dirty(&self.memory);
+            self.send_pages(&left, &mut encoder, main)?;
+        }
+        self.lanes.end()?;
+        frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
+        let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
+        frame::write(main, Kind::State, 0, &state).map_err(MigrationError::broken("sending the state"))?;
+        expect(main, Kind::Ready, "waiting for the destination to take the state over", "destination")?;
+        self.hand_over(main)?;
+        let stood = (host_monotonic() - began) / 1_000_000;
+        self.control.counters.downtime.store(stood, Relaxed);
+        self.control.counters.remaining.store(0, Relaxed);
+        Ok(Outcome { running: plan.running })
+    }
+
+    /// Sends RAM in passes until what is left takes no longer than the guest may stand.
+    fn converge(
+        &mut self,
+        left: &mut PageSet,
+        encoder: &mut Encoder,
+        main: &mut Stream,
+        ranges: &[(u64, u64)],
+    ) -> Result<(), MigrationError> {
+        let mut throttle = Throttle::default();
+        for pass in 1.. {
+            self.control.counters.passes.store(pass, Relaxed);
+            self.source.passed(pass);
+            let before = self.control.counters.transferred.load(Relaxed);
+            let began = host_monotonic();
+            self.send_pages(left, encoder, main)?;
+            self.lanes.flush()?;
+            let sent = self.control.counters.transferred.load(Relaxed) - before;
+            let took = (host_monotonic() - began).max(1);
+            self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
+            *left = PageSet::empty(ranges);
+            left.take_dirty(&self.memory);
+            let parameters = self.control.parameters();
+            let remaining = left.count() * PAGE_SIZE;
+            let rate = per_second(sent, took).max(1);
+            let counters = &self.control.counters;
+            counters.remaining.store(remaining, Relaxed);
+            counters.rate.store(rate, Relaxed);
+            counters.dirty_rate.store(per_second(left.count(), took), Relaxed);
+            let expected = Duration::from_millis(remaining.saturating_mul(1000) / rate);
+            counters.expected_downtime.store(expected.as_millis() as u64, Relaxed);
+            if expected <= parameters.downtime {
+                return Ok(());
+            }
+            if parameters.timeout.is_some_and(|limit| self.control.elapsed() >= limit) {
+                match parameters.strategy {
+                    TimeoutStrategy::Cancel => {
+                        return Err(MigrationError::Timeout(
+                            parameters.timeout.unwrap_or_default().as_secs(),
+                        ));
+                    }
+                    TimeoutStrategy::Ignore => return Ok(()),
+                }
+            }
+            if parameters.auto_converge {
+                let percent = throttle.after_pass(&parameters, sent, remaining);
+                counters.throttle.store(u64::from(percent), Relaxed);
+                self.source.throttle(percent);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_pages(
+        &self,
+        set: &PageSet,
+        encoder: &mut Encoder,
+        main: &mut Stream,
+    ) -> Result<(), MigrationError> {
+        let mut left = set.count() * PAGE_SIZE;
+        for run in set.runs() {
+            self.control.check()?;
+            if !self.lanes.send(run) {
+                encoder.send(run, main)?;
+            }
+            left -= run.len;
+            self.control.counters.remaining.store(left, Relaxed);
+            let parameters = self.control.parameters();
+            let late = parameters.timeout.is_some_and(|limit| self.control.elapsed() >= limit);
+            if late && parameters.strategy == TimeoutStrategy::Cancel {
+                return Err(MigrationError::Timeout(parameters.timeout.unwrap_or_default().as_secs()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the guest may be stopped, if somebody wants to be asked.
+    fn wait_for_leave(&self) -> Result<(), MigrationError> {
+        if !self.control.parameters().pause_before_switchover {
+            return self.control.check();
+        }
+        self.enter(Phase::PreSwitchover);
+        while !self.control.may_switch_over() {
+            self.control.check()?;
+            std::thread::sleep(PATIENCE);
+        }
+        Ok(())
+    }
+
+    /// The moment in which the guest changes hands.
+    fn hand_over(&mut self, main: &mut Stream) -> Result<(), MigrationError> {
+        self.control.commit()?;
+        self.given_up = true;
+        self.source.give_up().map_err(vm("the VM cannot be given up"))?;
+        frame::write(main, Kind::Go, 0, &[]).map_err(MigrationError::broken("giving the VM up"))?;
+        let mut payload = Vec::new();
+        match frame::read(main, &mut payload) {
+            Ok(header) if header.kind == Kind::Done => Ok(()),
+            Ok(header) if header.kind == Kind::Abort => {
+                let reason = String::from_utf8_lossy(&payload).into_owned();
+                Err(MigrationError::Refused { side: "destination", reason })
+            }
+            Ok(header) => {
+                let text = format!("a {:?} section where Done belongs", header.kind);
+                Err(MigrationError::Unknown(io::Error::new(io::ErrorKind::InvalidData, text)))
+            }
+            // The process at the other end is gone, and what it had said would have come before.
+            Err(source) if ended(&source) => {
+                Err(MigrationError::Broken { what: "the destination took the VM over", source })
+            }
+            Err(source) => Err(MigrationError::Unknown(source)),
+        }
+    }
+
+    /// Puts everything in order again.
+    fn finish(mut self, result: Result<Outcome, MigrationError>) -> Result<Outcome, MigrationError> {
+        if result.is_err() {
+            // Threads that send are not to wait for a peer that does not read.
+            self.control.break_connections();
+        }
+        self.lanes = Lanes::none();
+        self.source.throttle(0);
+        if self.logging {
+            self.source.stop_log();
+            pages::log_writes(&self.memory, false);
+        }
+        let result = match result {
+            // Connections that break because somebody cancelled are no failure of theirs.
+            Err(_) if self.control.is_cancelled() => Err(MigrationError::Cancelled),
+            other => other,
+        };
+        let Err(error) = result else {
+            self.source.moved();
+            self.enter(Phase::Completed);
+            return result;
+        };
+        self.control.set_error(error.describe());
+        if self.stopped && !matches!(error, MigrationError::Unknown(_)) {
+            let back = if self.given_up { self.source.take_back() } else { Ok(()) };
+            match back {
+                Ok(()) => self.source.go_on(),
+                Err(source) => {
+                    self.enter(Phase::Failed);
+                    return Err(MigrationError::Vm {
+                        what: "the VM stays paused: it cannot be taken back",
+                        source,
+                    });
+                }
+            }
+        }
+        self.enter(if self.control.is_cancelled() { Phase::Cancelled } else { Phase::Failed });
+        Err(error)
+    }
+}
+
+/// Whether the stream came to its end, rather than to silence.
+fn ended(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
+}
+
+fn per_second(count: u64, nanoseconds: u64) -> u64 {
+    u64::try_from(u128::from(count) * 1_000_000_000 / u128::from(nanoseconds.max(1))).unwrap_or(u64::MAX)
+}
+
+/// Decides when vCPUs are slowed, and by how much.
+#[derive(Debug, Default)]
+struct Throttle {
+    percent: u8,
+    /// Passes in a row after which more than half of what was sent had been written again.
+    losing: u32,
+}
+
+impl Throttle {
+    fn after_pass(&mut self, parameters: &crate::Parameters, sent: u64, remaining: u64) -> u8 {
+        self.losing = if remaining > sent / 2 { self.losing + 1 } else { 0 };
+        if self.losing >= 2 {
+            self.losing = 0;
+            self.percent = match self.percent {
+                0 => parameters.throttle_initial,
+                now => now.saturating_add(parameters.throttle_increment),
+            };
+        }
+        self.percent = self.percent.min(parameters.throttle_max).min(99);
+        self.percent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Parameters;
+
+    #[test]
+    fn vcpus_are_slowed_step_by_step() {
+        let (parameters, mut throttle) = (Parameters::default(), Throttle::default());
+        let steps: Vec<u8> = (0..24).map(|_| throttle.after_pass(&parameters, 100, 80)).collect();
+        assert_eq!(steps[..6], [0, 20, 20, 30, 30, 40]);
+        assert_eq!(*steps.last().expect("a step"), 99);
+        assert_eq!(Throttle::default().after_pass(&parameters, 100, 20), 0);
+    }
+}

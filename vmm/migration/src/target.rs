@@ -1,0 +1,282 @@
+//! The target's end.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_threads::{Role as ThreadRole, Spawner};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::control::{Control, Phase};
+use crate::frame::{self, Header, Kind, Role};
+use crate::pages::is_zero;
+use crate::source::expect;
+use crate::{Listener, MAX_CONNECTIONS, MigrationError, Plan, Stream};
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long the source may take to make its further connections.
+const FOLLOW: Duration = Duration::from_secs(30);
+
+/// The VM at the target.
+pub trait Target {
+    /// Builds a VM that `plan` fits and returns its RAM, which is fresh. If the plan is local, RAM is `files`.
+    ///
+    /// # Errors
+    /// Naming what differs.
+    fn build(&mut self, plan: &Plan, files: Vec<OwnedFd>) -> Result<GuestMemory, Failure>;
+
+    /// Takes over everything but RAM.
+    ///
+    /// # Errors
+    /// Naming what does not fit.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Failure>;
+
+    /// Takes what only one VM can have; the source has given it up.
+    ///
+    /// # Errors
+    /// If somebody else has it.
+    fn take_over(&mut self) -> Result<(), Failure>;
+
+    /// Lets the guest run. Whether it does or not, it is this VM's from now on.
+    ///
+    /// # Errors
+    /// If there is no VM.
+    fn run(&mut self) -> Result<(), Failure>;
+
+    /// The migration has entered this phase.
+    fn entered(&mut self, phase: Phase);
+}
+
+/// Takes a VM over from whoever connects first. If it fails, the VM must not be run.
+///
+/// # Errors
+/// [`MigrationError`].
+pub fn receive(
+    listener: &Listener,
+    target: &mut dyn Target,
+    control: &Arc<Control>,
+    spawner: &Arc<dyn Spawner>,
+) -> Result<(), MigrationError> {
+    let result = take(listener, target, control, spawner);
+    let phase = match &result {
+        Ok(()) => Phase::Completed,
+        Err(_) if control.is_cancelled() => Phase::Cancelled,
+        Err(error) => {
+            control.set_error(error.describe());
+            Phase::Failed
+        }
+    };
+    control.enter(phase);
+    target.entered(phase);
+    result
+}
+
+fn take(
+    listener: &Listener,
+    target: &mut dyn Target,
+    control: &Arc<Control>,
+    spawner: &Arc<dyn Spawner>,
+) -> Result<(), MigrationError> {
+    let (mut main, preamble) = listener.accept(control, None)?;
+    if preamble.role != Role::Main {
+        return Err(MigrationError::Protocol(format!("the first connection is a {:?} one", preamble.role)));
+    }
+    control.enter(Phase::Active);
+    target.entered(Phase::Active);
+    let session = Session { listener, control, spawner, id: preamble.session };
+    let result = session.serve(&mut main, target);
+    if let Err(error) = &result {
+        let text: String = error.describe().chars().take(4096).collect();
+        // The reason is a courtesy: that the connection ends says enough.
+        let _ = frame::write(&mut main, Kind::Abort, 0, text.as_bytes());
+        control.break_connections_after(&main);
+    }
+    result
+}
+
+struct Session<'a> {
+    listener: &'a Listener,
+    control: &'a Arc<Control>,
+    spawner: &'a Arc<dyn Spawner>,
+    id: [u8; 16],
+}
+
+fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
+    move |source| MigrationError::Vm { what, source }
+}
+
+impl Session<'_> {
+    fn serve(&self, main: &mut Stream, target: &mut dyn Target) -> Result<(), MigrationError> {
+        let (_, text) = expect(main, Kind::Hello, "waiting for the plan", "source")?;
+        let plan: Plan = serde_json::from_slice(&text)
+            .map_err(|e| MigrationError::Protocol(format!("the plan does not parse: {e}")))?;
+        check(&plan)?;
+        let files = if plan.local { main.receive_fds(plan.ram.len())? } else { Vec::new() };
+        let memory = target.build(&plan, files).map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
+        let total: u64 = plan.ram.iter().map(|r| r.1).sum();
+        self.control.counters.total.store(total, Relaxed);
+        frame::write(main, Kind::Accept, 0, &[]).map_err(MigrationError::broken("accepting the plan"))?;
+        let lanes = self.lanes(&plan, &memory)?;
+        self.fill(main, &memory)?;
+        for lane in lanes {
+            let gone = || MigrationError::Protocol("the thread of a connection ended".into());
+            lane.recv().map_err(|_| gone())??;
+        }
+        let (_, state) = expect(main, Kind::State, "waiting for the state", "source")?;
+        target.entered(Phase::Device);
+        target.restore(&state).map_err(vm("the state cannot be taken over"))?;
+        frame::write(main, Kind::Ready, 0, &[])
+            .map_err(MigrationError::broken("saying that all is there"))?;
+        expect(main, Kind::Go, "waiting for the source to give the VM up", "source")?;
+        target.take_over().map_err(vm("the VM cannot be taken over"))?;
+        frame::write(main, Kind::Done, 0, &[]).map_err(MigrationError::broken("taking the VM over"))?;
+        if plan.running {
+            target.run().map_err(vm("the guest does not run"))?;
+        }
+        Ok(())
+    }
+
+    /// Accepts the connections that carry RAM beside the first.
+    fn lanes(
+        &self,
+        plan: &Plan,
+        memory: &GuestMemory,
+    ) -> Result<Vec<Receiver<Result<(), MigrationError>>>, MigrationError> {
+        let mut all = Vec::new();
+        for n in 1..plan.connections {
+            let (mut stream, preamble) = self.listener.accept(self.control, Some(FOLLOW))?;
+            if preamble.session != self.id || preamble.role != Role::Ram {
+                return Err(MigrationError::Protocol("a connection of another migration".into()));
+            }
+            let (done, result) = channel();
+            let (memory, control) = (memory.clone(), Arc::clone(self.control));
+            let body = move || {
+                let filled = Filler { memory: &memory, control: &control }.until_end(&mut stream);
+                if filled.is_err() {
+                    // The first connection's thread is not to wait for what no longer comes.
+                    control.break_connections();
+                }
+                // Whoever waits may have given up.
+                let _ = done.send(filled);
+            };
+            let name = format!("migrate-ram{n}");
+            let failed = |source| MigrationError::Host { what: "no thread for a connection", source };
+            self.spawner.spawn(&name, ThreadRole::Migration, Box::new(body)).map_err(failed)?;
+            all.push(result);
+        }
+        Ok(all)
+    }
+
+    fn fill(&self, main: &mut Stream, memory: &GuestMemory) -> Result<(), MigrationError> {
+        Filler { memory, control: self.control }.until_end(main)
+    }
+}
+
+fn describe(error: &(dyn Error + 'static)) -> String {
+    let chain = std::iter::successors(Some(error), |e| (*e).source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Whether a plan makes sense at all.
+fn check(plan: &Plan) -> Result<(), MigrationError> {
+    if plan.page_size != PAGE_SIZE {
+        let text = format!("the page size is {} at the source, {PAGE_SIZE} here", plan.page_size);
+        return Err(MigrationError::Differs(text));
+    }
+    if plan.connections == 0 || plan.connections > MAX_CONNECTIONS {
+        return Err(MigrationError::Protocol(format!("{} connections", plan.connections)));
+    }
+    Ok(())
+}
+
+/// Puts into RAM what comes over one connection.
+pub(crate) struct Filler<'a> {
+    pub(crate) memory: &'a GuestMemory,
+    pub(crate) control: &'a Control,
+}
+
+impl Filler<'_> {
+    /// Takes frames until an `End`.
+    fn until_end(&self, stream: &mut Stream) -> Result<(), MigrationError> {
+        let mut payload = Vec::new();
+        loop {
+            let header =
+                frame::read(stream, &mut payload).map_err(MigrationError::broken("receiving RAM"))?;
+            self.control.counters.transferred.fetch_add((frame::HEADER + header.len) as u64, Relaxed);
+            match header.kind {
+                Kind::End => return Ok(()),
+                Kind::Abort => {
+                    let reason = String::from_utf8_lossy(&payload).into_owned();
+                    return Err(MigrationError::Refused { side: "source", reason });
+                }
+                _ => self.put(&header, &payload)?,
+            }
+        }
+    }
+
+    /// Puts one frame's contents into RAM.
+    pub(crate) fn put(&self, header: &Header, payload: &[u8]) -> Result<(), MigrationError> {
+        let unpacked;
+        let data = match header.kind {
+            Kind::Ram => payload,
+            Kind::Zstd => {
+                unpacked = unpack(payload)?;
+                &unpacked
+            }
+            Kind::Zero => return self.zero(header.arg, payload),
+            kind => return Err(MigrationError::Protocol(format!("a {kind:?} section within RAM"))),
+        };
+        let pages = data.len() as u64 / PAGE_SIZE;
+        if data.is_empty() || !(data.len() as u64).is_multiple_of(PAGE_SIZE) || !header.arg.is_multiple_of(PAGE_SIZE) {
+            let text = format!("{} bytes of RAM at {:#x} are no whole pages", data.len(), header.arg);
+            return Err(MigrationError::Protocol(text));
+        }
+        self.memory
+            .write_slice(data, GuestAddress(header.arg))
+            .map_err(|_| outside(header.arg, data.len()))?;
+        self.control.counters.normal.fetch_add(pages, Relaxed);
+        Ok(())
+    }
+
+    fn zero(&self, gpa: u64, payload: &[u8]) -> Result<(), MigrationError> {
+        let len = payload.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte));
+        if payload.len() != 8 || len == 0 || !len.is_multiple_of(PAGE_SIZE) || !gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(MigrationError::Protocol(format!("{len} zeroes at {gpa:#x} are no whole pages")));
+        }
+        let end = gpa.checked_add(len).ok_or_else(|| outside(gpa, usize::MAX))?;
+        let mut page = [0; PAGE_SIZE as usize];
+        let mut at = gpa;
+        while at < end {
+            // Reading takes no memory from the host where there is none yet; writing would.
+            self.memory.read_slice(&mut page, GuestAddress(at)).map_err(|_| outside(at, page.len()))?;
+            if !is_zero(&page) {
+                page.fill(0);
+                self.memory.write_slice(&page, GuestAddress(at)).map_err(|_| outside(at, page.len()))?;
+            }
+            at += PAGE_SIZE;
+        }
+        self.control.counters.zero.fetch_add(len / PAGE_SIZE, Relaxed);
+        Ok(())
+    }
+}
+
+fn outside(gpa: u64, len: usize) -> MigrationError {
+    MigrationError::Protocol(format!("{len} bytes at {gpa:#x} are outside of RAM"))
+}
+
+/// Unpacks a `Zstd` frame.
+fn unpack(payload: &[u8]) -> Result<Vec<u8>, MigrationError> {
+    let wrong = || MigrationError::Protocol("compressed RAM that cannot be unpacked".into());
+    let (length, packed) = payload.split_first_chunk::<4>().ok_or_else(wrong)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    if length > frame::MAX_RAM {
+        return Err(wrong());
+    }
+    let data = zstd::bulk::decompress(packed, length).map_err(|_| wrong())?;
+    if data.len() == length { Ok(data) } else { Err(wrong()) }
+}

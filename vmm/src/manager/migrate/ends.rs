@@ -1,0 +1,232 @@
+//! The VM as the two ends of a migration see it.
+
+use std::error::Error;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use holdfast_config::VmConfig;
+use holdfast_memory::GuestMemory;
+use holdfast_migration::{Phase, Plan, Source, Target};
+use holdfast_sandbox::Sandbox;
+use holdfast_threads::{Role, Spawner};
+
+use super::super::{Manager, Message, Run, Wire};
+use super::settings::status;
+use crate::confine;
+use crate::control::{Event, EventBus};
+use crate::snapshot::SavedVm;
+use crate::vm::{Host, Vm};
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long vCPUs run between two rests when they are slowed.
+const RUN: Duration = Duration::from_millis(10);
+
+/// The VM at the source, as the migration's thread sees it.
+pub(super) struct Link {
+    pub(super) vm: Arc<Vm>,
+    pub(super) running: bool,
+    /// Its RAM goes with it.
+    pub(super) ram: bool,
+    pub(super) wire: Wire,
+    pub(super) spawner: Arc<dyn Spawner>,
+    /// Where the status is published, if somebody wants to know.
+    pub(super) events: Option<EventBus>,
+    /// Percent of the time that vCPUs stand.
+    throttle: Arc<AtomicU8>,
+    throttling: AtomicBool,
+}
+
+impl Link {
+    pub(super) fn new(vm: Arc<Vm>, running: bool, wire: Wire, spawner: Arc<dyn Spawner>) -> Self {
+        Self {
+            vm,
+            running,
+            ram: false,
+            wire,
+            spawner,
+            events: None,
+            throttle: Arc::default(),
+            throttling: AtomicBool::new(false),
+        }
+    }
+
+    /// Runs `what` on the manager's thread.
+    fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Manager) -> T + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (answer, answered) = sync_channel(1);
+        // Who asks waits.
+        self.wire.send(Message::Ask(Box::new(move |manager| drop(answer.send(what(manager))))));
+        answered.recv().map_err(|_| "the VM manager has ended".into())
+    }
+}
+
+impl Source for Link {
+    fn memory(&self) -> GuestMemory {
+        self.vm.memory().clone()
+    }
+
+    fn plan(&self) -> Result<Plan, Failure> {
+        Ok(self.vm.plan(self.running)?)
+    }
+
+    fn ram_files(&self) -> Result<Vec<RawFd>, Failure> {
+        Ok(self.vm.ram_files()?)
+    }
+
+    fn start_log(&self) -> Result<(), Failure> {
+        Ok(self.vm.accel().start_dirty_log()?)
+    }
+
+    fn sync_log(&self) -> Result<(), Failure> {
+        Ok(self.vm.accel().sync_dirty_log()?)
+    }
+
+    fn stop_log(&self) {
+        if let Err(error) = self.vm.accel().stop_dirty_log() {
+            tracing::warn!(%error, "the log of writes to RAM cannot be ended");
+        }
+    }
+
+    fn throttle(&self, percent: u8) {
+        self.throttle.store(percent, Ordering::Release);
+        if percent == 0 || self.throttling.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (throttle, vm) = (Arc::clone(&self.throttle), Arc::downgrade(&self.vm));
+        let body = move || {
+            loop {
+                let percent = u32::from(throttle.load(Ordering::Acquire).min(99));
+                let Some(vm) = vm.upgrade().filter(|_| percent > 0) else { return };
+                let rest = RUN * percent / (100 - percent);
+                vm.vcpus().rest(rest.as_nanos() as u64);
+                drop(vm);
+                std::thread::sleep(rest + RUN);
+            }
+        };
+        if let Err(error) = self.spawner.spawn("throttle", Role::Migration, Box::new(body)) {
+            tracing::warn!(%error, "vCPUs cannot be slowed");
+        }
+    }
+
+    fn stop(&self) -> Result<(), Failure> {
+        if !self.running {
+            return Ok(());
+        }
+        Ok(self.ask(Manager::stop_to_move)??)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, Failure> {
+        Ok(serde_json::to_vec(&self.vm.save()?)?)
+    }
+
+    fn give_up(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn take_back(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn go_on(&self) {
+        if self.running
+            && let Err(error) = self.ask(Manager::go_on_here)
+        {
+            tracing::error!("{error}");
+        }
+    }
+
+    fn moved(&self) {
+        let ram = self.ram;
+        if let Err(error) = self.ask(move |manager| manager.set_run(Run::Moved { ram })) {
+            tracing::error!("{error}");
+        }
+    }
+
+    fn entered(&self, phase: Phase) {
+        tracing::info!(?phase, "migration");
+        if let Some(events) = &self.events {
+            events.publish(Event::MigrationStatus(status(phase)));
+        }
+    }
+
+    fn passed(&self, pass: u64) {
+        tracing::debug!(pass, "migration");
+        if let Some(events) = &self.events {
+            events.publish(Event::MigrationPass(pass));
+        }
+    }
+}
+
+/// The VM at the target.
+pub(super) struct Newcomer {
+    pub(super) host: Option<Host>,
+    /// The VM's config; `None` for that of the source.
+    pub(super) config: Option<VmConfig>,
+    pub(super) accel: Option<holdfast_config::AccelChoice>,
+    pub(super) sandbox: Arc<Sandbox>,
+    pub(super) events: Option<EventBus>,
+    pub(super) vm: Option<Vm>,
+    pub(super) running: bool,
+}
+
+impl Newcomer {
+    fn vm(&self) -> Result<&Vm, Failure> {
+        self.vm.as_ref().ok_or_else(|| "there is no VM yet".into())
+    }
+}
+
+impl Target for Newcomer {
+    fn build(&mut self, plan: &Plan, files: Vec<OwnedFd>) -> Result<GuestMemory, Failure> {
+        let mut host = self.host.take().ok_or("there was a VM already")?;
+        let mut config = match self.config.take() {
+            Some(config) => config,
+            None => VmConfig::from_json(&serde_json::to_vec(&plan.config)?)?,
+        };
+        if let Some(accel) = &self.accel {
+            config.accel = accel.clone();
+        }
+        config.validate_for_boot()?;
+        confine::check(&self.sandbox, &config, None)?;
+        confine::limit_paths(&self.sandbox, &config, None)?;
+        host.incoming = true;
+        host.ram_files = files.into_iter().map(Into::into).collect();
+        let vm = Vm::build(config, host)?;
+        vm.check_plan(plan)?;
+        self.running = plan.running;
+        let memory = vm.memory().clone();
+        self.vm = Some(vm);
+        Ok(memory)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
+        let saved: SavedVm = serde_json::from_slice(state)?;
+        saved.check_version()?;
+        Ok(self.vm()?.restore(&saved)?)
+    }
+
+    fn take_over(&mut self) -> Result<(), Failure> {
+        self.vm().map(drop)
+    }
+
+    fn run(&mut self) -> Result<(), Failure> {
+        // It belongs to this process now and must not be lost, whether it runs or not.
+        if let Err(error) = self.vm()?.resume() {
+            tracing::error!(%error, "the guest that has come does not run");
+            self.running = false;
+        }
+        Ok(())
+    }
+
+    fn entered(&mut self, phase: Phase) {
+        tracing::info!(?phase, "migration");
+        if let Some(events) = &self.events {
+            events.publish(Event::MigrationStatus(status(phase)));
+        }
+    }
+}
