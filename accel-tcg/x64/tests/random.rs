@@ -176,7 +176,34 @@ impl Gen<'_> {
         let masked = self.b.andi(v, (RAM_SIZE as i64 / 2 - 1) & if self.rng.below(2) == 0 { !7 } else { -1 });
         let base = self.b.iconst(RAM as i64);
         let a = self.b.add(masked, base);
+        if self.rng.below(4) == 0 {
+            return self.table(a);
+        }
         (a, self.rng.pick(&[0, 0, 8, 16, 0x700, -1, 24, 4091]))
+    }
+
+    /// An address in a small table: at `base` or at a constant address, which may be at the end of a page.
+    fn table(&mut self, base: Val) -> (Val, i32) {
+        let index = self.int();
+        let index = match self.rng.below(3) {
+            0 => self.b.andi(index, 0xff),
+            1 => {
+                let low = self.b.trunc(index);
+                let low = self.b.unary(Op::Ext8U, low);
+                self.b.zext(low)
+            }
+            _ => self.b.unary(Op::Ext8U, index),
+        };
+        let by = self.rng.below(4) as i64;
+        let index = self.b.shli(index, by);
+        match self.rng.below(4) {
+            0 => {
+                let at = self.rng.pick(&[0, 0x800, 0xd00, 0xffc]);
+                (self.b.addi(index, RAM as i64 + at), 0)
+            }
+            1 => (self.b.add(index, base), 8),
+            _ => (self.b.add(base, index), 0),
+        }
     }
 
     fn mode(&mut self) -> FpMode {

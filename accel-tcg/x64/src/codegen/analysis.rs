@@ -9,6 +9,10 @@ const ALIAS: u8 = 2;
 const FUSED_COND: u8 = 4;
 /// `Add` takes the operand of the shift that makes its second operand.
 const FUSED_SHIFT: u8 = 8;
+/// The address of a load or store is a table with a small index ([`table`]), whose probe needs the table.
+const TABLE: u8 = 16;
+/// Largest offset in a table.
+const MAX_TABLE: u64 = 1024;
 
 /// Up to four values.
 struct Operands {
@@ -132,6 +136,10 @@ impl Analysis {
             Op::Load | Op::Store => {
                 self.epoch += 1;
                 self.chain(at, i);
+                if let Some((base, _)) = table(r, i.a) {
+                    self.info[at].flags |= TABLE;
+                    self.mark(base, at);
+                }
             }
             Op::AtomicRmw | Op::AtomicCas | Op::BrCond => self.epoch += 1,
             Op::Call | Op::Host | Op::Label => {
@@ -273,10 +281,54 @@ impl Analysis {
         self.info[at as usize].flags & FUSED_COND != 0
     }
 
+    /// The table that the load or store at `at` is from, and the largest offset in it.
+    pub(crate) fn table(&self, r: &Region, at: u32) -> Option<(Val, u64)> {
+        let wanted = self.info.get(at as usize).is_some_and(|i| i.flags & TABLE != 0);
+        if wanted { table(r, r.insts.get(at as usize)?.a) } else { None }
+    }
+
     #[inline]
     pub(crate) fn shift_fused(&self, at: u32) -> bool {
         self.info[at as usize].flags & FUSED_SHIFT != 0
     }
+}
+
+/// If address `v` is a value and a small offset, those; the value is no constant.
+fn table(r: &Region, v: u32) -> Option<(Val, u64)> {
+    let d = &r.insts[v as usize];
+    if d.op != Op::Add || d.ty != Type::I64 {
+        return None;
+    }
+    let (base, max) = match bound(r, d.b, 0) {
+        Some(max) => (d.a, max),
+        None => (d.b, bound(r, d.a, 0)?),
+    };
+    (!is_const(r, base)).then_some((Val(base), max))
+}
+
+/// The largest value that `v` can have, if that is small.
+pub(crate) fn bound(r: &Region, v: u32, depth: u32) -> Option<u64> {
+    let d = &r.insts[v as usize];
+    if depth > 4 {
+        return None;
+    }
+    let of = |v: u32| bound(r, v, depth + 1);
+    let max = match d.op {
+        Op::Const => d.imm(),
+        Op::Ext8U => 255,
+        Op::Load if d.mem().log2() == 0 && !d.mem().is_signed() => 255,
+        Op::ZExt | Op::SExt | Op::Trunc => of(d.a)?,
+        Op::And => of(d.b).or_else(|| of(d.a))?,
+        Op::Shl => {
+            let by = &r.insts[d.b as usize];
+            if by.op != Op::Const || by.imm() > 4 {
+                return None;
+            }
+            of(d.a)? << by.imm()
+        }
+        _ => return None,
+    };
+    (max <= MAX_TABLE).then_some(max)
 }
 
 fn is_const(r: &Region, v: u32) -> bool {

@@ -46,6 +46,17 @@ pub(crate) struct Access {
     pub(crate) pages: u32,
 }
 
+/// What a probe for one access needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lone {
+    pub(crate) base: Reg,
+    pub(crate) range: (i32, i32),
+    /// Where the entries are.
+    pub(crate) array: i32,
+    /// For the addend, and one more.
+    pub(crate) temps: (Reg, Reg),
+}
+
 /// A cold path.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Cold {
@@ -53,6 +64,8 @@ pub(crate) enum Cold {
     Access { from: usize, back: usize, pc: u64, access: Access },
     /// Another jump to the cold path of the access that follows in the list.
     Jump { from: usize },
+    /// Probes for the access that follows in the list alone, after a probe for a whole table; comes back.
+    Probe { from: usize, back: usize, probe: Lone },
     /// Leaves with a code at a pc.
     Exit { from: usize, code: u32, pc: u64 },
     /// Asks for link `n`, and looks its target up in the indirect-branch cache.
@@ -81,8 +94,15 @@ impl Cx<'_> {
             let here = self.st.asm.pos();
             match self.st.cold[n] {
                 Cold::Jump { from } => jumps = [Some(from), jumps[0]],
-                Cold::Access { from, back, pc, access } => {
+                Cold::Probe { from, back, probe } => {
                     self.st.asm.patch_rel(from, here);
+                    jumps = [Some(self.emit_probe(&probe)), jumps[0]];
+                    self.jump_back(back);
+                }
+                Cold::Access { from, back, pc, access } => {
+                    if from != 0 {
+                        self.st.asm.patch_rel(from, here);
+                    }
                     for j in std::mem::take(&mut jumps).into_iter().flatten() {
                         self.st.asm.patch_rel(j, here);
                     }

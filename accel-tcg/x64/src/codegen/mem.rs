@@ -6,7 +6,8 @@
 
 use super::Cx;
 use super::alloc::Page;
-use super::cold::{Access, Base, Cold, Source};
+use super::analysis::bound;
+use super::cold::{Access, Base, Cold, Lone, Source};
 use crate::CodegenError;
 use crate::asm::{Alu, Cc, Mem, Reg, Shift};
 use crate::stubs::Slow;
@@ -15,7 +16,7 @@ use holdfast_tcg_ir::{FenceKind, Inst, MemOp, Op, RmwKind, Type, Val};
 
 /// Result of a probe.
 pub(crate) struct Probe {
-    /// rel32 of the jump to the cold path.
+    /// rel32 of the jump to the cold path; 0 if another probe leads there.
     pub(crate) miss: usize,
     /// The same of the jump that is taken when the address is misaligned.
     misaligned: Option<usize>,
@@ -165,7 +166,8 @@ impl Cx<'_> {
         let size = if mem.is_aligned() { 1 } else { mem.bytes() as i32 };
         let hi = disp.saturating_add(size);
         let addr = self.st.an.root(addr);
-        let mut p = match self.const_probe(mem, (addr, disp), write) {
+        let known = self.const_probe(mem, (addr, disp), write);
+        let mut p = match known.or_else(|| self.table_probe(mem, (addr, disp), write)) {
             Some(p) => p,
             None => self.probe_range(mem, addr, (disp, hi), write),
         };
@@ -173,31 +175,70 @@ impl Cx<'_> {
         p
     }
 
-    /// A probe at a constant address within reach of a displacement, aligned within its page: entry and tag are known.
+    /// A probe within reach of a displacement, at a constant address or in a table at one, that lies in one page: entry and
+    /// tag are known.
     fn const_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Probe> {
-        let base = i32::try_from(self.konst(addr)? as i64).ok()?;
+        let known = self.konst(addr).map(|c| i32::try_from(c as i64));
+        let (base, max) = match known {
+            Some(base) => (base.ok()?, 0),
+            None => (0, i32::try_from(bound(self.r, addr.0, 0)?).ok()?),
+        };
         let va = base.checked_add(disp)?;
-        let last = va.checked_add(mem.bytes() as i32 - 1)?;
+        let last = va.checked_add(max + mem.bytes() as i32 - 1)?;
         if (va ^ last) >> TLB_PAGE_BITS != 0 {
             return None;
         }
+        let base = if known.is_some() { Base::Const(base) } else { Base::Reg(self.gpr(addr)) };
         let (t1, t2) = (self.temp(), self.temp());
-        let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
-        let entry = array + 16 * tlb_index(va as i64 as u64) as i32;
+        let entry = Self::array(mem, write) + 16 * tlb_index(va as i64 as u64) as i32;
         let a = &mut self.st.asm;
         a.lea(true, t2, Mem::base(Reg::R15, va & -4096));
         a.alu(Alu::Cmp, true, t2, Mem::env(entry));
         let miss = a.jcc(Cc::Ne);
         a.mov(true, t1, Mem::env(entry + 8));
-        let base = Base::Const(base);
         Some(Probe { miss, misaligned: None, base, disp, addend: t1, other: t2, dest: None, page: None })
+    }
+
+    /// A probe for all of a table that a load or store with a small index is from: it does not wait for the index. A table
+    /// that crosses a page needs another.
+    fn table_probe(&mut self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Probe> {
+        // A value to be swapped takes the register that the table would need.
+        if mem.is_big_endian() {
+            return None;
+        }
+        let (table, max) = self.st.an.table(self.r, self.at)?;
+        let size = mem.bytes() as i32;
+        let hi = disp.checked_add(i32::try_from(max).ok()?)?.checked_add(size)?;
+        let base = self.gpr(addr);
+        let array = Self::array(mem, write);
+        let table = self.gpr(table);
+        let temps = (self.temp(), self.temp());
+        let from = self.emit_probe(&Lone { base: table, range: (disp, hi), array, temps });
+        let lone = Lone { base, range: (disp, disp + size), array, temps };
+        self.st.cold.push(Cold::Probe { from, back: self.st.asm.pos(), probe: lone });
+        let base = Base::Reg(base);
+        let (addend, other) = temps;
+        Some(Probe { miss: 0, misaligned: None, base, disp, addend, other, dest: None, page: None })
+    }
+
+    /// Offset of the TLB entries for an access.
+    fn array(mem: MemOp, write: bool) -> i32 {
+        if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) }
     }
 
     /// Emits the probe for `addr + lo .. addr + hi`.
     fn probe_range(&mut self, mem: MemOp, addr: Val, (lo, hi): (i32, i32), write: bool) -> Probe {
         let base = self.gpr(addr);
-        let (t1, t2) = (self.temp(), self.temp());
-        let array = if write { offset::tlb_write(mem.mmu_idx()) } else { offset::tlb_read(mem.mmu_idx()) };
+        let temps = (self.temp(), self.temp());
+        let miss = self.emit_probe(&Lone { base, range: (lo, hi), array: Self::array(mem, write), temps });
+        let base = Base::Reg(base);
+        let (addend, other) = temps;
+        Probe { miss, misaligned: None, base, disp: lo, addend, other, dest: None, page: None }
+    }
+
+    /// Emits a probe; gives the place of the rel32 of the jump that is taken on a miss.
+    pub(crate) fn emit_probe(&mut self, p: &Lone) -> usize {
+        let (base, (lo, hi), (t1, t2)) = (p.base, p.range, p.temps);
         let a = &mut self.st.asm;
         // t1 = index * 16: the page number's low bits, shifted to where an entry's offset has them.
         let down = (TLB_PAGE_BITS - 4) as u8;
@@ -218,11 +259,10 @@ impl Cx<'_> {
         a.alu_imm(Alu::And, false, t1, (TLB_ENTRIES as i32 - 1) << 4);
         a.alu_imm(Alu::And, true, t2, -4096);
         a.alu(Alu::Add, true, t2, Reg::R15);
-        a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, array));
+        a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, p.array));
         let miss = a.jcc(Cc::Ne);
-        a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, array + 8));
-        let base = Base::Reg(base);
-        Probe { miss, misaligned: None, base, disp: lo, addend: t1, other: t2, dest: None, page: None }
+        a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, p.array + 8));
+        miss
     }
 
     /// Notes the cold path of the access just emitted.
