@@ -10,9 +10,7 @@ use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 use crate::guest::{Access, AccessKind, Fault, Flush};
 use crate::phys::PhysMemory;
 use crate::vcpu::VcpuCore;
-
-/// Spin hints for each yield: a microsecond or so of waiting before a system call.
-const SPINS: u32 = 16;
+use crate::wait::DOZE;
 
 /// Access to one vCPU, given to [`crate::Guest`] methods and to helpers called from translated code.
 #[derive(Debug)]
@@ -98,12 +96,13 @@ impl<'a> Cpu<'a> {
         std::mem::take(&mut self.core.code_hit)
     }
 
-    /// The guest says that it spins. Now and then the host's CPU is offered to others: the vCPU that it waits
-    /// for may need it.
+    /// The guest says that it spins. If it has for long, the vCPU sleeps for a moment, or until something is asked of
+    /// it: the one that it waits for may need the host's CPU.
     pub fn spins(&mut self) {
-        self.core.spins = self.core.spins.wrapping_add(1);
-        if self.core.spins.is_multiple_of(SPINS) {
-            std::thread::yield_now();
+        std::hint::spin_loop();
+        if self.core.spin.hint(self.core.clock.now()) {
+            self.core.shared.doze(DOZE);
+            self.core.spin.slept(self.core.clock.now());
         }
     }
 

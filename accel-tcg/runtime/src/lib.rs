@@ -26,6 +26,7 @@ mod tlb;
 mod translate;
 mod vcpu;
 mod vm;
+mod wait;
 
 pub use code::CodeReader;
 pub use cpu::{Cpu, HelperResult, Leave};

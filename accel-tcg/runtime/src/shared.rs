@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -74,6 +74,8 @@ pub struct VcpuShared {
     flushes: Mutex<Vec<Flush>>,
     pub(crate) counts: VcpuCounts,
     asleep: Mutex<bool>,
+    /// Asleep in the middle of translated code: any request ends that.
+    dozing: AtomicBool,
     wake: Condvar,
 }
 
@@ -101,6 +103,7 @@ impl VcpuShared {
             flushes: Mutex::default(),
             counts: VcpuCounts::default(),
             asleep: Mutex::new(false),
+            dozing: AtomicBool::new(false),
             wake: Condvar::new(),
         })
     }
@@ -141,7 +144,7 @@ impl VcpuShared {
     pub fn request(&self, what: u32) {
         self.requests.fetch_or(what, Ordering::SeqCst);
         self.env.exit_request().store(1, Ordering::SeqCst);
-        if what & AWAKENING != 0 {
+        if what & AWAKENING != 0 || self.dozing.load(Ordering::SeqCst) {
             let asleep = self.asleep.lock();
             if *asleep {
                 self.wake.notify_all();
@@ -221,6 +224,18 @@ impl VcpuShared {
     /// True while there are requests.
     pub fn requested(&self) -> bool {
         self.requests.load(Ordering::SeqCst) != 0
+    }
+
+    /// Sleeps for `limit`, or until there is a request of any kind.
+    pub(crate) fn doze(&self, limit: Duration) {
+        self.dozing.store(true, Ordering::SeqCst);
+        let mut asleep = self.asleep.lock();
+        *asleep = true;
+        if !self.requested() {
+            self.wake.wait_for(&mut asleep, limit);
+        }
+        *asleep = false;
+        self.dozing.store(false, Ordering::SeqCst);
     }
 
     /// Sleeps until there is a request, or for `limit` if given.

@@ -16,6 +16,7 @@ use crate::shared::{VcpuShared, request};
 use crate::table::{Body, GRANULE, Key, Region};
 use crate::vcpu::{KEY_STEP, VcpuCore};
 use crate::vm::TcgVm;
+use crate::wait;
 
 /// Guest instructions in one region at most.
 const MAX_INSNS: u32 = 64;
@@ -69,9 +70,7 @@ impl VcpuCore {
                 vm.regions.guarded(page);
             }
             Begin::Wait => self.out_of_epoch(|vm| {
-                while !vm.regions.is_guarded(page) {
-                    std::thread::yield_now();
-                }
+                wait::until(|| vm.regions.is_guarded(page));
             }),
         }
         Ok(SourcePage { va: va & !(PAGE_SIZE - 1), page, host: at.host, granules: 0 })
@@ -86,9 +85,7 @@ impl VcpuCore {
             let epoch = vm.regions.epochs.advance();
             for other in others {
                 other.request(request::WORK);
-                while !vm.regions.epochs.has_passed(other.index(), epoch) {
-                    std::thread::yield_now();
-                }
+                wait::until(|| vm.regions.epochs.has_passed(other.index(), epoch));
             }
         });
     }

@@ -21,6 +21,7 @@ use crate::shared::{VcpuShared, request};
 use crate::table::{Key, NO_PAGE, Region};
 use crate::tlb::{Tlb, count};
 use crate::vm::{RuntimeError, TcgVm};
+use crate::wait::Spin;
 
 /// Mode key bit of regions for single step.
 pub(crate) const KEY_STEP: u32 = 1 << 31;
@@ -65,8 +66,8 @@ pub(crate) struct VcpuCore {
     pub from: Option<(u32, u32)>,
     pub engine: VcpuEngine,
     pub debug: Debug,
-    /// Spin hints seen.
-    pub spins: u32,
+    /// The guest's spin hints.
+    pub spin: Spin,
     /// The instruction at this pc stores to code or is watched: it is to be the only one of its region.
     pub alone: Option<u64>,
     /// The pc of the store of translated code under way.
@@ -444,7 +445,7 @@ impl TcgVcpu {
             stop: None,
             from: None,
             debug: Debug::default(),
-            spins: 0,
+            spin: Spin::default(),
             alone: None,
             storing: None,
             again: false,
