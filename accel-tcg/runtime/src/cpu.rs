@@ -85,6 +85,12 @@ impl<'a> Cpu<'a> {
         self.core.shared.request(crate::shared::request::INTERRUPT);
     }
 
+    /// Has the instruction at the pc be the only one of its region, the next time it is run. For helpers that leave with
+    /// [`exit::POLL`].
+    pub fn run_alone(&mut self) {
+        self.core.redo = true;
+    }
+
     /// True if translated code is asked to leave: helpers that run for long return early then.
     pub fn exit_requested(&self) -> bool {
         self.core.shared.env().exit_request().load(std::sync::atomic::Ordering::Relaxed) != 0

@@ -26,7 +26,8 @@ pub const CASES: &[Case] = &[
         run: limits,
         expected: "jmp gp 00000000 00000000 00000000 call gp 00000000 00000000 00000000 \
                    ret gp 00000000 00000000 00000000 loop gp 00000000 00000000 00000000 00000005 \
-                   jcc gp 00000000 00000000 00000000 not taken at the limit end\n",
+                   jcc gp 00000000 00000000 00000000 past gp 00000000 00000002 00000000 \
+                   across gp 00000000 00000000 00000000 not taken at the limit end\n",
     },
     Case {
         name: "near branches to addresses that are not canonical",
@@ -44,6 +45,11 @@ pub const CASES: &[Case] = &[
         expected: "00020000 fffdfff0 00000000 in br 00 00020000 fffdfff0 00000001 br 00 reset 00000000 00000000 00000000 \
                    kept 00020000 fffdfff0 00000000 found 00020000 fffdfff0 00000000 other 00000000 00000000 00000000 \
                    br 00 00000000 00000000 00100002 gp 00 off end\n",
+    },
+    Case {
+        name: "instruction breakpoints behind MOV SS",
+        run: breakpoint_behind_mov_ss,
+        expected: "00 end\n01 end\n",
     },
     Case {
         name: "protected-mode virtual interrupts",
@@ -363,6 +369,19 @@ fn limits(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> 
             here(p)?;
             // ADD leaves no ZF behind.
             p.a.jne(u64::from(OUTSIDE) + 0x10_0000)
+        })?;
+        // Two no-operations to the end of the segment, and on; then an instruction across the end.
+        beyond(p, "past ", |p| {
+            here(p)?;
+            p.a.mov(esi, OUTSIDE - 2)?;
+            p.a.mov(word_ptr(OUTSIDE - 2), 0x9090)?;
+            p.a.jmp(esi)
+        })?;
+        beyond(p, "across ", |p| {
+            here(p)?;
+            p.a.mov(esi, OUTSIDE - 1)?;
+            p.a.mov(word_ptr(OUTSIDE - 1), 0xb0)?;
+            p.a.jmp(esi)
         })?;
         into_spare(p)?;
         p.a.test(esp, esp)?;
@@ -724,4 +743,37 @@ fn bounds(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> 
         end(p)
     })?;
     Rig::of_model(accel, irqchip, &image, "max")?.finish()
+}
+
+/// Intel's processors suppress them, AMD's do not.
+fn breakpoint_behind_mov_ss(accel: &dyn Accelerator, irqchip: IrqChip) -> Result<String, Failure> {
+    let image = long_mode(|p| {
+        let (mut begin, mut handler, mut at) = (p.a.create_label(), p.a.create_label(), p.a.create_label());
+        p.a.jmp(begin)?;
+        p.a.set_label(&mut handler)?;
+        p.a.inc(ebx)?;
+        // RF: not again.
+        p.a.or(dword_ptr(rsp + 16), 1 << 16)?;
+        p.a.iretq()?;
+        p.gate(1, handler);
+        p.a.set_label(&mut begin)?;
+        p.a.xor(ebx, ebx)?;
+        p.a.lea(rax, ptr(at))?;
+        p.a.mov(dr0, rax)?;
+        p.a.mov(eax, 0x402)?;
+        p.a.mov(dr7, rax)?;
+        p.a.mov(ecx, ss)?;
+        p.a.mov(ss, ecx)?;
+        p.a.set_label(&mut at)?;
+        p.a.nop()?;
+        p.a.mov(al, bl)?;
+        p.print_al()?;
+        end(p)
+    })?;
+    let mut out = String::new();
+    for vendor in ["GenuineIntel", "AuthenticAMD"] {
+        let model = format!("max,vendor={vendor}");
+        out += &Rig::of_model(accel, irqchip, &image, &model)?.finish()?;
+    }
+    Ok(out)
 }

@@ -24,7 +24,7 @@ use holdfast_accel::{AccelError, Accelerator, Exit, IrqChip};
 pub use rig::Rig;
 
 /// How long a case may take before it counts as hung.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Why a case failed.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,7 @@
 use holdfast_tcg_runtime::{Access, AccessKind, Cpu, Fault};
 
 use super::regs::{dr, vector};
-use super::{deliver, monitor, reset};
+use super::{cpuid, deliver, monitor, reset};
 use crate::apic::{self, LocalApic};
 use crate::flags::rflags;
 use crate::state::{X86, seg};
@@ -129,7 +129,8 @@ pub(crate) fn wakes(cpu: &mut Cpu<'_>) -> bool {
 pub(crate) fn begin(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
     let pc = cpu.pc();
     let s = cpu.state::<X86>();
-    let blocked = std::mem::take(&mut s.shadow) == 2;
+    // Behind MOV SS there are no instruction breakpoints with Intel's processors; with AMD's there are.
+    let blocked = std::mem::take(&mut s.shadow) == 2 && cpuid::is_intel(s);
     if s.flags & rflags::RF == 0 && !blocked {
         let hits = hits(s, |n, dr7| dr7 >> (16 + 4 * n) & 3 == 0 && s.dr[n] == pc);
         if hits != 0 {

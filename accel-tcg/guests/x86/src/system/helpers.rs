@@ -123,6 +123,8 @@ helpers! {
     set_ac = set_ac_helper(set_ac): Void, 1, SYSTEM;
     /// The guest spins.
     pause = pause_helper(pause): Void, 0, Effects::empty();
+    /// Has the instruction run alone.
+    alone = alone_helper(alone): Void, 0, SYSTEM;
     /// See [`mpx::run`].
     mpx = mpx_helper(mpx::run): Void, 3, ALL;
     /// (RIP to go to): fails if it is not canonical.
@@ -687,6 +689,11 @@ fn set_ac(cpu: &mut Cpu<'_>, [on, ..]: [u64; 5]) -> HelperResult {
     s.flags = s.flags & !rflags::AC | if on & 1 != 0 { rflags::AC } else { 0 };
     cpu.mode_changed();
     Ok(0)
+}
+
+fn alone(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
+    cpu.run_alone();
+    Err(Leave::Exit(exit::POLL))
 }
 
 fn check_rip(cpu: &mut Cpu<'_>, [rip, ..]: [u64; 5]) -> HelperResult {

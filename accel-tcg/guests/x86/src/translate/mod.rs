@@ -168,6 +168,9 @@ impl Translator<'_> {
         if self.key.intersects(Key::SINGLE) {
             self.b.call(self.ids.sys.begin, &[]);
         }
+        if self.key.contains(Key::CS_LIMIT) {
+            self.check_limit(line);
+        }
         if line.faults {
             self.sync();
         }
@@ -177,6 +180,30 @@ impl Translator<'_> {
         if line.insn.is_invalid() || !self.insn(&line.insn) {
             self.sync();
             self.raise_now(vector::UD, None);
+        }
+    }
+
+    /// Where CS has a limit, the region has to lie below it; if it does not, its instructions are run one by one, and the first
+    /// that is not inside faults.
+    fn check_limit(&mut self, line: &Line) {
+        let first = self.scan.lines.first().is_some_and(|l| l.pc == line.pc);
+        if !first && !self.no_chain {
+            return;
+        }
+        let end = if self.no_chain { self.next } else { self.scan.end };
+        let last = self.ip_of(end.wrapping_sub(1));
+        let limit = self.b.get(slot::seg_limit(seg::CS));
+        if self.no_chain {
+            self.sync();
+            self.raise_if((Cond::GtU, last, limit), vector::GP, Some(0));
+        } else {
+            let inside = self.b.label();
+            self.sync();
+            self.b.brcond(Cond::LeU, last, limit, inside);
+            self.b.call(self.ids.sys.alone, &[]);
+            self.b.exit(exit::POLL, self.pc); // not reached: the helper leaves
+            self.b.bind(inside);
+            self.cc = Cc::default();
         }
     }
 
