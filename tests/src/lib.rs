@@ -4,6 +4,7 @@ pub mod devices;
 pub mod http;
 pub mod migration;
 pub mod pc;
+pub mod qmp;
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use holdfast_clock::host_monotonic;
 use parking_lot::{Mutex, RwLock};
 
-use crate::{MigrationError, Stream};
+use crate::{Address, Listener, MigrationError, Stream};
 
 /// Where a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -168,6 +168,8 @@ pub struct Control {
     postcopy: AtomicBool,
     go_on: AtomicBool,
     sockets: Mutex<Vec<OwnedFd>>,
+    way_back: Mutex<Option<Address>>,
+    listener: Mutex<Option<Listener>>,
     error: Mutex<Option<String>>,
 }
 
@@ -185,6 +187,8 @@ impl Control {
             postcopy: AtomicBool::new(false),
             go_on: AtomicBool::new(false),
             sockets: Mutex::default(),
+            way_back: Mutex::default(),
+            listener: Mutex::default(),
             error: Mutex::default(),
         }
     }
@@ -268,6 +272,29 @@ impl Control {
             // SAFETY: as in `cancel`. What waits to be read is dropped, which unblocks threads that read.
             unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RD) };
         }
+    }
+
+    /// At the source: an interrupted migration goes on at `address`.
+    pub fn go_on_at(&self, address: Address) {
+        *self.way_back.lock() = Some(address);
+    }
+
+    pub(crate) fn take_way_back(&self) -> Option<Address> {
+        self.way_back.lock().take()
+    }
+
+    /// At the target: an interrupted migration goes on with who comes in here.
+    pub fn go_on_from(&self, listener: Listener) {
+        *self.listener.lock() = Some(listener);
+    }
+
+    pub(crate) fn take_listener(&self) -> Option<Listener> {
+        self.listener.lock().take()
+    }
+
+    /// Connections that broke need no breaking.
+    pub(crate) fn forget_connections(&self) {
+        self.sockets.lock().clear();
     }
 
     /// Whether it was cancelled.

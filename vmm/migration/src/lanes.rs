@@ -63,12 +63,18 @@ pub(crate) struct Encoder {
     memory: GuestMemory,
     control: Arc<Control>,
     limiter: Arc<Limiter>,
+    urgent: bool,
     out: Vec<u8>,
 }
 
 impl Encoder {
     pub(crate) fn new(memory: GuestMemory, control: Arc<Control>, limiter: Arc<Limiter>) -> Self {
-        Self { memory, control, limiter, out: Vec::new() }
+        Self { memory, control, limiter, urgent: false, out: Vec::new() }
+    }
+
+    /// What it sends does not wait for bandwidth.
+    pub(crate) fn urgent(self) -> Self {
+        Self { urgent: true, ..self }
     }
 
     /// Sends the pages of `run`.
@@ -78,7 +84,9 @@ impl Encoder {
         while at < run.len {
             at += self.frame(Run { gpa: run.gpa + at, len: run.len - at })?;
         }
-        self.limiter.admit(self.out.len() as u64, &self.control)?;
+        if !self.urgent {
+            self.limiter.admit(self.out.len() as u64, &self.control)?;
+        }
         to.write_all(&self.out).map_err(MigrationError::broken("sending RAM"))?;
         self.control.counters.transferred.fetch_add(self.out.len() as u64, Relaxed);
         Ok(())

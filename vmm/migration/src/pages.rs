@@ -87,6 +87,12 @@ impl PageSet {
         Some((index, (gpa - self.regions[index].gpa) / PAGE_SIZE))
     }
 
+    /// Whether all of `run` is RAM.
+    pub fn covers(&self, run: Run) -> bool {
+        let Some((index, first)) = self.place(run.gpa) else { return false };
+        self.regions.get(index).is_some_and(|r| run.len / PAGE_SIZE <= r.pages - first)
+    }
+
     /// Adds or takes out the pages of `run`. False if it is not within RAM.
     pub fn set(&mut self, run: Run, there: bool) -> bool {
         let Some((index, first)) = self.place(run.gpa) else { return false };
@@ -130,7 +136,8 @@ impl Iterator for RunsOf<'_> {
     fn next(&mut self) -> Option<Run> {
         while self.next < self.region.pages && !self.is_set(self.next) {
             // Empty words are passed over whole.
-            let empty = self.next.is_multiple_of(64) && self.region.bits.get((self.next / 64) as usize) == Some(&0);
+            let empty =
+                self.next.is_multiple_of(64) && self.region.bits.get((self.next / 64) as usize) == Some(&0);
             self.next += if empty { 64 } else { 1 };
         }
         if self.next >= self.region.pages {

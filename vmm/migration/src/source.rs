@@ -10,11 +10,13 @@ use std::time::Duration;
 use holdfast_clock::host_monotonic;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_threads::Spawner;
+use parking_lot::Mutex;
 
 use crate::control::{Control, Phase, TimeoutStrategy};
 use crate::frame::{self, Header, Kind, Preamble, Role};
 use crate::lanes::{Encoder, Lanes, Limiter};
 use crate::pages::{self, PageSet};
+use crate::postcopy::Pusher;
 use crate::{Address, MAX_CONNECTIONS, MigrationError, Plan, Stream, Tls};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -114,6 +116,8 @@ pub struct SendTo {
     pub connections: u32,
     /// RAM goes over as file descriptors.
     pub local: bool,
+    /// The guest may go over before its RAM has.
+    pub postcopy: bool,
     /// Distinguishes this migration from others.
     pub session: [u8; 16],
 }
@@ -139,6 +143,7 @@ pub fn send(
         stopped: false,
         given_up: false,
         logging: false,
+        behind: None,
     };
     let result = sender.run();
     sender.finish(result)
@@ -155,6 +160,8 @@ struct Sender<'a> {
     stopped: bool,
     given_up: bool,
     logging: bool,
+    /// Pages that follow the guest.
+    behind: Option<PageSet>,
 }
 
 fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
@@ -168,15 +175,26 @@ pub(crate) fn expect(
     what: &'static str,
     side: &'static str,
 ) -> Result<(Header, Vec<u8>), MigrationError> {
-    let mut payload = Vec::new();
-    let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(what))?;
+    let (header, payload) = next(stream, what, side)?;
     match header.kind {
-        Kind::Abort => {
-            Err(MigrationError::Refused { side, reason: String::from_utf8_lossy(&payload).into_owned() })
-        }
         kind if kind == wanted => Ok((header, payload)),
         kind => Err(MigrationError::Protocol(format!("a {kind:?} section where {wanted:?} belongs"))),
     }
+}
+
+/// Reads the next frame; one that says why the other side gives up becomes an error.
+pub(crate) fn next(
+    stream: &mut Stream,
+    what: &'static str,
+    side: &'static str,
+) -> Result<(Header, Vec<u8>), MigrationError> {
+    let mut payload = Vec::new();
+    let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(what))?;
+    if header.kind == Kind::Abort {
+        let reason = String::from_utf8_lossy(&payload).into_owned();
+        return Err(MigrationError::Refused { side, reason });
+    }
+    Ok((header, payload))
 }
 
 impl Sender<'_> {
@@ -192,13 +210,14 @@ impl Sender<'_> {
             let text = format!("connections={} is not from 1 to {MAX_CONNECTIONS}", self.to.connections);
             return Err(MigrationError::Address { address: self.to.address.to_string(), reason: text });
         }
-        if self.to.local && self.to.connections > 1 {
-            let reason = "a local migration has one connection".to_owned();
+        if self.to.local && (self.to.connections > 1 || self.to.postcopy) {
+            let reason = "a local migration has one connection and no post-copy".to_owned();
             return Err(MigrationError::Address { address: self.to.address.to_string(), reason });
         }
         let mut plan = self.source.plan().map_err(vm("this VM cannot migrate"))?;
         plan.local = self.to.local;
         plan.connections = self.to.connections;
+        plan.postcopy = self.to.postcopy;
         let files = if self.to.local {
             self.source.ram_files().map_err(vm("this VM cannot migrate locally"))?
         } else {
@@ -218,7 +237,24 @@ impl Sender<'_> {
         }
         let setup = self.control.elapsed().as_millis() as u64;
         self.control.counters.setup.store(setup, Relaxed);
+        let priority = if plan.postcopy { Some(self.connect(Role::Priority)?) } else { None };
         let mut result = self.transfer(&mut main, &plan);
+        if let (Ok(_), Some(left), Some(priority)) = (&result, self.behind.take(), priority) {
+            // The guest is gone; from here on nothing brings it back.
+            self.source.moved();
+            self.stopped = false;
+            let pusher = Pusher {
+                source: self.source,
+                to: self.to,
+                control: self.control,
+                spawner: self.spawner,
+                memory: self.memory.clone(),
+                limiter: Arc::clone(&self.limiter),
+                left: Arc::new(Mutex::new(left)),
+            };
+            pusher.run(main, priority)?;
+            return result;
+        }
         if let Err(MigrationError::Broken { .. }) = &result
             && main.set_timeouts(Some(LAST_WORDS)).is_ok()
             && let Err(said @ MigrationError::Refused { .. }) =
@@ -257,7 +293,7 @@ impl Sender<'_> {
             pages::log_writes(&self.memory, true);
             self.logging = true;
             self.source.start_log().map_err(vm("writes to RAM cannot be logged"))?;
-            self.converge(&mut left, &mut encoder, main, &ranges)?;
+            self.converge(&mut left, &mut encoder, main)?;
         }
         self.wait_for_leave()?;
         let began = host_monotonic();
@@ -268,10 +304,19 @@ impl Sender<'_> {
         if !self.to.local {
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
             left.take_dirty(&self.memory);
-            self.send_pages(&left, &mut encoder, main)?;
+            let behind = self.to.postcopy && self.control.wants_postcopy() && left.count() > 0;
+            if !behind {
+                self.send_pages(&mut left, &mut encoder, main)?;
+            }
         }
         self.lanes.end()?;
         frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
+        if left.count() > 0 {
+            let runs = pages::encode_runs(left.runs());
+            frame::write(main, Kind::Missing, 0, &runs)
+                .map_err(MigrationError::broken("saying what is missing"))?;
+            self.behind = Some(left);
+        }
         let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
         frame::write(main, Kind::State, 0, &state).map_err(MigrationError::broken("sending the state"))?;
         expect(main, Kind::Ready, "waiting for the destination to take the state over", "destination")?;
@@ -288,7 +333,6 @@ impl Sender<'_> {
         left: &mut PageSet,
         encoder: &mut Encoder,
         main: &mut Stream,
-        ranges: &[(u64, u64)],
     ) -> Result<(), MigrationError> {
         let mut throttle = Throttle::default();
         for pass in 1.. {
@@ -301,8 +345,11 @@ impl Sender<'_> {
             let sent = self.control.counters.transferred.load(Relaxed) - before;
             let took = (host_monotonic() - began).max(1);
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
-            *left = PageSet::empty(ranges);
+            // What is left was not sent, if somebody asked for post-copy meanwhile.
             left.take_dirty(&self.memory);
+            if self.to.postcopy && self.control.wants_postcopy() {
+                return Ok(());
+            }
             let parameters = self.control.parameters();
             let remaining = left.count() * PAGE_SIZE;
             let rate = per_second(sent, took).max(1);
@@ -334,15 +381,21 @@ impl Sender<'_> {
         Ok(())
     }
 
+    /// Sends the pages of `set` and takes them out of it. Stops early if somebody asks for post-copy.
     fn send_pages(
         &self,
-        set: &PageSet,
+        set: &mut PageSet,
         encoder: &mut Encoder,
         main: &mut Stream,
     ) -> Result<(), MigrationError> {
         let mut left = set.count() * PAGE_SIZE;
-        for run in set.runs() {
+        let runs: Vec<_> = set.runs().collect();
+        for run in runs {
             self.control.check()?;
+            if self.to.postcopy && self.control.wants_postcopy() {
+                return Ok(());
+            }
+            set.set(run, false);
             if !self.lanes.send(run) {
                 encoder.send(run, main)?;
             }

@@ -13,7 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::control::{Control, Phase};
 use crate::frame::{self, Header, Kind, Role};
-use crate::pages::is_zero;
+use crate::pages::{decode_runs, is_zero};
+use crate::postcopy::{Arrivals, Arriving};
 use crate::source::expect;
 use crate::{Listener, MAX_CONNECTIONS, MigrationError, Plan, Stream};
 
@@ -50,9 +51,13 @@ pub trait Target {
 
     /// The migration has entered this phase.
     fn entered(&mut self, phase: Phase);
+
+    /// Hears of phases that are entered after [`receive`] has returned.
+    fn watcher(&self) -> Box<dyn FnMut(Phase) + Send>;
 }
 
-/// Takes a VM over from whoever connects first. If it fails, the VM must not be run.
+/// Takes a VM over from whoever connects first. If it fails, the VM must not be run. In post-copy the guest runs when this
+/// returns while its pages are still coming; what is returned is to be kept for as long as the VM.
 ///
 /// # Errors
 /// [`MigrationError`].
@@ -61,10 +66,11 @@ pub fn receive(
     target: &mut dyn Target,
     control: &Arc<Control>,
     spawner: &Arc<dyn Spawner>,
-) -> Result<(), MigrationError> {
+) -> Result<Option<Arriving>, MigrationError> {
     let result = take(listener, target, control, spawner);
     let phase = match &result {
-        Ok(()) => Phase::Completed,
+        Ok(Some(_)) => return result,
+        Ok(None) => Phase::Completed,
         Err(_) if control.is_cancelled() => Phase::Cancelled,
         Err(error) => {
             control.set_error(error.describe());
@@ -81,7 +87,7 @@ fn take(
     target: &mut dyn Target,
     control: &Arc<Control>,
     spawner: &Arc<dyn Spawner>,
-) -> Result<(), MigrationError> {
+) -> Result<Option<Arriving>, MigrationError> {
     let (mut main, preamble) = listener.accept(control, None)?;
     if preamble.role != Role::Main {
         return Err(MigrationError::Protocol(format!("the first connection is a {:?} one", preamble.role)));
@@ -96,7 +102,13 @@ fn take(
         let _ = frame::write(&mut main, Kind::Abort, 0, text.as_bytes());
         control.break_connections_after(&main);
     }
-    result
+    let Some(arrivals) = result? else { return Ok(None) };
+    let arriving = arrivals.handle();
+    let mut watcher = target.watcher();
+    let body = move || arrivals.run(main, &mut watcher);
+    let failed = |source| MigrationError::Host { what: "no thread for pages", source };
+    spawner.spawn("migrate-pages", ThreadRole::Migration, Box::new(body)).map_err(failed)?;
+    Ok(Some(arriving))
 }
 
 struct Session<'a> {
@@ -111,7 +123,12 @@ fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
 }
 
 impl Session<'_> {
-    fn serve(&self, main: &mut Stream, target: &mut dyn Target) -> Result<(), MigrationError> {
+    /// Returns what brings in the pages that are still missing, if any are.
+    fn serve(
+        &self,
+        main: &mut Stream,
+        target: &mut dyn Target,
+    ) -> Result<Option<Arc<Arrivals>>, MigrationError> {
         let (_, text) = expect(main, Kind::Hello, "waiting for the plan", "source")?;
         let plan: Plan = serde_json::from_slice(&text)
             .map_err(|e| MigrationError::Protocol(format!("the plan does not parse: {e}")))?;
@@ -122,12 +139,23 @@ impl Session<'_> {
         self.control.counters.total.store(total, Relaxed);
         frame::write(main, Kind::Accept, 0, &[]).map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
+        let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
         self.fill(main, &memory)?;
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
             lane.recv().map_err(|_| gone())??;
         }
-        let (_, state) = expect(main, Kind::State, "waiting for the state", "source")?;
+        let (mut header, mut state) = crate::source::next(main, "waiting for the state", "source")?;
+        let mut arrivals = None;
+        if let (Kind::Missing, Some(urgent)) = (header.kind, urgent) {
+            let runs = decode_runs(&state).map_err(MigrationError::broken("reading what is missing"))?;
+            let begun = Arrivals::begin(&memory, runs, urgent, self.control, self.id, self.spawner.as_ref())?;
+            arrivals = Some(Unless(Some(begun)));
+            (header, state) = crate::source::next(main, "waiting for the state", "source")?;
+        }
+        if header.kind != Kind::State {
+            return Err(MigrationError::Protocol(format!("a {:?} section where State belongs", header.kind)));
+        }
         target.entered(Phase::Device);
         target.restore(&state).map_err(vm("the state cannot be taken over"))?;
         frame::write(main, Kind::Ready, 0, &[])
@@ -138,7 +166,15 @@ impl Session<'_> {
         if plan.running {
             target.run().map_err(vm("the guest does not run"))?;
         }
-        Ok(())
+        Ok(arrivals.and_then(Unless::go_on))
+    }
+
+    fn accept(&self, role: Role) -> Result<Stream, MigrationError> {
+        let (stream, preamble) = self.listener.accept(self.control, Some(FOLLOW))?;
+        if preamble.session != self.id || preamble.role != role {
+            return Err(MigrationError::Protocol("a connection of another migration".into()));
+        }
+        Ok(stream)
     }
 
     /// Accepts the connections that carry RAM beside the first.
@@ -149,10 +185,7 @@ impl Session<'_> {
     ) -> Result<Vec<Receiver<Result<(), MigrationError>>>, MigrationError> {
         let mut all = Vec::new();
         for n in 1..plan.connections {
-            let (mut stream, preamble) = self.listener.accept(self.control, Some(FOLLOW))?;
-            if preamble.session != self.id || preamble.role != Role::Ram {
-                return Err(MigrationError::Protocol("a connection of another migration".into()));
-            }
+            let mut stream = self.accept(Role::Ram)?;
             let (done, result) = channel();
             let (memory, control) = (memory.clone(), Arc::clone(self.control));
             let body = move || {
@@ -174,6 +207,23 @@ impl Session<'_> {
 
     fn fill(&self, main: &mut Stream, memory: &GuestMemory) -> Result<(), MigrationError> {
         Filler { memory, control: self.control }.until_end(main)
+    }
+}
+
+/// Ends the arrival of pages unless the hand-over comes about.
+struct Unless(Option<Arc<Arrivals>>);
+
+impl Unless {
+    fn go_on(mut self) -> Option<Arc<Arrivals>> {
+        self.0.take()
+    }
+}
+
+impl Drop for Unless {
+    fn drop(&mut self) {
+        if let Some(arrivals) = &self.0 {
+            arrivals.end();
+        }
     }
 }
 
@@ -232,7 +282,10 @@ impl Filler<'_> {
             kind => return Err(MigrationError::Protocol(format!("a {kind:?} section within RAM"))),
         };
         let pages = data.len() as u64 / PAGE_SIZE;
-        if data.is_empty() || !(data.len() as u64).is_multiple_of(PAGE_SIZE) || !header.arg.is_multiple_of(PAGE_SIZE) {
+        if data.is_empty()
+            || !(data.len() as u64).is_multiple_of(PAGE_SIZE)
+            || !header.arg.is_multiple_of(PAGE_SIZE)
+        {
             let text = format!("{} bytes of RAM at {:#x} are no whole pages", data.len(), header.arg);
             return Err(MigrationError::Protocol(text));
         }
@@ -243,12 +296,19 @@ impl Filler<'_> {
         Ok(())
     }
 
-    fn zero(&self, gpa: u64, payload: &[u8]) -> Result<(), MigrationError> {
+    /// The length of the zeroes that a `Zero` frame is for.
+    pub(crate) fn zeroes(gpa: u64, payload: &[u8]) -> Result<u64, MigrationError> {
         let len = payload.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte));
-        if payload.len() != 8 || len == 0 || !len.is_multiple_of(PAGE_SIZE) || !gpa.is_multiple_of(PAGE_SIZE) {
+        if payload.len() != 8 || len == 0 || !len.is_multiple_of(PAGE_SIZE) || !gpa.is_multiple_of(PAGE_SIZE)
+        {
             return Err(MigrationError::Protocol(format!("{len} zeroes at {gpa:#x} are no whole pages")));
         }
-        let end = gpa.checked_add(len).ok_or_else(|| outside(gpa, usize::MAX))?;
+        gpa.checked_add(len).map(|_| len).ok_or_else(|| outside(gpa, usize::MAX))
+    }
+
+    fn zero(&self, gpa: u64, payload: &[u8]) -> Result<(), MigrationError> {
+        let len = Self::zeroes(gpa, payload)?;
+        let end = gpa + len;
         let mut page = [0; PAGE_SIZE as usize];
         let mut at = gpa;
         while at < end {
@@ -270,7 +330,7 @@ fn outside(gpa: u64, len: usize) -> MigrationError {
 }
 
 /// Unpacks a `Zstd` frame.
-fn unpack(payload: &[u8]) -> Result<Vec<u8>, MigrationError> {
+pub(crate) fn unpack(payload: &[u8]) -> Result<Vec<u8>, MigrationError> {
     let wrong = || MigrationError::Protocol("compressed RAM that cannot be unpacked".into());
     let (length, packed) = payload.split_first_chunk::<4>().ok_or_else(wrong)?;
     let length = u32::from_le_bytes(*length) as usize;

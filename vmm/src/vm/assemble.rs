@@ -156,6 +156,7 @@ impl Vm {
             power_button: plugs.power_button,
             chardevs: chardevs.list(),
             pager: None,
+            arriving: None,
         })
     }
 }

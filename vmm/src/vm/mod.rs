@@ -113,6 +113,7 @@ pub struct Vm {
     power_button: Option<Arc<holdfast_virtio::input::PowerButton>>,
     chardevs: Vec<assemble::Chardev>,
     pager: Option<DemandPager>,
+    arriving: Option<holdfast_migration::Arriving>,
 }
 
 impl fmt::Debug for Vm {
@@ -290,6 +291,11 @@ impl Vm {
     /// [`VmError`].
     pub fn vcpu_states(&self) -> Result<Vec<CpuState>, VmError> {
         Ok(self.vcpus.states()?)
+    }
+
+    /// Keeps what brings in RAM that has not come yet for as long as the VM.
+    pub fn attach_arriving(&mut self, arriving: holdfast_migration::Arriving) {
+        self.arriving = Some(arriving);
     }
 
     /// Keeps the pager of a VM that is restored on demand for as long as the VM.

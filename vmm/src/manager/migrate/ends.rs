@@ -223,6 +223,16 @@ impl Target for Newcomer {
         Ok(())
     }
 
+    fn watcher(&self) -> Box<dyn FnMut(Phase) + Send> {
+        let events = self.events.clone();
+        Box::new(move |phase| {
+            tracing::info!(?phase, "migration");
+            if let Some(events) = &events {
+                events.publish(Event::MigrationStatus(status(phase)));
+            }
+        })
+    }
+
     fn entered(&mut self, phase: Phase) {
         tracing::info!(?phase, "migration");
         if let Some(events) = &self.events {

@@ -50,6 +50,13 @@ impl Migration {
         }
     }
 
+    /// Whether pages of the VM that is here are still coming.
+    fn arriving(&self) -> bool {
+        use Phase::{PostcopyActive, PostcopyPaused, PostcopyRecover};
+        let phase = self.control.as_ref().map(|c| c.phase());
+        matches!(phase, Some(PostcopyActive | PostcopyPaused | PostcopyRecover))
+    }
+
     /// Whether the guest stands for the last part.
     pub(super) fn finishing(&self) -> bool {
         self.control.as_ref().is_some_and(|c| c.phase() == Phase::Device)
@@ -62,6 +69,8 @@ struct Start {
     parameters: Parameters,
     /// The process ends when the VM has moved.
     exit: bool,
+    /// The guest goes over before any RAM has.
+    at_once: bool,
 }
 
 fn invalid(message: impl Into<String>) -> ControlError {
@@ -84,8 +93,9 @@ fn socket_path(address: &Address) -> Option<PathBuf> {
 fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
     data.check().map_err(invalid)?;
     let address = address(&data.destination_url)?;
-    if data.memory_mode == MigrationMode::Postcopy {
-        return Err(ControlError::unsupported("memory_mode=Postcopy"));
+    let postcopy = data.memory_mode == MigrationMode::Postcopy;
+    if data.local && postcopy {
+        return Err(invalid("`local` and `memory_mode=Postcopy` exclude each other"));
     }
     if data.local && !matches!(address, Address::Unix(_)) {
         return Err(invalid("`local` needs a destination_url that begins with unix:"));
@@ -105,8 +115,8 @@ fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
         ..Parameters::default()
     };
     let session = uuid::Uuid::new_v4().into_bytes();
-    let to = SendTo { address, tls, connections: data.connections, local: data.local, session };
-    Ok(Start { to, parameters, exit: !data.preserve_source })
+    let to = SendTo { address, tls, connections: data.connections, local: data.local, postcopy, session };
+    Ok(Start { to, parameters, exit: !data.preserve_source, at_once: postcopy })
 }
 
 /// How a VM is waited for.
@@ -117,9 +127,6 @@ struct Wait {
 }
 
 fn plan_receive(data: &ReceiveMigrationData) -> Result<Wait, ControlError> {
-    if data.memory_mode == MigrationMode::Postcopy {
-        return Err(ControlError::unsupported("memory_mode=Postcopy"));
-    }
     let failed = |e: MigrationError| ControlError::failed("TLS cannot be used", e);
     let tls = data.tls_dir.as_ref().map(|dir| Tls::load(dir, true)).transpose().map_err(failed)?;
     Ok(Wait { address: address(&data.receiver_url)?, tls, accel: data.accel.clone() })
@@ -141,6 +148,9 @@ impl Manager {
     fn movable(&self) -> Result<(Arc<Vm>, bool), ControlError> {
         self.idle()?;
         let vm = Arc::clone(self.built()?);
+        if self.migration.arriving() {
+            return Err(ControlError::new(ErrorKind::Busy, "RAM of this VM is still on its way here"));
+        }
         vm.check_movable().map_err(|e| ControlError::failed("This VM cannot migrate", e))?;
         match self.stage {
             Stage::Built { run: Run::Running, .. } => Ok((vm, true)),
@@ -168,7 +178,13 @@ impl Manager {
     ) -> Result<(), ControlError> {
         let (vm, running) = self.movable()?;
         self.socket_in_reach(&start.to.address)?;
+        if start.to.postcopy {
+            vm.check_postcopy().map_err(|e| ControlError::failed("This VM cannot migrate", e))?;
+        }
         let control = Arc::new(Control::new(start.parameters));
+        if start.at_once {
+            control.start_postcopy();
+        }
         let mut link = Link::new(vm, running, self.wire.clone(), Arc::clone(&self.spawner));
         link.events = self.migration.settings.events().then(|| self.events.clone());
         link.ram = start.to.local;
@@ -272,7 +288,13 @@ impl Manager {
         let watched = Arc::clone(&control);
         let work = move || {
             let came = holdfast_migration::receive(&listener, &mut newcomer, &control, &spawner);
-            came.map(|()| (newcomer.vm.take(), newcomer.running))
+            came.map(|arriving| {
+                let mut vm = newcomer.vm.take();
+                if let (Some(vm), Some(arriving)) = (&mut vm, arriving) {
+                    vm.attach_arriving(arriving);
+                }
+                (vm, newcomer.running)
+            })
         };
         self.start_job(RECEIVE, work, move |manager, result| {
             let result = manager.received(result);

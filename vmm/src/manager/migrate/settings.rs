@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use holdfast_memory::PAGE_SIZE;
-use holdfast_migration::{Parameters, Phase, SendTo};
+use holdfast_migration::{Listener, MigrationError, Parameters, Phase, SendTo};
 
 use super::super::{Manager, Stage};
 use super::{Migration, RECEIVE, SEND, Start, Wait, address, invalid};
@@ -13,7 +13,8 @@ use crate::control::{
 };
 
 /// Capabilities that can be switched, or are always on.
-const CAPABILITIES: [(MigrationCapability, bool); 7] = [
+const CAPABILITIES: [(MigrationCapability, bool); 8] = [
+    (MigrationCapability::PostcopyRam, false),
     (MigrationCapability::AutoConverge, false),
     (MigrationCapability::Events, false),
     (MigrationCapability::PauseBeforeSwitchover, false),
@@ -31,6 +32,7 @@ pub(super) struct Settings {
     zstd_level: i32,
     compression: MultifdCompression,
     multifd: bool,
+    postcopy: bool,
     events: bool,
 }
 
@@ -44,6 +46,7 @@ impl Default for Settings {
             zstd_level: 1,
             compression: MultifdCompression::None,
             multifd: false,
+            postcopy: false,
             events: false,
         }
     }
@@ -157,6 +160,7 @@ impl Migration {
             MigrationCapability::Events => self.settings.events,
             MigrationCapability::PauseBeforeSwitchover => self.settings.parameters.pause_before_switchover,
             MigrationCapability::Multifd => self.settings.multifd,
+            MigrationCapability::PostcopyRam => self.settings.postcopy,
             other => CAPABILITIES.iter().any(|(c, always)| *c == other && *always),
         }
     }
@@ -179,6 +183,7 @@ impl Migration {
                 settings.parameters.pause_before_switchover = wanted.state;
             }
             MigrationCapability::Multifd => settings.multifd = wanted.state,
+            MigrationCapability::PostcopyRam => settings.postcopy = wanted.state,
             _ => {}
         }
     }
@@ -224,7 +229,15 @@ impl Manager {
     /// `migrate`.
     pub(in super::super) fn migrate_to(&mut self, uri: &str, resume: bool) -> Result<(), ControlError> {
         if resume {
-            return Err(ControlError::unsupported("migrate with resume"));
+            return match &self.migration.control {
+                Some(control) if self.job == Some(SEND) && control.phase() == Phase::PostcopyPaused => {
+                    control.go_on_at(address(uri)?);
+                    Ok(())
+                }
+                _ => {
+                    Err(ControlError::new(ErrorKind::Failed, "Cannot resume if there is no paused migration"))
+                }
+            };
         }
         if self.migrating() {
             return Err(ControlError::new(ErrorKind::Failed, "There's a migration process in progress"));
@@ -235,10 +248,11 @@ impl Manager {
             tls: None,
             connections: if settings.multifd { settings.channels } else { 1 },
             local: false,
+            postcopy: settings.postcopy,
             session: uuid::Uuid::new_v4().into_bytes(),
         };
         let parameters = Parameters { zstd: settings.zstd(), ..settings.parameters };
-        self.give(Start { to, parameters, exit: false }, |_| {})
+        self.give(Start { to, parameters, exit: false, at_once: false }, |_| {})
     }
 
     /// `migrate-incoming`, and `--incoming`.
@@ -299,18 +313,44 @@ impl Manager {
 
     /// `migrate-start-postcopy`.
     pub(in super::super) fn start_postcopy(&mut self) -> Result<(), ControlError> {
-        Err(ControlError::unsupported("postcopy-ram"))
+        if !self.migration.settings.postcopy {
+            let text = "Enable postcopy with migrate_set_capability before the start of migration";
+            return Err(ControlError::new(ErrorKind::Failed, text));
+        }
+        match &self.migration.control {
+            Some(control) if self.job == Some(SEND) => {
+                control.start_postcopy();
+                Ok(())
+            }
+            _ => Err(ControlError::new(
+                ErrorKind::Failed,
+                "Postcopy must be started after migration has been started",
+            )),
+        }
     }
 
     /// `migrate-pause`.
     pub(in super::super) fn pause_migration(&mut self) -> Result<(), ControlError> {
+        if let Some(control) = self.migration.control.as_ref().filter(|c| c.phase() == Phase::PostcopyActive)
+        {
+            control.break_connections();
+            return Ok(());
+        }
         let text =
             "migrate-pause is currently only supported during postcopy-active or postcopy-recover state";
         Err(ControlError::new(ErrorKind::Failed, text))
     }
 
     /// `migrate-recover`.
-    pub(in super::super) fn recover_migration(&mut self, _uri: &str) -> Result<(), ControlError> {
+    pub(in super::super) fn recover_migration(&mut self, uri: &str) -> Result<(), ControlError> {
+        if let Some(control) = self.migration.control.as_ref().filter(|c| c.phase() == Phase::PostcopyPaused)
+        {
+            let address = address(uri)?;
+            self.socket_in_reach(&address)?;
+            let failed = |e: MigrationError| ControlError::failed("The migration cannot go on here", e);
+            control.go_on_from(Listener::bind(&address, None).map_err(failed)?);
+            return Ok(());
+        }
         let text = "Migrate recover can only be run when postcopy is paused.";
         Err(ControlError::new(ErrorKind::Failed, text))
     }
@@ -341,7 +381,7 @@ impl Manager {
             downtime: (phase == Phase::Completed).then_some(figures.downtime),
             setup_time: Some(figures.setup),
             cpu_throttle_percentage: (figures.throttle > 0).then_some(figures.throttle),
-            error_desc: control.error(),
+            error_desc: control.error().filter(|_| phase != Phase::Completed),
         }
     }
 }

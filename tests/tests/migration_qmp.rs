@@ -1,0 +1,132 @@
+//! Migration as QMP drives it: parameters, capabilities, states, events, post-copy and its recovery.
+
+use std::path::Path;
+
+use holdfast_tests::Program;
+use holdfast_tests::http::Api;
+use holdfast_tests::migration::{Console, config};
+use holdfast_tests::qmp::Qmp;
+use serde_json::{Value, json};
+
+struct Vmm {
+    program: Program,
+    qmp: Qmp,
+}
+
+fn vmm(dir: &Path, name: &str, options: &[&str]) -> Vmm {
+    let qmp = dir.join(format!("{name}.qmp"));
+    let api = dir.join(name);
+    let address = format!("unix:{}", qmp.display());
+    let mut args = vec!["--qmp", &address, "--api-socket", api.to_str().expect("UTF-8")];
+    args.extend(options);
+    let program = Program::run(&args);
+    let qmp = Qmp::connect(&qmp);
+    Vmm { program, qmp }
+}
+
+/// A guest that counts, in a process `a`.
+fn source(dir: &Path) -> (Vmm, Console) {
+    let console = Console(dir.join("console"));
+    let first = vmm(dir, "a", &[]);
+    let api = Api::connect(&dir.join("a"));
+    api.put("vm.create", &config(&console.0, "mover"));
+    api.put("vm.boot", &Value::Null);
+    console.goes_on(3);
+    (first, console)
+}
+
+fn on(capabilities: &[&str]) -> Value {
+    let all: Vec<Value> = capabilities.iter().map(|c| json!({ "capability": c, "state": true })).collect();
+    json!({ "capabilities": all })
+}
+
+#[test]
+fn states_events_and_refusals() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (mut first, console) = source(dir.path());
+    let uri = format!("unix:{}", dir.path().join("m").display());
+    let qmp = &mut first.qmp;
+    assert_eq!(qmp.ok("query-migrate", json!({})), json!({}));
+    assert_eq!(qmp.ok("query-migrate-parameters", json!({}))["max-bandwidth"], 128 << 20);
+    for (command, arguments, says) in [
+        ("migrate", json!({}), "Parameter 'uri' is missing"),
+        ("migrate", json!({ "uri": "rdma:x:1" }), "`rdma:` is not supported"),
+        ("migrate", json!({ "uri": uri, "resume": true }), "no paused migration"),
+        ("migrate-set-parameters", json!({ "max-cpu-throttle": 100 }), "expects an integer in the range"),
+        ("migrate-set-parameters", json!({ "xbzrle-cache-size": 1 }), "'xbzrle-cache-size' is unexpected"),
+        ("migrate-set-capabilities", on(&["xbzrle"]), "Capability 'xbzrle' is not supported"),
+        ("migrate-start-postcopy", json!({}), "Enable postcopy"),
+        ("migrate-pause", json!({}), "migrate-pause is currently only supported"),
+        ("migrate-recover", json!({ "uri": uri }), "only be run when postcopy is paused"),
+        ("migrate-continue", json!({ "state": "pre-switchover" }), "not in expected state"),
+    ] {
+        let said = qmp.fails(command, arguments);
+        assert!(said.contains(says), "{command}: {said}");
+    }
+    // A destination that waits, and a migration that waits for its last step, cancelled there.
+    qmp.ok("migrate-set-capabilities", on(&["events", "pause-before-switchover"]));
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0, "downtime-limit": 60_000 }));
+    let mut second = vmm(dir.path(), "b", &["--incoming", "defer"]);
+    assert_eq!(second.qmp.ok("query-status", json!({}))["status"], "inmigrate");
+    second.qmp.ok("migrate-incoming", json!({ "uri": uri, "exit-on-error": false }));
+    qmp.ok("migrate", json!({ "uri": uri }));
+    qmp.until("query-migrate", "status", "pre-switchover");
+    assert!(qmp.fails("migrate", json!({ "uri": uri })).contains("migration process in progress"));
+    qmp.ok("migrate_cancel", json!({}));
+    qmp.until("query-migrate", "status", "cancelled");
+    assert_eq!(qmp.ok("query-status", json!({}))["status"], "running");
+    console.goes_on(2);
+    second.qmp.until("query-migrate", "status", "failed");
+    // Once more, to the end.
+    second.qmp.ok("migrate-incoming", json!({ "uri": uri }));
+    qmp.ok("migrate", json!({ "uri": uri }));
+    qmp.until("query-migrate", "status", "pre-switchover");
+    qmp.ok("migrate-continue", json!({ "state": "pre-switchover" }));
+    let done = qmp.until("query-migrate", "status", "completed");
+    assert!(done["ram"]["transferred"].as_u64() > Some(1 << 20) && done["downtime"].is_u64(), "{done}");
+    assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
+    second.qmp.until("query-status", "status", "running");
+    console.goes_on(3);
+    let states = qmp.heard("MIGRATION", "status");
+    let last = ["setup", "active", "pre-switchover", "device", "completed"];
+    assert_eq!(states[states.len() - 5..], last.map(Value::from));
+    assert_eq!(qmp.heard("MIGRATION_PASS", "pass")[0], 1);
+    drop(first.program);
+}
+
+#[test]
+fn pages_follow_the_guest_even_when_the_connection_breaks() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (mut first, console) = source(dir.path());
+    let uri = format!("unix:{}", dir.path().join("m").display());
+    let mut second = vmm(dir.path(), "b", &["--incoming", &uri]);
+    let qmp = &mut first.qmp;
+    qmp.ok("migrate-set-capabilities", on(&["postcopy-ram", "events"]));
+    // So slow that all would take minutes: the guest goes on only because its pages are urgent.
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 512 << 10 }));
+    qmp.ok("migrate", json!({ "uri": uri }));
+    qmp.until("query-migrate", "status", "active");
+    qmp.ok("migrate-start-postcopy", json!({}));
+    qmp.until("query-migrate", "status", "postcopy-active");
+    second.qmp.until("query-status", "status", "running");
+    console.goes_on(3);
+    qmp.ok("migrate-pause", json!({}));
+    qmp.until("query-migrate", "status", "postcopy-paused");
+    second.qmp.until("query-migrate", "status", "postcopy-paused");
+    let again = format!("unix:{}", dir.path().join("again").display());
+    second.qmp.ok("migrate-recover", json!({ "uri": again }));
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
+    qmp.ok("migrate", json!({ "uri": again, "resume": true }));
+    let done = qmp.until("query-migrate", "status", "completed");
+    assert!(done["ram"]["postcopy-requests"].as_u64() > Some(0), "{done}");
+    second.qmp.until("query-migrate", "status", "completed");
+    assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
+    let states = qmp.heard("MIGRATION", "status");
+    for state in ["postcopy-active", "postcopy-paused", "postcopy-recover"] {
+        assert!(states.contains(&state.into()), "{states:?}");
+    }
+    drop(first);
+    // Without the source nothing is missing.
+    console.goes_on(5);
+    assert!(console.text().contains("SUM GOOD"));
+}

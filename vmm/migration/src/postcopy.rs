@@ -1,0 +1,469 @@
+//! Post-copy: the guest runs at the target, and its pages follow.
+//!
+//! The first connection carries pages in order. Pages that the guest waits for are asked for, and come, on a connection of
+//! their own. If either breaks, both ends wait until somebody brings them together again; the target then says what it lacks.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_threads::{Role as ThreadRole, Spawner};
+use parking_lot::Mutex;
+use vm_memory::{Address as _, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::control::{Control, Phase};
+use crate::frame::{self, Header, Kind, Preamble, Role};
+use crate::lanes::{Encoder, Limiter};
+use crate::pages::{self, PageSet, Run};
+use crate::source::{SendTo, Source, expect};
+use crate::target::{Filler, unpack};
+use crate::uffd::Userfault;
+use crate::{Listener, MigrationError, Stream};
+
+/// How often somebody who waits for a new connection looks for it.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// How long the second of two new connections may take.
+const FOLLOW: Duration = Duration::from_secs(30);
+/// How long the fault thread waits before it looks whether it is still wanted, in milliseconds.
+const FAULT_MS: i32 = 50;
+/// Most pages that are asked for at once.
+const BATCH: usize = 64;
+
+/// The source's part.
+pub(crate) struct Pusher<'a> {
+    pub(crate) source: &'a dyn Source,
+    pub(crate) to: &'a SendTo,
+    pub(crate) control: &'a Arc<Control>,
+    pub(crate) spawner: &'a Arc<dyn Spawner>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) limiter: Arc<Limiter>,
+    /// What the target lacks, as far as is known here.
+    pub(crate) left: Arc<Mutex<PageSet>>,
+}
+
+impl Pusher<'_> {
+    fn enter(&self, phase: Phase) {
+        if self.control.enter(phase) {
+            self.source.entered(phase);
+        }
+    }
+
+    /// Sends all that is left, over new connections when old ones break.
+    pub(crate) fn run(&self, mut main: Stream, mut priority: Stream) -> Result<(), MigrationError> {
+        loop {
+            self.enter(Phase::PostcopyActive);
+            let error = match self.attempt(main, priority) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            tracing::warn!("post-copy is interrupted: {}", error.describe());
+            self.control.break_connections();
+            self.control.set_error(error.describe());
+            self.enter(Phase::PostcopyPaused);
+            (main, priority) = self.reconnect()?;
+        }
+    }
+
+    fn attempt(&self, mut main: Stream, priority: Stream) -> Result<(), MigrationError> {
+        let mut encoder =
+            Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter));
+        let urgent = Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::default()).urgent();
+        let (left, control) = (Arc::clone(&self.left), Arc::clone(self.control));
+        let body = move || {
+            if let Err(error) = serve_requests(priority, urgent, &left, &control) {
+                tracing::debug!("the connection for urgent pages ended: {}", error.describe());
+                // Who pushes is to notice.
+                control.break_connections();
+            }
+        };
+        let failed = |source| MigrationError::Host { what: "no thread for urgent pages", source };
+        let thread =
+            self.spawner.spawn("migrate-urgent", ThreadRole::Migration, Box::new(body)).map_err(failed)?;
+        let pushed = self.push(&mut main, &mut encoder);
+        // It ends with its connection.
+        self.control.break_connections();
+        // A panic was reported by the thread itself.
+        let _ = thread.join();
+        pushed
+    }
+
+    fn push(&self, main: &mut Stream, encoder: &mut Encoder) -> Result<(), MigrationError> {
+        loop {
+            let next = {
+                let mut left = self.left.lock();
+                let next = left.runs().next();
+                if let Some(run) = next {
+                    left.set(run, false);
+                }
+                self.control.counters.remaining.store(left.count() * PAGE_SIZE, Ordering::Relaxed);
+                next
+            };
+            let Some(run) = next else { break };
+            encoder.send(run, main)?;
+        }
+        frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
+        main.set_timeouts(None)?;
+        expect(main, Kind::Complete, "waiting for the destination to have all pages", "destination").map(drop)
+    }
+
+    /// Waits until somebody says where to go on, and connects there.
+    fn reconnect(&self) -> Result<(Stream, Stream), MigrationError> {
+        loop {
+            let Some(address) = self.control.take_way_back() else {
+                std::thread::sleep(PATIENCE);
+                continue;
+            };
+            self.enter(Phase::PostcopyRecover);
+            self.control.forget_connections();
+            let connect = |role| {
+                let preamble = Preamble { role, session: self.to.session };
+                Stream::connect(&address, self.to.tls.as_ref(), &preamble, self.control)
+            };
+            let connected = connect(Role::Recover).and_then(|mut main| {
+                let priority = connect(Role::Priority)?;
+                let (_, runs) = expect(&mut main, Kind::Missing, "asking what is missing", "destination")?;
+                let runs =
+                    pages::decode_runs(&runs).map_err(MigrationError::broken("asking what is missing"))?;
+                let mut left = PageSet::empty(&pages::ranges(&self.memory));
+                if !runs.into_iter().all(|run| left.set(run, true)) {
+                    return Err(MigrationError::Protocol("pages are missing outside of RAM".into()));
+                }
+                *self.left.lock() = left;
+                Ok((main, priority))
+            });
+            match connected {
+                Ok(connected) => return Ok(connected),
+                Err(error) => {
+                    tracing::warn!("post-copy does not go on yet: {}", error.describe());
+                    self.control.set_error(error.describe());
+                    self.enter(Phase::PostcopyPaused);
+                }
+            }
+        }
+    }
+}
+
+/// Sends the pages that are asked for.
+fn serve_requests(
+    mut stream: Stream,
+    mut encoder: Encoder,
+    left: &Mutex<PageSet>,
+    control: &Control,
+) -> Result<(), MigrationError> {
+    const WHAT: &str = "serving urgent pages";
+    stream.set_timeouts(None)?;
+    loop {
+        let (_, runs) = expect(&mut stream, Kind::Request, WHAT, "destination")?;
+        for run in pages::decode_runs(&runs).map_err(MigrationError::broken(WHAT))? {
+            if !left.lock().set(run, false) {
+                return Err(MigrationError::Protocol("the destination asks for what is no RAM".into()));
+            }
+            control.counters.requests.fetch_add(run.len / PAGE_SIZE, Ordering::Relaxed);
+            encoder.send(run, &mut stream)?;
+        }
+    }
+}
+
+/// RAM at the target while pages are missing.
+pub(crate) struct Arrivals {
+    memory: GuestMemory,
+    uffd: Userfault,
+    missing: Mutex<PageSet>,
+    /// The connection for urgent pages, if there is one.
+    urgent: Mutex<Option<Stream>>,
+    over: AtomicBool,
+    control: Arc<Control>,
+    session: [u8; 16],
+}
+
+/// Ends the arrival of pages with its VM.
+#[derive(Debug)]
+pub struct Arriving {
+    over: Arc<Arrivals>,
+}
+
+impl std::fmt::Debug for Arrivals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arrivals").field("missing", &self.missing.lock().count()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        self.over.end();
+        self.over.control.break_connections();
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> MigrationError {
+    move |source| MigrationError::Host { what, source }
+}
+
+impl Arrivals {
+    /// Takes the pages in `runs` out of RAM and lets a thread bring them in when they are touched.
+    pub(crate) fn begin(
+        memory: &GuestMemory,
+        runs: Vec<Run>,
+        urgent: Stream,
+        control: &Arc<Control>,
+        session: [u8; 16],
+        spawner: &dyn Spawner,
+    ) -> Result<Arc<Self>, MigrationError> {
+        let mut missing = PageSet::empty(&pages::ranges(memory));
+        if runs.into_iter().any(|run| !missing.set(run, true)) {
+            return Err(MigrationError::Protocol("pages are missing outside of RAM".into()));
+        }
+        let uffd = Userfault::open().map_err(host("userfaultfd is needed for post-copy"))?;
+        let this = Self {
+            memory: memory.clone(),
+            uffd,
+            missing: Mutex::new(missing),
+            urgent: Mutex::new(Some(urgent)),
+            over: AtomicBool::new(false),
+            control: Arc::clone(control),
+            session,
+        };
+        for run in this.missing.lock().runs() {
+            this.discard(run)?;
+        }
+        for (start, len) in this.mappings()? {
+            this.uffd.register(start, len).map_err(host("RAM cannot be watched by userfaultfd"))?;
+        }
+        let this = Arc::new(this);
+        let server = Arc::clone(&this);
+        let body = move || {
+            if let Err(error) = server.serve_faults() {
+                tracing::error!(%error, "pages that the guest waits for can no longer be brought in");
+            }
+        };
+        let spawned = spawner.spawn("migrate-faults", ThreadRole::Migration, Box::new(body));
+        spawned.map_err(host("no thread for page faults"))?;
+        Ok(this)
+    }
+
+    /// Nobody needs the pages any more.
+    pub(crate) fn end(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+
+    fn mappings(&self) -> Result<Vec<(u64, u64)>, MigrationError> {
+        let address = |r: &holdfast_memory::GuestRegion| {
+            let start = r.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
+            Ok((start as u64, r.len()))
+        };
+        self.memory.iter().map(address).collect::<io::Result<_>>().map_err(host("RAM has no address"))
+    }
+
+    /// Where the page at `gpa` is in this process.
+    fn hva(&self, gpa: u64) -> Option<u64> {
+        let region = self.memory.find_region(vm_memory::GuestAddress(gpa))?;
+        let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
+        Some(start + (gpa - region.start_addr().raw_value()))
+    }
+
+    fn gpa(&self, hva: u64) -> Option<u64> {
+        self.memory.iter().find_map(|region| {
+            let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
+            let offset = hva.checked_sub(start).filter(|o| *o < region.len())?;
+            Some(region.start_addr().raw_value() + offset)
+        })
+    }
+
+    fn discard(&self, run: Run) -> Result<(), MigrationError> {
+        let Some(region) = self.memory.find_region(vm_memory::GuestAddress(run.gpa)) else { return Ok(()) };
+        let Some(hva) = self.hva(run.gpa) else { return Ok(()) };
+        // What a file holds must go from the file.
+        let advice = if region.file_offset().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // SAFETY: the run is within the region's mapping, and nobody relies on its contents: the guest has not run.
+        let rc = unsafe { libc::madvise(hva as *mut libc::c_void, run.len as usize, advice) };
+        if rc == 0 { Ok(()) } else { Err(host("RAM cannot be emptied")(io::Error::last_os_error())) }
+    }
+
+    /// Puts what came into RAM.
+    fn put(&self, header: &Header, payload: &[u8]) -> Result<(), MigrationError> {
+        let outside = || MigrationError::Protocol(format!("pages at {:#x} are outside of RAM", header.arg));
+        let unpacked;
+        let (data, len) = match header.kind {
+            Kind::Ram => (payload, payload.len() as u64),
+            Kind::Zstd => {
+                unpacked = unpack(payload)?;
+                (unpacked.as_slice(), unpacked.len() as u64)
+            }
+            Kind::Zero => (&[][..], Filler::zeroes(header.arg, payload)?),
+            kind => return Err(MigrationError::Protocol(format!("a {kind:?} section among pages"))),
+        };
+        let run = Run { gpa: header.arg, len };
+        if len == 0 || !len.is_multiple_of(PAGE_SIZE) || !run.gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(outside());
+        }
+        if !self.missing.lock().covers(run) {
+            return Err(outside());
+        }
+        // A run that came late may be longer than what is still missing; pages that are there are left alone.
+        let hva = self.hva(run.gpa).ok_or_else(outside)?;
+        let filled = if data.is_empty() { self.uffd.zero(hva, len) } else { self.uffd.fill(hva, data) };
+        filled.map_err(host("a page cannot be put into RAM"))?;
+        self.missing.lock().set(run, false);
+        Ok(())
+    }
+
+    /// Brings in the pages that the guest waits for.
+    fn serve_faults(&self) -> io::Result<()> {
+        while !self.over.load(Ordering::Acquire) {
+            let Some(first) = self.uffd.next_fault(FAULT_MS)? else { continue };
+            let mut wanted = HashSet::from([first]);
+            while wanted.len() < BATCH
+                && let Some(next) = self.uffd.next_fault(0)?
+            {
+                wanted.insert(next);
+            }
+            let mut ask = Vec::new();
+            for hva in wanted {
+                match self.gpa(hva) {
+                    Some(gpa) if self.missing.lock().contains(gpa) => ask.push(Run { gpa, len: PAGE_SIZE }),
+                    // It was never written, or has come meanwhile.
+                    Some(_) => self.uffd.zero(hva, PAGE_SIZE)?,
+                    None => {}
+                }
+            }
+            while !ask.is_empty() && !self.over.load(Ordering::Acquire) {
+                if let Err(error) = self.ask_for(&ask) {
+                    tracing::debug!("urgent pages do not come: {}", error.describe());
+                    self.urgent.lock().take();
+                    self.control.break_connections();
+                    std::thread::sleep(PATIENCE);
+                }
+                ask.retain(|run| self.missing.lock().contains(run.gpa));
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_for(&self, runs: &[Run]) -> Result<(), MigrationError> {
+        const WHAT: &str = "waiting for urgent pages";
+        let mut slot = self.urgent.lock();
+        let Some(stream) = slot.as_mut() else {
+            drop(slot);
+            std::thread::sleep(PATIENCE);
+            return Ok(());
+        };
+        self.control.counters.requests.fetch_add(runs.len() as u64, Ordering::Relaxed);
+        frame::write(stream, Kind::Request, 0, &pages::encode_runs(runs.iter().copied()))
+            .map_err(MigrationError::broken(WHAT))?;
+        let (mut came, mut payload) = (0, Vec::new());
+        while came < runs.len() as u64 * PAGE_SIZE {
+            let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(WHAT))?;
+            self.put(&header, &payload)?;
+            came += match header.kind {
+                Kind::Ram => payload.len() as u64,
+                _ => PAGE_SIZE,
+            };
+        }
+        Ok(())
+    }
+
+    /// Takes pages from `main` until all are there; fails if the connection breaks.
+    fn take_pages(&self, main: &mut Stream) -> Result<(), MigrationError> {
+        let mut payload = Vec::new();
+        loop {
+            let header =
+                frame::read(main, &mut payload).map_err(MigrationError::broken("receiving pages"))?;
+            if header.kind == Kind::End {
+                break;
+            }
+            self.put(&header, &payload)?;
+            self.control
+                .counters
+                .transferred
+                .fetch_add((frame::HEADER + header.len) as u64, Ordering::Relaxed);
+        }
+        // What the guest waited for may still be on its way over the other connection.
+        while self.missing.lock().count() > 0 {
+            if self.urgent.lock().is_none() {
+                return Err(MigrationError::Protocol("the connection for urgent pages broke".into()));
+            }
+            std::thread::sleep(PATIENCE);
+        }
+        Ok(())
+    }
+
+    /// Runs until all pages are there, over new connections when old ones break.
+    pub(crate) fn run(&self, mut main: Stream, mut entered: impl FnMut(Phase)) {
+        let mut enter = |phase| {
+            if self.control.enter(phase) {
+                entered(phase);
+            }
+        };
+        enter(Phase::PostcopyActive);
+        loop {
+            let error = match self.take_pages(&mut main) {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            if self.over.load(Ordering::Acquire) {
+                return enter(Phase::Failed);
+            }
+            tracing::warn!("post-copy is interrupted: {}", error.describe());
+            self.control.break_connections();
+            self.control.set_error(error.describe());
+            enter(Phase::PostcopyPaused);
+            loop {
+                let Some(listener) = self.control.take_listener() else {
+                    if self.over.load(Ordering::Acquire) {
+                        return enter(Phase::Failed);
+                    }
+                    std::thread::sleep(PATIENCE);
+                    continue;
+                };
+                enter(Phase::PostcopyRecover);
+                match self.accept_again(&listener) {
+                    Ok(again) => {
+                        main = again;
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::warn!("post-copy does not go on yet: {}", error.describe());
+                        enter(Phase::PostcopyPaused);
+                    }
+                }
+            }
+            enter(Phase::PostcopyActive);
+        }
+        self.over.store(true, Ordering::Release);
+        for (start, len) in self.mappings().unwrap_or_default() {
+            if let Err(error) = self.uffd.unregister(start, len) {
+                tracing::error!(%error, "RAM is still watched by userfaultfd");
+            }
+        }
+        if let Err(error) = frame::write(&mut main, Kind::Complete, 0, &[]) {
+            tracing::warn!(%error, "the source is not told that all pages are here");
+        }
+        enter(Phase::Completed);
+    }
+
+    fn accept_again(&self, listener: &Listener) -> Result<Stream, MigrationError> {
+        self.control.forget_connections();
+        let wanted = |role, limit| loop {
+            let (stream, preamble) = listener.accept(&self.control, limit)?;
+            if preamble.session == self.session && preamble.role == role {
+                return Ok(stream);
+            }
+            tracing::warn!("a connection of another migration is refused");
+        };
+        let mut main: Stream = wanted(Role::Recover, None)?;
+        let priority: Stream = wanted(Role::Priority, Some(FOLLOW))?;
+        let missing = pages::encode_runs(self.missing.lock().runs());
+        frame::write(&mut main, Kind::Missing, 0, &missing)
+            .map_err(MigrationError::broken("saying what is missing"))?;
+        *self.urgent.lock() = Some(priority);
+        Ok(main)
+    }
+
+    /// What ends the arrival when it is dropped.
+    pub(crate) fn handle(self: &Arc<Self>) -> Arriving {
+        Arriving { over: Arc::clone(self) }
+    }
+}
