@@ -11,11 +11,10 @@
 //!    every failure lets the source go on.
 //! 4. The source gives up what only one VM can have (locks of disk images) and says `Go`. Without it the target
 //!    never runs the guest.
-//! 5. The target says `Done`, then lets the guest run. If the connection *ends* without `Done` the target's
-//!    process is gone and never ran the guest, so the source goes on. If the connection just is silent, nobody can know:
-//!    the source stays paused and says so.
+//! 5. The target says `Done`, or why it cannot, then lets the guest run. If neither comes, nobody can know: the source stays
+//!    paused and says so; it can still be resumed by who knows that the target is gone.
 //!
-//! So two VMs never run at once, and one is left unless its process was killed.
+//! So two VMs never run at once, and one is left that can.
 
 pub mod address;
 mod checksum;

@@ -440,10 +440,7 @@ impl Sender<'_> {
                 let text = format!("a {:?} section where Done belongs", header.kind);
                 Err(MigrationError::Unknown(io::Error::new(io::ErrorKind::InvalidData, text)))
             }
-            // The process at the other end is gone, and what it had said would have come before.
-            Err(source) if ended(&source) => {
-                Err(MigrationError::Broken { what: "the destination took the VM over", source })
-            }
+            // Even if the stream has ended in order: something on the way may have ended it behind `Done`.
             Err(source) => Err(MigrationError::Unknown(source)),
         }
     }
@@ -487,12 +484,6 @@ impl Sender<'_> {
         self.enter(if self.control.is_cancelled() { Phase::Cancelled } else { Phase::Failed });
         Err(error)
     }
-}
-
-/// Whether the stream came to its end, rather than to silence.
-fn ended(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
 }
 
 fn per_second(count: u64, nanoseconds: u64) -> u64 {
