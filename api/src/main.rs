@@ -9,6 +9,7 @@ use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
 use holdfast_api::client;
 use holdfast_api::process::{self, Confinement, describe};
 use holdfast_config::RestoreConfig;
+use holdfast_objects::Objects;
 use holdfast_sandbox::{Sandbox, SandboxError};
 use holdfast_threads::Role;
 use holdfast_vmm::confine;
@@ -82,12 +83,20 @@ fn run(options: RunOptions) -> ExitCode {
         Ok(sandbox) => sandbox,
         Err(error) => return fail(&describe(&error), 1),
     };
+    // Before the sandbox closes: secrets and certificates may be in files.
+    let objects = Arc::new(Objects::default());
+    for text in &options.objects.0 {
+        if let Err(error) = objects.add_text(text) {
+            return fail(&format!("--object: {error}"), 1);
+        }
+    }
     let spawner = sandbox.spawner();
     let manager = ManagerOptions {
         sandbox: Arc::clone(&sandbox),
         no_shutdown: options.no_shutdown,
         debug: options.gdb.is_some(),
         debug_wait: options.gdb_wait,
+        objects,
     };
     let confinement = Confined(sandbox);
     match process::run(options, &spawner, &confinement, move |inbox| Manager::new(inbox, manager)?.run()) {

@@ -164,6 +164,11 @@ impl BlockNode for RawFormat {
         Arc::clone(&self.file).as_file()
     }
 
+    fn whole_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
+        let whole = self.offset == 0 && self.fixed.is_none();
+        whole.then(|| Arc::clone(&self.file).whole_file()).flatten()
+    }
+
     fn refresh_size(&self) -> io::Result<()> {
         self.file.refresh_size()?;
         if self.fixed.is_none() {

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use crate::format::{PROBE, RawFormat, probe};
 use crate::luks::{Luks, Volume};
 use crate::nbd::{self, Address, ClientOptions, Nbd, TlsClient};
+use crate::nodes::{NamedNode, Nodes};
 use crate::options::{Aio, BlockdevOptions, DiscardMode, Driver, Locking, NodeRef};
 use crate::qcow2::{self, Qcow2};
 use crate::raw::{LockRange, RawImage, RawOptions};
@@ -62,6 +63,8 @@ pub struct Opener {
     pub for_check: bool,
     /// It is a running VM's: no calls beyond those that move data once it is open.
     pub for_vm: bool,
+    /// Where nodes get their names, and are found by them; without it there are none.
+    pub nodes: Option<Arc<Nodes>>,
 }
 
 impl Opener {
@@ -82,6 +85,7 @@ impl Opener {
             metadata_only: false,
             for_check: false,
             for_vm: false,
+            nodes: None,
         }
     }
 
@@ -116,6 +120,35 @@ impl Opener {
         self.node(options, &mut Vec::new())
     }
 
+    /// Opens a node with a name of its own, which is kept in the table of names until it is taken out there.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn open_named(&self, options: &BlockdevOptions) -> Result<Arc<NamedNode>, BlockError> {
+        let nodes = self.nodes.as_ref().ok_or_else(no_names)?;
+        let node = self.open(options)?.as_named().ok_or_else(no_names)?;
+        nodes.keep(Arc::clone(&node));
+        Ok(node)
+    }
+
+    /// Opens the node of these options that is to have a name already; those below get theirs.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub(crate) fn open_bare(&self, options: &BlockdevOptions) -> Result<Arc<dyn BlockNode>, BlockError> {
+        self.bare_node(options, &mut Vec::new())
+    }
+
+    /// Opens a disk's node, which is called `name` unless its options name it, and the nodes below.
+    ///
+    /// # Errors
+    /// [`BlockError`].
+    pub fn open_as(&self, name: &str, options: &BlockdevOptions) -> Result<Arc<NamedNode>, BlockError> {
+        let nodes = self.nodes.as_ref().ok_or_else(no_names)?;
+        let bare = self.bare_node(options, &mut Vec::new())?;
+        nodes.name(options, Some(name), bare)
+    }
+
     /// The format `driver` over a file that is open.
     ///
     /// # Errors
@@ -127,6 +160,43 @@ impl Opener {
     }
 
     fn node(
+        &self,
+        options: &BlockdevOptions,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        self.named(options, self.bare_node(options, chain)?)
+    }
+
+    /// Gives a node its name, where there are names.
+    fn named(
+        &self,
+        options: &BlockdevOptions,
+        node: Arc<dyn BlockNode>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        match &self.nodes {
+            Some(nodes) => Ok(nodes.name(options, None, node)?),
+            None if options.node_name.is_some() => Err(no_names()),
+            None => Ok(node),
+        }
+    }
+
+    /// The node that options refer to or describe.
+    fn referred(
+        &self,
+        node: &NodeRef,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        match (node, &self.nodes) {
+            (NodeRef::Node(options), _) => self.node(&as_file(options), chain),
+            (NodeRef::Name(name), Some(nodes)) => Ok(nodes.find(name)?),
+            (NodeRef::Name(name), None) => {
+                Err(BlockError::Option(format!("Cannot find device='' nor node-name='{name}'")))
+            }
+            (NodeRef::None, _) => Err(BlockError::Option("a node is needed, not null".into())),
+        }
+    }
+
+    fn bare_node(
         &self,
         options: &BlockdevOptions,
         chain: &mut Vec<(u64, u64)>,
@@ -149,8 +219,10 @@ impl Opener {
             (None, Some(name)) => {
                 BlockdevOptions { filename: Some(name.clone()), ..BlockdevOptions::default() }
             }
-            (Some(NodeRef::Name(name)), None) => {
-                return Err(BlockError::Option(format!("Cannot find device='' nor node-name='{name}'")));
+            (Some(name @ NodeRef::Name(_)), None) => {
+                let file = opener.referred(name, chain)?;
+                opener.above_read_only(&*file)?;
+                return opener.format_node(options, file, chain);
             }
             _ => return Err(BlockError::Option("A block device must be specified for \"file\"".into())),
         };
@@ -158,8 +230,16 @@ impl Opener {
             let file = opener.node(&below, chain)?;
             return opener.format_node(options, file, chain);
         }
-        let file = opener.protocol_node(&below, chain)?;
+        let file = opener.named(&below, opener.protocol_node(&below, chain)?)?;
         opener.format_node(options, file, chain)
+    }
+
+    /// Refuses to write through a node that cannot be written.
+    fn above_read_only(&self, file: &dyn BlockNode) -> Result<(), BlockError> {
+        if self.writable && file.is_readonly() {
+            return Err(BlockError::Option("Block node is read-only".into()));
+        }
+        Ok(())
     }
 
     /// A node that lies over no other.
@@ -248,7 +328,16 @@ impl Opener {
             name: self.name.clone(),
             ..RawOptions::new(path)
         };
-        let image = RawImage::open(raw, Arc::clone(&self.spawner))?;
+        let image = match RawImage::open(raw.clone(), Arc::clone(&self.spawner)) {
+            Err(BlockError::Open { source, .. })
+                if options.auto_read_only == Some(true)
+                    && !raw.readonly
+                    && matches!(source.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) =>
+            {
+                RawImage::open(RawOptions { readonly: true, ..raw }, Arc::clone(&self.spawner))?
+            }
+            opened => opened?,
+        };
         let id = image.identity();
         if chain.contains(&id) || chain.len() >= MAX_CHAIN {
             return Err(BlockError::Format(format!(
@@ -256,7 +345,7 @@ impl Opener {
             )));
         }
         chain.push(id);
-        if self.writable && lock != LockRange::None {
+        if self.writable && !BlockNode::is_readonly(&*image) && lock != LockRange::None {
             // Locks of this process do not stand against each other where they have one file description.
             claim(id, image.path(), &image)?;
         }
@@ -344,11 +433,7 @@ impl Opener {
         file: Arc<dyn BlockNode>,
         chain: &mut Vec<(u64, u64)>,
     ) -> Result<Arc<Luks>, BlockError> {
-        let header = match &options.header {
-            Some(NodeRef::Node(node)) => Some(self.node(&as_file(node), chain)?),
-            Some(_) => return Err(BlockError::Option("'header' must be given by its options".into())),
-            None => None,
-        };
+        let header = options.header.as_ref().map(|node| self.referred(node, chain)).transpose()?;
         let password = match &options.key_secret {
             Some(id) => Some(self.objects.password(id).map_err(|e| BlockError::Option(e.to_string()))?),
             None if self.metadata_only => None,
@@ -402,8 +487,7 @@ impl Opener {
         let header = qcow2::read_header(&*file)?;
         let directory = file.path().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
         let data = match &options.data_file {
-            Some(NodeRef::Node(node)) => Some(self.node(&as_file(node), chain)?),
-            Some(_) => return Err(BlockError::Option("'data-file' must be given by its options".into())),
+            Some(node) => Some(self.referred(node, chain)?),
             None => match &header.data_file {
                 Some(name) if header.has_data_file() && !self.metadata_only => {
                     self.refuse_reference("data file", name)?;
@@ -418,9 +502,7 @@ impl Opener {
             Some(NodeRef::Node(node)) => Some(self.below().node(node, chain)?),
             Some(NodeRef::None) => None,
             Some(NodeRef::Name(name)) if name.is_empty() => None,
-            Some(NodeRef::Name(name)) => {
-                return Err(BlockError::Option(format!("Cannot find device='' nor node-name='{name}'")));
-            }
+            Some(name @ NodeRef::Name(_)) => Some(self.referred(name, chain)?),
             None => self.named_backing(&header, &directory, chain)?,
         };
         let open = qcow2::OpenOptions {
@@ -463,11 +545,15 @@ impl Opener {
     fn refuse_reference(&self, what: &str, name: &str) -> Result<(), BlockError> {
         if self.backing == Backing::Refuse {
             return Err(BlockError::Unsupported(format!(
-                "the image refers to the {what} '{name}', and it is not allowed to open other files (backing_files=on allows it)"
+                "the image refers to the {what} '{name}', and it is not allowed to open other files (a disk's backing_files=on allows it; a node's options name them)"
             )));
         }
         Ok(())
     }
+}
+
+fn no_names() -> BlockError {
+    BlockError::Option("'node-name' is not supported here: there is no graph of named nodes".into())
 }
 
 /// A node that is a file unless its options say otherwise.

@@ -6,12 +6,14 @@
 
 mod buffer;
 pub mod crypto;
+pub mod facts;
 pub mod format;
 pub mod graph;
 pub mod luks;
 mod mapped;
 pub mod nbd;
 pub mod node;
+pub mod nodes;
 pub mod options;
 pub mod qcow2;
 pub mod queue;

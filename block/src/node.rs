@@ -146,6 +146,11 @@ pub trait BlockNode: Send + Sync + Debug {
         self.file().and_then(|f| f.path())
     }
 
+    /// True if its bytes come over the network.
+    fn is_remote(&self) -> bool {
+        self.file().is_some_and(|f| f.is_remote()) || self.backing().is_some_and(|b| b.is_remote())
+    }
+
     /// Bytes that it takes on the host.
     fn disk_usage(&self) -> u64 {
         self.file().map_or(0, |f| f.disk_usage())
@@ -158,6 +163,11 @@ pub trait BlockNode: Send + Sync + Debug {
 
     /// The file that [`BlockNode::plan`] is about.
     fn data_file(&self) -> Option<Arc<RawImage>> {
+        None
+    }
+
+    /// The file that is this disk, byte for byte, so that its queue alone will do.
+    fn whole_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
         None
     }
 
@@ -176,6 +186,11 @@ pub trait BlockNode: Send + Sync + Debug {
 
     /// The LUKS volume, if it is one.
     fn as_luks(&self) -> Option<&crate::luks::Luks> {
+        None
+    }
+
+    /// The node with its name, if it has one.
+    fn as_named(self: Arc<Self>) -> Option<Arc<crate::nodes::NamedNode>> {
         None
     }
 

@@ -509,13 +509,10 @@ impl BlockdevOptions {
                 driver.name()
             )));
         }
-        if self.node_name.is_some() {
-            return Err(bad("'node-name' is not supported by this version"));
-        }
         if self.detect_zeroes.is_some_and(|d| d != DetectZeroes::Off) {
             return Err(bad("'detect-zeroes' is not supported by this version"));
         }
-        if self.auto_read_only == Some(true) {
+        if self.auto_read_only == Some(true) && !is_file {
             return Err(bad("'auto-read-only' is not supported by this version"));
         }
         let direct = self.cache.and_then(|c| c.direct).unwrap_or(false);

@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use holdfast_threads::{Role, Spawner};
@@ -12,8 +12,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::buffer::AlignedBuffer;
 use crate::node::{Plan, is_zero, os_error};
+use crate::nodes::{Hold, NamedNode};
 use crate::options::DetectZeroes;
 use crate::ranges::RangeGuard;
+use crate::raw::RawImage;
 use crate::{BlockBackend, BlockError, BlockNode, BlockQueue, Completion, Geometry, IoVec, Op, Request};
 
 /// Threads of a node.
@@ -57,13 +59,13 @@ struct Threads {
 }
 
 impl Threads {
-    fn start(name: &str, spawner: &dyn Spawner) -> io::Result<Self> {
+    fn start(name: &str, spawner: &dyn Spawner, role: Role) -> io::Result<Self> {
         let mut all = Self { shared: Arc::default(), threads: Vec::new() };
         for n in 0..THREADS {
             let shared = Arc::clone(&all.shared);
             all.threads.push(spawner.spawn(
                 &format!("{name}_fmt{n}"),
-                Role::Block,
+                role,
                 Box::new(move || run(&shared)),
             )?);
         }
@@ -154,34 +156,88 @@ fn perform(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io:
 #[derive(Debug)]
 pub struct NodeBackend {
     node: Arc<dyn BlockNode>,
-    threads: Arc<Threads>,
+    /// Whoever needs them has them started.
+    threads: OnceLock<Arc<Threads>>,
+    name: String,
+    spawner: Arc<dyn Spawner>,
     size: AtomicU64,
-    align: u32,
+    align: AtomicU32,
     can_discard: bool,
     detect: DetectZeroes,
+    /// The use of a node with a name.
+    hold: Option<Hold>,
 }
 
 impl NodeBackend {
     /// The disk that `node` is. `name` is for its threads.
-    ///
-    /// # Errors
-    /// [`BlockError::Host`] if no threads can be made.
     pub fn new(
         node: Arc<dyn BlockNode>,
         name: &str,
-        spawner: &dyn Spawner,
+        spawner: &Arc<dyn Spawner>,
         can_discard: bool,
         detect: DetectZeroes,
-    ) -> Result<Arc<Self>, BlockError> {
-        let path = node.path().unwrap_or_default();
-        let threads = Threads::start(name, spawner).map_err(|source| BlockError::Host {
-            path,
-            what: "cannot start I/O threads",
-            source,
-        })?;
-        let align = node.data_file().map_or(512, |f| f.geometry().logical_block);
-        let size = AtomicU64::new(node.size());
-        Ok(Arc::new(Self { node, threads: Arc::new(threads), size, align, can_discard, detect }))
+    ) -> Arc<Self> {
+        Self::make(node, (name, spawner), (can_discard, detect), None)
+    }
+
+    /// The disk that a named node is, whose use ends with the disk.
+    pub fn of(hold: Hold, name: &str, spawner: &Arc<dyn Spawner>, can_discard: bool) -> Arc<Self> {
+        let node = Arc::clone(hold.node());
+        Self::make(node, (name, spawner), (can_discard, DetectZeroes::Off), Some(hold))
+    }
+
+    fn make(
+        node: Arc<dyn BlockNode>,
+        (name, spawner): (&str, &Arc<dyn Spawner>),
+        (can_discard, detect): (bool, DetectZeroes),
+        hold: Option<Hold>,
+    ) -> Arc<Self> {
+        let this = Self {
+            threads: OnceLock::new(),
+            name: name.to_owned(),
+            spawner: Arc::clone(spawner),
+            size: AtomicU64::new(0),
+            align: AtomicU32::new(512),
+            can_discard,
+            detect,
+            hold,
+            node,
+        };
+        this.look();
+        Arc::new(this)
+    }
+
+    /// The named node, if it is one.
+    pub fn named(&self) -> Option<&Arc<NamedNode>> {
+        self.hold.as_ref().map(Hold::node)
+    }
+
+    /// The file whose queue does everything.
+    fn whole(&self) -> Option<Arc<RawImage>> {
+        let whole = Arc::clone(&self.node).whole_file();
+        whole.filter(|_| self.detect == DetectZeroes::Off)
+    }
+
+    /// Looks at size and alignment. True if the size has changed.
+    fn look(&self) -> bool {
+        let (size, align) = match self.whole() {
+            Some(file) => (file.geometry().size, file.geometry().logical_block),
+            None => {
+                let file = self.node.data_file();
+                (self.node.size(), file.map_or(512, |f| f.geometry().logical_block))
+            }
+        };
+        self.align.store(align, Ordering::Release);
+        self.size.swap(size, Ordering::AcqRel) != size
+    }
+
+    fn threads(&self) -> io::Result<Arc<Threads>> {
+        if let Some(threads) = self.threads.get() {
+            return Ok(Arc::clone(threads));
+        }
+        let role = if self.node.is_remote() { Role::Nbd } else { Role::Block };
+        let threads = Arc::new(Threads::start(&self.name, &*self.spawner, role)?);
+        Ok(Arc::clone(self.threads.get_or_init(|| threads)))
     }
 
     /// The node.
@@ -192,10 +248,11 @@ impl NodeBackend {
 
 impl BlockBackend for NodeBackend {
     fn geometry(&self) -> Geometry {
+        let align = self.align.load(Ordering::Acquire);
         Geometry {
             size: self.size.load(Ordering::Acquire),
-            logical_block: self.align,
-            physical_block: self.align.max(4096),
+            logical_block: align,
+            physical_block: align.max(4096),
             can_discard: self.can_discard && !self.node.is_readonly(),
         }
     }
@@ -205,11 +262,15 @@ impl BlockBackend for NodeBackend {
     }
 
     fn queue(self: Arc<Self>, depth: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
-        let fail = |source| BlockError::Host {
-            path: self.node.path().unwrap_or_default(),
-            what: "cannot make an eventfd",
-            source,
+        if let Some(file) = self.whole() {
+            return file.queue(depth);
+        }
+        let failed = |what| {
+            let path = self.node.path().unwrap_or_default();
+            move |source| BlockError::Host { path, what, source }
         };
+        let fail = |source| failed("cannot make an eventfd")(source);
+        let threads = self.threads().map_err(failed("cannot start I/O threads"))?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail)?;
         let file = match self.node.data_file() {
             Some(file) => Some(file.queue_on(depth, event.try_clone().map_err(fail)?)?),
@@ -222,6 +283,7 @@ impl BlockBackend for NodeBackend {
             planned: HashMap::new(),
             slow: 0,
             ready: Vec::new(),
+            threads,
             backend: self,
         }))
     }
@@ -232,12 +294,11 @@ impl BlockBackend for NodeBackend {
             what: "cannot get its size",
             source,
         })?;
-        let size = self.node.size();
-        Ok(self.size.swap(size, Ordering::AcqRel) != size)
+        Ok(self.look())
     }
 
     fn engine(&self) -> &'static str {
-        self.node.data_file().map_or("threads", |f| f.engine())
+        self.whole().or_else(|| self.node.data_file()).map_or("threads", |f| f.engine())
     }
 }
 
@@ -253,6 +314,7 @@ struct NodeQueue {
     slow: usize,
     /// Requests that are done already.
     ready: Vec<Completion>,
+    threads: Arc<Threads>,
     backend: Arc<NodeBackend>,
 }
 
@@ -297,8 +359,8 @@ impl BlockQueue for NodeQueue {
             sink: Arc::clone(&self.sink),
         };
         self.slow += 1;
-        self.backend.threads.shared.todo.lock().work.push_back(work);
-        self.backend.threads.shared.more.notify_one();
+        self.threads.shared.todo.lock().work.push_back(work);
+        self.threads.shared.more.notify_one();
     }
 
     fn kick(&mut self) {

@@ -5,6 +5,7 @@ pub mod http;
 pub mod migration;
 pub mod pc;
 pub mod qmp;
+pub mod shell;
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};

@@ -101,4 +101,24 @@ impl Qmp {
     pub fn heard(&self, name: &str, key: &str) -> Vec<Value> {
         self.events.iter().filter(|e| e["event"] == name).map(|e| e["data"][key].clone()).collect()
     }
+
+    /// Forgets the events that have come so far: all that happened before the last answer.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
+    /// Waits for an event, also among those that came before, takes it out and returns its data.
+    ///
+    /// # Panics
+    /// If the connection breaks first, or nothing comes for four minutes.
+    pub fn event(&mut self, name: &str) -> Value {
+        self.stream.set_read_timeout(Some(crate::migration::LIMIT)).expect("a timeout");
+        loop {
+            if let Some(at) = self.events.iter().position(|e| e["event"] == name) {
+                return self.events.remove(at)["data"].clone();
+            }
+            let message = self.line();
+            self.events.push(message);
+        }
+    }
 }

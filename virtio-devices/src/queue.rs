@@ -209,6 +209,16 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
+    /// Walks a chain once more that was popped before and not given back, perhaps by the queue's predecessor.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::pop`].
+    pub fn again(&mut self, head: u16) -> Result<Chain, QueueError> {
+        let chain = self.walk(head)?;
+        self.outstanding += 1;
+        Ok(chain)
+    }
+
     /// Gives the chain taken last back to the driver's side, to be popped again.
     pub fn undo_pop(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));

@@ -115,6 +115,13 @@ pub enum Slot {
         /// The device number that is wanted; the first free one if absent.
         device: Option<u8>,
     },
+    /// Behind a port of a PCI root bus.
+    Port {
+        /// The bus.
+        bus: Arc<PciBus>,
+        /// The port's device and function number.
+        port: u8,
+    },
     /// A virtio-mmio window of [`crate::transport::mmio::WINDOW`] bytes.
     Mmio {
         /// Its first address.
@@ -136,6 +143,7 @@ pub fn plug(
 ) -> Result<Arc<dyn Device>, BuildError> {
     match slot {
         Slot::Pci { bus, device: number } => Ok(PciTransport::plug(id, device, (&bus, number), context)?),
+        Slot::Port { bus, port } => Ok(PciTransport::plug_behind(id, device, (&bus, port), context)?),
         Slot::Mmio { base, irq } => Ok(MmioTransport::plug(id, device, base, irq, context)?),
     }
 }

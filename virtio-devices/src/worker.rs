@@ -77,6 +77,7 @@ impl Watch {
 enum Command {
     Start(Box<Activation>),
     Stop(Sender<Vec<VirtQueue>>),
+    Replace(Box<dyn Handler>, Sender<()>),
     Quit,
 }
 
@@ -134,6 +135,17 @@ impl Worker {
             return Vec::new();
         }
         answer.recv().unwrap_or_default()
+    }
+}
+
+impl Worker {
+    /// Puts another handler in the place of one that has no queues, which is gone when this returns.
+    pub fn replace(&self, handler: Box<dyn Handler>) {
+        let (reply, answer) = channel();
+        if self.send(Command::Replace(handler, reply)) {
+            // A thread that is gone has said why.
+            let _ = answer.recv();
+        }
     }
 }
 
@@ -209,6 +221,10 @@ impl Thread {
                     self.interrupt = None;
                     // The asker may be gone; then nobody needs the queues.
                     let _ = reply.send(self.handler.stop(&self.watch));
+                }
+                Ok(Command::Replace(handler, reply)) => {
+                    self.handler = handler;
+                    let _ = reply.send(());
                 }
                 Ok(Command::Quit) => {
                     self.handler.stop(&self.watch);

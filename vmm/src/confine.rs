@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use holdfast_arch::x86_64::boot::module_list;
 use holdfast_block::graph::referenced_files;
+use holdfast_block::options::{BlockdevOptions, NodeRef};
 use holdfast_config::{LandlockConfig, VmConfig};
 use holdfast_sandbox::{PathAccess, PathRule, Sandbox, SandboxError};
 use holdfast_threads::PlainSpawner;
@@ -144,6 +145,11 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
             }
         }
     }
+    for options in config.blockdevs() {
+        for (path, write) in files_of(options) {
+            rules.existing(&path, write);
+        }
+    }
     rules.existing(&config.rng.src, false);
     let outputs = [
         &config.serial.file,
@@ -166,6 +172,27 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
         rules.existing(directory, false);
     }
     rules
+}
+
+/// Files that the options of a node name, and whether they are written.
+pub(crate) fn files_of(options: &BlockdevOptions) -> Vec<(PathBuf, bool)> {
+    let write = options.read_only != Some(true);
+    let mut files = Vec::new();
+    if let Some(name) = &options.filename {
+        files.push((PathBuf::from(name.strip_prefix("file:").unwrap_or(name)), write));
+    }
+    let below = [
+        (&options.file, write),
+        (&options.data_file, write),
+        (&options.header, write),
+        (&options.backing, false),
+    ];
+    for (node, write) in below {
+        if let Some(NodeRef::Node(node)) = node {
+            files.extend(files_of(node).into_iter().map(|(path, w)| (path, w && write)));
+        }
+    }
+    files
 }
 
 /// Paths, each once, and what is done with them.

@@ -7,6 +7,7 @@ pub mod gdb;
 pub mod manager;
 pub mod ram;
 pub mod snapshot;
+pub mod storage;
 pub mod vm;
 
 /// Where a VM migrates to, or comes from.

@@ -51,6 +51,7 @@ fn host() -> Host {
         tap_fds: Default::default(),
         incoming: false,
         ram_files: Vec::new(),
+        storage: holdfast_vmm::storage::Storage::detached(PlainSpawner::shared()),
         accelerator: Some(Arc::new(still::Still)),
     }
 }

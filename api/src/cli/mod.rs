@@ -14,7 +14,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 pub use ctl::Ctl;
 pub use holdfast_sandbox::SeccompMode;
-pub use run::{Endpoint, QmpAddress, RunOptions};
+pub use run::{Endpoint, ObjectTexts, QmpAddress, RunOptions};
 
 /// The name under which Cloud Hypervisor's command line is served.
 const CH_NAME: &str = "cloud-hypervisor";

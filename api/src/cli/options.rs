@@ -14,6 +14,8 @@ pub(super) enum Shape {
     Text(&'static str),
     /// One key=value text.
     Keys(fn() -> Vec<Key>),
+    /// Several texts.
+    Several(&'static str),
     /// Several key=value texts.
     Many(fn() -> Vec<Key>),
 }
@@ -102,6 +104,18 @@ pub(super) const OPTIONS: &[Opt] = &[
         "What identifies the platform to the guest",
     ),
     opt("disk", Shape::Many(holdfast_keyval::keys::<config::DiskConfig>), DEVICES, "Block device"),
+    opt(
+        "blockdev",
+        Shape::Many(holdfast_keyval::keys::<config::BlockdevOptions>),
+        DEVICES,
+        "Node of the storage graph, as key=value (file.filename=PATH) or JSON, which --disk node=NAME shows",
+    ),
+    opt(
+        "object",
+        Shape::Several("TYPE,id=ID,..."),
+        DEVICES,
+        "Object that other options name: secret, tls-creds-x509 or throttle-group",
+    ),
     opt("net", Shape::Many(holdfast_keyval::keys::<config::NetConfig>), DEVICES, "Network device"),
     opt(
         "device",
@@ -192,6 +206,7 @@ fn argument(opt: &Opt, verbose: bool) -> Arg {
         Shape::Flag => arg.action(ArgAction::SetTrue),
         Shape::Count => arg.action(ArgAction::Count),
         Shape::Text(name) => arg.value_name(name).allow_hyphen_values(opt.name == "cmdline"),
+        Shape::Several(name) => arg.value_name(name).action(ArgAction::Append).num_args(1..),
         Shape::Keys(list) => keys(arg.value_name("key=value,..."), list),
         Shape::Many(list) => {
             keys(arg.value_name("key=value,...").action(ArgAction::Append).num_args(1..), list)

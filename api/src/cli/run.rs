@@ -8,11 +8,12 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 use holdfast_config::catalog::{self, DeviceConfig, DeviceKind};
 use holdfast_config::{
-    self as config, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig, MachineConfig,
-    MemoryConfig, NetConfig, PayloadConfig, PflashConfig, PlatformConfig, RestoreConfig, RngConfig,
-    SerialConfig, VmConfig,
+    self as config, BlockdevOptions, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig,
+    LandlockConfig, MachineConfig, MemoryConfig, NetConfig, PayloadConfig, PflashConfig, PlatformConfig,
+    RestoreConfig, RngConfig, SerialConfig, VmConfig,
 };
 use holdfast_keyval::Key;
+use holdfast_virtio::blk::config::QemuBlk;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
@@ -80,6 +81,18 @@ pub struct RunOptions {
     pub seccomp: SeccompMode,
     /// The process stays when the guest has switched itself off.
     pub no_shutdown: bool,
+    /// Secrets and the like that other options name.
+    pub objects: ObjectTexts,
+}
+
+/// What `--object` says. It may be secret.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct ObjectTexts(pub Vec<String>);
+
+impl std::fmt::Debug for ObjectTexts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ObjectTexts({})", self.0.len())
+    }
 }
 
 /// Options that describe a VM, and so need something that boots it.
@@ -96,6 +109,7 @@ const DESCRIBES_VM: &[&str] = &[
     "memory",
     "platform",
     "disk",
+    "blockdev",
     "net",
     "device",
     "rng",
@@ -161,6 +175,7 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
         landlock: landlock(matches)?,
         seccomp: seccomp(matches)?,
         no_shutdown: matches.get_flag("no-shutdown"),
+        objects: ObjectTexts(matches.get_many::<String>("object").into_iter().flatten().cloned().collect()),
     })
 }
 
@@ -217,7 +232,8 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
         cpus,
         memory: keyval::<MemoryConfig>(matches, "memory")?.unwrap_or_default(),
         payload: Some(payload),
-        disks: keyvals::<DiskConfig>(matches, "disk")?,
+        disks: disks(matches)?,
+        blockdevs: blockdevs(matches)?,
         net: keyvals::<NetConfig>(matches, "net")?,
         rng: keyval::<RngConfig>(matches, "rng")?.unwrap_or_default(),
         balloon: keyval(matches, "balloon")?,
@@ -321,7 +337,47 @@ pub(super) fn device_keys() -> Vec<Key> {
 /// Devices that are added by name.
 fn devices(matches: &ArgMatches) -> Result<Option<Vec<DeviceConfig>>, CliError> {
     let Some(values) = matches.get_many::<String>("device") else { return Ok(None) };
-    values.map(|value| device(value)).collect::<Result<_, _>>().map(Some)
+    let board = values.filter(|value| qemu_disk(value).is_none());
+    let all: Vec<DeviceConfig> = board.map(|value| device(value)).collect::<Result<_, _>>()?;
+    Ok(Some(all).filter(|all| !all.is_empty()))
+}
+
+/// What follows the name in `virtio-blk-pci,...`.
+fn qemu_disk(value: &str) -> Option<(&str, &str)> {
+    let (name, keys) = value.split_once(',').unwrap_or((value, ""));
+    QemuBlk::DRIVERS.contains(&name).then_some((name, keys))
+}
+
+/// The disks of `--disk`, then those of `--device virtio-blk-pci`.
+fn disks(matches: &ArgMatches) -> Result<Option<Vec<DiskConfig>>, CliError> {
+    let mut all = keyvals::<DiskConfig>(matches, "disk")?.unwrap_or_default();
+    for (name, keys) in
+        matches.get_many::<String>("device").into_iter().flatten().filter_map(|value| qemu_disk(value))
+    {
+        let option = format!("device {name}");
+        let disk: QemuBlk = holdfast_keyval::from_str(&format!("driver={name},{keys}"))
+            .map_err(|source| CliError::Value { option: option.clone(), source })?;
+        let wrong = |reason| CliError::Text { option, value: keys.to_owned(), reason };
+        all.push(disk.into_disk().map_err(wrong)?);
+    }
+    Ok(Some(all).filter(|all| !all.is_empty()))
+}
+
+/// The nodes of `--blockdev`.
+fn blockdevs(matches: &ArgMatches) -> Result<Option<Vec<BlockdevOptions>>, CliError> {
+    let Some(values) = matches.get_many::<String>("blockdev") else { return Ok(None) };
+    let read = |value: &String| {
+        let options = match value.starts_with('{') {
+            true => BlockdevOptions::from_json(value),
+            false => BlockdevOptions::from_pairs(value),
+        };
+        options.map_err(|error| CliError::Text {
+            option: "blockdev".to_owned(),
+            value: value.clone(),
+            reason: error.to_string(),
+        })
+    };
+    values.map(read).collect::<Result<_, _>>().map(Some)
 }
 
 /// One device: `NAME` or `NAME,key=value`.

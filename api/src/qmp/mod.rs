@@ -2,6 +2,7 @@
 //!
 //! Wire format and errors follow QEMU's `docs/interop/qmp-spec`.
 
+mod block;
 mod commands;
 mod framing;
 mod hmp;

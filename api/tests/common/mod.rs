@@ -10,6 +10,7 @@ use holdfast_config::{
     VmSnapshotConfig, validate_disk, validate_net,
 };
 use holdfast_vmm::control::*;
+use holdfast_vmm::storage::StorageRequest;
 
 /// State and what was asked.
 #[derive(Default)]
@@ -279,8 +280,11 @@ impl VmManager for FakeManager {
         vec![ChardevInfo { label, filename, frontend_open: true }]
     }
 
-    fn block(&mut self) -> Vec<BlockInfo> {
-        Vec::new()
+    fn storage(&mut self, request: StorageRequest, reply: Responder<serde_json::Value>) {
+        reply.respond(match request {
+            StorageRequest::Block => Ok(serde_json::json!([])),
+            other => Err(wrong(&format!("{other:?}"))),
+        });
     }
 
     fn pci(&mut self) -> Vec<PciInfo> {

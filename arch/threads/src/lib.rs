@@ -20,6 +20,8 @@ pub enum Role {
     Timer,
     /// Moves data for a block device.
     Block,
+    /// Moves data between disks and the network: NBD.
+    Nbd,
     /// Moves packets for a network device.
     Net,
     /// Any other device I/O: console, rng, balloon, serial input.

@@ -585,6 +585,10 @@ impl BlockNode for Nbd {
         "nbd"
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }

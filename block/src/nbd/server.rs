@@ -59,7 +59,14 @@ pub struct Export {
     pub bitmaps: Vec<Arc<BitmapContext>>,
     /// Several connections of a client see one disk, and all do: flushes hold for all.
     pub multi_conn: bool,
+    /// Dropped when the export is gone and no client has it any more.
+    pub guard: Option<Box<dyn Guard>>,
 }
+
+/// Something whose end is that of an export.
+pub trait Guard: Send + Sync + std::fmt::Debug {}
+
+impl<T: Send + Sync + std::fmt::Debug> Guard for T {}
 
 impl Export {
     pub(super) fn contexts(&self) -> Vec<Context> {
@@ -83,7 +90,8 @@ impl Export {
 pub struct Server {
     exports: RwLock<Vec<Arc<Export>>>,
     pub(super) tls: Option<Arc<ServerConfig>>,
-    clients: Mutex<HashMap<u64, Socket>>,
+    /// Clients by number, with the export that they have come to.
+    clients: Mutex<HashMap<u64, (Socket, Option<String>)>>,
     next: AtomicU64,
     /// Clients that came as far as an export, ever.
     served: AtomicUsize,
@@ -137,24 +145,50 @@ impl Server {
     /// The connection's, TLS's, or what of the client's words makes no sense. The connection is closed in any case.
     pub fn serve(&self, socket: Socket) -> io::Result<()> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.clients.lock().insert(id, socket.try_clone()?);
-        let result = self.talk(socket);
-        if let Some(socket) = self.clients.lock().remove(&id) {
+        self.clients.lock().insert(id, (socket.try_clone()?, None));
+        let result = self.talk(id, socket);
+        if let Some((socket, _)) = self.clients.lock().remove(&id) {
             socket.shut_down();
         }
         result
     }
 
-    fn talk(&self, socket: Socket) -> io::Result<()> {
+    fn talk(&self, id: u64, socket: Socket) -> io::Result<()> {
         socket.set_timeout(Some(PATIENCE))?;
         let Some(session) = handshake::negotiate(self, socket)? else { return Ok(()) };
         session.stream.socket().set_timeout(None)?;
+        if let Some((_, export)) = self.clients.lock().get_mut(&id) {
+            *export = Some(session.export.name.clone());
+        }
+        // It may have been taken away meanwhile.
+        if !self.has(&session.export.name) {
+            return Ok(());
+        }
         self.served.fetch_add(1, Ordering::AcqRel);
         requests::serve(session)
     }
 
     /// Sends all clients away.
     pub fn disconnect_all(&self) {
-        self.clients.lock().values().for_each(Socket::shut_down);
+        self.clients.lock().values().for_each(|(socket, _)| socket.shut_down());
+    }
+
+    /// True if there is an export of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.export(name).is_some()
+    }
+
+    /// Clients of an export.
+    pub fn clients_of(&self, name: &str) -> usize {
+        self.clients.lock().values().filter(|(_, export)| export.as_deref() == Some(name)).count()
+    }
+
+    /// Sends the clients of an export away.
+    pub fn disconnect(&self, name: &str) {
+        let clients = self.clients.lock();
+        clients
+            .values()
+            .filter(|(_, e)| e.as_deref() == Some(name))
+            .for_each(|(socket, _)| socket.shut_down());
     }
 }

@@ -61,6 +61,7 @@ impl Bed {
             allocation_depth: true,
             bitmaps: Vec::new(),
             multi_conn: true,
+            guard: None,
         };
         assert!(server.add(export));
         let accepting = Some(listen(&server, dir.path().join("s")));

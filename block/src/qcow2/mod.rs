@@ -236,6 +236,7 @@ impl Qcow2 {
             metadata: HashSet::new(),
             discard_freed: options.pass_discard,
             corrupt: None,
+            watch: None,
             readonly: options.readonly,
             bitmaps,
             scratch: Vec::new(),
@@ -295,6 +296,11 @@ impl Qcow2 {
     /// Why the image is not written any more, if so.
     pub fn corrupt(&self) -> Option<String> {
         self.state.lock().corrupt.clone()
+    }
+
+    /// Lets a node hear of damage.
+    pub(crate) fn watch(&self, watch: Arc<crate::nodes::NodeWatch>) {
+        self.state.lock().watch = Some(watch);
     }
 
     /// Replaces the backing node.

@@ -71,6 +71,8 @@ pub(super) struct State {
     pub(super) corrupt: Option<String>,
     pub(super) readonly: bool,
     pub(super) bitmaps: super::bitmap::Bitmaps,
+    /// Hears of damage.
+    pub(super) watch: Option<Arc<crate::nodes::NodeWatch>>,
     /// Entries under inspection, kept for its memory.
     pub(super) scratch: Vec<Entry>,
 }
@@ -86,6 +88,9 @@ impl State {
         if self.corrupt.is_none() {
             let path = crate::node::shown(&*self.files.file);
             tracing::error!(path, what, "marking the image as corrupt; it cannot be written any more");
+            if let Some(watch) = &self.watch {
+                watch.corrupted(&what);
+            }
             self.corrupt = Some(what);
             if !self.readonly && self.layout.version >= 3 {
                 self.header.incompatible |= super::header::incompatible::CORRUPT;

@@ -105,6 +105,9 @@ impl Job {
             if !image.options.sparse {
                 self.zero = Zero::Range;
             }
+            if matches!(self.op, Op::Write | Op::WriteZeroes { .. }) {
+                image.note_write(end);
+            }
         }
         self.call(image).map(Some)
     }

@@ -19,6 +19,7 @@ use std::sync::{Arc, OnceLock};
 use holdfast_threads::Spawner;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::nodes::NodeWatch;
 use crate::{BlockBackend, BlockError, BlockQueue, Geometry, SECTOR};
 pub use lock::LockRange;
 use pool::{Pool, PoolQueue};
@@ -78,6 +79,8 @@ pub struct RawImage {
     spawner: Arc<dyn Spawner>,
     /// Held while part of a block is read, changed and written.
     unaligned: parking_lot::Mutex<()>,
+    /// Hears of writes.
+    watch: parking_lot::RwLock<Vec<Arc<NodeWatch>>>,
 }
 
 /// What direct I/O asks of a request; all 1 for buffered I/O.
@@ -139,6 +142,7 @@ impl RawImage {
             uring,
             spawner,
             unaligned: parking_lot::Mutex::new(()),
+            watch: parking_lot::RwLock::default(),
         }))
     }
 
@@ -160,6 +164,21 @@ impl RawImage {
     pub fn identity(&self) -> (u64, u64) {
         use std::os::unix::fs::MetadataExt;
         self.file.metadata().map_or((0, 0), |m| (m.dev(), m.ino()))
+    }
+
+    /// Lets a node hear of writes.
+    pub(crate) fn watch(&self, watch: Arc<NodeWatch>) {
+        let mut all = self.watch.write();
+        if !all.iter().any(|w| Arc::ptr_eq(w, &watch)) {
+            all.push(watch);
+        }
+    }
+
+    /// A write ends at `end`.
+    pub(crate) fn note_write(&self, end: u64) {
+        for watch in self.watch.read().iter() {
+            watch.wrote(end);
+        }
     }
 
     pub(crate) fn alignment(&self) -> Alignment {

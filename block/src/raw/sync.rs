@@ -174,6 +174,7 @@ impl BlockNode for RawImage {
         if self.options.readonly {
             return Err(os_error(libc::EROFS));
         }
+        self.note_write(end);
         if self.aligned(offset, buf) {
             self.file.write_all_at(buf, offset)?;
             self.grown(end);
@@ -291,6 +292,10 @@ impl BlockNode for RawImage {
         let size = super::size_of(&self.file, self.is_device)?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    fn whole_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
+        Some(self)
     }
 
     fn as_file(self: Arc<Self>) -> Option<Arc<RawImage>> {

@@ -98,9 +98,8 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     if start.saturating_add(size) > disk {
         return refused("the image is smaller than offset and request");
     }
-    let block = |source| ImgError::Image { what: "Could not use", name: args.filename.clone(), source };
-    let backend = NodeBackend::new(Arc::clone(&node), "bench", &PlainSpawner, true, DetectZeroes::Off)
-        .map_err(block)?;
+    let spawner = PlainSpawner::shared();
+    let backend = NodeBackend::new(Arc::clone(&node), "bench", &spawner, true, DetectZeroes::Off);
     let mut queue = backend.queue(args.depth).map_err(|e| ImgError::Refused(explain(&e)))?;
     if !args.quiet {
         let kind = if args.write { "write" } else { "read" };

@@ -23,6 +23,8 @@ pub enum DeviceEvent {
     Activated,
     /// It has reset it.
     Reset,
+    /// It has let go of it: the device may be taken out.
+    Ejected,
 }
 
 /// Takes guests' requests. It returns at once; the VM acts on its own thread.

@@ -19,6 +19,11 @@ pub trait PciDevice: Send + Sync + Debug {
     /// Its configuration space.
     fn config(&self) -> &Arc<PciConfig>;
 
+    /// The number of the bus behind it, if it is a port that has a device there.
+    fn secondary_bus(&self) -> Option<u8> {
+        None
+    }
+
     /// Its MSI-X table, if it has one. The bus passes enable and mask bits on to it.
     fn msix(&self) -> Option<&Arc<Msix>> {
         None
@@ -52,6 +57,12 @@ pub trait PciDevice: Send + Sync + Debug {
     }
 }
 
+/// A function by its place: on the root bus its device and function number, behind a port those of the port and [`BEHIND`].
+type Key = u16;
+
+/// Set in the key of the function behind a port.
+const BEHIND: Key = 0x100;
+
 /// What a root bus is made of.
 #[derive(Debug, Clone)]
 pub struct PciBusSpec {
@@ -82,6 +93,7 @@ pub struct Windows {
 #[derive(Debug)]
 pub struct PciSlot {
     bdf: Bdf,
+    key: Key,
     wires: [Arc<SharedLine>; 4],
 }
 
@@ -115,7 +127,7 @@ impl BusDevice for BarWindow {
     }
 }
 
-/// A PCI root bus: bus 0 of its segment, without bridges.
+/// A PCI root bus: bus 0 of its segment, and the device behind each of its root ports.
 ///
 /// Lock order: `mapped`, then `functions`, then a function's registers.
 #[derive(Debug)]
@@ -125,10 +137,10 @@ pub struct PciBus {
     pio: Arc<Bus>,
     wires: Vec<Arc<SharedLine>>,
     swizzle: fn(u8, u8) -> usize,
-    reserved: Mutex<BTreeSet<u8>>,
-    functions: RwLock<BTreeMap<u8, Arc<dyn PciDevice>>>,
-    /// Where each (devfn, BAR) is attached.
-    mapped: Mutex<BTreeMap<(u8, u8), u64>>,
+    reserved: Mutex<BTreeSet<Key>>,
+    functions: RwLock<BTreeMap<Key, Arc<dyn PciDevice>>>,
+    /// Where each (function, BAR) is attached.
+    mapped: Mutex<BTreeMap<(Key, u8), u64>>,
 }
 
 impl PciBus {
@@ -165,7 +177,7 @@ impl PciBus {
         }
         let device = {
             let reserved = self.reserved.lock();
-            (0..32u8).find(|d| !reserved.iter().any(|f| f >> 3 == *d)).ok_or(PciError::Full)?
+            (0..32u8).find(|d| !reserved.iter().any(|f| f >> 3 == Key::from(*d))).ok_or(PciError::Full)?
         };
         self.reserve_function(device, 0)
     }
@@ -179,21 +191,39 @@ impl PciBus {
             return Err(PciError::NoSuchSlot { device, function });
         }
         let devfn = device << 3 | function;
-        if !self.reserved.lock().insert(devfn) {
+        if !self.reserved.lock().insert(Key::from(devfn)) {
             return Err(PciError::SlotTaken { device, function });
         }
+        Ok(self.slot(Bdf::new(self.segment, 0, devfn), Key::from(devfn)))
+    }
+
+    /// Reserves the only place behind the port at `port`, a device and function number of the root bus.
+    ///
+    /// # Errors
+    /// [`PciError::SlotTaken`].
+    pub fn reserve_behind(&self, port: u8) -> Result<PciSlot, PciError> {
+        let key = Key::from(port) | BEHIND;
+        if !self.reserved.lock().insert(key) {
+            return Err(PciError::SlotTaken { device: 0, function: 0 });
+        }
+        let number = self.functions.read().get(&Key::from(port)).map_or(0, |f| secondary_number(f.as_ref()));
+        Ok(self.slot(Bdf::new(self.segment, number, 0), key))
+    }
+
+    fn slot(&self, bdf: Bdf, key: Key) -> PciSlot {
+        // Pins of a device 0 behind a port are those of the port.
+        let device = (key as u8) >> 3;
         let wire = |pin| {
             let index = (self.swizzle)(device, pin) % self.wires.len();
             Arc::clone(&self.wires[index])
         };
-        let bdf = Bdf::new(self.segment, 0, devfn);
-        Ok(PciSlot { bdf, wires: [wire(0), wire(1), wire(2), wire(3)] })
+        PciSlot { bdf, key, wires: [wire(0), wire(1), wire(2), wire(3)] }
     }
 
     /// Gives a slot back that no device was plugged into.
     pub fn release(&self, slot: &PciSlot) {
-        if !self.functions.read().contains_key(&slot.bdf.devfn()) {
-            self.reserved.lock().remove(&slot.bdf.devfn());
+        if !self.functions.read().contains_key(&slot.key) {
+            self.reserved.lock().remove(&slot.key);
         }
     }
 
@@ -202,32 +232,44 @@ impl PciBus {
     /// # Errors
     /// [`PciError::SlotTaken`] if the slot holds a device already.
     pub fn plug(self: &Arc<Self>, slot: &PciSlot, device: Arc<dyn PciDevice>) -> Result<(), PciError> {
-        let devfn = slot.bdf.devfn();
         let mut functions = self.functions.write();
-        if functions.contains_key(&devfn) {
+        if functions.contains_key(&slot.key) {
             return Err(PciError::SlotTaken { device: slot.bdf.device(), function: slot.bdf.function() });
         }
         device.config().plugged_into(Arc::downgrade(self));
-        functions.insert(devfn, device);
+        functions.insert(slot.key, device);
         Ok(())
     }
 
     /// Takes a device out and frees its slot; its BARs are unmapped.
     pub fn unplug(&self, bdf: Bdf) -> Option<Arc<dyn PciDevice>> {
+        self.take_out(Key::from(bdf.devfn()))
+    }
+
+    /// Takes the device out that is behind the port at `port`.
+    pub fn unplug_behind(&self, port: u8) -> Option<Arc<dyn PciDevice>> {
+        self.take_out(Key::from(port) | BEHIND)
+    }
+
+    fn take_out(&self, key: Key) -> Option<Arc<dyn PciDevice>> {
         let mut mapped = self.mapped.lock();
-        let device = self.functions.write().remove(&bdf.devfn())?;
+        let device = self.functions.write().remove(&key)?;
         for bar in device.config().bars() {
-            self.unmap(&mut mapped, bdf.devfn(), &device, bar);
+            self.unmap(&mut mapped, key, &device, bar);
         }
-        self.reserved.lock().remove(&bdf.devfn());
+        self.reserved.lock().remove(&key);
         Some(device)
     }
 
     fn function(&self, bus: u8, devfn: u8) -> Option<Arc<dyn PciDevice>> {
-        if bus != 0 {
-            return None;
+        let functions = self.functions.read();
+        if bus == 0 {
+            return functions.get(&Key::from(devfn)).cloned();
         }
-        self.functions.read().get(&devfn).cloned()
+        let port = functions.iter().find(|(_, f)| f.secondary_bus() == Some(bus));
+        // A port has one device behind it, with one function.
+        let key = port.filter(|_| devfn == 0).map(|(key, _)| key | BEHIND)?;
+        functions.get(&key).cloned()
     }
 
     /// A configuration read: all ones where no function is.
@@ -284,8 +326,8 @@ impl PciBus {
 
     fn map(
         &self,
-        mapped: &mut BTreeMap<(u8, u8), u64>,
-        devfn: u8,
+        mapped: &mut BTreeMap<(Key, u8), u64>,
+        devfn: Key,
         device: &Arc<dyn PciDevice>,
         (bar, base): (&Bar, u64),
     ) {
@@ -300,7 +342,13 @@ impl PciBus {
         }
     }
 
-    fn unmap(&self, mapped: &mut BTreeMap<(u8, u8), u64>, devfn: u8, device: &Arc<dyn PciDevice>, bar: &Bar) {
+    fn unmap(
+        &self,
+        mapped: &mut BTreeMap<(Key, u8), u64>,
+        devfn: Key,
+        device: &Arc<dyn PciDevice>,
+        bar: &Bar,
+    ) {
         let Some(base) = mapped.remove(&(devfn, bar.index)) else { return };
         device.bar_moved(bar.index, None);
         if let Err(error) = self.bus_of(bar).detach(base) {
@@ -313,7 +361,11 @@ impl PciBus {
     /// # Errors
     /// [`PciError::NoRoom`] naming the first BAR that does not fit.
     pub fn assign_resources(&self, windows: Windows) -> Result<(), PciError> {
-        let functions: Vec<_> = self.functions.read().iter().map(|(&d, f)| (d, Arc::clone(f))).collect();
+        // What is behind ports is the guest's own business, as their windows are.
+        let on_root = |(key, f): (&Key, &Arc<dyn PciDevice>)| {
+            u8::try_from(*key).ok().map(|devfn| (devfn, Arc::clone(f)))
+        };
+        let functions: Vec<_> = self.functions.read().iter().filter_map(on_root).collect();
         let mut wanted: Vec<_> = functions
             .iter()
             .flat_map(|(devfn, f)| f.config().bars().iter().map(move |bar| (*devfn, f, *bar)))
@@ -349,9 +401,23 @@ impl PciBus {
         let functions = self.functions.read();
         functions
             .iter()
-            .map(|(&devfn, f)| PciInfo::of(Bdf::new(self.segment, 0, devfn), f.as_ref()))
+            .map(|(key, f)| {
+                let bdf = match u8::try_from(*key) {
+                    Ok(devfn) => Bdf::new(self.segment, 0, devfn),
+                    Err(_) => {
+                        let port = functions.get(&(key & !BEHIND));
+                        Bdf::new(self.segment, port.map_or(0, |p| secondary_number(p.as_ref())), 0)
+                    }
+                };
+                PciInfo::of(bdf, f.as_ref())
+            })
             .collect()
     }
+}
+
+/// The bus number that the guest has given to what is behind a port.
+fn secondary_number(port: &dyn PciDevice) -> u8 {
+    port.config().read_u16(0x18).to_le_bytes()[1]
 }
 
 /// 64-bit BARs up to this size go below 4 GiB while there is room, where 32-bit kernels reach them: Debian 12's

@@ -12,6 +12,7 @@ mod front;
 mod info;
 mod intx;
 mod msix;
+mod port;
 
 pub use bdf::{Bdf, BdfError};
 pub use bus::{PciBus, PciBusSpec, PciDevice, PciSlot, Windows};
@@ -20,6 +21,7 @@ pub use front::{ConfigPorts, Ecam, IoWindow};
 pub use info::{PciInfo, RegionInfo, class_name};
 pub use intx::Intx;
 pub use msix::{Msix, MsixState};
+pub use port::{Removal, RootPort};
 
 /// A PCI device that cannot be built or plugged in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

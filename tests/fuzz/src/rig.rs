@@ -164,6 +164,7 @@ impl Rig {
             irqchip: IrqChip::Split,
             uuid: None,
             debug_console_port: pc.then_some(0x402),
+            hotplug_ports: 0,
             board: board(pc),
             serial: None,
             debug_console: None,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::policy::OnError;
 use crate::config::{Checker, FieldError, MAX_QUEUES, RateLimiterConfig, VirtQueueAffinity, is_false, yes};
 
 /// Largest serial number in bytes (virtio 1.2 section 5.2.6.1: VIRTIO_BLK_T_GET_ID).
@@ -48,6 +49,15 @@ pub struct DiskConfig {
     /// Image file or block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Name of the node that it shows, instead of `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// What is done when a read fails; `report` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rerror: Option<OnError>,
+    /// What is done when a write fails; `enospc` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub werror: Option<OnError>,
     /// The guest can read only.
     #[serde(default)]
     pub readonly: bool,
@@ -85,6 +95,9 @@ pub struct DiskConfig {
     /// PCI segment.
     #[serde(default)]
     pub pci_segment: u16,
+    /// The hot-plug port that it is plugged into, instead of the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
     /// PCI device number on the root bus.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
@@ -123,6 +136,9 @@ impl Default for DiskConfig {
     fn default() -> Self {
         Self {
             path: None,
+            node: None,
+            rerror: None,
+            werror: None,
             readonly: false,
             direct: false,
             iommu: false,
@@ -135,6 +151,7 @@ impl Default for DiskConfig {
             id: None,
             serial: None,
             pci_segment: 0,
+            bus: None,
             pci_device_id: None,
             queue_affinity: None,
             backing_files: false,
@@ -166,7 +183,9 @@ impl DiskConfig {
         }
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
         check.queue_size(self.queue_size);
-        check.refuse(self.path.is_none() && !self.vhost_user, "path", "is missing: name an image file");
+        let named = self.path.is_some() || self.node.is_some() || self.vhost_user;
+        check.refuse(!named, "path", "is missing: name an image file, or a node");
+        self.check_node(&mut check);
         check.refuse(
             !(1..=MAX_QUEUES).contains(&self.num_queues),
             "num_queues",
@@ -177,5 +196,84 @@ impl DiskConfig {
             check.refuse(serial.len() > SERIAL_LEN, "serial", reason);
         }
         check.0
+    }
+
+    /// What a node says by its own options.
+    fn check_node(&self, check: &mut Checker) {
+        if self.node.is_none() {
+            return;
+        }
+        let of_image = [
+            ("path", self.path.is_some()),
+            ("direct", self.direct),
+            ("backing_files", self.backing_files),
+            ("image_type", self.image_type.is_some()),
+            ("lock_granularity", self.lock_granularity != LockGranularity::default()),
+            ("disable_io_uring", self.disable_io_uring),
+        ];
+        for (field, given) in of_image {
+            check.refuse(given, field, "does not go with `node`: the node's own options say it");
+        }
+    }
+}
+
+/// A disk as QEMU's `-device virtio-blk-pci` and `device_add` describe it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct QemuBlk {
+    /// `virtio-blk-pci`, or another name of it.
+    pub driver: String,
+    /// Name of the device, unique in the VM.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// Name of the node that it shows.
+    #[serde(default)]
+    pub drive: Option<String>,
+    /// Where it is plugged in: a hot-plug port.
+    #[serde(default)]
+    pub bus: Option<String>,
+    /// Serial number shown to the guest, at most 20 bytes.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Number of request queues.
+    #[serde(default)]
+    pub num_queues: Option<u16>,
+    /// Descriptors in each queue, a power of two.
+    #[serde(default)]
+    pub queue_size: Option<u16>,
+    /// What is done when a read fails.
+    #[serde(default)]
+    pub rerror: Option<OnError>,
+    /// What is done when a write fails.
+    #[serde(default)]
+    pub werror: Option<OnError>,
+}
+
+impl QemuBlk {
+    /// The names of its driver.
+    pub const DRIVERS: [&str; 4] =
+        ["virtio-blk-pci", "virtio-blk-pci-non-transitional", "virtio-blk", "virtio-blk-device"];
+
+    /// The same disk in the words of `--disk`.
+    ///
+    /// # Errors
+    /// What is missing or not there, in QEMU's words.
+    pub fn into_disk(self) -> Result<DiskConfig, String> {
+        if !Self::DRIVERS.contains(&self.driver.as_str()) {
+            return Err(format!("'{}' is not a valid device model name", self.driver));
+        }
+        let node = self.drive.ok_or("Device needs media, but drive is empty")?;
+        let default = DiskConfig::default();
+        Ok(DiskConfig {
+            id: self.id,
+            node: Some(node),
+            bus: self.bus,
+            serial: self.serial,
+            num_queues: self.num_queues.unwrap_or(default.num_queues),
+            queue_size: self.queue_size.unwrap_or(default.queue_size),
+            rerror: self.rerror,
+            werror: self.werror,
+            ..default
+        })
     }
 }

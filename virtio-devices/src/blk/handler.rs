@@ -1,14 +1,19 @@
 //! One queue of a disk, on its worker.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use holdfast_block::{BlockQueue, Completion, Op, Request};
 use holdfast_clock::host_monotonic;
 use vm_memory::Bytes;
+use vmm_sys_util::timerfd::TimerFd;
 
+use super::policy::{self, IoFailure};
 use super::request::{Action, Range, Status, parse};
+use super::stats::Kind;
 use super::{Shared, bit};
 use crate::device::Interrupt;
 use crate::dma;
@@ -17,6 +22,7 @@ use crate::worker::{Activation, Handler, Watch};
 
 const KICK: u64 = 0;
 const DONE: u64 = 1;
+const TIMER: u64 = 2;
 
 /// A request at the back end.
 #[derive(Debug)]
@@ -27,10 +33,12 @@ struct Pending {
     fills: Vec<Segment>,
     status: Vec<Segment>,
     bytes: u64,
+    /// Where it ends on the disk.
+    end: u64,
     started: u64,
     /// Back-end requests that are not done.
     parts: u32,
-    failed: bool,
+    failed: Option<io::Error>,
     /// To be made durable before it completes.
     sync: bool,
 }
@@ -44,6 +52,8 @@ pub(super) struct BlkHandler {
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
     done: Vec<Completion>,
+    /// Rings when requests that are held back may pass.
+    timer: TimerFd,
 }
 
 struct Live {
@@ -53,8 +63,10 @@ struct Live {
 }
 
 impl BlkHandler {
-    pub(super) fn new(shared: Arc<Shared>, requests: Box<dyn BlockQueue>) -> Self {
-        Self { requests, shared, live: None, pending: Vec::new(), free: Vec::new(), done: Vec::new() }
+    pub(super) fn new(shared: Arc<Shared>, requests: Box<dyn BlockQueue>) -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        let (pending, free, done) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { requests, shared, live: None, pending, free, done, timer })
     }
 
     /// Takes all chains that wait.
@@ -70,7 +82,11 @@ impl BlkHandler {
         loop {
             live.queue.disable_kicks()?;
             while let Some(chain) = live.queue.pop()? {
-                self.start(live, &chain)?;
+                if !self.start(live, &chain, true)? {
+                    // The rest waits in the ring, in its order, until the timer rings.
+                    live.queue.undo_pop();
+                    return Ok(interrupt_if_wanted(live)?);
+                }
             }
             if !live.queue.enable_kicks()? {
                 break;
@@ -80,7 +96,39 @@ impl BlkHandler {
         Ok(())
     }
 
-    fn start(&mut self, live: &mut Live, chain: &Chain) -> Result<(), QueueError> {
+    /// Requests that failed and are tried again, now that the VM goes on.
+    fn retry(&mut self) -> Result<(), HandlerError> {
+        let Some(mut live) = self.live.take() else { return Ok(()) };
+        let mut result = Ok(());
+        for head in self.shared.take_stalled(live.queue.index()) {
+            let started = live.queue.again(head).and_then(|chain| self.start(&mut live, &chain, false));
+            result = result.and(started.map(drop));
+        }
+        self.live = Some(live);
+        result.map_err(HandlerError::from)
+    }
+
+    /// Holds a request back that its throttle group does not let pass yet.
+    fn held_back(&mut self, op: Op, bytes: u64) -> bool {
+        let group = self.shared.throttle.read().clone();
+        let Some(group) = group else { return false };
+        if op == Op::Flush {
+            return false;
+        }
+        let Err(wait) = group.admit(op != Op::Read, bytes, host_monotonic()) else { return false };
+        // Rates may change meanwhile.
+        let wait = Duration::from_nanos(wait.clamp(1, 100_000_000));
+        match self.timer.reset(wait, None) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "a disk's timer cannot be set: its rates are not kept");
+                false
+            }
+        }
+    }
+
+    /// Starts a request. False: it has to wait for its turn, and nothing was done.
+    fn start(&mut self, live: &mut Live, chain: &Chain, throttled: bool) -> Result<bool, QueueError> {
         let parsed = parse(&live.queue, chain, self.shared.backend.geometry().sectors())?;
         let readonly = self.shared.backend.is_readonly();
         let refused = |status| (Err(status), Vec::new());
@@ -88,7 +136,7 @@ impl BlkHandler {
             Action::Refuse(status) => refused(status),
             Action::GetId { data } => {
                 let n = self.get_id(live, &data)?;
-                return finish(live, chain.head, &parsed.status, Status::Ok, n);
+                return finish(live, chain.head, &parsed.status, Status::Ok, n).map(|()| true);
             }
             Action::Read { offset, data } => (Ok((Op::Read, vec![whole(offset, &data)])), data),
             Action::Flush => (Ok((Op::Flush, vec![whole(0, &[])])), Vec::new()),
@@ -100,24 +148,40 @@ impl BlkHandler {
         let (op, ranges) = match work {
             Ok(work) => work,
             Err(status) => {
-                self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
-                return finish(live, chain.head, &parsed.status, status, 0);
+                let reads = total_len(&chain.writable) > 1;
+                self.shared.stats.invalid(if reads { Kind::Read } else { Kind::Write });
+                return finish(live, chain.head, &parsed.status, status, 0).map(|()| true);
             }
         };
+        let bytes = ranges.iter().map(|r| r.len).sum();
+        if throttled && self.held_back(op, bytes) {
+            return Ok(false);
+        }
+        self.submit(live, (chain.head, parsed.status), (op, ranges), data).map(|()| true)
+    }
+
+    fn submit(
+        &mut self,
+        live: &Live,
+        (head, status): (u16, Vec<Segment>),
+        (op, ranges): (Op, Vec<Range>),
+        data: Vec<Segment>,
+    ) -> Result<(), QueueError> {
         // SAFETY: the queue holds a clone of the memory, and the queue is not let go before all
         // requests are done: `stop` waits for them, and so does dropping `requests`, the first field.
         let buffers = unsafe { dma::iovecs(live.queue.memory(), &data) };
         let mut buffers = buffers.ok_or(QueueError::Short { queue: live.queue.index() })?;
         let writes = matches!(op, Op::Write | Op::WriteZeroes { .. });
         let pending = Pending {
-            head: chain.head,
+            head,
             op,
-            bytes: total_len(&data),
+            bytes: ranges.iter().map(|r| r.len).sum(),
+            end: ranges.iter().map(|r| r.offset + r.len).max().unwrap_or(0),
             fills: if op == Op::Read { data } else { Vec::new() },
-            status: parsed.status,
+            status,
             started: host_monotonic(),
             parts: ranges.len() as u32,
-            failed: false,
+            failed: None,
             sync: writes && !(live.flush && self.shared.writeback.load(Ordering::Relaxed)),
         };
         let id = self.keep(pending);
@@ -172,7 +236,7 @@ impl BlkHandler {
         self.requests.reap(&mut done);
         let mut result = Ok(());
         for completion in done.drain(..) {
-            if let Err(error) = self.complete_one(live, &completion) {
+            if let Err(error) = self.complete_one(live, completion) {
                 result = Err(error.into());
             }
         }
@@ -181,18 +245,18 @@ impl BlkHandler {
         result.and_then(|()| Ok(interrupt_if_wanted(live)?))
     }
 
-    fn complete_one(&mut self, live: &mut Live, completion: &Completion) -> Result<(), QueueError> {
+    fn complete_one(&mut self, live: &mut Live, completion: Completion) -> Result<(), QueueError> {
         let at = completion.id as usize;
         let Some(pending) = self.pending.get_mut(at).and_then(Option::as_mut) else { return Ok(()) };
-        if let Err(error) = &completion.result {
+        if let Err(error) = completion.result {
             tracing::warn!(op = ?pending.op, %error, "disk request failed");
-            pending.failed = true;
+            pending.failed.get_or_insert(error);
         }
         pending.parts = pending.parts.saturating_sub(1);
         if pending.parts != 0 {
             return Ok(());
         }
-        if pending.sync && !pending.failed {
+        if pending.sync && pending.failed.is_none() {
             pending.sync = false;
             pending.parts = 1;
             let id = completion.id;
@@ -201,29 +265,52 @@ impl BlkHandler {
         }
         let Some(pending) = self.pending.get_mut(at).and_then(Option::take) else { return Ok(()) };
         self.free.push(at);
-        self.account(&pending);
         // Part of a failed read may have arrived.
         dma::mark_written(live.queue.memory(), &pending.fills);
-        let (status, filled) = match pending.failed {
-            true => (Status::IoError, 0),
-            false => (Status::Ok, total_len(&pending.fills) as u32),
+        let (status, filled) = match &pending.failed {
+            Some(error) => match self.failed(&pending, live.queue.index(), error) {
+                policy::Action::Report => (Status::IoError, 0),
+                policy::Action::Ignore => (Status::Ok, total_len(&pending.fills) as u32),
+                // The driver hears of it when the VM has gone on.
+                policy::Action::Stop => return Ok(()),
+            },
+            None => {
+                self.account(&pending);
+                (Status::Ok, total_len(&pending.fills) as u32)
+            }
         };
         finish(live, pending.head, &pending.status, status, filled)
     }
 
+    /// Decides about a request that failed, and says so.
+    fn failed(&self, pending: &Pending, queue: u16, error: &io::Error) -> policy::Action {
+        let shared = &self.shared;
+        shared.stats.failed(Kind::of(pending.op));
+        let write = pending.op != Op::Read;
+        let action = shared.policy.action(write, error);
+        if action == policy::Action::Stop {
+            shared.nospace.store(policy::no_space(error), Ordering::Relaxed);
+            shared.stalled.lock().push((queue, pending.head));
+        }
+        if let Some(events) = &shared.events {
+            events.io_error(IoFailure {
+                id: shared.id.clone(),
+                node: shared.node.clone(),
+                write,
+                action,
+                nospace: policy::no_space(error),
+                reason: policy::words(error),
+            });
+        }
+        action
+    }
+
     fn account(&self, pending: &Pending) {
-        let counters = &self.shared.counters;
         let took = host_monotonic().saturating_sub(pending.started);
-        match pending.op {
-            _ if pending.failed => {
-                counters.errors.fetch_add(1, Ordering::Relaxed);
-            }
-            Op::Read => counters.read.count(pending.bytes, took),
-            Op::Write => counters.write.count(pending.bytes, took),
-            Op::Flush => {
-                counters.flush_ops.fetch_add(1, Ordering::Relaxed);
-            }
-            Op::Discard | Op::WriteZeroes { .. } => {}
+        let kind = Kind::of(pending.op);
+        self.shared.stats.done(kind, pending.bytes, took);
+        if kind == Kind::Write {
+            self.shared.stats.wrote(pending.end);
         }
     }
 }
@@ -261,19 +348,22 @@ impl Handler for BlkHandler {
         let flush = activation.features & bit::FLUSH != 0;
         watch.add(queue.kick().as_raw_fd(), KICK)?;
         watch.add(self.requests.event().as_raw_fd(), DONE)?;
+        watch.add(self.timer.as_raw_fd(), TIMER)?;
         self.live = Some(Live { queue, interrupt: activation.interrupt, flush });
+        self.retry()?;
         self.serve()
     }
 
     fn event(&mut self, token: u64, _watch: &Watch) -> Result<(), HandlerError> {
         match token {
-            KICK => self.serve(),
+            KICK | TIMER => self.serve(),
             _ => self.complete(),
         }
     }
 
     fn stop(&mut self, watch: &Watch) -> Vec<VirtQueue> {
         watch.remove(self.requests.event().as_raw_fd());
+        watch.remove(self.timer.as_raw_fd());
         self.requests.kick();
         while self.requests.in_flight() != 0 {
             self.requests.wait();

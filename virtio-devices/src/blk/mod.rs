@@ -2,29 +2,35 @@
 
 pub mod config;
 mod handler;
+pub mod policy;
 mod request;
+pub mod stats;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use holdfast_block::BlockBackend;
 use holdfast_block::graph::{Backing, Opener};
-use holdfast_block::options::{DetectZeroes, Driver};
+use holdfast_block::nodes::{NamedNode, Nodes, User};
+use holdfast_block::options::{BlockdevOptions, DiscardMode, Driver, NodeRef};
 use holdfast_block::queue::NodeBackend;
-use holdfast_block::raw::{LockRange, RawImage, RawOptions};
+use holdfast_block::raw::LockRange;
+use holdfast_block::{BlockBackend, BlockError, BlockNode};
 use holdfast_device::{BuildContext, BuildError, StateError};
+use holdfast_objects::ThrottleGroup;
 use holdfast_threads::{Role, Spawner};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Interrupt, VirtioDevice, feature, kind, read_bytes};
-use crate::queue::VirtQueue;
-use crate::worker::{Activation, Worker};
+use crate::queue::{HandlerError, VirtQueue};
+use crate::worker::{Activation, Handler, Watch, Worker};
 use config::{DiskConfig, ImageType, LockGranularity, SERIAL_LEN};
 use handler::BlkHandler;
+use policy::{DiskEvents, OnError, Policy};
+use stats::{Count, Kind, Stats};
 
 /// Feature bits (section 5.2.3).
 pub(crate) mod bit {
@@ -50,62 +56,43 @@ const WRITEBACK_OFFSET: u64 = 32;
 /// What the workers of all queues share.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    pub(crate) id: String,
+    /// Name of the node.
+    pub(crate) node: String,
     pub(crate) backend: Arc<dyn BlockBackend>,
     pub(crate) serial: [u8; SERIAL_LEN],
     /// False: every write is made durable before it completes.
     pub(crate) writeback: AtomicBool,
-    pub(crate) counters: Counters,
+    pub(crate) stats: Stats,
+    pub(crate) policy: Policy,
+    pub(crate) events: Option<Arc<dyn DiskEvents>>,
+    /// Rates that requests keep to.
+    pub(crate) throttle: RwLock<Option<Arc<ThrottleGroup>>>,
+    /// Queue and head of requests that failed and wait for the VM to go on.
+    pub(crate) stalled: Mutex<Vec<(u16, u16)>>,
+    /// The last of them failed because the host had no room.
+    pub(crate) nospace: AtomicBool,
 }
 
-/// What was done so far.
+impl Shared {
+    /// The heads of the requests of `queue` that wait, in their order.
+    pub(crate) fn take_stalled(&self, queue: u16) -> Vec<u16> {
+        let mut stalled = self.stalled.lock();
+        let mine = stalled.iter().filter(|(q, _)| *q == queue).map(|(_, head)| *head).collect();
+        stalled.retain(|(q, _)| *q != queue);
+        mine
+    }
+}
+
+/// What a disk is made of beside its config.
 #[derive(Debug)]
-pub(crate) struct Counters {
-    pub(crate) read: Traffic,
-    pub(crate) write: Traffic,
-    pub(crate) flush_ops: AtomicU64,
-    pub(crate) errors: AtomicU64,
-}
-
-/// Bytes, requests and their host time in microseconds.
-#[derive(Debug)]
-pub(crate) struct Traffic {
-    bytes: AtomicU64,
-    ops: AtomicU64,
-    latency_sum: AtomicU64,
-    latency_min: AtomicU64,
-    latency_max: AtomicU64,
-}
-
-impl Traffic {
-    fn new() -> Self {
-        Self {
-            bytes: AtomicU64::new(0),
-            ops: AtomicU64::new(0),
-            latency_sum: AtomicU64::new(0),
-            latency_min: AtomicU64::new(u64::MAX),
-            latency_max: AtomicU64::new(0),
-        }
-    }
-
-    pub(crate) fn count(&self, bytes: u64, nanoseconds: u64) {
-        let us = nanoseconds / 1000;
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.ops.fetch_add(1, Ordering::Relaxed);
-        self.latency_sum.fetch_add(us, Ordering::Relaxed);
-        self.latency_min.fetch_min(us, Ordering::Relaxed);
-        self.latency_max.fetch_max(us, Ordering::Relaxed);
-    }
-
-    fn report(&self, name: &str, out: &mut BTreeMap<String, u64>) {
-        let ops = self.ops.load(Ordering::Relaxed);
-        out.insert(format!("{name}_bytes"), self.bytes.load(Ordering::Relaxed));
-        out.insert(format!("{name}_ops"), ops);
-        let sum = self.latency_sum.load(Ordering::Relaxed);
-        out.insert(format!("{name}_latency_avg"), sum.checked_div(ops).unwrap_or(0));
-        let min = self.latency_min.load(Ordering::Relaxed);
-        out.insert(format!("{name}_latency_min"), if ops == 0 { 0 } else { min });
-        out.insert(format!("{name}_latency_max"), self.latency_max.load(Ordering::Relaxed));
-    }
+pub struct DiskParts {
+    /// What it shows.
+    pub backend: Arc<dyn BlockBackend>,
+    /// Name of the node behind it.
+    pub node: String,
+    /// Hears of requests that fail.
+    pub events: Option<Arc<dyn DiskEvents>>,
 }
 
 /// A virtio block device.
@@ -120,6 +107,9 @@ pub struct Blk {
 #[derive(Debug, Serialize, Deserialize)]
 struct BlkState {
     writeback: bool,
+    /// Queue and head of requests that wait for the VM to go on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    stalled: Vec<(u16, u16)>,
 }
 
 /// Opens the image and starts the workers of a disk.
@@ -128,55 +118,79 @@ struct BlkState {
 /// [`BuildError`] naming the field or what the host refused.
 pub fn build(id: &str, config: &DiskConfig, context: &BuildContext) -> Result<Arc<Blk>, BuildError> {
     crate::registry::check(id, config.validate())?;
-    let failed = |e: holdfast_block::BlockError| {
+    let failed = |e: BlockError| {
         let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
         BuildError::Config { id: id.to_owned(), reason: format!("{e}{cause}") }
     };
-    let backend = open(id, config, &context.spawner).map_err(failed)?;
+    let backend = open(id, config, &Arc::default(), &context.spawner).map_err(failed)?;
     Blk::new(id, config, backend, context)
 }
 
-/// Opens the image of a disk, whatever format it is of.
-fn open(
+/// Opens what a disk shows: the node that its config names, or its image, whatever format that is of, as a node with the disk's id.
+///
+/// # Errors
+/// [`BlockError`].
+pub fn open(
     id: &str,
     config: &DiskConfig,
+    nodes: &Arc<Nodes>,
     spawner: &Arc<dyn Spawner>,
-) -> Result<Arc<dyn BlockBackend>, holdfast_block::BlockError> {
-    let lock = match config.lock_granularity {
-        LockGranularity::ByteRange => LockRange::Bytes,
-        LockGranularity::Full => LockRange::Full,
+) -> Result<Arc<NodeBackend>, BlockError> {
+    let (node, discard) = match &config.node {
+        Some(name) => {
+            let node = nodes.find(name)?;
+            let discard = node.options().discard == Some(DiscardMode::Unmap);
+            (node, discard && config.sparse)
+        }
+        None => (open_image(id, config, nodes, spawner)?, config.sparse),
     };
-    let options = RawOptions {
-        readonly: config.readonly,
-        direct: config.direct,
-        sparse: config.sparse,
-        io_uring: !config.disable_io_uring,
-        lock,
-        name: id.to_owned(),
-        ..RawOptions::new(config.path.clone().unwrap_or_default())
-    };
-    let file = RawImage::open(options, Arc::clone(spawner))?;
+    if config.node.is_some() && !config.readonly && node.is_readonly() {
+        tracing::info!(id, "the disk is read-only, because its node is");
+    }
+    let hold = node.hold(User {
+        who: format!("block device '{id}'"),
+        role: "root",
+        writes: !config.readonly && !node.is_readonly(),
+        shares_write: false,
+    })?;
+    Ok(NodeBackend::of(hold, id, spawner, discard))
+}
+
+fn open_image(
+    id: &str,
+    config: &DiskConfig,
+    nodes: &Arc<Nodes>,
+    spawner: &Arc<dyn Spawner>,
+) -> Result<Arc<NamedNode>, BlockError> {
     let opener = Opener {
         writable: !config.readonly,
-        lock,
+        lock: match config.lock_granularity {
+            LockGranularity::ByteRange => LockRange::Bytes,
+            LockGranularity::Full => LockRange::Full,
+        },
         backing: if config.backing_files { Backing::Follow } else { Backing::Refuse },
         direct: config.direct,
         discard: config.sparse,
         io_uring: !config.disable_io_uring,
         name: id.to_owned(),
         for_vm: true,
+        nodes: Some(Arc::clone(nodes)),
         ..Opener::reading(Arc::clone(spawner))
     };
     let driver = match config.image_type {
-        Some(ImageType::Raw) => Driver::Raw,
-        Some(ImageType::Qcow2) => Driver::Qcow2,
-        _ => opener.probe(&*file)?,
+        Some(ImageType::Raw) => Some(Driver::Raw),
+        Some(ImageType::Qcow2) => Some(Driver::Qcow2),
+        _ => None,
     };
-    if driver == Driver::Raw {
-        return Ok(file);
-    }
-    let node = opener.open_over(file, driver)?;
-    Ok(NodeBackend::new(node, id, &**spawner, config.sparse, DetectZeroes::Off)?)
+    // A path, whatever it looks like.
+    let path = config.path.clone().unwrap_or_default();
+    let file = BlockdevOptions {
+        driver: Some(Driver::File),
+        filename: Some(format!("file:{}", path.display())),
+        ..BlockdevOptions::default()
+    };
+    let file = Some(NodeRef::Node(Box::new(file)));
+    opener.open_as(id, &BlockdevOptions { driver, file, ..BlockdevOptions::default() })
 }
 
 impl Blk {
@@ -190,32 +204,120 @@ impl Blk {
         backend: Arc<dyn BlockBackend>,
         context: &BuildContext,
     ) -> Result<Arc<Self>, BuildError> {
+        Self::of(id, config, DiskParts { backend, node: id.to_owned(), events: None }, context)
+    }
+
+    /// A disk made of `parts`.
+    ///
+    /// # Errors
+    /// [`BuildError`] if the host gives no ring or thread.
+    pub fn of(
+        id: &str,
+        config: &DiskConfig,
+        parts: DiskParts,
+        context: &BuildContext,
+    ) -> Result<Arc<Self>, BuildError> {
         let mut serial = [0; SERIAL_LEN];
         let text = config.serial.as_deref().unwrap_or(id);
         for (to, from) in serial.iter_mut().zip(text.bytes()) {
             *to = from;
         }
-        let counters = Counters {
-            read: Traffic::new(),
-            write: Traffic::new(),
-            flush_ops: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
+        let policy = Policy {
+            read: config.rerror.unwrap_or(OnError::Report),
+            write: config.werror.unwrap_or(OnError::Enospc),
         };
-        let writeback = AtomicBool::new(true);
-        let shared = Arc::new(Shared { backend, serial, writeback, counters });
+        let shared = Arc::new(Shared {
+            id: id.to_owned(),
+            node: parts.node,
+            backend: parts.backend,
+            serial,
+            writeback: AtomicBool::new(true),
+            stats: Stats::default(),
+            policy,
+            events: parts.events,
+            throttle: RwLock::default(),
+            stalled: Mutex::default(),
+            nospace: AtomicBool::new(false),
+        });
         let mut workers = Vec::new();
+        let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
         for n in 0..config.num_queues {
-            let host =
-                |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
-            let queue = Arc::clone(&shared.backend)
-                .queue(config.queue_size)
-                .map_err(|e| host("cannot make a request queue", std::io::Error::other(e)))?;
-            let handler = BlkHandler::new(Arc::clone(&shared), queue);
+            let handler = new_handler(&shared, config.queue_size)
+                .map_err(|e| host("cannot make a request queue", e))?;
             let name = if config.num_queues == 1 { id.to_owned() } else { format!("{id}_q{n}") };
             let worker = Worker::start(&name, Role::Block, &*context.spawner, Box::new(handler));
             workers.push(worker.map_err(|e| host("cannot start its thread", e))?);
         }
         Ok(Arc::new(Self { shared, workers, queue_size: config.queue_size, interrupt: Mutex::default() }))
+    }
+
+    /// The disk's id.
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    /// Name of its node.
+    pub fn node(&self) -> &str {
+        &self.shared.node
+    }
+
+    /// `ok`, or `nospace` or `failed` while requests wait for the VM to go on.
+    pub fn io_status(&self) -> &'static str {
+        if self.shared.stalled.lock().is_empty() {
+            "ok"
+        } else if self.shared.nospace.load(Ordering::Relaxed) {
+            "nospace"
+        } else {
+            "failed"
+        }
+    }
+
+    /// What it shows.
+    pub fn backend(&self) -> &Arc<dyn BlockBackend> {
+        &self.shared.backend
+    }
+
+    /// What was counted of one kind of requests.
+    pub fn count(&self, kind: Kind) -> Count {
+        self.shared.stats.count(kind)
+    }
+
+    /// The end of the write that came furthest, in bytes, and nanoseconds since the last request was done, if one was.
+    pub fn progress(&self) -> (u64, Option<u64>) {
+        (self.shared.stats.highest(), self.shared.stats.idle())
+    }
+
+    /// Begins a histogram of requests' times with these boundaries (rising, in nanoseconds), or ends it.
+    pub fn set_histogram(&self, kind: Kind, boundaries: Option<Vec<u64>>) {
+        self.shared.stats.set_histogram(kind, boundaries);
+    }
+
+    /// Lets requests keep to the rates of a group, or to none.
+    pub fn set_throttle(&self, group: Option<Arc<ThrottleGroup>>) {
+        *self.shared.throttle.write() = group;
+    }
+
+    /// The group whose rates requests keep to.
+    pub fn throttle(&self) -> Option<Arc<ThrottleGroup>> {
+        self.shared.throttle.read().clone()
+    }
+
+    /// Lets go of the back end's queues, while the device is paused: until [`Blk::take_up`] nothing uses it.
+    pub fn let_go(&self) {
+        for worker in &self.workers {
+            worker.replace(Box::new(NoHandler));
+        }
+    }
+
+    /// Uses the back end again after [`Blk::let_go`].
+    ///
+    /// # Errors
+    /// The host's if there are no queues to be had: the device answers nothing then.
+    pub fn take_up(&self) -> std::io::Result<()> {
+        for worker in &self.workers {
+            worker.replace(Box::new(new_handler(&self.shared, self.queue_size)?));
+        }
+        Ok(())
     }
 
     /// Looks at the image's size again and tells the driver if it has changed.
@@ -316,10 +418,12 @@ impl VirtioDevice for Blk {
 
     fn reset(&self) {
         self.shared.writeback.store(true, Ordering::Relaxed);
+        self.shared.stalled.lock().clear();
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        let state = BlkState { writeback: self.shared.writeback.load(Ordering::Relaxed) };
+        let writeback = self.shared.writeback.load(Ordering::Relaxed);
+        let state = BlkState { writeback, stalled: self.shared.stalled.lock().clone() };
         serde_json::to_value(state).map_err(|source| StateError::Parse { kind: "virtio-blk", source })
     }
 
@@ -327,16 +431,34 @@ impl VirtioDevice for Blk {
         let state = BlkState::deserialize(state)
             .map_err(|source| StateError::Parse { kind: "virtio-blk", source })?;
         self.shared.writeback.store(state.writeback, Ordering::Relaxed);
+        *self.shared.stalled.lock() = state.stalled;
         Ok(())
     }
 
     fn counters(&self) -> BTreeMap<String, u64> {
-        let mut out = BTreeMap::new();
-        let c = &self.shared.counters;
-        c.read.report("read", &mut out);
-        c.write.report("write", &mut out);
-        out.insert("flush_ops".to_owned(), c.flush_ops.load(Ordering::Relaxed));
-        out.insert("errors".to_owned(), c.errors.load(Ordering::Relaxed));
-        out
+        self.shared.stats.report()
     }
+}
+
+/// Stands in while the back end is changed.
+struct NoHandler;
+
+impl Handler for NoHandler {
+    fn start(&mut self, _: Activation, _: &Watch) -> Result<(), HandlerError> {
+        let source = std::io::Error::from_raw_os_error(libc::EIO);
+        Err(HandlerError::Host { what: "the disk has no back end", source })
+    }
+
+    fn event(&mut self, _: u64, _: &Watch) -> Result<(), HandlerError> {
+        Ok(())
+    }
+
+    fn stop(&mut self, _: &Watch) -> Vec<VirtQueue> {
+        Vec::new()
+    }
+}
+
+fn new_handler(shared: &Arc<Shared>, size: u16) -> std::io::Result<BlkHandler> {
+    let queue = Arc::clone(&shared.backend).queue(size).map_err(std::io::Error::other)?;
+    BlkHandler::new(Arc::clone(shared), queue)
 }

@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::DiskConfig;
+use super::policy::{Action, DiskEvents, IoFailure, OnError};
 use super::{MAX_RANGES, bit};
 use crate::device::feature;
 use crate::testing::{DATA, Desc, Rig, WRITE, context, eventually, mischief, run_wild};
@@ -96,7 +97,8 @@ fn data_is_read_written_flushed_zeroed_and_discarded() {
         assert_eq!(disk[24 * 512], 24);
         let counters = rig.device.counters();
         assert_eq!((counters["read_bytes"], counters["read_ops"]), (1536, 1));
-        assert_eq!((counters["write_bytes"], counters["write_ops"], counters["flush_ops"]), (1024, 1, 1));
+        // Zeroes that are written are written.
+        assert_eq!((counters["write_bytes"], counters["write_ops"], counters["flush_ops"]), (2560, 2, 1));
     }
 }
 
@@ -484,4 +486,127 @@ fn backing_files_are_opened_only_if_that_is_allowed() {
     assert_eq!(rig.peek(BUF, 512), vec![7; 512]);
     assert_eq!(request(&mut rig, 0, (IN, 1000), &[(BUF, 512, WRITE)]), (0, 513));
     assert_eq!(rig.peek(BUF, 512), vec![0; 512]);
+}
+
+/// Fails requests until it is mended.
+#[derive(Debug, Default)]
+struct Full {
+    mended: std::sync::atomic::AtomicBool,
+    wrote: Arc<Mutex<Vec<u64>>>,
+}
+
+#[derive(Debug)]
+struct FullQueue(EventFd, Vec<Completion>, Arc<Full>);
+
+impl BlockBackend for Full {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: 1 << 20, logical_block: 512, physical_block: 512, can_discard: false }
+    }
+    fn is_readonly(&self) -> bool {
+        false
+    }
+    fn queue(self: Arc<Self>, _: u16) -> Result<Box<dyn BlockQueue>, BlockError> {
+        Ok(Box::new(FullQueue(EventFd::new(EFD_NONBLOCK).expect("eventfd"), Vec::new(), self)))
+    }
+    fn refresh(&self) -> Result<bool, BlockError> {
+        Ok(false)
+    }
+    fn engine(&self) -> &'static str {
+        "none"
+    }
+}
+
+impl BlockQueue for FullQueue {
+    fn submit(&mut self, request: Request) {
+        let full = !self.2.mended.load(std::sync::atomic::Ordering::SeqCst);
+        let error = || std::io::Error::from_raw_os_error(libc::ENOSPC);
+        if !full {
+            self.2.wrote.lock().push(request.offset);
+        }
+        self.1.push(Completion { id: request.id, result: if full { Err(error()) } else { Ok(()) } });
+    }
+    fn kick(&mut self) {
+        self.0.write(1).expect("written");
+    }
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let _ = self.0.read();
+        out.append(&mut self.1);
+    }
+    fn in_flight(&self) -> usize {
+        self.1.len()
+    }
+    fn event(&self) -> &EventFd {
+        &self.0
+    }
+}
+
+#[derive(Debug, Default)]
+struct Heard(Mutex<Vec<IoFailure>>);
+
+impl DiskEvents for Heard {
+    fn io_error(&self, failure: IoFailure) {
+        self.0.lock().push(failure);
+    }
+}
+
+fn full_disk(config: &DiskConfig) -> (Rig, Arc<Full>, Arc<Heard>) {
+    let context = context();
+    let (full, heard) = (Arc::new(Full::default()), Arc::new(Heard::default()));
+    let parts = super::DiskParts {
+        backend: Arc::clone(&full) as Arc<dyn BlockBackend>,
+        node: "n0".to_owned(),
+        events: Some(Arc::clone(&heard) as Arc<dyn DiskEvents>),
+    };
+    let disk = super::Blk::of("_disk0", config, parts, &context).expect("builds");
+    let mut rig = Rig::new(context, disk);
+    rig.start(bit::FLUSH);
+    (rig, full, heard)
+}
+
+#[test]
+fn requests_that_a_full_host_fails_wait_for_the_vm_to_go_on() {
+    let (mut rig, full, heard) = full_disk(&DiskConfig::default());
+    for n in 0..2u64 {
+        let mut header = OUT.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend((7 - n).to_le_bytes());
+        rig.poke(HEADER + n * 16, &header);
+        let descs = [(HEADER + n * 16, 16, 0), (BUF, 512, 0), (STATUS + n, 1, WRITE)];
+        let head = rig.rings[0].chain(&descs);
+        rig.rings[0].publish(head);
+    }
+    rig.poke(STATUS, &[0xee, 0xee]);
+    rig.kick(0);
+    eventually("both fail", || heard.0.lock().len() == 2);
+    let failure = heard.0.lock()[0].clone();
+    assert_eq!((failure.write, failure.action, failure.nospace), (true, Action::Stop, true));
+    assert_eq!((failure.id.as_str(), failure.node.as_str()), ("_disk0", "n0"));
+    rig.device.pause();
+    assert_eq!((rig.rings[0].used_index(), rig.peek(STATUS, 2)), (0, vec![0xee, 0xee]));
+    // They are part of the saved state.
+    let state = rig.device.save().expect("saves");
+    assert_eq!(state.data["device"]["stalled"].as_array().expect("a list").len(), 2);
+    // Once more in vain, then there is room.
+    rig.device.resume();
+    eventually("both fail again", || heard.0.lock().len() == 4);
+    rig.device.pause();
+    full.mended.store(true, std::sync::atomic::Ordering::SeqCst);
+    rig.device.resume();
+    eventually("both are done", || rig.rings[0].used_index() == 2);
+    assert_eq!(rig.peek(STATUS, 2), [0, 0]);
+    let mut wrote = full.wrote.lock().clone();
+    wrote.sort_unstable();
+    assert_eq!(wrote, [6 * 512, 7 * 512]);
+}
+
+#[test]
+fn failures_are_reported_or_ignored_as_asked() {
+    let report = DiskConfig { werror: Some(OnError::Report), ..DiskConfig::default() };
+    let (mut rig, _, heard) = full_disk(&report);
+    assert_eq!(request(&mut rig, 0, (OUT, 0), &[(BUF, 512, 0)]).0, 1);
+    assert_eq!(heard.0.lock()[0].action, Action::Report);
+    let ignore = DiskConfig { werror: Some(OnError::Ignore), rerror: Some(OnError::Enospc), ..report };
+    let (mut rig, _, heard) = full_disk(&ignore);
+    assert_eq!(request(&mut rig, 0, (OUT, 0), &[(BUF, 512, 0)]).0, 0);
+    assert_eq!(heard.0.lock()[0].action, Action::Ignore);
 }

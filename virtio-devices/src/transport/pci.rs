@@ -233,17 +233,42 @@ impl PciTransport {
     ) -> Result<Arc<Self>, BuildError> {
         let wrong = |e: PciError| BuildError::Config { id: id.to_owned(), reason: e.to_string() };
         let slot = bus.reserve(number).map_err(wrong)?;
-        let built = Self::build(id, device, &slot, context).map_err(|source| BuildError::Host {
+        Self::plug_into(id, device, (bus, &slot), context)
+    }
+
+    /// Plugs `device` into the place behind the port at `port` of `bus`.
+    ///
+    /// # Errors
+    /// As [`PciTransport::plug`].
+    pub fn plug_behind(
+        id: &str,
+        device: Arc<dyn VirtioDevice>,
+        (bus, port): (&Arc<PciBus>, u8),
+        context: &BuildContext,
+    ) -> Result<Arc<Self>, BuildError> {
+        let wrong = |e: PciError| BuildError::Config { id: id.to_owned(), reason: e.to_string() };
+        let slot = bus.reserve_behind(port).map_err(wrong)?;
+        Self::plug_into(id, device, (bus, &slot), context)
+    }
+
+    fn plug_into(
+        id: &str,
+        device: Arc<dyn VirtioDevice>,
+        (bus, slot): (&Arc<PciBus>, &PciSlot),
+        context: &BuildContext,
+    ) -> Result<Arc<Self>, BuildError> {
+        let wrong = |e: PciError| BuildError::Config { id: id.to_owned(), reason: e.to_string() };
+        let built = Self::build(id, device, slot, context).map_err(|source| BuildError::Host {
             id: id.to_owned(),
             what: "cannot make its PCI function".to_owned(),
             source,
         });
         let plugged = built.and_then(|this| {
-            bus.plug(&slot, Arc::clone(&this) as Arc<dyn PciDevice>).map_err(wrong)?;
+            bus.plug(slot, Arc::clone(&this) as Arc<dyn PciDevice>).map_err(wrong)?;
             Ok(this)
         });
         if plugged.is_err() {
-            bus.release(&slot);
+            bus.release(slot);
         }
         plugged
     }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use holdfast_device::{
-    BuildContext, BuildError, Bus, Device, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector,
+    BuildContext, BuildError, Bus, Device, DeviceEvent, IrqLine, IrqSink, MsiController, MsiMessage,
+    MsiVector, SystemEvent, SystemSink,
 };
-use holdfast_devices::pci::{PciBus, PciBusSpec, Windows};
+use holdfast_devices::pci::{PciBus, PciBusSpec, PciDevice, Removal, RootPort, Windows};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
@@ -371,4 +372,91 @@ proptest! {
         rig.device.reset();
         rig.device.restore(&state).expect("restores what it saved");
     }
+}
+
+#[derive(Debug, Default)]
+struct Told(Mutex<Vec<(String, DeviceEvent)>>);
+
+impl SystemSink for Told {
+    fn request(&self, _: SystemEvent) {}
+    fn device_event(&self, id: &str, event: DeviceEvent) {
+        self.0.lock().push((id.to_owned(), event));
+    }
+}
+
+/// Slot Control and Slot Status of a port, by way of its PCI Express capability.
+fn slot(bus: &PciBus, port: &RootPort) -> (u16, u16, u16) {
+    let at = port.config().find_capability(0x10).expect("a capability");
+    let mut both = [0; 4];
+    bus.read_config(0, port.devfn(), at + 0x18, &mut both);
+    (at + 0x18, u16::from_le_bytes([both[0], both[1]]), u16::from_le_bytes([both[2], both[3]]))
+}
+
+#[test]
+fn a_device_is_plugged_into_a_root_port_and_leaves_it_when_the_guest_lets_go() {
+    let told = Arc::new(Told::default());
+    let context = BuildContext { system: Arc::clone(&told) as Arc<dyn SystemSink>, ..context() };
+    let line = Arc::new(Line::default());
+    let bus = PciBus::new(PciBusSpec {
+        segment: 0,
+        mmio: Arc::clone(&context.mmio),
+        pio: Arc::clone(&context.pio),
+        wires: vec![IrqLine::new(Arc::clone(&line) as Arc<dyn IrqSink>, 0)],
+        swizzle: |_, _| 0,
+    });
+    let port = RootPort::build("hp0", (&bus, 0x10, 1), &context).expect("builds");
+    let mut word = [0; 4];
+    bus.write_config(0, port.devfn(), 0x18, &[0, 5, 5]);
+    bus.read_config(5, 0, 0, &mut word);
+    assert_eq!(word, [0xff; 4], "nothing is there");
+    let (at, control, status) = slot(&bus, &port);
+    assert_eq!((control & 1 << 10 != 0, status & 1 << 6), (true, 0), "no power, no card");
+    assert_eq!(port.remove(), Removal::Now);
+    // The guest listens: presence, link and button, with interrupts.
+    bus.write_config(
+        0,
+        port.devfn(),
+        at,
+        &(1u16 << 12 | 1 << 10 | 3 << 8 | 3 << 6 | 1 << 5 | 1 << 3 | 1).to_le_bytes(),
+    );
+    let rng = crate::rng::build("r0", &RngConfig::default(), &context).expect("builds");
+    plug("r0", rng, Slot::Port { bus: Arc::clone(&bus), port: port.devfn() }, &context).expect("plugged");
+    port.plugged("r0", true);
+    assert!(line.level.load(Ordering::SeqCst), "the guest is told");
+    let (_, _, status) = slot(&bus, &port);
+    assert_eq!(status, 1 << 8 | 1 << 6 | 1 << 3);
+    bus.read_config(5, 0, 0, &mut word);
+    assert_eq!(word, [0xf4, 0x1a, 0x44, 0x10]);
+    bus.read_config(5, 8, 0, &mut word);
+    assert_eq!(word, [0xff; 4], "there is one device");
+    bus.write_config(0, port.devfn(), at + 2, &0x0108u16.to_le_bytes());
+    assert!(!line.level.load(Ordering::SeqCst), "acknowledged");
+    // Power on, then the button, then power off.
+    bus.write_config(
+        0,
+        port.devfn(),
+        at,
+        &(1u16 << 12 | 1 << 8 | 3 << 6 | 1 << 5 | 1 << 3 | 1).to_le_bytes(),
+    );
+    assert_eq!(port.remove(), Removal::Asked);
+    assert!(line.level.load(Ordering::SeqCst));
+    assert_eq!(port.remove(), Removal::UnderWay);
+    bus.write_config(0, port.devfn(), at + 2, &1u16.to_le_bytes());
+    assert_eq!(*told.0.lock(), []);
+    bus.write_config(
+        0,
+        port.devfn(),
+        at,
+        &(1u16 << 12 | 1 << 10 | 3 << 8 | 3 << 6 | 1 << 5 | 1 << 3 | 1).to_le_bytes(),
+    );
+    assert_eq!(*told.0.lock(), [("r0".to_owned(), DeviceEvent::Ejected)]);
+    bus.read_config(5, 0, 0, &mut word);
+    assert_eq!(word, [0xff; 4]);
+    assert!(bus.unplug_behind(port.devfn()).is_some());
+    port.emptied();
+    // A saved port comes back as it was.
+    let state = port.save().expect("saves");
+    port.reset();
+    port.restore(&state).expect("restores");
+    assert_eq!(port.save().expect("saves").data, state.data);
 }

@@ -24,6 +24,7 @@ mod vm;
 pub use console::{ConsolePortConfig, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CpuAffinity, CpuTopology, CpusConfig};
 pub use error::{ConfigError, Problem, Problems};
+pub use holdfast_block::options::BlockdevOptions;
 pub use holdfast_devices::catalog::{self, DeviceConfig};
 pub use holdfast_virtio::balloon::config::BalloonConfig;
 pub use holdfast_virtio::blk::config::DiskConfig;

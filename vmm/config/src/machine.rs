@@ -58,6 +58,9 @@ pub struct MachineConfig {
     /// q35 none.
     #[serde(default)]
     pub virtio: VirtioTransport,
+    /// PCI Express root ports into which disks can be plugged while the guest runs, at most 8.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub hotplug_ports: u8,
 }
 
 /// What a flash bank holds.
@@ -174,4 +177,8 @@ impl JsonSchema for AccelChoice {
             "description": "Accelerators to try, in order: kvm, tcg, auto or a list like kvm:tcg",
         })
     }
+}
+
+fn is_none(ports: &u8) -> bool {
+    *ports == 0
 }

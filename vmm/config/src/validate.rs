@@ -136,6 +136,7 @@ impl VmConfig {
         for (i, disk) in self.disks().iter().enumerate() {
             note(&format!("disks[{i}]"), disk.validate(), problems);
         }
+        self.check_blockdevs(problems);
         for (i, net) in self.net().iter().enumerate() {
             note(&format!("net[{i}]"), net.validate(), problems);
         }
@@ -160,6 +161,28 @@ impl VmConfig {
             }
             if !seen.insert(id) {
                 problems.add(field, format!("is `{id}`, which another device has"));
+            }
+        }
+    }
+
+    fn check_blockdevs(&self, problems: &mut Problems) {
+        let mut seen = HashSet::new();
+        for (i, options) in self.blockdevs().iter().enumerate() {
+            let field = |name: &str| format!("blockdevs[{i}].{name}");
+            match &options.node_name {
+                None => problems.add(field("node-name"), "is missing; a node needs one"),
+                Some(name) if !seen.insert(name) => {
+                    problems.add(field("node-name"), format!("is `{name}`, which another node has"));
+                }
+                Some(_) => {}
+            }
+            match options.driver {
+                None => problems.add(field("driver"), "is missing"),
+                Some(driver) => {
+                    if let Err(error) = options.check(driver) {
+                        problems.add(format!("blockdevs[{i}]"), error.to_string());
+                    }
+                }
             }
         }
     }
@@ -267,6 +290,12 @@ impl VmConfig {
             problems.add("pflash", reason);
         }
         let x86 = self.guest_arch() == holdfast_arch::Arch::X86_64;
+        if self.machine.hotplug_ports > 8 {
+            problems.add(
+                "machine.hotplug_ports",
+                format!("is {}; at most 8 are possible", self.machine.hotplug_ports),
+            );
+        }
         if self.machine.kernel_irqchip != IrqChipMode::Split && !x86 {
             problems.add("machine.kernel_irqchip", "is for x86_64 guests only");
         }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use holdfast_arch::Arch;
+use holdfast_block::options::BlockdevOptions;
 use holdfast_devices::catalog::DeviceConfig;
 use holdfast_devices::catalog::isa_debug_exit::IsaDebugExitConfig;
 use holdfast_virtio::balloon::config::BalloonConfig;
@@ -58,6 +59,9 @@ pub struct VmConfig {
     /// Block devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
+    /// Nodes of the storage graph, which disks show by their names. Options and defaults are QEMU's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blockdevs: Option<Vec<BlockdevOptions>>,
     /// Network devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
@@ -128,6 +132,7 @@ impl Default for VmConfig {
             memory: MemoryConfig::default(),
             payload: None,
             disks: None,
+            blockdevs: None,
             net: None,
             rng: RngConfig::default(),
             balloon: None,
@@ -194,6 +199,11 @@ impl VmConfig {
     /// All disks.
     pub fn disks(&self) -> &[DiskConfig] {
         self.disks.as_deref().unwrap_or_default()
+    }
+
+    /// All nodes of the storage graph that are given by their options.
+    pub fn blockdevs(&self) -> &[BlockdevOptions] {
+        self.blockdevs.as_deref().unwrap_or_default()
     }
 
     /// All network devices.

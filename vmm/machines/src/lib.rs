@@ -17,6 +17,7 @@ use holdfast_accel::{IrqChip, Vm};
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildContext, BuildError, Device};
 use holdfast_devices::catalog::DeviceConfig;
+use holdfast_devices::pci::{PciBus, RootPort};
 
 /// What the guest boots from. Paths are opened by [`Machine::load`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -76,6 +77,8 @@ pub struct MachineRequest {
     pub uuid: Option<[u8; 16]>,
     /// Where the x86 debug console listens, if anywhere.
     pub debug_console_port: Option<u16>,
+    /// Hot-plug ports on the PCI bus.
+    pub hotplug_ports: u8,
     /// Devices that are added by name.
     pub board: Vec<DeviceConfig>,
     /// Connected to the first serial port; `None`: the port exists and its output is dropped.
@@ -139,6 +142,8 @@ pub struct MachineContext {
 pub enum VirtioSlot {
     /// A PCI root bus; the transport takes a free device number.
     Pci(Arc<holdfast_devices::pci::PciBus>),
+    /// The place behind a hot-plug port of that bus.
+    Port(Arc<holdfast_devices::pci::PciBus>, Arc<RootPort>),
     /// A virtio-mmio window and its interrupt.
     Mmio {
         /// First address.
@@ -191,6 +196,11 @@ pub trait Machine: Send + Sync + Debug {
     /// The PCI root bus for virtio-pci, if there is one.
     fn pci_bus(&self) -> Option<Arc<holdfast_devices::pci::PciBus>>;
 
+    /// Its hot-plug ports.
+    fn ports(&self) -> Vec<Arc<RootPort>> {
+        Vec::new()
+    }
+
     /// The next free virtio-mmio slot, if there is one.
     fn take_mmio_slot(&self) -> Option<VirtioSlot>;
 
@@ -209,6 +219,21 @@ pub trait Machine: Send + Sync + Debug {
 
     /// Whether [`Machine::power_button`] does something.
     fn has_power_button(&self) -> bool;
+}
+
+/// The most hot-plug ports.
+pub const MAX_PORTS: u8 = 8;
+/// The device number of the first hot-plug port on the root bus; the others follow.
+const FIRST_PORT: u8 = 0x10;
+
+/// Makes `count` hot-plug ports `hp0`, `hp1`, ...
+fn hotplug_ports(
+    count: u8,
+    bus: &Arc<PciBus>,
+    build: &BuildContext,
+) -> Result<Vec<Arc<RootPort>>, BuildError> {
+    let port = |n: u8| RootPort::build(&format!("hp{n}"), (bus, FIRST_PORT + n, n + 1), build);
+    (0..count.min(MAX_PORTS)).map(port).collect()
 }
 
 /// All machines.

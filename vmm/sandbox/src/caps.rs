@@ -25,7 +25,14 @@ pub fn needed_by(role: Role) -> u64 {
             set(&[DAC_OVERRIDE, DAC_READ_SEARCH, NET_ADMIN, IPC_LOCK, SYS_PTRACE, SYS_NICE, SYS_RESOURCE])
         }
         Role::Api => set(&[DAC_OVERRIDE, DAC_READ_SEARCH]),
-        Role::Vcpu | Role::Timer | Role::Block | Role::Net | Role::Device | Role::Gdb | Role::Signal => 0,
+        Role::Vcpu
+        | Role::Timer
+        | Role::Block
+        | Role::Nbd
+        | Role::Net
+        | Role::Device
+        | Role::Gdb
+        | Role::Signal => 0,
     }
 }
 

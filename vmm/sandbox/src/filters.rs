@@ -297,6 +297,10 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         Role::Timer => vec![LIFE, INTERRUPTS],
         // A pool of threads may grow under load.
         Role::Block => vec![LIFE, INTERRUPTS, FILE_IO, RING, BLOCK_DEVICES],
+        // A client that connects again looks its server's name up.
+        Role::Nbd => {
+            vec![LIFE, INTERRUPTS, FILE_IO, BLOCK_DEVICES, SOCKET_IO, SOCKETS, FILES, IDENTITY]
+        }
         Role::Net => vec![LIFE, INTERRUPTS, SOCKET_IO, TAP],
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
         // Requests bring descriptors and name files; each connection has its thread.

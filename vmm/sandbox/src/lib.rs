@@ -105,11 +105,12 @@ pub enum SandboxError {
 }
 
 /// All roles.
-pub const ROLES: [Role; 10] = [
+pub const ROLES: [Role; 11] = [
     Role::Vcpu,
     Role::Vmm,
     Role::Timer,
     Role::Block,
+    Role::Nbd,
     Role::Net,
     Role::Device,
     Role::Api,

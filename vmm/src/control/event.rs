@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use holdfast_virtio::blk::policy::IoFailure;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
@@ -124,6 +125,34 @@ pub enum Event {
         /// The vCPU.
         id: u32,
     },
+    /// A device is gone. QMP `DEVICE_DELETED`.
+    DeviceDeleted {
+        /// Its identifier.
+        id: String,
+    },
+    /// A disk's request failed. QMP `BLOCK_IO_ERROR`.
+    BlockIoError(IoFailure),
+    /// A disk's image is damaged. QMP `BLOCK_IMAGE_CORRUPTED`.
+    BlockImageCorrupted {
+        /// Name of the node.
+        node: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A write went past a threshold. QMP `BLOCK_WRITE_THRESHOLD`.
+    BlockWriteThreshold {
+        /// Name of the node.
+        node: String,
+        /// How many bytes past it.
+        exceeded: u64,
+        /// The threshold in bytes.
+        threshold: u64,
+    },
+    /// A block export is gone. QMP `BLOCK_EXPORT_DELETED`.
+    BlockExportDeleted {
+        /// Its identifier.
+        id: String,
+    },
 }
 
 impl Event {
@@ -158,6 +187,11 @@ impl Event {
             Self::PowerButton | Self::MigrationStatus(_) | Self::MigrationPass(_) => None,
             Self::DeviceActivated { id } => Some(("virtio-device", "activated", Some(json!({ "id": id })))),
             Self::DeviceReset { id } => Some(("virtio-device", "reset", Some(json!({ "id": id })))),
+            Self::DeviceDeleted { id } => Some(("vm", "device-deleted", Some(json!({ "id": id })))),
+            Self::BlockIoError(_)
+            | Self::BlockImageCorrupted { .. }
+            | Self::BlockWriteThreshold { .. }
+            | Self::BlockExportDeleted { .. } => self.qmp().map(|(name, data)| ("block", name, data)),
             Self::GuestPanic => Some(("guest", "panic", None)),
             Self::CreateVcpu { id } => {
                 Some(("cpu_manager", "create_vcpu", Some(json!({ "id": id.to_string() }))))
@@ -177,9 +211,38 @@ impl Event {
             Self::MigrationStatus(status) => Some(("MIGRATION", Some(json!({ "status": status })))),
             Self::MigrationPass(pass) => Some(("MIGRATION_PASS", Some(json!({ "pass": pass })))),
             Self::GuestPanic => Some(("GUEST_PANICKED", Some(json!({ "action": "pause" })))),
+            Self::DeviceDeleted { id } => {
+                let path = format!("/machine/peripheral/{id}");
+                Some(("DEVICE_DELETED", Some(json!({ "device": id, "path": path }))))
+            }
+            Self::BlockIoError(failure) => Some(("BLOCK_IO_ERROR", Some(io_error(failure)))),
+            Self::BlockImageCorrupted { node, message } => {
+                let data = json!({ "device": "", "node-name": node, "msg": message, "fatal": true });
+                Some(("BLOCK_IMAGE_CORRUPTED", Some(data)))
+            }
+            Self::BlockWriteThreshold { node, exceeded, threshold } => {
+                let data = json!({
+                    "node-name": node, "amount-exceeded": exceeded, "write-threshold": threshold,
+                });
+                Some(("BLOCK_WRITE_THRESHOLD", Some(data)))
+            }
+            Self::BlockExportDeleted { id } => Some(("BLOCK_EXPORT_DELETED", Some(json!({ "id": id })))),
             _ => None,
         }
     }
+}
+
+/// The data of `BLOCK_IO_ERROR`.
+fn io_error(failure: &IoFailure) -> Value {
+    json!({
+        "qom-path": format!("/machine/peripheral/{}/virtio-backend", failure.id),
+        "device": "",
+        "node-name": failure.node,
+        "operation": if failure.write { "write" } else { "read" },
+        "action": failure.action.name(),
+        "nospace": failure.nospace,
+        "reason": failure.reason,
+    })
 }
 
 /// An event and when it happened.

@@ -12,6 +12,7 @@ use holdfast_config::{
 use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
 use super::{ControlError, DebugListener, DebugTarget, MemoryRead, MemoryWrite, Responder};
+use crate::storage::StorageRequest;
 
 /// Serves all operations, on one thread. A method that returns a value answers at once; one that takes
 /// a [`Responder`] may answer later from another thread, and must not keep this one waiting.
@@ -78,6 +79,11 @@ pub trait VmManager {
     /// # Errors
     /// [`super::ErrorKind::DeviceNotFound`], `NotCreated`.
     fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError>;
+    /// Asks something of the storage graph.
+    fn storage(&mut self, request: StorageRequest, reply: Responder<serde_json::Value>) {
+        let _ = request;
+        reply.respond(Err(ControlError::unsupported("the storage graph")));
+    }
     /// Saves a paused VM.
     fn snapshot(&mut self, config: VmSnapshotConfig, reply: Responder<()>);
     /// Makes a VM from a snapshot. `fds` are the tap devices of `config.net_fds`, in that order; their
@@ -182,8 +188,6 @@ pub trait VmManager {
     fn machines(&mut self) -> Vec<MachineInfo>;
     /// The character back ends of a booted VM.
     fn chardevs(&mut self) -> Vec<ChardevInfo>;
-    /// The block devices.
-    fn block(&mut self) -> Vec<BlockInfo>;
     /// The PCI buses of a booted VM.
     fn pci(&mut self) -> Vec<PciInfo>;
     /// `info registers`, of all vCPUs or of one.

@@ -11,6 +11,8 @@ use holdfast_config::{
 
 use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
+use crate::storage::StorageRequest;
+
 use super::{ControlError, DebugListener, DebugTarget, MemoryWrite, Origin, Responder, VmManager};
 
 /// Something that can be asked of the manager.
@@ -84,7 +86,6 @@ infallible!(
     Vec<CpuInfoFast>,
     Vec<MachineInfo>,
     Vec<ChardevInfo>,
-    Vec<BlockInfo>,
     Vec<PciInfo>,
     MigrationInfo,
     MigrationParameters,
@@ -120,8 +121,6 @@ quick! {
     QueryMachines -> Vec<MachineInfo> = machines;
     /// The character back ends.
     QueryChardev -> Vec<ChardevInfo> = chardevs;
-    /// The block devices.
-    QueryBlock -> Vec<BlockInfo> = block;
     /// The PCI buses.
     QueryPci -> Vec<PciInfo> = pci;
     /// Begins to move the VM to a URI; `true` goes on with a migration that was interrupted.
@@ -185,6 +184,8 @@ deferred! {
     Shutdown -> () = shutdown;
     /// Resets the VM.
     Reboot -> () = reboot;
+    /// Asks something of the storage graph; the answer is QEMU's JSON.
+    Storage(request: StorageRequest) -> serde_json::Value = storage;
     /// Saves the VM.
     Snapshot(config: VmSnapshotConfig) -> () = snapshot;
     /// Makes a VM from a snapshot, with the tap file descriptors of its network devices.

@@ -70,6 +70,8 @@ pub enum RunState {
     RestoreVm,
     /// It is being saved.
     SaveVm,
+    /// A disk's request failed and waits.
+    IoError,
     /// The guest panicked.
     GuestPanicked,
     /// The accelerator cannot go on.
@@ -163,58 +165,6 @@ pub struct ChardevInfo {
     pub filename: String,
     /// A front end is connected.
     pub frontend_open: bool,
-}
-
-/// An image behind a block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub struct ImageInfo {
-    /// File.
-    pub filename: String,
-    /// Format: `raw`.
-    pub format: String,
-    /// Bytes that the guest sees.
-    pub virtual_size: u64,
-}
-
-/// What is inserted into a block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct BlockDeviceInfo {
-    /// File.
-    pub file: String,
-    /// Name of the node.
-    #[serde(rename = "node-name", default, skip_serializing_if = "Option::is_none")]
-    pub node_name: Option<String>,
-    /// The guest can read only.
-    pub ro: bool,
-    /// Format.
-    pub drv: String,
-    /// Files that it builds upon.
-    pub backing_file_depth: u64,
-    /// It is encrypted.
-    pub encrypted: bool,
-    /// The image.
-    pub image: ImageInfo,
-}
-
-/// A block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct BlockInfo {
-    /// Identifier.
-    pub device: String,
-    /// Path in QEMU's object tree.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub qdev: Option<String>,
-    /// Always `unknown`, as in QEMU.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// The medium can be taken out.
-    pub removable: bool,
-    /// The guest has locked the medium.
-    pub locked: bool,
-    /// What is inserted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub inserted: Option<BlockDeviceInfo>,
 }
 
 /// A base address register.

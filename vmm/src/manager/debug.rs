@@ -83,7 +83,7 @@ impl Manager {
         let Stage::Built { run, .. } = self.stage else { return Err(ControlError::not_running()) };
         match run {
             Run::Running => self.stop_for_debugger(&vm)?,
-            Run::Paused => self.set_run(Run::Debug),
+            Run::Paused | Run::IoError => self.set_run(Run::Debug),
             // There may be something to be learnt of a guest that is over.
             Run::Debug | Run::Off | Run::Failed | Run::Panicked | Run::Moved { .. } => {}
         }

@@ -92,6 +92,7 @@ impl Manager {
                 let text = "The VM has moved to another process together with its RAM";
                 return Err(ControlError::new(ErrorKind::Failed, text));
             }
+            Stage::Built { vm, run: Run::IoError } => Arc::clone(vm),
             _ => self.built_and(Run::Paused, "VM is not paused")?,
         };
         self.events.publish(Event::Resuming);
@@ -110,7 +111,7 @@ impl Manager {
     pub(super) fn reset_now(&mut self, origin: Origin) -> Result<(), ControlError> {
         let vm = Arc::clone(self.built()?);
         let stands = match self.stage {
-            Stage::Built { run: run @ (Run::Paused | Run::Debug), .. } => Some(run),
+            Stage::Built { run: run @ (Run::Paused | Run::Debug | Run::IoError), .. } => Some(run),
             _ => None,
         };
         let run = stands.is_none();
@@ -149,10 +150,11 @@ impl Manager {
             Err(error) => return reply.respond(Err(error)),
         };
         self.events.publish(Event::Snapshotting);
+        let config = self.config.clone();
         let work = move || -> Result<(), ControlError> {
             let saved = vm.save().map_err(failed("The VM could not be saved"))?;
             let write = |file: &std::fs::File| ram::save(vm.memory(), file);
-            dir.write(vm.config(), &saved, write).map_err(failed("The VM could not be saved"))
+            dir.write(&config, &saved, write).map_err(failed("The VM could not be saved"))
         };
         let reply = share(reply);
         let answer = Arc::clone(&reply);

@@ -9,6 +9,7 @@ mod lifecycle;
 mod migrate;
 mod query;
 mod serve;
+mod storage;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,11 +20,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use holdfast_accel::AccelError;
 use holdfast_config::{IdAllocator, VmConfig};
 use holdfast_device::{DeviceEvent, SystemEvent, SystemSink};
+use holdfast_objects::Objects;
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
+use holdfast_virtio::blk::policy::IoFailure;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::{ControlError, ControlInbox, ErrorKind, Event, EventBus, Origin};
+use crate::storage::Storage;
 use crate::vm::vcpus::{DebugStop, VcpuEvents};
 use crate::vm::{Host, Vm};
 
@@ -38,6 +42,8 @@ pub struct ManagerOptions {
     pub debug: bool,
     /// VMs stand at their first instruction until a debugger lets them run (`--gdb-wait`).
     pub debug_wait: bool,
+    /// Secrets and the like that options name (`--object`).
+    pub objects: Arc<Objects>,
 }
 
 impl std::fmt::Debug for ManagerOptions {
@@ -56,6 +62,10 @@ enum Message {
     VcpuFailed(u32, AccelError),
     /// A vCPU stopped for the debugger.
     Debug(u32, DebugStop),
+    /// A disk's request failed.
+    Disk(IoFailure),
+    /// The guest has let go of a device.
+    Ejected(String),
     /// The terminal's escape was typed.
     Quit,
     /// A job is done; what is left is for the manager's thread.
@@ -98,10 +108,11 @@ impl SystemSink for Wire {
 
     fn device_event(&self, id: &str, event: DeviceEvent) {
         let id = id.to_owned();
-        self.send(Message::Event(match event {
-            DeviceEvent::Activated => Event::DeviceActivated { id },
-            DeviceEvent::Reset => Event::DeviceReset { id },
-        }));
+        self.send(match event {
+            DeviceEvent::Activated => Message::Event(Event::DeviceActivated { id }),
+            DeviceEvent::Reset => Message::Event(Event::DeviceReset { id }),
+            DeviceEvent::Ejected => Message::Ejected(id),
+        });
     }
 }
 
@@ -131,6 +142,8 @@ enum Run {
     Moved {
         ram: bool,
     },
+    /// A disk's request failed and waits.
+    IoError,
 }
 
 /// The VM.
@@ -161,6 +174,7 @@ pub struct Manager {
     config: VmConfig,
     ids: IdAllocator,
     tap_fds: TapFds,
+    storage: Arc<Storage>,
     stage: Stage,
     /// The job under way, by name.
     job: Option<&'static str>,
@@ -181,12 +195,16 @@ impl Manager {
         let (messages_in, messages) = channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let events = inbox.events().clone();
+        let (spawner, wire) = (options.sandbox.spawner(), Wire { messages: messages_in, wake });
+        let told = Arc::new(wire.clone());
+        let storage = Storage::new(Arc::clone(&options.objects), Arc::clone(&spawner), told);
         Ok(Self {
             inbox,
             events,
-            spawner: options.sandbox.spawner(),
+            spawner,
+            storage,
             options,
-            wire: Wire { messages: messages_in, wake },
+            wire,
             messages,
             held: Vec::new(),
             config: VmConfig::default(),
@@ -313,6 +331,7 @@ impl Manager {
             tap_fds: std::mem::take(&mut self.tap_fds),
             incoming: false,
             ram_files: Vec::new(),
+            storage: Arc::clone(&self.storage),
             accelerator: None,
         }
     }
@@ -321,7 +340,7 @@ impl Manager {
         let built = matches!(self.stage, Stage::Built { .. });
         match message {
             // A guest may be quicker than the thread that has just started it.
-            Message::System(_) | Message::VcpuFailed(..) | Message::Debug(..)
+            Message::System(_) | Message::VcpuFailed(..) | Message::Debug(..) | Message::Disk(_)
                 if self.job.is_some() && !built =>
             {
                 self.held.push(message);
@@ -346,6 +365,8 @@ impl Manager {
                 self.end_unless_kept(FAILED, Event::Shutdown(Origin::HostError));
             }
             Message::Debug(index, stop) => self.vcpu_stopped(index, stop),
+            Message::Disk(failure) => self.disk_failed(failure),
+            Message::Ejected(id) => self.take_out(&id),
         }
     }
 

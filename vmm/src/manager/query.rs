@@ -11,9 +11,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Run;
 use crate::control::{
-    BlockDeviceInfo, BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, CpuInstanceProperties,
-    DeviceNode, ErrorKind, ImageInfo, MachineInfo, MemoryRead, PciDevice, PciDeviceClass, PciDeviceId,
-    PciInfo, PciMemoryRegion, VmInfo, VmState,
+    ChardevInfo, ControlError, Counters, CpuInfoFast, CpuInstanceProperties, DeviceNode, ErrorKind,
+    MachineInfo, MemoryRead, PciDevice, PciDeviceClass, PciDeviceId, PciInfo, PciMemoryRegion, VmInfo,
+    VmState,
 };
 use crate::vm::Vm;
 
@@ -28,17 +28,17 @@ pub(super) fn info_created(config: &VmConfig) -> VmInfo {
 }
 
 /// A VM that is built.
-pub(super) fn info(vm: &Vm, run: Run) -> VmInfo {
+pub(super) fn info(vm: &Vm, run: Run, config: &VmConfig) -> VmInfo {
     let ram: u64 = vm.memory().iter().map(|r| r.len()).sum();
     let ballooned = vm.balloon().map_or(0, |b| b.actual());
     let state = match run {
         Run::Running => VmState::Running,
-        Run::Paused | Run::Moved { .. } => VmState::Paused,
+        Run::Paused | Run::IoError | Run::Moved { .. } => VmState::Paused,
         Run::Debug => VmState::BreakPoint,
         Run::Off | Run::Failed | Run::Panicked => VmState::Shutdown,
     };
     VmInfo {
-        config: vm.config().clone(),
+        config: config.clone(),
         state,
         memory_actual_size: ram.saturating_sub(ballooned),
         device_tree: Some(device_tree(vm)),
@@ -70,7 +70,7 @@ fn device_tree(vm: &Vm) -> BTreeMap<String, DeviceNode> {
 }
 
 pub(super) fn counters(vm: &Vm) -> Counters {
-    let all = vm.plugged().iter().map(|p| (p.id.clone(), p.device.counters()));
+    let all = vm.plugged().into_iter().map(|p| (p.id.clone(), p.device.counters()));
     all.filter(|(_, counters)| !counters.is_empty()).collect()
 }
 
@@ -121,33 +121,6 @@ pub(super) fn machines() -> Vec<MachineInfo> {
 pub(super) fn chardevs(vm: &Vm) -> Vec<ChardevInfo> {
     let chardev = |(label, filename)| ChardevInfo { label, filename, frontend_open: true };
     vm.chardevs().into_iter().map(chardev).collect()
-}
-
-pub(super) fn block(config: &VmConfig) -> Vec<BlockInfo> {
-    let disk = |disk: &holdfast_config::DiskConfig| {
-        let id = disk.id.clone().unwrap_or_default();
-        let file = disk.path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
-        let virtual_size =
-            disk.path.as_ref().and_then(|p| std::fs::metadata(p).map(|m| m.len()).ok()).unwrap_or(0);
-        let image = ImageInfo { filename: file.clone(), format: "raw".to_owned(), virtual_size };
-        BlockInfo {
-            qdev: Some(format!("/machine/peripheral/{id}/virtio-backend")),
-            inserted: Some(BlockDeviceInfo {
-                file,
-                node_name: Some(id.clone()),
-                ro: disk.readonly,
-                drv: "raw".to_owned(),
-                backing_file_depth: 0,
-                encrypted: false,
-                image,
-            }),
-            device: id,
-            kind: "unknown".to_owned(),
-            removable: false,
-            locked: false,
-        }
-    };
-    config.disks().iter().map(disk).collect()
 }
 
 pub(super) fn pci(vm: &Vm) -> Vec<PciInfo> {

@@ -9,14 +9,16 @@ use holdfast_config::{
     DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
     VmRemoveDevice, VmResize, VmSnapshotConfig, check_id, validate_disk, validate_net,
 };
+use holdfast_devices::pci::Removal;
 
 use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
-    BlockInfo, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind,
+    ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind,
     Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus, MigrationInfo,
     MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
+use crate::storage::StorageRequest;
 
 impl Manager {
     /// The config, if devices can still be added to it.
@@ -28,6 +30,32 @@ impl Manager {
             Stage::Built { .. } => {
                 Err(ControlError::unsupported("adding or removing a device of a VM that has booted"))
             }
+        }
+    }
+
+    /// Asks the guest to let go of a device.
+    fn ask_for(&mut self, id: &str) -> Result<(), ControlError> {
+        let vm = Arc::clone(self.built()?);
+        if !vm.plugged().iter().any(|p| p.id == id) {
+            return Err(ControlError::new(ErrorKind::DeviceNotFound, format!("Device '{id}' not found")));
+        }
+        let wrong = |e| ControlError::failed(format!("Device '{id}' cannot be removed"), e);
+        match vm.ask_for(id).map_err(wrong)? {
+            Removal::Asked => {}
+            Removal::Now => self.take_out(id),
+            Removal::UnderWay => {
+                let text = format!("Device {id} is already in the process of unplug");
+                return Err(ControlError::new(ErrorKind::Failed, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a device out that the guest has let go of.
+    pub(super) fn take_out(&mut self, id: &str) {
+        if self.built().is_ok_and(|vm| vm.take_out(id)) {
+            self.config.remove_device(id);
+            self.events.publish(Event::DeviceDeleted { id: id.to_owned() });
         }
     }
 
@@ -79,6 +107,7 @@ impl VmManager for Manager {
             self.end_debugging(0);
             self.stage = Stage::Nothing;
             self.config = VmConfig::default();
+            self.forget_storage();
             self.ids = holdfast_config::IdAllocator::default();
             self.tap_fds.clear();
             self.events.publish(Event::Deleted);
@@ -133,7 +162,7 @@ impl VmManager for Manager {
         match &self.stage {
             Stage::Nothing => Err(ControlError::not_created()),
             Stage::Created => Ok(query::info_created(&self.config)),
-            Stage::Built { vm, run } => Ok(query::info(vm, *run)),
+            Stage::Built { vm, run } => Ok(query::info(vm, *run, &self.config)),
         }
     }
 
@@ -172,10 +201,16 @@ impl VmManager for Manager {
     }
 
     fn add_disk(&mut self, mut disk: DiskConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
-        self.open_config()?;
+        self.idle()?;
         validate_disk(&disk)?;
         self.in_reach(&VmConfig { disks: Some(vec![disk.clone()]), ..VmConfig::default() })?;
         self.name_device(&mut disk.id, "_disk")?;
+        if let Ok(vm) = self.built() {
+            let place =
+                vm.add_disk(&mut disk).map_err(|e| ControlError::failed("The disk cannot be added", e))?;
+            self.config.disks.get_or_insert_default().push(disk);
+            return Ok(Some(place));
+        }
         self.open_config()?.disks.get_or_insert_default().push(disk);
         Ok(None)
     }
@@ -196,6 +231,10 @@ impl VmManager for Manager {
     }
 
     fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError> {
+        self.idle()?;
+        if matches!(self.stage, Stage::Built { .. }) {
+            return self.ask_for(&device.id);
+        }
         let config = self.open_config()?;
         if !config.remove_device(&device.id) {
             let text = format!("There is no device `{}`", device.id);
@@ -203,6 +242,10 @@ impl VmManager for Manager {
         }
         self.tap_fds.remove(&device.id);
         Ok(())
+    }
+
+    fn storage(&mut self, request: StorageRequest, reply: Responder<serde_json::Value>) {
+        self.serve_storage(request, reply);
     }
 
     fn snapshot(&mut self, config: VmSnapshotConfig, reply: Responder<()>) {
@@ -297,6 +340,7 @@ impl VmManager for Manager {
                 Run::Off => RunState::Shutdown,
                 Run::Failed => RunState::InternalError,
                 Run::Panicked => RunState::GuestPanicked,
+                Run::IoError => RunState::IoError,
             },
         }
     }
@@ -316,10 +360,6 @@ impl VmManager for Manager {
 
     fn chardevs(&mut self) -> Vec<ChardevInfo> {
         self.built().map(|vm| query::chardevs(vm)).unwrap_or_default()
-    }
-
-    fn block(&mut self) -> Vec<BlockInfo> {
-        query::block(&self.config)
     }
 
     fn pci(&mut self) -> Vec<PciInfo> {

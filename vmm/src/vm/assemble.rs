@@ -21,6 +21,7 @@ use holdfast_machines::{
 };
 use holdfast_threads::Spawner;
 use holdfast_virtio::console::PortArgs;
+use parking_lot::RwLock;
 
 use super::plug::Plugs;
 use super::vcpus::{VcpuEvents, VcpuSetup, Vcpus};
@@ -28,6 +29,7 @@ use super::{Vm, VmError};
 use crate::accel;
 use crate::control::EventBus;
 use crate::ram::{self, RamSpec};
+use crate::storage::Storage;
 
 /// What a VM is given by the process around it.
 pub struct Host {
@@ -47,6 +49,8 @@ pub struct Host {
     pub incoming: bool,
     /// RAM that a migration on this host brought, a file for each range; empty otherwise.
     pub ram_files: Vec<std::fs::File>,
+    /// The storage graph that disks are in.
+    pub storage: Arc<Storage>,
     /// Runs the guest instead of what the config asks for: a test's own accelerator.
     pub accelerator: Option<Arc<dyn Accelerator>>,
 }
@@ -128,7 +132,8 @@ impl Vm {
         };
         let cpu = request.cpu.clone();
         let machine = module.build(request, MachineContext { build: build.clone(), vm: Arc::clone(&vm) })?;
-        let plugs = plug_all(&config, &mut host, &build, machine.as_ref(), chardevs.console_ports())?;
+        let Plugs { devices, balloon, power_button, disks, .. } =
+            plug_all(&config, &mut host, &build, machine.as_ref(), chardevs.console_ports())?;
         let affinity = affinity(&config.cpus);
         let vcpus = Vcpus::start(&VcpuSetup {
             vm: &vm,
@@ -151,9 +156,12 @@ impl Vm {
             accel: vm,
             vcpus,
             machine,
-            plugged: plugs.devices,
-            balloon: plugs.balloon,
-            power_button: plugs.power_button,
+            plugged: RwLock::new(devices),
+            disks: RwLock::new(disks),
+            build,
+            storage: host.storage,
+            balloon,
+            power_button,
             chardevs: chardevs.list(),
             pager: None,
             arriving: None,
@@ -203,6 +211,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             ConsoleMode::Off => None,
             _ => config.debug_console.iobase,
         },
+        hotplug_ports: config.machine.hotplug_ports,
         board: config.board_devices(),
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
@@ -343,12 +352,20 @@ fn plug_all<'a>(
         let none = || format!("the machine has no slot left for another virtio device (virtio={transport})");
         slot.ok_or_else(|| VmError::Unsupported(none()))
     };
+    for options in config.blockdevs() {
+        let name = options.node_name.clone().unwrap_or_default();
+        host.storage.ensure(options).map_err(|source| VmError::Node { name, source })?;
+    }
     let mut plugs = Plugs::new(build);
     if !console.is_empty() {
         plugs.console(&config.console, console, slot()?)?;
     }
     for disk in config.disks() {
-        plugs.disk(disk, slot()?)?;
+        let slot = match &disk.bus {
+            Some(name) => port(machine, name)?,
+            None => slot()?,
+        };
+        plugs.disk(disk, &host.storage, slot)?;
     }
     for net in config.net() {
         let fds = net.id.as_ref().and_then(|id| host.tap_fds.remove(id)).unwrap_or_default();
@@ -362,6 +379,15 @@ fn plug_all<'a>(
         plugs.power_button(slot()?)?;
     }
     Ok(plugs)
+}
+
+/// The place behind the hot-plug port `name`.
+fn port(machine: &dyn Machine, name: &str) -> Result<VirtioSlot, VmError> {
+    let found = machine.ports().into_iter().find(|p| p.name() == name).zip(machine.pci_bus());
+    let (port, bus) = found.ok_or_else(|| {
+        VmError::Unsupported(format!("there is no hot-plug port `{name}` (machine.hotplug_ports)"))
+    })?;
+    Ok(VirtioSlot::Port(bus, port))
 }
 
 /// Starts the log of translations, if there is to be one.

@@ -2,6 +2,7 @@
 
 mod assemble;
 mod migrate;
+mod hot;
 mod plug;
 mod state;
 pub mod vcpus;
@@ -12,14 +13,18 @@ use std::sync::Arc;
 use holdfast_accel::Vm as AccelVm;
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_clock::{Timers, VmClock};
-use holdfast_config::VmConfig;
-use holdfast_device::{BuildError, Bus, Device, StateError};
+use holdfast_config::{BlockdevOptions, VmConfig};
+use holdfast_device::{BuildContext, BuildError, Bus, Device, StateError};
 use holdfast_machines::{Machine, MachineError, MachineModule};
 use holdfast_memory::GuestMemory;
+use holdfast_virtio::blk::Blk;
+use parking_lot::RwLock;
 
 use crate::accel::NoAccelerator;
+use crate::control::ControlError;
 use crate::ram::RamError;
 use crate::snapshot::ram::DemandPager;
+use crate::storage::Storage;
 use vcpus::{VcpuError, Vcpus};
 
 pub use assemble::Host;
@@ -52,6 +57,15 @@ pub enum VmError {
     /// A device cannot be built.
     #[error("a device cannot be built")]
     Device(#[from] BuildError),
+    /// A node of the storage graph cannot be opened.
+    #[error("the node `{name}` cannot be opened")]
+    Node {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: ControlError,
+    },
     /// A vCPU failed.
     #[error("a vCPU failed")]
     Vcpu(#[from] VcpuError),
@@ -108,7 +122,11 @@ pub struct Vm {
     // vCPUs are dropped, and so stopped, before the devices that they use.
     vcpus: Vcpus,
     machine: Box<dyn Machine>,
-    plugged: Vec<Plugged>,
+    plugged: RwLock<Vec<Plugged>>,
+    disks: RwLock<Vec<Arc<Blk>>>,
+    /// What devices that are added while it runs are built with.
+    build: BuildContext,
+    storage: Arc<Storage>,
     balloon: Option<Arc<holdfast_virtio::balloon::Balloon>>,
     power_button: Option<Arc<holdfast_virtio::input::PowerButton>>,
     chardevs: Vec<assemble::Chardev>,
@@ -172,8 +190,52 @@ impl Vm {
     }
 
     /// Devices plugged into the machine, in order.
-    pub fn plugged(&self) -> &[Plugged] {
-        &self.plugged
+    pub fn plugged(&self) -> Vec<Plugged> {
+        let mut all = self.plugged.read().clone();
+        // The guest numbers the buses behind ports.
+        if let Some(bus) = self.machine.pci_bus() {
+            for plugged in all.iter_mut().filter(|p| p.bdf.is_some()) {
+                plugged.bdf = plug::address_on(&bus, &plugged.id).or(plugged.bdf.take());
+            }
+        }
+        all
+    }
+
+    /// Its disks, in order.
+    pub fn disks(&self) -> Vec<Arc<Blk>> {
+        self.disks.read().clone()
+    }
+
+    /// The storage graph that its disks are in.
+    pub fn storage(&self) -> &Arc<Storage> {
+        &self.storage
+    }
+
+    /// Opens nodes anew by other options, under the disks on them, which stand meanwhile.
+    ///
+    /// # Errors
+    /// What the block layer says of the first that cannot be; those before are changed.
+    pub fn reopen(&self, all: &[BlockdevOptions]) -> Result<(), ControlError> {
+        for options in all {
+            let name = options.node_name.as_deref().unwrap_or_default();
+            let rests =
+                |disk: &Blk| self.storage.nodes().find(disk.node()).is_ok_and(|top| top.rests_on(name));
+            let disks: Vec<_> = self.disks().into_iter().filter(|d| rests(d)).collect();
+            let devices: Vec<_> =
+                self.plugged().into_iter().filter(|p| disks.iter().any(|d| d.id() == p.id)).collect();
+            devices.iter().for_each(|p| p.device.pause());
+            disks.iter().for_each(|d| d.let_go());
+            let result = self.storage.reopen(options);
+            for disk in &disks {
+                let _ = disk.refresh_size();
+                if let Err(error) = disk.take_up() {
+                    tracing::error!(disk = disk.id(), %error, "the disk has no queues any more");
+                }
+            }
+            devices.iter().for_each(|p| p.device.resume());
+            result?;
+        }
+        Ok(())
     }
 
     /// Character devices by id, with their labels.
@@ -197,7 +259,7 @@ impl Vm {
     /// All devices in the order in which they are saved: the machine's, then those plugged in.
     pub fn devices(&self) -> Vec<Arc<dyn Device>> {
         let mut all = self.machine.devices();
-        all.extend(self.plugged.iter().map(|p| Arc::clone(&p.device)));
+        all.extend(self.plugged.read().iter().map(|p| Arc::clone(&p.device)));
         all
     }
 

@@ -3,11 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use holdfast_block::BlockError;
 use holdfast_config::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, RngConfig};
 use holdfast_device::{BuildContext, BuildError};
 use holdfast_devices::pci::PciBus;
 use holdfast_machines::VirtioSlot;
 use holdfast_virtio::balloon::Balloon;
+use holdfast_virtio::blk::Blk;
 use holdfast_virtio::console::PortArgs;
 use holdfast_virtio::input::PowerButton;
 use holdfast_virtio::registry::{self, BuildArgs};
@@ -15,6 +17,7 @@ use holdfast_virtio::{Slot, VirtioDevice};
 use serde::Serialize;
 
 use super::{Plugged, VmError};
+use crate::storage::Storage;
 
 /// What has been plugged in so far.
 pub(super) struct Plugs<'a> {
@@ -22,16 +25,34 @@ pub(super) struct Plugs<'a> {
     pub(super) devices: Vec<Plugged>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) power_button: Option<Arc<PowerButton>>,
+    pub(super) disks: Vec<Arc<Blk>>,
 }
 
 impl<'a> Plugs<'a> {
     pub(super) fn new(build: &'a BuildContext) -> Self {
-        Self { build, devices: Vec::new(), balloon: None, power_button: None }
+        Self { build, devices: Vec::new(), balloon: None, power_button: None, disks: Vec::new() }
     }
 
-    pub(super) fn disk(&mut self, config: &DiskConfig, slot: VirtioSlot) -> Result<(), VmError> {
-        let args = arguments(config.id.as_ref(), config)?;
-        self.named("virtio-blk", args, slot, config.pci_device_id)
+    pub(super) fn disk(
+        &mut self,
+        config: &DiskConfig,
+        storage: &Storage,
+        slot: VirtioSlot,
+    ) -> Result<(), VmError> {
+        let id = config.id.clone().unwrap_or_default();
+        let wrong = |e: BlockError| {
+            let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
+            BuildError::Config { id: id.clone(), reason: format!("{e}{cause}") }
+        };
+        if let Some(problem) = config.validate().into_iter().next() {
+            return Err(BuildError::Config { id, reason: problem.to_string() }.into());
+        }
+        let parts = storage.disk_parts(&id, config).map_err(wrong)?;
+        let disk = Blk::of(&id, config, parts, self.build)?;
+        // The VM keeps it by its own type as well: it is resized and throttled while it runs.
+        self.plug("virtio-blk", &id, Arc::clone(&disk) as Arc<dyn VirtioDevice>, slot, config.pci_device_id)?;
+        self.disks.push(disk);
+        Ok(())
     }
 
     pub(super) fn net(
@@ -101,11 +122,19 @@ impl<'a> Plugs<'a> {
             let reason = format!("pci_device_id={number} needs a PCI bus; the machine has virtio=mmio");
             return Err(BuildError::Config { id: id.to_owned(), reason }.into());
         }
+        let mut behind = None;
         let (slot, bus) = match slot {
             VirtioSlot::Pci(bus) => (Slot::Pci { bus: Arc::clone(&bus), device: pci_device }, Some(bus)),
+            VirtioSlot::Port(bus, port) => {
+                behind = Some(Arc::clone(&port));
+                (Slot::Port { bus: Arc::clone(&bus), port: port.devfn() }, Some(bus))
+            }
             VirtioSlot::Mmio { base, irq } => (Slot::Mmio { base, irq }, None),
         };
         let device = holdfast_virtio::plug(id, device, slot, self.build)?;
+        if let Some(port) = behind {
+            port.plugged(id, false);
+        }
         let bdf = bus.as_deref().and_then(|bus| address_on(bus, id));
         self.devices.push(Plugged { id: id.to_owned(), kind, device, bdf });
         Ok(())
@@ -113,7 +142,7 @@ impl<'a> Plugs<'a> {
 }
 
 /// The address of the function that carries device `id`.
-fn address_on(bus: &PciBus, id: &str) -> Option<String> {
+pub(super) fn address_on(bus: &PciBus, id: &str) -> Option<String> {
     let wrapper = format!("_virtio-pci-{id}");
     bus.info().into_iter().find(|f| f.name == wrapper || f.name == id).map(|f| f.bdf.to_string())
 }

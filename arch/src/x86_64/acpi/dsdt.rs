@@ -77,6 +77,7 @@ fn root_bridge(config: &AcpiConfig) -> Raw {
     }
     let crs = ResourceTemplate::new(windows);
     let prt = routing(config.pirq_of);
+    let osc = if config.hotplug { osc() } else { Raw(Vec::new()) };
     raw_device(
         "PCI0",
         &[
@@ -87,9 +88,34 @@ fn root_bridge(config: &AcpiConfig) -> Raw {
             &Name::new("_BBN".into(), &ZERO),
             &Name::new("_CRS".into(), &crs),
             &prt,
+            &osc,
             &isa_bridge(),
         ],
     )
+}
+
+/// `_OSC`: the guest may drive hot-plug of the ports and their capability structures itself (PCI Firmware 3.0, section 4.5).
+fn osc() -> Raw {
+    /// Native hot-plug, and control of the PCI Express capability structure.
+    const GRANTED: u32 = 0x11;
+    let [first, third] = ["CDW1", "CDW3"].map(Path::new);
+    let host_bridge = Uuid::new("33db4d5b-1ff7-401c-9657-7441c03dd766");
+    let masked = And::new(&third, &third, &GRANTED);
+    let unknown = Or::new(&first, &first, &4u8);
+    Raw(bytes(&Method::new(
+        "_OSC".into(),
+        4,
+        false,
+        vec![
+            &CreateDWordField::new(&first, &Arg(3), &ZERO),
+            &If::new(
+                &Equal::new(&Arg(0), &host_bridge),
+                vec![&CreateDWordField::new(&third, &Arg(3), &8u8), &masked],
+            ),
+            &Else::new(vec![&unknown]),
+            &Return::new(&Arg(3)),
+        ],
+    )))
 }
 
 fn raw_device(name: &str, parts: &[&dyn Aml]) -> Raw {

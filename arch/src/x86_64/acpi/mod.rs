@@ -28,6 +28,8 @@ pub struct AcpiConfig {
     pub pirq_of: fn(device: u8, pin: u8) -> usize,
     /// There is a fw_cfg device at port 0x510.
     pub fw_cfg: bool,
+    /// There are hot-plug ports, which the guest may drive itself.
+    pub hotplug: bool,
 }
 
 const OEM_ID: [u8; 6] = *b"HLDFST";

@@ -15,6 +15,7 @@ fn config(cpus: u8) -> AcpiConfig {
         hpet: Some(0xfed0_0000),
         pirq_of: |device, pin| 4 + usize::from(device + pin) % 4,
         fw_cfg: true,
+        hotplug: true,
     }
 }
 

@@ -151,6 +151,7 @@ fn run(args: &Args, name: &'static str) -> Result<()> {
         bitmaps,
         multi_conn: args.shared != 1,
         node: Arc::clone(&node),
+        guard: None,
     });
     let address = address(args);
     let listener = Listener::bind(&address).map_err(failed(format!("Failed to listen on {address}")))?;

@@ -58,6 +58,7 @@ fn config(wish: &Wish) -> AcpiConfig {
             false => |_, pin| usize::from(pin) % 8,
         },
         fw_cfg: wish.fw_cfg,
+        hotplug: true,
     }
 }
 

@@ -71,6 +71,7 @@ fn request(wish: &Wish) -> MachineRequest {
         irqchip: IrqChip::Off,
         uuid: None,
         debug_console_port: None,
+        hotplug_ports: 0,
         board: Vec::new(),
         serial: None,
         debug_console: None,

@@ -32,6 +32,7 @@ fn server() -> &'static Arc<Server> {
             allocation_depth: true,
             bitmaps: Vec::new(),
             multi_conn: true,
+            guard: None,
         });
         server
     })

@@ -15,7 +15,7 @@ use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_device::{BuildContext, BuildError, BusDevice, Device, ExtInt, FpuErrors};
 use holdfast_devices::catalog::Board;
 use holdfast_devices::fw_cfg::FwCfg;
-use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec};
+use holdfast_devices::pci::{ConfigPorts, PciBus, PciBusSpec, RootPort};
 use holdfast_devices::serial::Serial;
 use holdfast_devices::x86::{
     AcpiPm, AcpiPmConfig, CmosConfig, DebugConsole, FPU_PORT, Gsi, Hpet, HpetConfig, I8042, I8042Config,
@@ -118,6 +118,7 @@ struct Q35 {
 struct Parts {
     devices: Vec<Arc<dyn Device>>,
     pci: Arc<PciBus>,
+    hotplug: Vec<Arc<RootPort>>,
     mch: Arc<Mch>,
     lpc: Arc<Lpc>,
     pm: Arc<AcpiPm>,
@@ -259,7 +260,9 @@ impl Parts {
         let board = Board { build, pci: &pci, isa: Some(&isa) };
         let added = request.board.iter().map(|device| device.build(&board)).collect::<Result<Vec<_>, _>>()?;
         devices.splice(place..place, added);
-        Ok(Self { devices, pci, mch, lpc, pm, fw_cfg })
+        let hotplug = crate::hotplug_ports(request.hotplug_ports, &pci, build)?;
+        devices.extend(hotplug.iter().map(|p| Arc::clone(p) as Arc<dyn Device>));
+        Ok(Self { devices, pci, hotplug, mch, lpc, pm, fw_cfg })
     }
 }
 
@@ -270,6 +273,10 @@ impl Machine for Q35 {
 
     fn pci_bus(&self) -> Option<Arc<PciBus>> {
         Some(Arc::clone(&self.parts.pci))
+    }
+
+    fn ports(&self) -> Vec<Arc<RootPort>> {
+        self.parts.hotplug.clone()
     }
 
     fn take_mmio_slot(&self) -> Option<VirtioSlot> {

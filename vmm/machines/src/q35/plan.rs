@@ -47,6 +47,8 @@ pub struct Plan {
     pub topology: CpuTopology,
     /// There is an HPET. Not when the interval timer is in the kernel: it could not be silenced then.
     pub hpet: bool,
+    /// Hot-plug ports.
+    pub ports: u8,
 }
 
 fn refuse(reason: String) -> MachineError {
@@ -86,7 +88,13 @@ impl Plan {
         if size > low {
             ram.push(RamRange { gpa: HIGH_RAM, len: size - low });
         }
-        Ok(Self { ram, boot_vcpus: request.boot_vcpus, topology, hpet: request.irqchip != IrqChip::On })
+        Ok(Self {
+            ram,
+            boot_vcpus: request.boot_vcpus,
+            topology,
+            hpet: request.irqchip != IrqChip::On,
+            ports: request.hotplug_ports,
+        })
     }
 
     /// Bytes of RAM below and above 4 GiB.
@@ -131,6 +139,7 @@ impl Plan {
             hpet: self.hpet.then_some(HPET_BASE),
             pirq_of,
             fw_cfg: true,
+            hotplug: self.ports != 0,
         }
     }
 

@@ -132,6 +132,7 @@ fn request(payload: Payload, irqchip: IrqChip) -> MachineRequest {
         irqchip,
         uuid: Some([7; 16]),
         debug_console_port: Some(0x402),
+        hotplug_ports: 0,
         board: vec![IsaDebugExitConfig { iobase: 0xf4, iosize: 4 }.into()],
         serial: None,
         debug_console: None,

@@ -16,7 +16,7 @@ use holdfast_devices::flash::{Chips, Flash, FlashSpec};
 use holdfast_devices::fw_cfg::{self, FwCfg};
 use holdfast_devices::goldfish_rtc::GoldfishRtc;
 use holdfast_devices::pci::{
-    ConfigBuilder, Ecam, Identity, IoWindow, PciBus, PciBusSpec, PciConfig, PciDevice,
+    ConfigBuilder, Ecam, Identity, IoWindow, PciBus, PciBusSpec, PciConfig, PciDevice, RootPort,
 };
 use holdfast_devices::riscv::{Aclint, AclintSpec, Plic, PlicSpec};
 use holdfast_devices::serial::Serial;
@@ -79,6 +79,7 @@ struct Virt {
     devices: Vec<Arc<dyn Device>>,
     plic: Arc<Plic>,
     pci: Arc<PciBus>,
+    ports: Vec<Arc<RootPort>>,
     rom: Arc<GuestRegion>,
     slots_taken: AtomicU32,
 }
@@ -158,12 +159,15 @@ impl Virt {
         for device in &request.board {
             devices.push(device.build(&board)?);
         }
+        let ports = crate::hotplug_ports(request.hotplug_ports, &pci, build)?;
+        devices.extend(ports.iter().map(|p| Arc::clone(p) as Arc<dyn Device>));
         Ok(Self {
             plan,
             payload: request.payload,
             devices,
             plic,
             pci,
+            ports,
             rom,
             slots_taken: AtomicU32::new(0),
             context,
@@ -209,6 +213,10 @@ impl Machine for Virt {
 
     fn pci_bus(&self) -> Option<Arc<PciBus>> {
         Some(Arc::clone(&self.pci))
+    }
+
+    fn ports(&self) -> Vec<Arc<RootPort>> {
+        self.ports.clone()
     }
 
     fn take_mmio_slot(&self) -> Option<VirtioSlot> {

@@ -97,6 +97,7 @@ fn request(payload: Payload) -> MachineRequest {
         irqchip: IrqChip::default(),
         uuid: None,
         debug_console_port: None,
+        hotplug_ports: 0,
         board: Vec::new(),
         serial: None,
         debug_console: None,

@@ -1,0 +1,672 @@
+//! Nodes by their names: the graph that monitors see and change.
+//!
+//! An [`Opener`](crate::graph::Opener) with a table puts each node that it opens into a [`NamedNode`], which says who uses it and lets
+//! it be opened anew under its users. What monitors add lives until they delete it; other nodes live as long as their users.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::graph::Opener;
+use crate::node::{Extent, Plan, Preallocation, os_error};
+use crate::options::{BlockdevOptions, NodeRef};
+use crate::raw::RawImage;
+use crate::{BlockError, BlockNode, Op};
+
+/// Longest name of a node, in bytes.
+const MAX_NAME: usize = 31;
+
+/// Hears what nodes have to tell. Called by whoever does I/O: it must not block.
+pub trait NodeEvents: Send + Sync + Debug {
+    /// A write went `exceeded` bytes past `threshold`, which is off now.
+    fn write_threshold(&self, node: &str, exceeded: u64, threshold: u64);
+    /// The image is damaged, and not written any more.
+    fn image_corrupted(&self, node: &str, message: &str);
+}
+
+/// What files and images tell of themselves, by the name of their node.
+#[derive(Debug)]
+pub struct NodeWatch {
+    name: String,
+    threshold: AtomicU64,
+    events: Option<Arc<dyn NodeEvents>>,
+}
+
+impl NodeWatch {
+    /// A write ends at `end`.
+    pub(crate) fn wrote(&self, end: u64) {
+        if end <= self.threshold.load(Ordering::Relaxed) {
+            return;
+        }
+        let threshold = self.threshold.swap(u64::MAX, Ordering::Relaxed);
+        if let (true, Some(events)) = (end > threshold, &self.events) {
+            events.write_threshold(&self.name, end - threshold, threshold);
+        }
+    }
+
+    pub(crate) fn corrupted(&self, message: &str) {
+        if let Some(events) = &self.events {
+            events.image_corrupted(&self.name, message);
+        }
+    }
+}
+
+/// How somebody uses a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Who, in words: `block device 'virtio0'`.
+    pub who: String,
+    /// As what: `root`, `file`, `backing`.
+    pub role: &'static str,
+    /// It is written.
+    pub writes: bool,
+    /// Others may write it.
+    pub shares_write: bool,
+}
+
+/// A use of a node, which ends when this is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    node: Arc<NamedNode>,
+    id: u64,
+}
+
+impl Hold {
+    /// What is used.
+    pub fn node(&self) -> &Arc<NamedNode> {
+        &self.node
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.node.users.lock().remove(&self.id);
+    }
+}
+
+/// A node with a name.
+#[derive(Debug)]
+pub struct NamedNode {
+    watch: Arc<NodeWatch>,
+    /// What it was opened with.
+    options: Mutex<BlockdevOptions>,
+    /// Empty while it is opened anew, when all its users stand.
+    inner: RwLock<Option<Arc<dyn BlockNode>>>,
+    /// Its uses of other nodes.
+    holds: Mutex<Vec<Hold>>,
+    users: Mutex<BTreeMap<u64, User>>,
+    next_user: AtomicU64,
+}
+
+impl NamedNode {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.watch.name
+    }
+
+    /// What it was opened with.
+    pub fn options(&self) -> BlockdevOptions {
+        self.options.lock().clone()
+    }
+
+    /// The node itself.
+    ///
+    /// # Errors
+    /// `EIO` while it is opened anew, or if that failed.
+    pub fn inner(&self) -> io::Result<Arc<dyn BlockNode>> {
+        self.inner.read().clone().ok_or_else(|| os_error(libc::EIO))
+    }
+
+    /// Who uses it.
+    pub fn users(&self) -> Vec<User> {
+        self.users.lock().values().cloned().collect()
+    }
+
+    /// Its uses of other nodes: in which role, and of what name.
+    pub fn children(&self) -> Vec<(&'static str, String)> {
+        let holds = self.holds.lock();
+        let role = |h: &Hold| h.node.users.lock().get(&h.id).map(|u| u.role).unwrap_or("file");
+        holds.iter().map(|h| (role(h), h.node.name().to_owned())).collect()
+    }
+
+    /// Starts a use of the node.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] that names who stands against it.
+    pub fn hold(self: &Arc<Self>, user: User) -> Result<Hold, BlockError> {
+        let mut users = self.users.lock();
+        let against = |a: &User, b: &User| a.writes && !b.shares_write;
+        if let Some(other) = users.values().find(|u| against(&user, u) || against(u, &user)) {
+            let (writer, owner) = if against(&user, other) { (&user, other) } else { (other, &user) };
+            let name = self.name();
+            return Err(BlockError::Option(format!(
+                "Permission conflict on node '{name}': permissions 'write' are both required by {} (uses node '{name}' as \
+                 '{}' child) and unshared by {} (uses node '{name}' as '{}' child).",
+                writer.who, writer.role, owner.who, owner.role
+            )));
+        }
+        let id = self.next_user.fetch_add(1, Ordering::Relaxed);
+        users.insert(id, user);
+        Ok(Hold { node: Arc::clone(self), id })
+    }
+
+    /// Tells once when a write goes past `offset`; 0: not any more.
+    pub fn set_write_threshold(&self, offset: u64) {
+        self.watch.threshold.store(if offset == 0 { u64::MAX } else { offset }, Ordering::Relaxed);
+    }
+
+    /// What [`NamedNode::set_write_threshold`] has set and was not passed since, or 0.
+    pub fn write_threshold(&self) -> u64 {
+        match self.watch.threshold.load(Ordering::Relaxed) {
+            u64::MAX => 0,
+            offset => offset,
+        }
+    }
+
+    /// True if `name` is this node or one below it.
+    pub fn rests_on(&self, name: &str) -> bool {
+        self.name() == name || self.holds.lock().iter().any(|h| h.node.rests_on(name))
+    }
+
+    fn with<T>(&self, call: impl FnOnce(&Arc<dyn BlockNode>) -> io::Result<T>) -> io::Result<T> {
+        match &*self.inner.read() {
+            Some(node) => call(node),
+            None => Err(os_error(libc::EIO)),
+        }
+    }
+
+    fn ask<T>(&self, call: impl FnOnce(&Arc<dyn BlockNode>) -> T) -> Option<T> {
+        self.inner.read().as_ref().map(call)
+    }
+
+    /// Files note their writes themselves, also those that come through their rings.
+    fn note(&self, offset: u64, len: u64) {
+        self.watch.wrote(offset.saturating_add(len));
+    }
+}
+
+impl BlockNode for NamedNode {
+    fn driver(&self) -> &'static str {
+        self.ask(|n| n.driver()).unwrap_or("raw")
+    }
+
+    fn size(&self) -> u64 {
+        self.ask(|n| n.size()).unwrap_or(0)
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.ask(|n| n.is_readonly()).unwrap_or(true)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.with(|n| n.read_at(offset, buf))
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.note(offset, buf.len() as u64);
+        self.with(|n| n.write_at(offset, buf))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.with(|n| n.flush())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.with(|n| n.discard(offset, len))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.note(offset, len);
+        self.with(|n| n.write_zeroes(offset, len, unmap))
+    }
+
+    fn status(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.with(|n| n.status(offset, len))
+    }
+
+    fn truncate(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
+        self.with(|n| n.truncate(size, preallocation))
+    }
+
+    fn file(&self) -> Option<Arc<dyn BlockNode>> {
+        self.ask(|n| n.file()).flatten()
+    }
+
+    fn is_remote(&self) -> bool {
+        self.ask(|n| n.is_remote()).unwrap_or(false)
+    }
+
+    fn backing(&self) -> Option<Arc<dyn BlockNode>> {
+        self.ask(|n| n.backing()).flatten()
+    }
+
+    fn path(&self) -> Option<PathBuf> {
+        self.ask(|n| n.path()).flatten()
+    }
+
+    fn disk_usage(&self) -> u64 {
+        self.ask(|n| n.disk_usage()).unwrap_or(0)
+    }
+
+    fn plan(&self, op: Op, offset: u64, len: u64) -> Option<Plan> {
+        if op == Op::Write {
+            self.note(offset, len);
+        }
+        self.ask(|n| n.plan(op, offset, len)).flatten()
+    }
+
+    fn data_file(&self) -> Option<Arc<RawImage>> {
+        self.ask(|n| n.data_file()).flatten()
+    }
+
+    fn whole_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
+        self.inner().ok()?.whole_file()
+    }
+
+    fn refresh_size(&self) -> io::Result<()> {
+        self.with(|n| n.refresh_size())
+    }
+
+    fn as_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
+        self.inner().ok()?.as_file()
+    }
+
+    fn as_named(self: Arc<Self>) -> Option<Arc<NamedNode>> {
+        Some(self)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Every node that is.
+    all: BTreeMap<String, Weak<NamedNode>>,
+    /// What monitors have added.
+    kept: BTreeMap<String, Arc<NamedNode>>,
+}
+
+impl Table {
+    fn find(&self, name: &str) -> Option<Arc<NamedNode>> {
+        self.all.get(name).and_then(Weak::upgrade)
+    }
+}
+
+/// The nodes of a program.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    table: Mutex<Table>,
+    next: AtomicU64,
+    events: Option<Arc<dyn NodeEvents>>,
+}
+
+fn bad(text: String) -> BlockError {
+    BlockError::Option(text)
+}
+
+impl Nodes {
+    /// No nodes yet; what they have to tell goes to `events`.
+    pub fn new(events: Arc<dyn NodeEvents>) -> Arc<Self> {
+        Arc::new(Self { events: Some(events), ..Self::default() })
+    }
+
+    /// The node of that name.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] if there is none.
+    pub fn find(&self, name: &str) -> Result<Arc<NamedNode>, BlockError> {
+        let found = self.table.lock().find(name);
+        found.ok_or_else(|| bad(format!("Cannot find device='' nor node-name='{name}'")))
+    }
+
+    /// All nodes, by their names.
+    pub fn list(&self) -> Vec<Arc<NamedNode>> {
+        self.table.lock().all.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Opens a node by a monitor's options and keeps it until [`Nodes::remove`].
+    ///
+    /// # Errors
+    /// [`BlockError`]; then there is no new node.
+    pub fn add(self: &Arc<Self>, options: &BlockdevOptions, opener: &Opener) -> Result<(), BlockError> {
+        let Some(name) = options.node_name.clone() else {
+            return Err(bad("'node-name' must be specified for the root node".to_owned()));
+        };
+        if options.driver.is_none() {
+            return Err(bad("Parameter 'driver' is missing".to_owned()));
+        }
+        opener.open_named(options)?;
+        Ok(drop(name))
+    }
+
+    /// The options that would make a node as it is now, with the nodes below that are nobody else's.
+    pub fn describe(&self, node: &Arc<NamedNode>) -> BlockdevOptions {
+        with_children(node, |child| {
+            if self.table.lock().kept.contains_key(child.name()) {
+                return NodeRef::Name(child.name().to_owned());
+            }
+            let mut options = self.describe(child);
+            // Names that begin so are given anew each time.
+            options.node_name = Some(child.name().to_owned()).filter(|name| !name.starts_with('#'));
+            NodeRef::Node(Box::new(options))
+        })
+    }
+
+    /// Keeps a node that is there.
+    pub fn keep(&self, node: Arc<NamedNode>) {
+        self.table.lock().kept.insert(node.name().to_owned(), node);
+    }
+
+    /// Lets a node go that a monitor has added.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] if it is not there, in use, or not a monitor's.
+    pub fn remove(&self, name: &str) -> Result<(), BlockError> {
+        let mut table = self.table.lock();
+        let node =
+            table.find(name).ok_or_else(|| bad(format!("Failed to find node with node-name='{name}'")))?;
+        if !table.kept.contains_key(name) {
+            return Err(bad(format!("Node {name} is not owned by the monitor")));
+        }
+        if !node.users().is_empty() {
+            return Err(bad(format!("Node {name} is in use")));
+        }
+        let gone = table.kept.remove(name);
+        // Closing it is work, and lets nodes below go.
+        drop(table);
+        drop(node);
+        drop(gone);
+        Ok(())
+    }
+
+    /// Gives a node that has just been opened its name. `named` is its own name, for those that were not given one.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] if the name is taken or a child is used by others.
+    pub(crate) fn name(
+        &self,
+        options: &BlockdevOptions,
+        named: Option<&str>,
+        inner: Arc<dyn BlockNode>,
+    ) -> Result<Arc<NamedNode>, BlockError> {
+        let name = match (&options.node_name, named) {
+            (Some(name), _) => check_name(name)?.to_owned(),
+            (None, Some(name)) => name.to_owned(),
+            (None, None) => format!("#block{:03}", self.next.fetch_add(1, Ordering::Relaxed)),
+        };
+        let watch = Arc::new(NodeWatch {
+            name: name.clone(),
+            threshold: AtomicU64::new(u64::MAX),
+            events: self.events.clone(),
+        });
+        let node = Arc::new(NamedNode {
+            holds: Mutex::new(hold_children(&name, &inner)?),
+            watch,
+            options: Mutex::new(options.clone()),
+            inner: RwLock::new(None),
+            users: Mutex::default(),
+            next_user: AtomicU64::new(0),
+        });
+        watch_inner(&node, &inner);
+        *node.inner.write() = Some(inner);
+        let mut table = self.table.lock();
+        if table.find(&name).is_some() {
+            return Err(bad(format!("Duplicate nodes with node-name='{name}'")));
+        }
+        table.all.retain(|_, node| node.strong_count() != 0);
+        table.all.insert(name, Arc::downgrade(&node));
+        Ok(node)
+    }
+
+    /// Opens a node anew by other options, under its users, who must all stand and have no request under way.
+    ///
+    /// # Errors
+    /// [`BlockError`]; then it is as it was before, or, if that fails as well, every access to it does.
+    pub fn reopen(&self, options: &BlockdevOptions, opener: &Opener) -> Result<(), BlockError> {
+        let name = options.node_name.as_deref();
+        let name = name.ok_or_else(|| bad("node-name not specified".to_owned()))?;
+        let node =
+            self.find(name).map_err(|_| bad(format!("Failed to find node with node-name='{name}'")))?;
+        let old = with_children(&node, |child| NodeRef::Name(child.name().to_owned()));
+        if options.driver.is_some() && options.driver != old.driver && old.driver.is_some() {
+            return Err(bad("Cannot change the option 'driver'".to_owned()));
+        }
+        let wanted = merge(&old, options);
+        if options.read_only == Some(true) && node.users().iter().any(|u| u.writes) {
+            return Err(bad(format!("Cannot make block node read-only, there is a writer on it: '{name}'")));
+        }
+        // Its locks have to go before they can be taken again.
+        let inner = node.inner.write().take();
+        if let Some(inner) = &inner
+            && let Err(error) = inner.flush()
+        {
+            tracing::warn!(name, %error, "the node cannot be flushed before it is opened anew");
+        }
+        let kept: Vec<Hold> = std::mem::take(&mut *node.holds.lock());
+        let below: Vec<Arc<NamedNode>> = kept.iter().map(|h| Arc::clone(h.node())).collect();
+        drop(inner);
+        drop(kept);
+        let result = put_in(&node, &wanted, opener);
+        if result.is_err()
+            && let Err(error) = put_in(&node, &old, opener)
+        {
+            tracing::error!(name, %error, "the node cannot be opened as it was before");
+        }
+        drop(below);
+        result
+    }
+}
+
+/// Opens what `node` is to be.
+fn put_in(node: &Arc<NamedNode>, options: &BlockdevOptions, opener: &Opener) -> Result<(), BlockError> {
+    let inner = opener.open_bare(options)?;
+    let holds = hold_children(node.name(), &inner)?;
+    watch_inner(node, &inner);
+    *node.holds.lock() = holds;
+    *node.inner.write() = Some(inner);
+    *node.options.lock() = options.clone();
+    Ok(())
+}
+
+/// A node's options with the nodes below as `refer` puts them.
+fn with_children(node: &NamedNode, refer: impl Fn(&Arc<NamedNode>) -> NodeRef) -> BlockdevOptions {
+    let mut options = node.options();
+    let holds = node.holds.lock();
+    for hold in holds.iter() {
+        let role = hold.node.users.lock().get(&hold.id).map(|u| u.role);
+        let place = match role {
+            Some("file") => &mut options.file,
+            Some("data-file") => &mut options.data_file,
+            Some("backing") => &mut options.backing,
+            _ => continue,
+        };
+        *place = Some(refer(&hold.node));
+        if role == Some("file") {
+            // It was short for the node below.
+            options.filename = None;
+        }
+    }
+    options
+}
+
+/// The options of a node that is opened anew: children that are not given stay, by their names.
+fn merge(old: &BlockdevOptions, new: &BlockdevOptions) -> BlockdevOptions {
+    let mut merged = BlockdevOptions { driver: new.driver.or(old.driver), ..new.clone() };
+    let stays = |new: &mut Option<NodeRef>, old: &Option<NodeRef>| {
+        if new.is_none() {
+            new.clone_from(old);
+        }
+    };
+    stays(&mut merged.file, &old.file);
+    stays(&mut merged.backing, &old.backing);
+    stays(&mut merged.data_file, &old.data_file);
+    merged
+}
+
+/// Lets files and images tell of themselves.
+fn watch_inner(node: &NamedNode, inner: &Arc<dyn BlockNode>) {
+    if let Some(image) = inner.as_qcow2() {
+        image.watch(Arc::clone(&node.watch));
+    }
+    // Such a file's queue is used past the node.
+    if let Some(file) = Arc::clone(inner).whole_file() {
+        file.watch(Arc::clone(&node.watch));
+    }
+}
+
+/// Uses the nodes below `inner` in the name of the node `name`.
+fn hold_children(name: &str, inner: &Arc<dyn BlockNode>) -> Result<Vec<Hold>, BlockError> {
+    let data = inner.as_qcow2().and_then(|q| q.external_data());
+    let children = [("file", inner.file()), ("data-file", data), ("backing", inner.backing())];
+    let mut holds = Vec::new();
+    for (role, child) in children {
+        let Some(child) = child.and_then(|c| c.as_named()) else { continue };
+        holds.push(child.hold(User {
+            who: format!("node '{name}'"),
+            role,
+            writes: role != "backing" && !inner.is_readonly(),
+            // Who reads an image bears no other that writes it.
+            shares_write: false,
+        })?);
+    }
+    Ok(holds)
+}
+
+fn check_name(name: &str) -> Result<&str, BlockError> {
+    let well_formed = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    if !well_formed {
+        return Err(bad(format!("Invalid node-name: '{name}'")));
+    }
+    if name.len() > MAX_NAME {
+        return Err(bad("Node name too long".to_owned()));
+    }
+    Ok(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_threads::PlainSpawner;
+
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Heard(Mutex<Vec<(String, u64, u64)>>);
+
+    impl NodeEvents for Heard {
+        fn write_threshold(&self, node: &str, exceeded: u64, threshold: u64) {
+            self.0.lock().push((node.to_owned(), exceeded, threshold));
+        }
+        fn image_corrupted(&self, node: &str, message: &str) {
+            self.0.lock().push((format!("{node}: {message}"), 0, 0));
+        }
+    }
+
+    struct Rig {
+        nodes: Arc<Nodes>,
+        heard: Arc<Heard>,
+        dir: tempfile::TempDir,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let heard = Arc::new(Heard::default());
+            let dir = tempfile::tempdir().expect("directory");
+            std::fs::write(dir.path().join("a"), vec![7; 1 << 20]).expect("file");
+            Self { nodes: Nodes::new(Arc::clone(&heard) as Arc<dyn NodeEvents>), heard, dir }
+        }
+
+        fn options(&self, text: &str) -> (BlockdevOptions, Opener) {
+            let text = text.replace("DIR", &self.dir.path().display().to_string());
+            let options = BlockdevOptions::from_pairs(&text).expect("options");
+            let opener = Opener {
+                writable: options.read_only != Some(true),
+                nodes: Some(Arc::clone(&self.nodes)),
+                name: "test".to_owned(),
+                ..Opener::reading(PlainSpawner::shared())
+            };
+            (options, opener)
+        }
+
+        fn add(&self, text: &str) -> Result<(), String> {
+            let (options, opener) = self.options(text);
+            self.nodes.add(&options, &opener).map_err(|e| e.to_string())
+        }
+    }
+
+    const RAW: &str = "driver=raw,node-name=fmt,file.driver=file,file.node-name=f0,file.filename=DIR/a";
+
+    #[test]
+    fn names_are_given_once_and_nodes_go_when_nobody_uses_them() {
+        let rig = Rig::new();
+        rig.add(RAW).expect("added");
+        let names: Vec<_> = rig.nodes.list().iter().map(|n| n.name().to_owned()).collect();
+        assert_eq!(names, ["f0", "fmt"]);
+        let fmt = rig.nodes.find("fmt").expect("there");
+        assert_eq!(fmt.children(), [("file", "f0".to_owned())]);
+        assert!(
+            rig.add("driver=file,node-name=fmt,filename=DIR/a,read-only=on,locking=off")
+                .is_err_and(|e| e == "Duplicate nodes with node-name='fmt'")
+        );
+        let error = rig.add("driver=raw,node-name=other,file=f0").expect_err("in use");
+        assert!(error.starts_with("Permission conflict on node 'f0': permissions 'write'"), "{error}");
+        assert!(rig.add("driver=raw,node-name=other,file=nope").expect_err("none").contains("nope"));
+        assert!(rig.add("driver=raw,file=f0").expect_err("no name").contains("'node-name'"));
+        for name in ["1a", "a b", "", "a234567890123456789012345678901234567890"] {
+            assert!(rig.add(&format!("driver=file,filename=DIR/a,node-name={name}")).is_err(), "{name}");
+        }
+        let user = User { who: "you".to_owned(), role: "root", writes: true, shares_write: false };
+        let hold = fmt.hold(user.clone()).expect("free");
+        assert!(fmt.hold(user.clone()).is_err());
+        let reader = User { writes: false, shares_write: true, ..user };
+        assert!(fmt.hold(reader).is_ok(), "who only reads and bears others");
+        assert_eq!(rig.nodes.remove("fmt").expect_err("used").to_string(), "Node fmt is in use");
+        assert_eq!(
+            rig.nodes.remove("f0").expect_err("a child").to_string(),
+            "Node f0 is not owned by the monitor"
+        );
+        drop((hold, fmt));
+        rig.nodes.remove("fmt").expect("gone");
+        assert!(rig.nodes.find("f0").is_err(), "it had no other user");
+        rig.add(RAW).expect("its locks are gone");
+    }
+
+    #[test]
+    fn a_node_is_opened_anew_under_its_user() {
+        let rig = Rig::new();
+        rig.add(RAW).expect("added");
+        let fmt = rig.nodes.find("fmt").expect("there");
+        assert_eq!(fmt.size(), 1 << 20);
+        let (options, opener) = rig.options("driver=raw,node-name=fmt,offset=4096,file=f0");
+        rig.nodes.reopen(&options, &opener).expect("reopened");
+        assert_eq!(fmt.size(), (1 << 20) - 4096);
+        fmt.write_at(0, &[9; 512]).expect("written");
+        assert_eq!(std::fs::read(rig.dir.path().join("a")).expect("file")[4096..4608], [9; 512]);
+        // What cannot be leaves it as it was.
+        let (options, opener) = rig.options("driver=raw,node-name=fmt,offset=2097152,file=f0");
+        assert!(rig.nodes.reopen(&options, &opener).is_err());
+        assert_eq!(fmt.size(), (1 << 20) - 4096);
+        let (options, opener) = rig.options("driver=qcow2,node-name=fmt,file=f0");
+        assert_eq!(
+            rig.nodes.reopen(&options, &opener).expect_err("no").to_string(),
+            "Cannot change the option 'driver'"
+        );
+    }
+
+    #[test]
+    fn a_write_past_the_threshold_is_told_once() {
+        let rig = Rig::new();
+        rig.add(RAW).expect("added");
+        let fmt = rig.nodes.find("fmt").expect("there");
+        fmt.set_write_threshold(8192);
+        fmt.write_at(4096, &[1; 4096]).expect("written");
+        assert!(rig.heard.0.lock().is_empty());
+        fmt.write_at(8192, &[1; 512]).expect("written");
+        fmt.write_at(8192, &[1; 512]).expect("written");
+        assert_eq!(*rig.heard.0.lock(), [("fmt".to_owned(), 512, 8192)]);
+        assert_eq!(fmt.write_threshold(), 0);
+    }
+}
