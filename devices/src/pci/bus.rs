@@ -246,6 +246,11 @@ impl PciBus {
         self.take_out(Key::from(bdf.devfn()))
     }
 
+    /// The device behind the port at `port`.
+    pub fn behind(&self, port: u8) -> Option<Arc<dyn PciDevice>> {
+        self.functions.read().get(&(Key::from(port) | BEHIND)).cloned()
+    }
+
     /// Takes the device out that is behind the port at `port`.
     pub fn unplug_behind(&self, port: u8) -> Option<Arc<dyn PciDevice>> {
         self.take_out(Key::from(port) | BEHIND)

@@ -237,6 +237,11 @@ impl RootPort {
         self.signal(&mut slot);
     }
 
+    /// True if a driver in the guest hears of what happens at the port.
+    pub fn is_driven(&self) -> bool {
+        self.register(express::SLOT_CONTROL) & control::HOT_PLUG_INTERRUPT != 0
+    }
+
     /// Asks the guest to let go of the device.
     pub fn remove(&self) -> Removal {
         let mut slot = self.slot.lock();

@@ -114,7 +114,9 @@ impl Manager {
                 reply.respond(result.map(|()| json!({})));
             }
         });
-        if let (Err(error), Some(reply)) = (started, reply.lock().take()) {
+        if let Err(error) = started
+            && let Some(reply) = reply.lock().take()
+        {
             reply.respond(Err(error));
         }
     }

@@ -44,10 +44,10 @@ impl Vm {
         config.bus = Some(port.name().to_owned());
         let id = config.id.clone().unwrap_or_default();
         let mut plugs = Plugs::new(&self.build);
+        plugs.hot = true;
         plugs.disk(config, &self.storage, VirtioSlot::Port(Arc::clone(&bus), Arc::clone(&port)))?;
         self.plugged.write().append(&mut plugs.devices);
         self.disks.write().append(&mut plugs.disks);
-        port.plugged(&id, true);
         let bdf = address_on(&bus, &id).unwrap_or_default();
         Ok(PciDeviceInfo { id, bdf })
     }
@@ -63,7 +63,15 @@ impl Vm {
                 "`{id}` is not in a hot-plug port, so it stays for as long as the VM is there"
             ))
         })?;
-        Ok(port.remove())
+        // Where the guest has no driver for ports (Debian's riscv64 kernel), a device that it has switched off is let go of.
+        let idle = || {
+            let behind = self.machine.pci_bus().and_then(|bus| bus.behind(port.devfn()));
+            behind.is_none_or(|device| !device.config().bus_master())
+        };
+        match port.is_driven() {
+            false if idle() => Ok(Removal::Now),
+            _ => Ok(port.remove()),
+        }
     }
 
     fn port_of(&self, id: &str) -> Option<Arc<RootPort>> {

@@ -26,11 +26,13 @@ pub(super) struct Plugs<'a> {
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) power_button: Option<Arc<PowerButton>>,
     pub(super) disks: Vec<Arc<Blk>>,
+    /// The guest may be running.
+    pub(super) hot: bool,
 }
 
 impl<'a> Plugs<'a> {
     pub(super) fn new(build: &'a BuildContext) -> Self {
-        Self { build, devices: Vec::new(), balloon: None, power_button: None, disks: Vec::new() }
+        Self { build, devices: Vec::new(), balloon: None, power_button: None, disks: Vec::new(), hot: false }
     }
 
     pub(super) fn disk(
@@ -133,7 +135,7 @@ impl<'a> Plugs<'a> {
         };
         let device = holdfast_virtio::plug(id, device, slot, self.build)?;
         if let Some(port) = behind {
-            port.plugged(id, false);
+            port.plugged(id, self.hot);
         }
         let bdf = bus.as_deref().and_then(|bus| address_on(bus, id));
         self.devices.push(Plugged { id: id.to_owned(), kind, device, bdf });
