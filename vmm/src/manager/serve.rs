@@ -14,9 +14,9 @@ use holdfast_devices::pci::Removal;
 use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
-    ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind,
-    Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+    ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind, Event, KvmInfo,
+    MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
+    Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
 use crate::storage::StorageRequest;
 

@@ -22,7 +22,7 @@ impl Vm {
         let unwritable =
             |e: serde_json::Error| VmError::Unsupported(format!("the config cannot be written: {e}"));
         let kinds = |id: &str| {
-            let plugged = self.plugged().iter().find(|p| p.device.id() == id);
+            let plugged = self.plugged().into_iter().find(|p| p.device.id() == id);
             plugged.map_or(self.module.name(), |p| p.kind).to_owned()
         };
         Ok(Plan {

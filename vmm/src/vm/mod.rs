@@ -1,8 +1,8 @@
 //! A VM: its machine, devices and vCPUs, and what can be done with them.
 
 mod assemble;
-mod migrate;
 mod hot;
+mod migrate;
 mod plug;
 mod state;
 pub mod vcpus;
