@@ -16,8 +16,6 @@ const COMMITTED: &str = include_str!("openapi-cloud-hypervisor.txt");
 /// have no schema.
 const NOT_THERE: &[&str] = &[
     "VmConfig.rate_limit_groups",
-    "VmConfig.fs",
-    "VmConfig.generic_vhost_user",
     "VmConfig.pmem",
     "VmConfig.devices",
     "VmConfig.user_devices",

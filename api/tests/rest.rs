@@ -158,13 +158,13 @@ fn what_is_wrong_is_said() {
     let (status, body) = server.put("vm.create", Some(json!({ "cpus": { "boot_vcpus": "x" } })));
     assert_eq!((status, &body[0]), (400, &json!("Failed to deserialize JSON")));
     assert!(body[1].as_str().unwrap().contains("cpus.boot_vcpus"), "{body}");
-    let (status, body) = server.put("vm.create", Some(json!({ "fs": [{ "tag": "t" }], "watchdog": true })));
+    let (status, body) = server.put("vm.create", Some(json!({ "pmem": [{ "file": "t" }], "watchdog": true })));
     assert_eq!(status, 400);
     let text = body.to_string();
-    assert!(text.contains("`fs`") && text.contains("`watchdog`"), "{text}");
-    let (status, body) = server.put("vm.add-fs", Some(json!({ "tag": "t" })));
+    assert!(text.contains("`pmem`") && text.contains("`watchdog`"), "{text}");
+    let (status, body) = server.put("vm.add-pmem", Some(json!({ "file": "t" })));
     assert_eq!(status, 500);
-    assert_eq!(body, json!(["Error from API", "vm.add-fs is not supported by this version"]));
+    assert_eq!(body, json!(["Error from API", "vm.add-pmem is not supported by this version"]));
     let lenient = json!({ "payload": { "kernel": "/k", "later": 1 }, "later": {} });
     assert_eq!(server.put("vm.create", Some(lenient)).0, 204);
 }

@@ -22,6 +22,8 @@ pub mod kind {
     pub const BALLOON: u32 = 5;
     /// Input: keyboards and the like.
     pub const INPUT: u32 = 18;
+    /// File system.
+    pub const FS: u32 = 26;
 }
 
 /// Feature bits of all devices (virtio 1.2 section 6).

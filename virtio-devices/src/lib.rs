@@ -17,6 +17,7 @@ pub mod queue;
 pub mod registry;
 pub mod rng;
 pub mod transport;
+pub mod vhost_user;
 pub mod worker;
 
 pub use config::FieldError;

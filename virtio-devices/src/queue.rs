@@ -209,14 +209,27 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
+    /// The largest number of descriptors that the device allows.
+    pub fn max_size(&self) -> u16 {
+        self.queue.max_size()
+    }
+
     /// Walks a chain once more that was popped before and not given back, perhaps by the queue's predecessor.
     ///
     /// # Errors
     /// As [`VirtQueue::pop`].
     pub fn again(&mut self, head: u16) -> Result<Chain, QueueError> {
+        if self.outstanding >= self.queue.size() {
+            return Err(self.rings(virtio_queue::Error::InvalidAvailRingIndex));
+        }
         let chain = self.walk(head)?;
         self.outstanding += 1;
         Ok(chain)
+    }
+
+    /// `count` chains that were popped are nobody's any more; each is walked [again](Self::again) before it is given back.
+    pub fn forget(&mut self, count: usize) {
+        self.outstanding = self.outstanding.saturating_sub(u16::try_from(count).unwrap_or(u16::MAX));
     }
 
     /// Gives the chain taken last back to the driver's side, to be popped again.

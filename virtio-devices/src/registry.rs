@@ -83,6 +83,22 @@ pub fn registry() -> &'static [VirtioDeviceModule] {
                 Ok(crate::console::build(&args.id, &config, args.ports, context)?)
             },
         },
+        VirtioDeviceModule {
+            name: "vhost-user-fs",
+            aliases: &["vhost-user-fs-pci", "vhost-user-fs-device"],
+            build: |args, context| {
+                let config = parse(&args)?;
+                crate::vhost_user::fs::build(&args.id, &config, context)
+            },
+        },
+        VirtioDeviceModule {
+            name: "vhost-user-generic",
+            aliases: &["vhost-user-device-pci", "vhost-user-device"],
+            build: |args, context| {
+                let config = parse(&args)?;
+                crate::vhost_user::generic::build(&args.id, &config, context)
+            },
+        },
     ];
     ALL
 }

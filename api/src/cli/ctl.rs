@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Command};
 use holdfast_config::{
-    DiskConfig, NetConfig, ReceiveMigrationData, RestoreConfig, RestoredNet, SendMigrationData, VmConfig,
-    VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigrationData, RestoreConfig,
+    RestoredNet, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 use holdfast_keyval::parse_size;
 use schemars::JsonSchema;
@@ -50,8 +50,6 @@ const PLAIN: &[(&str, &str, bool, &str)] = &[
 /// Verbs of `ch-remote` for features that Holdfast does not have.
 const UNSUPPORTED: &[&str] = &[
     "add-device",
-    "add-fs",
-    "add-generic-vhost-user",
     "add-pmem",
     "add-user-device",
     "add-vdpa",
@@ -124,6 +122,16 @@ pub(super) fn command(verbose: bool) -> Command {
                 .about("Add a network device")
                 .arg(keys("The network device", holdfast_keyval::keys::<NetConfig>)),
         )
+        .subcommand(
+            Command::new("add-fs")
+                .about("Add a directory shared by a vhost-user back end")
+                .arg(keys("The file system", holdfast_keyval::keys::<FsConfig>)),
+        )
+        .subcommand(
+            Command::new("add-generic-vhost-user")
+                .about("Add a device of a vhost-user back end")
+                .arg(keys("The device", holdfast_keyval::keys::<GenericVhostUserConfig>)),
+        )
         .subcommand(Command::new("remove-device").about("Remove a device").arg(text("id", "Its identifier")))
         .subcommand(
             Command::new("resize")
@@ -187,6 +195,15 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
             // Numbers mean nothing to the other process: the descriptors travel beside the body.
             let fds = net.fds.take().unwrap_or_default();
             Ok(("vm.add-net", json(&net)?, fds))
+        }
+        "add-fs" => {
+            let fs: FsConfig = read_keys("fs", argument("keys").unwrap_or_default())?;
+            Ok(("vm.add-fs", json(&fs)?, Vec::new()))
+        }
+        "add-generic-vhost-user" => {
+            let device: GenericVhostUserConfig =
+                read_keys("generic-vhost-user", argument("keys").unwrap_or_default())?;
+            Ok(("vm.add-generic-vhost-user", json(&device)?, Vec::new()))
         }
         "remove-device" => {
             let device = VmRemoveDevice { id: argument("id").unwrap_or_default().to_owned() };

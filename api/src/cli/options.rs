@@ -123,6 +123,18 @@ pub(super) const OPTIONS: &[Opt] = &[
         DEVICES,
         "Device that is added by name: NAME or NAME,key=value",
     ),
+    opt(
+        "fs",
+        Shape::Many(holdfast_keyval::keys::<config::FsConfig>),
+        DEVICES,
+        "Directory shared by a vhost-user back end (virtiofsd)",
+    ),
+    opt(
+        "generic-vhost-user",
+        Shape::Many(holdfast_keyval::keys::<config::GenericVhostUserConfig>),
+        DEVICES,
+        "Device of any type by a vhost-user back end",
+    ),
     opt("rng", Shape::Keys(holdfast_keyval::keys::<config::RngConfig>), DEVICES, "Entropy device"),
     opt("balloon", Shape::Keys(holdfast_keyval::keys::<config::BalloonConfig>), DEVICES, "Memory balloon"),
     opt(

@@ -102,7 +102,7 @@ fn an_error_names_option_value_and_remedy() {
 fn what_is_not_there_is_refused_by_name() {
     let says = |options: &str| refused(&format!("holdfast run --kernel K --console off {options}"));
     for option in
-        ["fs tag=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "user-device socket=/x"]
+        ["pmem file=x", "vsock cid=3", "watchdog", "tpm socket=/x", "memory-zone", "user-device socket=/x"]
     {
         let name = option.split(' ').next().unwrap();
         assert!(says(&format!("--{option}")).starts_with(&format!("--{name} is a Cloud Hypervisor option")));
@@ -119,8 +119,8 @@ fn what_is_not_there_is_refused_by_name() {
     assert!(says("--device pc-testdev,iobase=1").contains("`iobase`"));
     assert!(says("--device isa-debug-exit,iosize=9").contains("`board_devices[0].iosize`: is 9"));
     assert!(says("--device pc-testdev --device pc-testdev").contains("have two `pc-testdev`"));
-    let ctl = refused("holdfast ctl --api-socket /s add-fs tag=x,socket=y");
-    assert_eq!(ctl, "ctl add-fs is not supported by this version of Holdfast");
+    let ctl = refused("holdfast ctl --api-socket /s add-pmem file=x");
+    assert_eq!(ctl, "ctl add-pmem is not supported by this version of Holdfast");
 }
 
 #[test]

@@ -160,6 +160,22 @@ pub(super) async fn add_net(mut call: Call) -> Result<Answer, HttpError> {
     }
 }
 
+pub(super) async fn add_fs(call: Call) -> Result<Answer, HttpError> {
+    let fs = call.read()?;
+    match call.perform(ops::AddFs(fs)).await? {
+        Some(device) => json(&device),
+        None => Ok(Answer::NoContent),
+    }
+}
+
+pub(super) async fn add_generic_vhost_user(call: Call) -> Result<Answer, HttpError> {
+    let device = call.read()?;
+    match call.perform(ops::AddGenericVhostUser(device)).await? {
+        Some(device) => json(&device),
+        None => Ok(Answer::NoContent),
+    }
+}
+
 pub(super) async fn remove_device(call: Call) -> Result<Answer, HttpError> {
     let device = call.read()?;
     call.done(ops::RemoveDevice(device)).await

@@ -5,8 +5,8 @@ use std::pin::Pin;
 
 use bytes::Bytes;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
-    VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 use holdfast_vmm::control::{ControlHandle, Counters, VmInfo};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -131,6 +131,11 @@ pub(super) static ROUTES: &[Route] = &[
         body: Some(schema::<DiskConfig>), reply: Some(schema::<PciDeviceInfo>)),
     route!("vm.add-net", "Add a network device", "The network device could not be added to the VM",
         handlers::add_net, ADD, body: Some(schema::<NetConfig>), reply: Some(schema::<PciDeviceInfo>), takes_fds: true),
+    route!("vm.add-fs", "Add a shared directory", "The file system could not be added to the VM", handlers::add_fs, ADD,
+        body: Some(schema::<FsConfig>), reply: Some(schema::<PciDeviceInfo>)),
+    route!("vm.add-generic-vhost-user", "Add a device of a vhost-user back end",
+        "The generic vhost-user device could not be added to the VM", handlers::add_generic_vhost_user, ADD,
+        body: Some(schema::<GenericVhostUserConfig>), reply: Some(schema::<PciDeviceInfo>)),
     route!("vm.remove-device", "Remove a device", "The device could not be removed from the VM",
         handlers::remove_device, PLAIN, body: Some(schema::<VmRemoveDevice>)),
     route!("vm.snapshot", "Save the VM", "The VM could not be snapshotted", handlers::snapshot, PLAIN,
@@ -151,6 +156,6 @@ macro_rules! unsupported {
 
 /// Cloud Hypervisor's routes that are not there: they say so.
 static UNSUPPORTED: &[Route] = unsupported!(
-    "vm.add-device" "vm.add-fs" "vm.add-generic-vhost-user" "vm.add-pmem" "vm.add-user-device" "vm.add-vdpa"
-    "vm.add-vsock" "vm.coredump" "vm.resize-disk" "vm.resize-zone"
+    "vm.add-device" "vm.add-pmem" "vm.add-user-device" "vm.add-vdpa" "vm.add-vsock" "vm.coredump" "vm.resize-disk"
+    "vm.resize-zone"
 );

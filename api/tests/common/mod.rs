@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use holdfast_config::{
-    DiskConfig, IdAllocator, NetConfig, PciDeviceInfo, RestoreConfig, VmConfig, VmRemoveDevice, VmResize,
-    VmSnapshotConfig, validate_disk, validate_net,
+    DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator, NetConfig, PciDeviceInfo, RestoreConfig,
+    VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, validate_disk, validate_fs,
+    validate_generic_vhost_user, validate_net,
 };
 use holdfast_vmm::control::*;
 use holdfast_vmm::storage::StorageRequest;
@@ -198,6 +199,21 @@ impl VmManager for FakeManager {
         let id = net.id.clone().unwrap_or_default();
         config.net.get_or_insert_default().push(net);
         self.fds.insert(id, fds);
+        Ok(None)
+    }
+
+    fn add_fs(&mut self, fs: FsConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
+        validate_fs(&fs)?;
+        self.config()?.fs.get_or_insert_default().push(fs);
+        Ok(None)
+    }
+
+    fn add_generic_vhost_user(
+        &mut self,
+        device: GenericVhostUserConfig,
+    ) -> Result<Option<PciDeviceInfo>, ControlError> {
+        validate_generic_vhost_user(&device)?;
+        self.config()?.generic_vhost_user.get_or_insert_default().push(device);
         Ok(None)
     }
 

@@ -26,6 +26,8 @@ pub enum Role {
     Net,
     /// Any other device I/O: console, rng, balloon, serial input.
     Device,
+    /// Passes requests on to a vhost-user back end.
+    BackEnd,
     /// Serves REST, QMP or the event monitor.
     Api,
     /// Talks to a debugger.

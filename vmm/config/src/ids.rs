@@ -26,6 +26,12 @@ impl IdAllocator {
         for net in config.net.iter_mut().flatten() {
             name("_net", &mut net.id);
         }
+        for fs in config.fs.iter_mut().flatten() {
+            name("_fs", &mut fs.id);
+        }
+        for device in config.generic_vhost_user.iter_mut().flatten() {
+            name("_generic_vhost_user", &mut device.id);
+        }
         let has_console = config.has_console();
         if has_console {
             config.console.id.get_or_insert_with(|| "__console".to_owned());
@@ -53,21 +59,30 @@ impl VmConfig {
     pub fn device_ids(&self) -> Vec<&str> {
         let disks = self.disks().iter().map(|disk| &disk.id);
         let nets = self.net().iter().map(|net| &net.id);
+        let shares = self.fs().iter().map(|fs| &fs.id);
+        let others = self.generic_vhost_user().iter().map(|device| &device.id);
         let single = [Some(&self.console.id), Some(&self.rng.id), self.balloon.as_ref().map(|b| &b.id)];
-        disks.chain(nets).chain(single.into_iter().flatten()).filter_map(|id| id.as_deref()).collect()
+        let many = disks.chain(nets).chain(shares).chain(others);
+        many.chain(single.into_iter().flatten()).filter_map(|id| id.as_deref()).collect()
     }
 
-    /// Removes the disk, network device or balloon called `id`. False if there is none.
+    /// Removes the device called `id`, of a kind that may go. False if there is none.
     pub fn remove_device(&mut self, id: &str) -> bool {
+        let before = self.device_ids().len();
         let named = |other: &Option<String>| other.as_deref() == Some(id);
-        let before = self.disks().len() + self.net().len() + usize::from(self.balloon.is_some());
         if let Some(disks) = &mut self.disks {
             disks.retain(|disk| !named(&disk.id));
         }
         if let Some(net) = &mut self.net {
             net.retain(|net| !named(&net.id));
         }
+        if let Some(fs) = &mut self.fs {
+            fs.retain(|fs| !named(&fs.id));
+        }
+        if let Some(devices) = &mut self.generic_vhost_user {
+            devices.retain(|device| !named(&device.id));
+        }
         self.balloon.take_if(|balloon| named(&balloon.id));
-        before != self.disks().len() + self.net().len() + usize::from(self.balloon.is_some())
+        before != self.device_ids().len()
     }
 }

@@ -31,6 +31,8 @@ pub use holdfast_virtio::blk::config::DiskConfig;
 pub use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
 pub use holdfast_virtio::net::config::NetConfig;
 pub use holdfast_virtio::rng::config::RngConfig;
+pub use holdfast_virtio::vhost_user::fs::config::FsConfig;
+pub use holdfast_virtio::vhost_user::generic::config::GenericVhostUserConfig;
 pub use ids::IdAllocator;
 pub use machine::{
     AccelChoice, AccelKind, IrqChipMode, MachineConfig, PflashConfig, UnknownAccel, VirtioTransport,
@@ -43,5 +45,5 @@ pub use requests::{
 };
 pub use tcg_log::TcgLogConfig;
 pub use unsupported::{Cli, UNSUPPORTED_OPTIONS, unsupported_cli_key};
-pub use validate::{check_id, validate_disk, validate_net};
+pub use validate::{check_id, validate_disk, validate_fs, validate_generic_vhost_user, validate_net};
 pub use vm::{PayloadConfig, VmConfig, parse_json};

@@ -7,13 +7,11 @@ use serde_json::{Value, json};
 use crate::Problems;
 
 /// Top-level fields of `VmConfig` and what configures nothing there.
-fn vm_fields() -> [(&'static str, Vec<Value>); 19] {
+fn vm_fields() -> [(&'static str, Vec<Value>); 17] {
     let none = || vec![json!([])];
     let off = || vec![json!(false)];
     [
         ("rate_limit_groups", none()),
-        ("fs", none()),
-        ("generic_vhost_user", none()),
         ("pmem", none()),
         ("devices", none()),
         ("user_devices", none()),
@@ -113,8 +111,6 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
     valued("memory-zone"),
     valued("numa"),
     valued("pci-segment"),
-    valued("fs"),
-    valued("generic-vhost-user"),
     valued("pmem"),
     valued("vsock"),
     valued("vdpa"),

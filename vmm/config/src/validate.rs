@@ -8,7 +8,7 @@ use holdfast_virtio::console::MAX_PORTS;
 use holdfast_virtio::console::config::ConsoleMode;
 use holdfast_virtio::net::config::NetConfig;
 
-use crate::{ConfigError, IrqChipMode, Problems, VmConfig};
+use crate::{ConfigError, FsConfig, GenericVhostUserConfig, IrqChipMode, Problems, VmConfig};
 
 /// Most vCPUs of any machine; each machine has its own, lower limit.
 const MAX_VCPUS: u32 = 8192;
@@ -140,6 +140,19 @@ impl VmConfig {
         for (i, net) in self.net().iter().enumerate() {
             note(&format!("net[{i}]"), net.validate(), problems);
         }
+        for (i, fs) in self.fs().iter().enumerate() {
+            note(&format!("fs[{i}]"), fs.validate(), problems);
+        }
+        for (i, device) in self.generic_vhost_user().iter().enumerate() {
+            note(&format!("generic_vhost_user[{i}]"), device.validate(), problems);
+        }
+        let served = !self.fs().is_empty() || !self.generic_vhost_user().is_empty();
+        if served && !self.memory.shared {
+            problems.add(
+                "memory.shared",
+                "is off; vhost-user back ends need RAM that they can map (`shared=on`)",
+            );
+        }
         note("rng", self.rng.validate(), problems);
         note("console", self.console.validate(), problems);
         if let Some(balloon) = &self.balloon {
@@ -204,6 +217,9 @@ impl VmConfig {
     fn named_devices(&self) -> Vec<(String, &str)> {
         let disks = self.disks().iter().enumerate().map(|(i, disk)| (format!("disks[{i}].id"), &disk.id));
         let nets = self.net().iter().enumerate().map(|(i, net)| (format!("net[{i}].id"), &net.id));
+        let shares = self.fs().iter().enumerate().map(|(i, fs)| (format!("fs[{i}].id"), &fs.id));
+        let others = self.generic_vhost_user().iter().enumerate();
+        let others = others.map(|(i, device)| (format!("generic_vhost_user[{i}].id"), &device.id));
         let single = [
             Some(("rng.id".to_owned(), &self.rng.id)),
             Some(("console.id".to_owned(), &self.console.id)),
@@ -211,6 +227,8 @@ impl VmConfig {
         ];
         disks
             .chain(nets)
+            .chain(shares)
+            .chain(others)
             .chain(single.into_iter().flatten())
             .filter_map(|(field, id)| id.as_deref().map(|id| (field, id)))
             .collect()
@@ -339,6 +357,22 @@ pub fn validate_disk(disk: &DiskConfig) -> Result<(), ConfigError> {
 /// [`ConfigError::Invalid`] with all problems.
 pub fn validate_net(net: &NetConfig) -> Result<(), ConfigError> {
     added("net", net.validate(), net.id.as_deref())
+}
+
+/// Checks a shared directory that is to be added to a VM.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] with all problems.
+pub fn validate_fs(fs: &FsConfig) -> Result<(), ConfigError> {
+    added("fs", fs.validate(), fs.id.as_deref())
+}
+
+/// Checks a device by a vhost-user back end that is to be added to a VM.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] with all problems.
+pub fn validate_generic_vhost_user(device: &GenericVhostUserConfig) -> Result<(), ConfigError> {
+    added("generic_vhost_user", device.validate(), device.id.as_deref())
 }
 
 fn added(kind: &str, errors: Vec<FieldError>, id: Option<&str>) -> Result<(), ConfigError> {

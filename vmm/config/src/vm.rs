@@ -11,6 +11,8 @@ use holdfast_virtio::blk::config::DiskConfig;
 use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
 use holdfast_virtio::net::config::NetConfig;
 use holdfast_virtio::rng::config::RngConfig;
+use holdfast_virtio::vhost_user::fs::config::FsConfig;
+use holdfast_virtio::vhost_user::generic::config::GenericVhostUserConfig;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -65,6 +67,12 @@ pub struct VmConfig {
     /// Network devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
+    /// Directories shared by vhost-user back ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Devices of any type by vhost-user back ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// Entropy device; always there.
     #[serde(default)]
     pub rng: RngConfig,
@@ -134,6 +142,8 @@ impl Default for VmConfig {
             disks: None,
             blockdevs: None,
             net: None,
+            fs: None,
+            generic_vhost_user: None,
             rng: RngConfig::default(),
             balloon: None,
             serial: SerialConfig::default(),
@@ -209,6 +219,16 @@ impl VmConfig {
     /// All network devices.
     pub fn net(&self) -> &[NetConfig] {
         self.net.as_deref().unwrap_or_default()
+    }
+
+    /// All shared directories.
+    pub fn fs(&self) -> &[FsConfig] {
+        self.fs.as_deref().unwrap_or_default()
+    }
+
+    /// All devices of back ends that are known by their type only.
+    pub fn generic_vhost_user(&self) -> &[GenericVhostUserConfig] {
+        self.generic_vhost_user.as_deref().unwrap_or_default()
     }
 
     /// Whether there is a virtio console.

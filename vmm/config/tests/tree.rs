@@ -81,9 +81,9 @@ fn all_problems_at_once() {
 
 #[test]
 fn what_is_not_there_is_refused_by_name() {
-    let body = json!({ "fs": [{ "tag": "x" }], "watchdog": true, "cpus": { "boot_vcpus": 1, "max_vcpus": 1,
+    let body = json!({ "pmem": [{ "file": "x" }], "watchdog": true, "cpus": { "boot_vcpus": 1, "max_vcpus": 1,
         "kvm_hyperv": true }, "memory": { "size": 4096, "mergeable": true } });
-    assert_eq!(problems(&body), ["fs", "watchdog", "cpus.kvm_hyperv", "memory.mergeable"]);
+    assert_eq!(problems(&body), ["pmem", "watchdog", "cpus.kvm_hyperv", "memory.mergeable"]);
     let idle = json!({ "fs": [], "watchdog": false, "vsock": null, "iommu": false, "numa": null,
         "cpus": { "boot_vcpus": 1, "max_vcpus": 1, "max_phys_bits": 46, "features": { "amx": false } } });
     assert_eq!(problems(&idle), Vec::<String>::new());

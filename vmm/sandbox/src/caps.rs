@@ -31,6 +31,7 @@ pub fn needed_by(role: Role) -> u64 {
         | Role::Nbd
         | Role::Net
         | Role::Device
+        | Role::BackEnd
         | Role::Gdb
         | Role::Signal => 0,
     }

@@ -241,6 +241,9 @@ const SOCKETS: &[Permit] = &[
     Any(libc::SYS_accept),
 ];
 
+/// Looking for a peer.
+const CONNECT: &[Permit] = &[Any(libc::SYS_socket), Any(libc::SYS_connect)];
+
 /// Who this is.
 const IDENTITY: &[Permit] = &[
     Any(libc::SYS_getuid),
@@ -303,6 +306,8 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         }
         Role::Net => vec![LIFE, INTERRUPTS, SOCKET_IO, TAP],
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
+        // A back end that is gone is looked for again.
+        Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT],
         // Requests bring descriptors and name files; each connection has its thread.
         Role::Api => vec![LIFE, FILE_IO, SOCKET_IO, SOCKETS, PLUMBING, FILES, THREADS, IDENTITY],
         // The VM is reached through its manager.

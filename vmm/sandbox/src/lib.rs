@@ -105,7 +105,7 @@ pub enum SandboxError {
 }
 
 /// All roles.
-pub const ROLES: [Role; 11] = [
+pub const ROLES: [Role; 12] = [
     Role::Vcpu,
     Role::Vmm,
     Role::Timer,
@@ -113,6 +113,7 @@ pub const ROLES: [Role; 11] = [
     Role::Nbd,
     Role::Net,
     Role::Device,
+    Role::BackEnd,
     Role::Api,
     Role::Gdb,
     Role::Signal,

@@ -176,13 +176,20 @@ fn every_kind_of_thread_dies_of_a_forbidden_system_call() {
     }
 }
 
+/// Those that start no threads and open no files.
+const CONFINED: [Role; 8] =
+    [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::BackEnd, Role::Gdb, Role::Signal];
+
 #[test]
 fn threads_that_work_on_what_they_are_given_open_nothing() {
-    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Gdb, Role::Signal] {
+    for role in CONFINED.into_iter().filter(|role| *role != Role::BackEnd) {
         dies(role, "openat", "openat");
         dies(role, "socket", "socket");
         dies(role, "exec-memory", "mmap");
     }
+    // It looks for its back end again, and for nothing else.
+    dies(Role::BackEnd, "openat", "openat");
+    dies(Role::BackEnd, "exec-memory", "mmap");
 }
 
 #[test]
@@ -209,7 +216,7 @@ fn threads_can_be_made_by_those_who_may_and_never_by_clone3() {
 
 #[test]
 fn threads_that_may_not_start_others_die_of_it() {
-    for role in [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::Gdb, Role::Signal] {
+    for role in CONFINED {
         dies(role, "own-thread", "clone");
         // Around the spawner, the C library makes the call with all signals blocked: the kernel kills, and only its
         // own log says of what.

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
-    VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
 use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
@@ -74,6 +74,19 @@ pub trait VmManager {
     /// # Errors
     /// Like [`VmManager::add_disk`].
     fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Adds a directory shared by a vhost-user back end. Before boot the answer is `None`.
+    ///
+    /// # Errors
+    /// Like [`VmManager::add_disk`].
+    fn add_fs(&mut self, fs: FsConfig) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Adds a device by a vhost-user back end. Before boot the answer is `None`.
+    ///
+    /// # Errors
+    /// Like [`VmManager::add_disk`].
+    fn add_generic_vhost_user(
+        &mut self,
+        device: GenericVhostUserConfig,
+    ) -> Result<Option<PciDeviceInfo>, ControlError>;
     /// Removes a device.
     ///
     /// # Errors

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
-    VmRemoveDevice, VmResize, VmSnapshotConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
 use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
@@ -109,6 +109,10 @@ quick! {
     AddDisk(disk: DiskConfig) -> Option<PciDeviceInfo> = add_disk;
     /// Adds a network device, with its tap file descriptors.
     AddNet(net: NetConfig, fds: Vec<OwnedFd>) -> Option<PciDeviceInfo> = add_net;
+    /// Adds a directory shared by a vhost-user back end.
+    AddFs(fs: FsConfig) -> Option<PciDeviceInfo> = add_fs;
+    /// Adds a device by a vhost-user back end.
+    AddGenericVhostUser(device: GenericVhostUserConfig) -> Option<PciDeviceInfo> = add_generic_vhost_user;
     /// Removes a device.
     RemoveDevice(device: VmRemoveDevice) -> () = remove_device;
     /// Run state as QEMU names it.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use holdfast_accel::DebugControl;
 use holdfast_arch::{Arch, CpuState};
 use holdfast_config::{
-    DiskConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig,
-    VmRemoveDevice, VmResize, VmSnapshotConfig, check_id, validate_disk, validate_net,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, check_id,
+    validate_disk, validate_fs, validate_generic_vhost_user, validate_net,
 };
 use holdfast_devices::pci::Removal;
 
@@ -227,6 +228,25 @@ impl VmManager for Manager {
             self.tap_fds.insert(net.id.clone().unwrap_or_default(), fds);
         }
         self.open_config()?.net.get_or_insert_default().push(net);
+        Ok(None)
+    }
+
+    fn add_fs(&mut self, mut fs: FsConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.open_config()?;
+        validate_fs(&fs)?;
+        self.name_device(&mut fs.id, "_fs")?;
+        self.open_config()?.fs.get_or_insert_default().push(fs);
+        Ok(None)
+    }
+
+    fn add_generic_vhost_user(
+        &mut self,
+        mut device: GenericVhostUserConfig,
+    ) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.open_config()?;
+        validate_generic_vhost_user(&device)?;
+        self.name_device(&mut device.id, "_generic_vhost_user")?;
+        self.open_config()?.generic_vhost_user.get_or_insert_default().push(device);
         Ok(None)
     }
 

@@ -334,7 +334,7 @@ fn char_spec(
     }
 }
 
-/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, balloon; then the power button of
+/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, shared directories, other back ends, balloon; then the power button of
 /// machines that have none of their own.
 fn plug_all<'a>(
     config: &VmConfig,
@@ -372,6 +372,12 @@ fn plug_all<'a>(
         plugs.net(net, fds, slot()?)?;
     }
     plugs.rng(&config.rng, slot()?)?;
+    for fs in config.fs() {
+        plugs.fs(fs, slot()?)?;
+    }
+    for device in config.generic_vhost_user() {
+        plugs.generic_vhost_user(device, slot()?)?;
+    }
     if let Some(balloon) = &config.balloon {
         plugs.balloon(balloon, slot()?)?;
     }

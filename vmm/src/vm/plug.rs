@@ -4,7 +4,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use holdfast_block::BlockError;
-use holdfast_config::{BalloonConfig, ConsoleConfig, DiskConfig, NetConfig, RngConfig};
+use holdfast_config::{
+    BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RngConfig,
+};
 use holdfast_device::{BuildContext, BuildError};
 use holdfast_devices::pci::PciBus;
 use holdfast_machines::VirtioSlot;
@@ -80,6 +82,20 @@ impl<'a> Plugs<'a> {
     pub(super) fn rng(&mut self, config: &RngConfig, slot: VirtioSlot) -> Result<(), VmError> {
         let args = arguments(config.id.as_ref(), config)?;
         self.named("virtio-rng", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn fs(&mut self, config: &FsConfig, slot: VirtioSlot) -> Result<(), VmError> {
+        let args = arguments(config.id.as_ref(), config)?;
+        self.named("vhost-user-fs", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn generic_vhost_user(
+        &mut self,
+        config: &GenericVhostUserConfig,
+        slot: VirtioSlot,
+    ) -> Result<(), VmError> {
+        let args = arguments(config.id.as_ref(), config)?;
+        self.named("vhost-user-generic", args, slot, config.pci_device_id)
     }
 
     pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {

@@ -1,0 +1,285 @@
+//! A vhost-user device as its transport sees it.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use holdfast_clock::VmClock;
+use holdfast_device::{BuildContext, BuildError, StateError};
+use holdfast_threads::Role;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use vhost::vhost_user::message::VhostTransferStateDirection;
+use vmm_sys_util::epoll::Epoll;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::link::{Guard, Link, LinkError};
+use super::relay::{Bells, Parts, Relay};
+use super::ring::SharedRings;
+use crate::device::{VirtioDevice, feature, read_bytes};
+use crate::queue::VirtQueue;
+use crate::worker::{Activation, Worker};
+
+/// Most bytes of a back end's own state.
+const MAX_STATE: u64 = 64 << 20;
+
+/// Where a device's config space comes from.
+#[derive(Debug, Clone)]
+pub(crate) enum ConfigSource {
+    /// These bytes, which the driver only reads.
+    Fixed(Vec<u8>),
+    /// The first so many bytes of the back end's, if it has any.
+    BackEnd(u32),
+}
+
+/// What kind of device it is.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    /// Its id in the VM.
+    pub(crate) id: String,
+    /// Its kind in saved states and logs.
+    pub(crate) name: &'static str,
+    /// Its virtio device type.
+    pub(crate) device_type: u32,
+    /// Where the back end listens.
+    pub(crate) socket: PathBuf,
+    /// The size of each queue.
+    pub(crate) queue_sizes: Vec<u16>,
+    /// The features of the device that may be passed on from the back end.
+    pub(crate) features: u64,
+    /// Its config space.
+    pub(crate) config: ConfigSource,
+    /// Whether the requests of a queue come to an end by themselves (a receive queue's do not).
+    pub(crate) settles: fn(u16) -> bool,
+    /// Whether the back end has state of its own, without which the guest cannot go on elsewhere.
+    pub(crate) stateful: bool,
+}
+
+/// What the worker and the device share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) link: Mutex<Option<Link>>,
+    /// The heads of the chains that a back end had when it was left, for each queue.
+    pub(super) in_flight: Mutex<BTreeMap<u16, Vec<u16>>>,
+    pub(super) clock: Arc<VmClock>,
+    pub(super) requests: AtomicU64,
+    pub(super) reconnects: AtomicU64,
+}
+
+/// A device behind a vhost-user back end.
+#[derive(Debug)]
+pub(crate) struct VhostUser {
+    spec: Arc<Spec>,
+    features: u64,
+    /// The config space as it was last read.
+    config: Mutex<Vec<u8>>,
+    shared: Arc<Shared>,
+    worker: Worker,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct State {
+    /// Heads of requests under way by queue.
+    #[serde(default)]
+    in_flight: BTreeMap<u16, Vec<u16>>,
+    /// The back end's own state, base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    back_end: Option<String>,
+}
+
+impl VhostUser {
+    /// Connects to the back end, agrees on features and starts the worker.
+    pub(crate) fn build(spec: Spec, context: &BuildContext) -> Result<Arc<Self>, BuildError> {
+        let id = spec.id.clone();
+        let link_error = |error: LinkError| BuildError::Host {
+            id: id.clone(),
+            what: error.to_string(),
+            source: std::error::Error::source(&error).map_or_else(
+                || io::ErrorKind::Unsupported.into(),
+                |cause| io::Error::other(cause.to_string()),
+            ),
+        };
+        let host = |what: &str, source| BuildError::Host { id: id.clone(), what: what.to_owned(), source };
+        {
+            use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+            if context.memory.iter().any(|region| region.file_offset().is_none()) {
+                let reason =
+                    "vhost-user needs RAM that other processes can map: `--memory shared=on`".to_owned();
+                return Err(BuildError::Config { id, reason });
+            }
+        }
+        let guard = Guard::start(&id, &*context.spawner).map_err(|e| host("cannot start a thread", e))?;
+        let queues = spec.queue_sizes.len();
+        let (mut link, socket) = Link::connect(&spec.socket, queues, &guard).map_err(link_error)?;
+        // What the queues offer is ours, except indirect tables: a chain must fit the back end's ring.
+        let queues = feature::QUEUES & !feature::INDIRECT_DESC;
+        let features = link.features() & spec.features | queues;
+        let config = match &spec.config {
+            ConfigSource::Fixed(bytes) => bytes.clone(),
+            ConfigSource::BackEnd(len) if *len != 0 && link.has_config() => {
+                link.config(*len).map_err(link_error)?
+            }
+            ConfigSource::BackEnd(_) => Vec::new(),
+        };
+        let eventfd =
+            || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| host("cannot make an eventfd", e));
+        let mut bells = Vec::new();
+        for _ in &spec.queue_sizes {
+            bells.push(Bells { call: eventfd()?, kick: eventfd()? });
+        }
+        let rings = SharedRings::new(spec.queue_sizes.len()).map_err(|e| host("cannot make its rings", e))?;
+        let shared = Arc::new(Shared {
+            link: Mutex::new(Some(link)),
+            in_flight: Mutex::default(),
+            clock: Arc::clone(&context.clock),
+            requests: AtomicU64::new(0),
+            reconnects: AtomicU64::new(0),
+        });
+        let retry = Arc::new(eventfd()?);
+        let bell = Arc::clone(&retry);
+        let timer = context.timers.timer(move || {
+            // A full counter wakes as well.
+            let _ = bell.write(1);
+        });
+        let spec = Arc::new(spec);
+        let calls = Epoll::new().map_err(|e| host("cannot make an epoll instance", e))?;
+        let parts = Parts {
+            guard,
+            spec: Arc::clone(&spec),
+            shared: Arc::clone(&shared),
+            rings,
+            bells,
+            calls,
+            retry,
+            timer,
+            socket,
+        };
+        let relay = Relay::new(parts).map_err(|e| host("cannot watch the back end", e))?;
+        let worker = Worker::start(&spec.id, Role::BackEnd, &*context.spawner, Box::new(relay))
+            .map_err(|e| host("cannot start its thread", e))?;
+        Ok(Arc::new(Self { spec, features, config: Mutex::new(config), shared, worker }))
+    }
+
+    fn invalid(&self, reason: impl Into<String>) -> StateError {
+        StateError::Invalid { kind: self.spec.name, reason: reason.into() }
+    }
+
+    fn transfer(
+        &self,
+        direction: VhostTransferStateDirection,
+        fd: OwnedFd,
+        carry: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StateError> {
+        let link = self.shared.link.lock().clone();
+        let mut link = link.ok_or_else(|| self.invalid("the back end is not there"))?;
+        if !link.has_state() {
+            let why = "the back end cannot carry its state (VHOST_USER_PROTOCOL_F_DEVICE_STATE)";
+            return Err(self.invalid(why));
+        }
+        let failed = |e: LinkError| {
+            let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+            self.invalid(format!("the back end's state: {e}: {cause}"))
+        };
+        link.transfer(direction, fd, carry).map_err(failed)
+    }
+
+    fn save_back_end(&self) -> Result<String, StateError> {
+        let (reader, writer) = io::pipe().map_err(|e| self.invalid(e.to_string()))?;
+        let mut bytes = Vec::new();
+        self.transfer(VhostTransferStateDirection::SAVE, writer.into(), || {
+            reader.take(MAX_STATE + 1).read_to_end(&mut bytes).map(|_| ())
+        })?;
+        if bytes.len() as u64 > MAX_STATE {
+            return Err(self.invalid("the back end's state is too large"));
+        }
+        Ok(BASE64.encode(bytes))
+    }
+
+    fn load_back_end(&self, text: &str) -> Result<(), StateError> {
+        let bytes = BASE64.decode(text).map_err(|e| self.invalid(format!("the back end's state: {e}")))?;
+        let (reader, mut writer) = io::pipe().map_err(|e| self.invalid(e.to_string()))?;
+        self.transfer(VhostTransferStateDirection::LOAD, reader.into(), move || writer.write_all(&bytes))
+    }
+}
+
+impl VirtioDevice for VhostUser {
+    fn name(&self) -> &'static str {
+        self.spec.name
+    }
+
+    fn device_type(&self) -> u32 {
+        self.spec.device_type
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.spec.queue_sizes.clone()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&self.config.lock(), offset, data);
+    }
+
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let ConfigSource::BackEnd(len) = self.spec.config else { return };
+        let Some(mut link) = self.shared.link.lock().clone().filter(Link::has_config) else { return };
+        let within = offset.checked_add(data.len() as u64).is_some_and(|end| end <= u64::from(len));
+        let Ok(at) = u32::try_from(offset) else { return };
+        if !within || data.is_empty() {
+            return;
+        }
+        // The back end says what the config space looks like afterwards.
+        match link.set_config(at, data).and_then(|()| link.config(len)) {
+            Ok(bytes) => *self.config.lock() = bytes,
+            Err(error) => tracing::warn!(id = self.spec.id, %error, "the back end takes no config write"),
+        }
+    }
+
+    fn activate(&self, activation: Activation) {
+        self.worker.activate(activation);
+    }
+
+    fn stop(&self) -> Vec<VirtQueue> {
+        self.worker.stop()
+    }
+
+    fn reset(&self) {
+        self.shared.in_flight.lock().clear();
+    }
+
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        let back_end = if self.spec.stateful { Some(self.save_back_end()?) } else { None };
+        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end };
+        serde_json::to_value(state).map_err(|e| self.invalid(e.to_string()))
+    }
+
+    fn restore(&self, state: &serde_json::Value) -> Result<(), StateError> {
+        let state =
+            State::deserialize(state).map_err(|source| StateError::Parse { kind: self.spec.name, source })?;
+        if state.in_flight.keys().any(|queue| usize::from(*queue) >= self.spec.queue_sizes.len()) {
+            return Err(self.invalid("it has requests of a queue that is not there"));
+        }
+        match (&state.back_end, self.spec.stateful) {
+            (Some(text), true) => self.load_back_end(text)?,
+            (None, false) => {}
+            _ => return Err(self.invalid("the back end's own state is missing or not expected")),
+        }
+        *self.shared.in_flight.lock() = state.in_flight;
+        Ok(())
+    }
+
+    fn counters(&self) -> BTreeMap<String, u64> {
+        BTreeMap::from([
+            ("requests".to_owned(), self.shared.requests.load(Ordering::Relaxed)),
+            ("reconnects".to_owned(), self.shared.reconnects.load(Ordering::Relaxed)),
+        ])
+    }
+}

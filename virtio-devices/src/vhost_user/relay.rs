@@ -1,0 +1,413 @@
+//! The worker that moves chains between the guest's rings and the back end's.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use holdfast_clock::{Timer, host_monotonic};
+use holdfast_memory::{GuestMemory, tracker_at};
+use vm_memory::bitmap::Bitmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Shared, Spec};
+use super::link::{Guard, Link, LinkError};
+use super::ring::{RelayRing, RingError, SharedRings};
+use crate::device::Interrupt;
+use crate::queue::{Chain, HandlerError, VirtQueue};
+use crate::worker::{Activation, Handler, Watch};
+
+const KICK: u64 = 0;
+const CALL: u64 = 1 << 32;
+const SOCKET: u64 = 2 << 32;
+const RETRY: u64 = 3 << 32;
+/// Nanoseconds between attempts to reach a back end that is gone.
+const RETRY_AFTER: u64 = 100_000_000;
+/// Nanoseconds that requests under way may take when the device stops.
+const SETTLE: u64 = 5_000_000_000;
+const SETTLE_STEP_MS: i32 = 20;
+
+/// A queue's event descriptors on the back end's side.
+#[derive(Debug)]
+pub(super) struct Bells {
+    /// Rung by the back end: chains were finished.
+    pub(super) call: EventFd,
+    /// Rung by us: chains were submitted.
+    pub(super) kick: EventFd,
+}
+
+/// What the worker is made from.
+pub(super) struct Parts {
+    pub(super) spec: Arc<Spec>,
+    pub(super) guard: Guard,
+    pub(super) shared: Arc<Shared>,
+    pub(super) rings: SharedRings,
+    pub(super) bells: Vec<Bells>,
+    /// Waits for calls while the device stops.
+    pub(super) calls: Epoll,
+    pub(super) retry: Arc<EventFd>,
+    pub(super) timer: Timer,
+    pub(super) socket: UnixStream,
+}
+
+struct Lane {
+    queue: VirtQueue,
+    ring: RelayRing,
+}
+
+struct Live {
+    lanes: Vec<Lane>,
+    features: u64,
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// The worker's handler.
+pub(super) struct Relay {
+    parts: Parts,
+    /// The connection's descriptor, for its end; none if it is gone.
+    socket: Option<UnixStream>,
+    live: Option<Live>,
+}
+
+fn host(what: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> HandlerError {
+    HandlerError::Host { what, source: io::Error::other(error) }
+}
+
+impl From<RingError> for HandlerError {
+    fn from(error: RingError) -> Self {
+        host("the vhost-user back end breaks the rules", error)
+    }
+}
+
+/// Marks what the back end may have written.
+fn mark(memory: &GuestMemory, chain: &Chain) {
+    for segment in &chain.writable {
+        let (mut at, mut left) = (segment.addr.0, u64::from(segment.len));
+        while left != 0 {
+            // The chain was checked to lie in RAM; it may go on in the next region.
+            let Some((tracker, offset)) = tracker_at(memory, at) else { return };
+            let room = (tracker.pages() * holdfast_memory::PAGE_SIZE).saturating_sub(offset).max(1);
+            let n = left.min(room);
+            tracker.mark_dirty(offset as usize, n as usize);
+            (at, left) = (at.wrapping_add(n), left - n);
+        }
+    }
+}
+
+impl Lane {
+    /// Gives waiting chains to the back end.
+    fn forward(&mut self, bells: &Bells, shared: &Shared) -> Result<(), HandlerError> {
+        let mut submitted = false;
+        'full: loop {
+            while let Some(chain) = self.queue.pop()? {
+                if !self.ring.fits(&chain) {
+                    // Goes on when the back end has given something back.
+                    self.queue.undo_pop();
+                    if self.ring.is_idle() {
+                        let error = io::Error::other("a chain has more descriptors than the back end's ring");
+                        return Err(HandlerError::Host { what: "cannot pass a request on", source: error });
+                    }
+                    break 'full;
+                }
+                self.ring.submit(chain)?;
+                shared.requests.fetch_add(1, Ordering::Relaxed);
+                submitted = true;
+            }
+            if !self.queue.enable_kicks()? {
+                break;
+            }
+        }
+        if submitted && self.ring.wants_kick()? {
+            // A full counter rings as well.
+            let _ = bells.kick.write(1);
+        }
+        Ok(())
+    }
+
+    /// Gives finished chains back to the guest.
+    fn complete(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), HandlerError> {
+        while let Some((chain, len)) = self.ring.collect()? {
+            mark(memory, &chain);
+            let room = crate::queue::total_len(&chain.writable);
+            self.queue.push(chain.head, u32::try_from(room).map_or(len, |room| len.min(room)))?;
+        }
+        if self.queue.wants_interrupt()? {
+            interrupt.queue(self.queue.index());
+        }
+        Ok(())
+    }
+}
+
+impl Relay {
+    pub(super) fn new(parts: Parts) -> io::Result<Self> {
+        for (n, bells) in parts.bells.iter().enumerate() {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, n as u64);
+            parts.calls.ctl(ControlOperation::Add, bells.call.as_raw_fd(), event)?;
+        }
+        let socket = Some(parts.socket.try_clone()?);
+        Ok(Self { parts, socket, live: None })
+    }
+
+    /// Brings the back end to where the driver is, the requests included that its predecessor held.
+    fn set_up(&mut self) -> Result<(), LinkErrorOr> {
+        let Some(live) = &mut self.live else { return Ok(()) };
+        let mut link = self.parts.shared.link.lock().clone().ok_or(LinkErrorOr::Link(LinkError::Rings))?;
+        link.set_up(live.features, &live.memory, &self.parts.rings)?;
+        let mut left = self.parts.shared.in_flight.lock();
+        for lane in &mut live.lanes {
+            let number = lane.queue.index();
+            lane.ring = RelayRing::new(&self.parts.rings, number, lane.queue.max_size())
+                .map_err(HandlerError::from)?;
+            for head in left.remove(&number).unwrap_or_default() {
+                let chain = lane.queue.again(head).map_err(HandlerError::from)?;
+                if lane.ring.fits(&chain) {
+                    lane.ring.submit(chain).map_err(HandlerError::from)?;
+                }
+            }
+        }
+        drop(left);
+        for lane in &mut live.lanes {
+            let number = lane.queue.index();
+            let Some(bells) = self.parts.bells.get(usize::from(number)) else { continue };
+            let _ = bells.call.read();
+            link.start_ring(number, &self.parts.rings, &lane.ring, (&bells.call, &bells.kick))?;
+            let _ = bells.kick.write(1);
+        }
+        for lane in &mut live.lanes {
+            if let Some(bells) = self.parts.bells.get(usize::from(lane.queue.index())) {
+                lane.forward(bells, &self.parts.shared)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what the back end held and tries again later.
+    fn lost(&mut self, watch: &Watch, why: &LinkError) {
+        let source = std::error::Error::source(why).map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(id = self.parts.spec.id, %why, source, "the vhost-user back end is gone; waiting for another");
+        self.disconnect(watch);
+        self.retry_later();
+    }
+
+    fn disconnect(&mut self, watch: &Watch) {
+        if let Some(socket) = self.socket.take() {
+            watch.remove(socket.as_raw_fd());
+        }
+        *self.parts.shared.link.lock() = None;
+        if let Some(live) = &mut self.live {
+            let mut left = self.parts.shared.in_flight.lock();
+            for lane in &mut live.lanes {
+                // What it finished before it went counts.
+                if let Err(error) = lane.complete(&live.memory, &*live.interrupt) {
+                    tracing::debug!(%error, "the back end's last answers");
+                }
+                let heads = lane.ring.take_back();
+                lane.queue.forget(heads.len());
+                left.entry(lane.queue.index()).or_default().extend(heads);
+            }
+        }
+    }
+
+    fn retry_later(&self) {
+        self.parts.timer.arm(self.parts.shared.clock.now() + RETRY_AFTER);
+    }
+
+    fn connect(&mut self, watch: &Watch) -> Result<(), LinkErrorOr> {
+        let spec = &self.parts.spec;
+        let (link, socket) = Link::connect(&spec.socket, spec.queue_sizes.len(), &self.parts.guard)?;
+        watch.add(socket.as_raw_fd(), SOCKET)?;
+        self.socket = Some(socket);
+        *self.parts.shared.link.lock() = Some(link);
+        Ok(())
+    }
+
+    /// Connects and sets up; a back end that is not there is waited for.
+    fn reach(&mut self, watch: &Watch) -> Result<(), HandlerError> {
+        let connected = if self.socket.is_some() { Ok(()) } else { self.connect(watch) };
+        match connected.and_then(|()| self.set_up()) {
+            Ok(()) => Ok(()),
+            Err(LinkErrorOr::Handler(error)) => Err(error),
+            Err(LinkErrorOr::Link(error)) => {
+                self.lost(watch, &error);
+                Ok(())
+            }
+        }
+    }
+
+    fn retry(&mut self, watch: &Watch) -> Result<(), HandlerError> {
+        let _ = self.parts.retry.read();
+        if self.socket.is_some() {
+            return Ok(());
+        }
+        match self.connect(watch) {
+            Ok(()) => {
+                tracing::info!(id = self.parts.spec.id, "a vhost-user back end is there again");
+                self.parts.shared.reconnects.fetch_add(1, Ordering::Relaxed);
+                self.reach(watch)
+            }
+            Err(LinkErrorOr::Link(LinkError::Connect { .. })) => {
+                self.retry_later();
+                Ok(())
+            }
+            Err(LinkErrorOr::Link(error)) => {
+                self.lost(watch, &error);
+                Ok(())
+            }
+            Err(LinkErrorOr::Handler(error)) => Err(error),
+        }
+    }
+
+    /// The socket is readable, which the protocol never makes it by itself: it has ended, or the other side is mad.
+    fn socket_event(&mut self, watch: &Watch) {
+        let ended = LinkError::Connect {
+            path: self.parts.spec.socket.clone(),
+            source: io::ErrorKind::ConnectionReset.into(),
+        };
+        let gone = self.socket.as_ref().is_some_and(super::link::has_ended);
+        if gone {
+            self.lost(watch, &ended);
+        }
+    }
+
+    fn with_lane(
+        &mut self,
+        number: u64,
+        act: impl FnOnce(&mut Lane, &Bells, &Shared, (&GuestMemory, &dyn Interrupt)) -> Result<(), HandlerError>,
+    ) -> Result<(), HandlerError> {
+        if self.socket.is_none() {
+            return Ok(());
+        }
+        let Some(live) = &mut self.live else { return Ok(()) };
+        let lane = live.lanes.iter_mut().find(|lane| u64::from(lane.queue.index()) == number);
+        let bells = usize::try_from(number).ok().and_then(|n| self.parts.bells.get(n));
+        match (lane, bells) {
+            (Some(lane), Some(bells)) => {
+                act(lane, bells, &self.parts.shared, (&live.memory, &*live.interrupt))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for the requests that a back end finishes by itself.
+    fn settle(&mut self) {
+        let deadline = host_monotonic().saturating_add(SETTLE);
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let Some(live) = &mut self.live else { return };
+            let mut busy = false;
+            for lane in &mut live.lanes {
+                if let Err(error) = lane.complete(&live.memory, &*live.interrupt) {
+                    tracing::warn!(id = self.parts.spec.id, %error, "the back end's last answers");
+                    return;
+                }
+                busy |= (self.parts.spec.settles)(lane.queue.index()) && !lane.ring.is_idle();
+            }
+            if !busy || self.socket.as_ref().is_none_or(super::link::has_ended) || host_monotonic() > deadline
+            {
+                return;
+            }
+            // An interrupted wait is a short one.
+            let _ = self.parts.calls.wait(SETTLE_STEP_MS, &mut events);
+        }
+    }
+}
+
+/// Where something went wrong: with the back end, which may come again, or on our side.
+pub(super) enum LinkErrorOr {
+    Link(LinkError),
+    Handler(HandlerError),
+}
+
+impl From<LinkError> for LinkErrorOr {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error)
+    }
+}
+
+impl From<HandlerError> for LinkErrorOr {
+    fn from(error: HandlerError) -> Self {
+        Self::Handler(error)
+    }
+}
+
+impl Handler for Relay {
+    fn start(&mut self, activation: Activation, watch: &Watch) -> Result<(), HandlerError> {
+        let Activation { queues, features, memory, interrupt } = activation;
+        let mut lanes = Vec::new();
+        for queue in queues {
+            let (number, size) = (queue.index(), queue.max_size());
+            watch.add(queue.kick().as_raw_fd(), KICK + u64::from(number))?;
+            let ring = RelayRing::new(&self.parts.rings, number, size)?;
+            lanes.push(Lane { queue, ring });
+        }
+        for (n, bells) in self.parts.bells.iter().enumerate() {
+            watch.add(bells.call.as_raw_fd(), CALL + n as u64)?;
+        }
+        watch.add(self.parts.retry.as_raw_fd(), RETRY)?;
+        if let Some(socket) = &self.socket {
+            watch.add(socket.as_raw_fd(), SOCKET)?;
+        }
+        self.live = Some(Live { lanes, features, memory, interrupt });
+        self.reach(watch)
+    }
+
+    fn event(&mut self, token: u64, watch: &Watch) -> Result<(), HandlerError> {
+        let number = token & 0xffff_ffff;
+        match token & !0xffff_ffff {
+            KICK => self.with_lane(number, |lane, bells, shared, _| lane.forward(bells, shared)),
+            CALL => self.with_lane(number, |lane, bells, shared, (memory, interrupt)| {
+                let _ = bells.call.read();
+                lane.complete(memory, interrupt)?;
+                lane.forward(bells, shared)
+            }),
+            SOCKET => {
+                self.socket_event(watch);
+                Ok(())
+            }
+            _ => self.retry(watch),
+        }
+    }
+
+    fn stop(&mut self, watch: &Watch) -> Vec<VirtQueue> {
+        self.settle();
+        self.parts.timer.disarm();
+        let link = self.parts.shared.link.lock().clone();
+        let mut failed = None;
+        if let (Some(live), Some(mut link)) = (&self.live, link) {
+            for lane in &live.lanes {
+                failed = failed.or(link.stop_ring(lane.queue.index()).err());
+            }
+        }
+        if let Some(error) = failed {
+            tracing::warn!(id = self.parts.spec.id, %error, "the back end does not stop; it is left");
+            self.disconnect(watch);
+        }
+        if let Some(socket) = &self.socket {
+            watch.remove(socket.as_raw_fd());
+        }
+        for bells in &self.parts.bells {
+            watch.remove(bells.call.as_raw_fd());
+        }
+        watch.remove(self.parts.retry.as_raw_fd());
+        let Some(mut live) = self.live.take() else { return Vec::new() };
+        let mut left = self.parts.shared.in_flight.lock();
+        let mut queues = Vec::new();
+        for mut lane in live.lanes.drain(..) {
+            watch.remove(lane.queue.kick().as_raw_fd());
+            if self.socket.is_some() {
+                if let Err(error) = lane.complete(&live.memory, &*live.interrupt) {
+                    tracing::warn!(id = self.parts.spec.id, %error, "the back end's last answers");
+                }
+                let heads = lane.ring.take_back();
+                if !heads.is_empty() {
+                    left.entry(lane.queue.index()).or_default().extend(heads);
+                }
+            }
+            queues.push(lane.queue);
+        }
+        queues
+    }
+}
