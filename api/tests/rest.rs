@@ -158,7 +158,8 @@ fn what_is_wrong_is_said() {
     let (status, body) = server.put("vm.create", Some(json!({ "cpus": { "boot_vcpus": "x" } })));
     assert_eq!((status, &body[0]), (400, &json!("Failed to deserialize JSON")));
     assert!(body[1].as_str().unwrap().contains("cpus.boot_vcpus"), "{body}");
-    let (status, body) = server.put("vm.create", Some(json!({ "pmem": [{ "file": "t" }], "watchdog": true })));
+    let (status, body) =
+        server.put("vm.create", Some(json!({ "pmem": [{ "file": "t" }], "watchdog": true })));
     assert_eq!(status, 400);
     let text = body.to_string();
     assert!(text.contains("`pmem`") && text.contains("`watchdog`"), "{text}");

@@ -332,14 +332,13 @@ impl Nodes {
     /// # Errors
     /// [`BlockError`]; then there is no new node.
     pub fn add(self: &Arc<Self>, options: &BlockdevOptions, opener: &Opener) -> Result<(), BlockError> {
-        let Some(name) = options.node_name.clone() else {
+        if options.node_name.is_none() {
             return Err(bad("'node-name' must be specified for the root node".to_owned()));
-        };
+        }
         if options.driver.is_none() {
             return Err(bad("Parameter 'driver' is missing".to_owned()));
         }
-        opener.open_named(options)?;
-        Ok(drop(name))
+        opener.open_named(options).map(|_| ())
     }
 
     /// The options that would make a node as it is now, with the nodes below that are nobody else's.
