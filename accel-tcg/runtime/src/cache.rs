@@ -157,6 +157,12 @@ impl CodeCache {
         offset < self.len && unsafe { site.link(self.rw.add(offset), distance, mapping_id) }
     }
 
+    /// Sends `site`'s jump through the indirect-branch cache. As for [`CodeCache::link`].
+    pub fn defer(&self, site: &LinkSite, offset: usize) -> bool {
+        // SAFETY: as in `link`.
+        offset < self.len && unsafe { site.defer(self.rw.add(offset)) }
+    }
+
     /// Takes a link away. As for [`CodeCache::link`].
     pub fn unlink(&self, site: &LinkSite, offset: usize) {
         if offset < self.len {

@@ -242,7 +242,11 @@ impl Regions {
         };
         // A link to a region that needs two pages would not notice that the second one is mapped elsewhere.
         let dead = from.dead.load(Ordering::Relaxed);
-        if dead || target.second != crate::table::NO_PAGE || from.key.mode != target.key.mode {
+        if dead || from.key.mode != target.key.mode {
+            return false;
+        }
+        if target.second != crate::table::NO_PAGE {
+            cache.defer(site, code.offset);
             return false;
         }
         let same_page = (from.key.phys ^ target.key.phys) >> 12 == 0;

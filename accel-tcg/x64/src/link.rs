@@ -45,7 +45,8 @@ pub struct LinkSite {
     pub miss: u32,
     /// Offset of the stub that asks the runtime to link.
     pub request_stub: u32,
-    /// Offset of the stub that goes through the indirect-branch cache ([`LinkKind::CrossPage`]).
+    /// Offset of the stub that goes through the indirect-branch cache; 0 where there is none: on the region's own page,
+    /// far from its end.
     pub lookup_stub: u32,
 }
 
@@ -83,6 +84,23 @@ impl LinkSite {
         // SAFETY: by this function's contract.
         unsafe { field(code, self.miss) }.store(miss, Ordering::Release);
         true
+    }
+
+    /// Sends the jump through the indirect-branch cache, for a target that nothing may be linked to. False where it cannot go
+    /// there.
+    ///
+    /// # Safety
+    /// As for [`LinkSite::link`].
+    pub unsafe fn defer(&self, code: *mut u8) -> bool {
+        let at = if self.kind == LinkKind::SamePage { self.jump } else { self.miss };
+        match rel32(at, i64::from(self.lookup_stub)) {
+            Some(rel) if self.lookup_stub != 0 => {
+                // SAFETY: by this function's contract.
+                unsafe { field(code, at) }.store(rel, Ordering::Release);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Takes the link away, because the target's code goes. Threads that execute the old bytes may still enter the target

@@ -204,3 +204,29 @@ fn endless_loops_are_left_on_request() {
         assert_eq!((a.exit, a.pc & !4), (exit::POLL, A), "loop {n}");
     }
 }
+
+#[test]
+fn jumps_to_what_cannot_be_linked_are_looked_up() {
+    for to in [A + 0xf00, B_CROSS] {
+        let mut b = Bench::new();
+        let (at, links) = b.add(&adder(A, 1, |b| b.goto_pc(to)), 9);
+        let (target, _) = b.add(&adder(to, 100, |b| b.exit(0x200, 0x1234)), 10);
+        assert_eq!(b.run(at), (exit::LOOKUP, to, 9 << 32, 1), "the link is asked for");
+        let (env, code) = (b.m.env(), b.m.code.base as u64 + target as u64);
+        // SAFETY: nobody runs or patches at the same time; our environment.
+        unsafe {
+            assert!(links[0].defer(b.m.code.base.add(at)));
+            let e = &mut (*tables(env)).ibtc[env::ibtc_index(to, common::SPEC.pc_shift)];
+            *e = env::IbtcEntry { pc: to, key: 1, code, pad: 0 };
+        }
+        assert_eq!((b.run(at).0, b.run(at).3), (0x200, 101));
+        b.unlink(at, &links[0]);
+        assert!(b.link(at, &links[0], target, 3), "its successor may be linked");
+        b.set_page_id(to, 3);
+        assert_eq!((b.run(at).0, b.run(at).3), (0x200, 101));
+    }
+    let mut b = Bench::new();
+    let (at, links) = b.add(&adder(A, 1, |b| b.goto_pc(B_SAME)), 9);
+    // SAFETY: nobody runs or patches at the same time.
+    assert!(!unsafe { links[0].defer(b.m.code.base.add(at)) }, "not near the end of the page");
+}

@@ -5,6 +5,9 @@ use crate::asm::{Alu, Mem, Reg, Xmm};
 use crate::stubs::{Const, Slow, TEMPS};
 use holdfast_tcg_ir::env::{exit, offset};
 
+/// Bytes of guest code that few regions exceed.
+const LONGEST_REGION: u64 = 512;
+
 /// A register or immediate of an access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Source {
@@ -255,8 +258,12 @@ impl Cx<'_> {
         self.st.asm.mov_imm(Reg::RAX, arg);
         self.st.asm.store(3, Mem::env(offset::EXIT_ARG), Reg::RAX);
         self.emit_exit(exit::LINK, site.target_pc);
-        let lookup = self.st.asm.pos();
-        if site.kind == crate::LinkKind::CrossPage {
+        // What begins near the end of a page may run into the next one: then nothing is linked to it.
+        let page = 1u64 << self.spec.page_bits;
+        let near_end = site.target_pc % page >= page.saturating_sub(LONGEST_REGION);
+        let looked_up = near_end || site.kind == crate::LinkKind::CrossPage;
+        let lookup = if looked_up { self.st.asm.pos() } else { 0 };
+        if looked_up {
             self.st.asm.mov_imm(Reg::RAX, site.target_pc);
             let at = self.st.asm.jmp();
             self.reach_stub(at, self.stubs.lookup);
