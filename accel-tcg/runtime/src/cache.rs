@@ -206,11 +206,10 @@ impl CodeCache {
 
     /// The owner has filled `segment`: from now on it may be evicted.
     pub fn filled(&self, segment: SegmentId, bytes: usize) {
-        // What was written through this mapping counts as memory of the process a second time. Links that are patched from now
-        // on bring single pages back.
-        let start = self.rw.wrapping_add(self.start_of(segment));
-        // SAFETY: the segment lies in the mapping, which is shared: what it holds stays in the other one.
-        unsafe { libc::madvise(start.cast(), self.segment, libc::MADV_DONTNEED) };
+        // What was written through this mapping counts as memory of the process a second time; links that are patched bring
+        // pages back, so all of it goes. Where others are writing, it comes back too.
+        // SAFETY: our own mapping, and a shared one: what it holds stays in the other.
+        unsafe { libc::madvise(self.rw.cast(), self.len, libc::MADV_DONTNEED) };
         self.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.state.lock().used.push_back(segment);
     }
