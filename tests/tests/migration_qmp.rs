@@ -4,7 +4,7 @@ use std::path::Path;
 
 use holdfast_tests::Program;
 use holdfast_tests::http::Api;
-use holdfast_tests::migration::{Console, config};
+use holdfast_tests::migration::{Console, LIMIT, config};
 use holdfast_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
@@ -33,6 +33,19 @@ fn source(dir: &Path) -> (Vmm, Console) {
     api.put("vm.boot", &Value::Null);
     console.goes_on(3);
     (first, console)
+}
+
+/// Runs a command that is refused until what was before has been cleared away.
+fn soon(qmp: &mut Qmp, command: &str, arguments: &Value) {
+    let deadline = std::time::Instant::now() + LIMIT;
+    loop {
+        let answer = qmp.command(command, arguments);
+        if answer.get("return").is_some() {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{command}: {answer}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
 }
 
 fn on(capabilities: &[&str]) -> Value {
@@ -78,8 +91,8 @@ fn states_events_and_refusals() {
     console.goes_on(2);
     second.qmp.until("query-migrate", "status", "failed");
     // Once more, to the end.
-    second.qmp.ok("migrate-incoming", json!({ "uri": uri }));
-    qmp.ok("migrate", json!({ "uri": uri }));
+    soon(&mut second.qmp, "migrate-incoming", &json!({ "uri": uri }));
+    soon(qmp, "migrate", &json!({ "uri": uri }));
     qmp.until("query-migrate", "status", "pre-switchover");
     qmp.ok("migrate-continue", json!({ "state": "pre-switchover" }));
     let done = qmp.until("query-migrate", "status", "completed");
@@ -87,6 +100,10 @@ fn states_events_and_refusals() {
     assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
     second.qmp.until("query-status", "status", "running");
     console.goes_on(3);
+    // The event may come a moment after the status.
+    while qmp.heard("MIGRATION", "status").last() != Some(&"completed".into()) {
+        qmp.ok("query-status", json!({}));
+    }
     let states = qmp.heard("MIGRATION", "status");
     let last = ["setup", "active", "pre-switchover", "device", "completed"];
     assert_eq!(states[states.len() - 5..], last.map(Value::from));

@@ -30,7 +30,7 @@ fn a_busy_guest_moves_there_and_back() {
     let unix = format!("unix:{}", dir.path().join("m").display());
     let received = second.receive(json!({ "receiver_url": unix }));
     let sent =
-        first.send(&json!({ "destination_url": unix, "timeout_s": 120, "timeout_strategy": "Ignore" }));
+        first.send(&json!({ "destination_url": unix, "downtime_ms": 2000, "timeout_s": 30, "timeout_strategy": "Ignore" }));
     assert_eq!(sent.status, 204, "{sent:?}");
     assert_eq!(received.join().expect("an answer").status, 204);
     assert_eq!(second.state(), "Running");
@@ -42,7 +42,7 @@ fn a_busy_guest_moves_there_and_back() {
     let received = third.receive(json!({ "receiver_url": tcp }));
     let sent = second.send(&json!({
         "destination_url": tcp, "connections": 3, "zstd_level": 1, "preserve_source": true,
-        "auto_converge": true, "timeout_s": 120, "timeout_strategy": "Ignore",
+        "auto_converge": true, "downtime_ms": 2000, "timeout_s": 30, "timeout_strategy": "Ignore",
     }));
     assert_eq!(sent.status, 204, "{sent:?}");
     assert_eq!(received.join().expect("an answer").status, 204);
@@ -100,8 +100,12 @@ fn whatever_fails_the_guest_stays() {
     let api = first.api.clone();
     let send = json!({ "destination_url": url, "bandwidth": 4 << 20 });
     let sent = std::thread::spawn(move || api.request("PUT", "vm.send-migration", &send));
-    std::thread::sleep(std::time::Duration::from_millis(500));
     // Meanwhile everything else is answered, and nothing else is begun.
+    let nowhere = json!({ "destination_url": "file:///nonexistent" });
+    while first.api.request("PUT", "vm.snapshot", &nowhere).status != 429 {
+        assert!(!sent.is_finished(), "it is slow");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
     assert_eq!(first.state(), "Running");
     assert_eq!(first.api.request("PUT", "vm.pause", &Value::Null).status, 429);
     second.program.kill();

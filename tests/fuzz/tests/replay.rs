@@ -132,6 +132,7 @@ replay! {
     mmio_registers: 200,
     multiboot: 200,
     nbd_client: 200,
+    migration_stream: 300,
     nbd_server: 300,
     options: 2000,
     pci_config: 200,

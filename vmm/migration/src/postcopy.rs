@@ -330,26 +330,29 @@ impl Arrivals {
                 }
             }
             while !ask.is_empty() && !self.over.load(Ordering::Acquire) {
-                if let Err(error) = self.ask_for(&ask) {
-                    tracing::debug!("urgent pages do not come: {}", error.describe());
-                    self.urgent.lock().take();
-                    self.control.break_connections();
-                    std::thread::sleep(PATIENCE);
-                }
+                self.ask_for(&ask);
                 ask.retain(|run| self.missing.lock().contains(run.gpa));
             }
         }
         Ok(())
     }
 
-    fn ask_for(&self, runs: &[Run]) -> Result<(), MigrationError> {
-        const WHAT: &str = "waiting for urgent pages";
+    /// Asks for pages and waits for them, or a moment if there is nobody to be asked.
+    fn ask_for(&self, runs: &[Run]) {
         let mut slot = self.urgent.lock();
-        let Some(stream) = slot.as_mut() else {
-            drop(slot);
-            std::thread::sleep(PATIENCE);
-            return Ok(());
-        };
+        if let Some(stream) = slot.as_mut() {
+            let Err(error) = self.exchange(runs, stream) else { return };
+            tracing::debug!("urgent pages do not come: {}", error.describe());
+            // Under the lock: new connections are made by who has seen that this one is gone.
+            *slot = None;
+            self.control.break_connections();
+        }
+        drop(slot);
+        std::thread::sleep(PATIENCE);
+    }
+
+    fn exchange(&self, runs: &[Run], stream: &mut Stream) -> Result<(), MigrationError> {
+        const WHAT: &str = "waiting for urgent pages";
         self.control.counters.requests.fetch_add(runs.len() as u64, Ordering::Relaxed);
         frame::write(stream, Kind::Request, 0, &pages::encode_runs(runs.iter().copied()))
             .map_err(MigrationError::broken(WHAT))?;
@@ -445,6 +448,8 @@ impl Arrivals {
     }
 
     fn accept_again(&self, listener: &Listener) -> Result<Stream, MigrationError> {
+        // The thread that serves faults is done with the old connection when this has the lock.
+        self.urgent.lock().take();
         self.control.forget_connections();
         let wanted = |role, limit| loop {
             let (stream, preamble) = listener.accept(&self.control, limit)?;

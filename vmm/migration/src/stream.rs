@@ -420,7 +420,7 @@ impl Listener {
     ///
     /// # Errors
     /// [`MigrationError`]: also if what connects is no migration, after which one can accept again.
-    pub(crate) fn accept(
+    pub fn accept(
         &self,
         control: &Control,
         limit: Option<Duration>,

@@ -17,6 +17,7 @@ targets![
     flash_commands,
     fw_cfg,
     kernel_load,
+    migration_stream,
     mmio_registers,
     multiboot,
     nbd_client,
