@@ -62,7 +62,7 @@ pub struct Storage {
 }
 
 /// Makes an error of the block layer one of an operation, in its words.
-#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+#[expect(clippy::needless_pass_by_value, reason = "it is what `map_err` calls")]
 pub(crate) fn refused(error: BlockError) -> ControlError {
     let cause = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
     ControlError::new(ErrorKind::Failed, format!("{error}{cause}"))

@@ -83,6 +83,7 @@ fn request(o: &Options, module: &dyn MachineModule) -> MachineRequest {
         topology: None,
         ram_size: o.memory << 20,
         payload: o.payload.clone(),
+        hotplug_ports: 0,
         cpu: module.default_cpu(),
         irqchip: o.irqchip,
         uuid: None,
