@@ -1,6 +1,6 @@
 //! Nodes by their names: the graph that monitors see and change.
 //!
-//! An [`Opener`](crate::graph::Opener) with a table puts each node that it opens into a [`NamedNode`], which says who uses it and lets
+//! An [`Opener`] with a table puts each node that it opens into a [`NamedNode`], which says who uses it and lets
 //! it be opened anew under its users. What monitors add lives until they delete it; other nodes live as long as their users.
 
 use std::collections::BTreeMap;

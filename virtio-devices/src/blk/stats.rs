@@ -21,7 +21,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All kinds, in the order of [`Stats`].
+    /// All kinds, in the order of `Stats`.
     pub const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Flush, Self::Unmap];
 
     pub(super) fn of(op: Op) -> Self {

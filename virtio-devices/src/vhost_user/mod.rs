@@ -2,7 +2,7 @@
 //! documentation, `interop/vhost-user`).
 //!
 //! The back end never sees the guest's rings. It works on rings of our own in memory that it shares with
-//! us ([`ring`]); a worker moves every chain from the guest's ring to it once the chain was checked, and
+//! us (`ring`); a worker moves every chain from the guest's ring to it once the chain was checked, and
 //! back. So a driver that breaks the rules meets the same checks as with our own devices, every page that
 //! the back end writes is known (dirty pages, translated code), and the requests that a back end held when
 //! it died are known too and are given to its successor.
