@@ -385,7 +385,13 @@ impl Device for RootPort {
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
         let saved: PortState = state.parse(KIND, 1)?;
         self.config.restore(&saved.config)?;
-        self.slot.lock().leaving = saved.leaving;
+        let mut slot = self.slot.lock();
+        slot.leaving = saved.leaving;
+        // Read-only bits come back as they were built, but these say whether the guest has let go of the device.
+        let at = usize::from(self.express + express::SLOT_STATUS);
+        let present = saved.config.regs.get(at).is_some_and(|low| u16::from(*low) & status::PRESENT != 0);
+        self.show(present && slot.device.is_some(), 0);
+        drop(slot);
         match (&self.msix, saved.msix) {
             (Some(msix), Some(state)) => msix.restore(&state, &self.config),
             (None, None) => Ok(()),

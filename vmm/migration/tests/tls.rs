@@ -14,7 +14,7 @@ fn certtool(dir: &Path, args: &[&str]) {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
 
-/// An authority's directory, with certificates of a server called `server` and of a client.
+/// An authority's directory (RSA: the TLS library takes no elliptic-curve key with a padded scalar, which GnuTLS may make), with certificates of a server called `server` and of a client.
 fn certificates(dir: &Path, server: &str) {
     std::fs::create_dir(dir).expect("directory");
     let usage = "encryption_key\nsigning_key\n";
@@ -25,7 +25,7 @@ fn certificates(dir: &Path, server: &str) {
     ] {
         std::fs::write(dir.join(format!("{who}.info")), words).expect("template");
         let (key, info, cert) = (format!("{who}-key.pem"), format!("{who}.info"), format!("{who}-cert.pem"));
-        certtool(dir, &["--generate-privkey", "--ecc", "--outfile", &key]);
+        certtool(dir, &["--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile", &key]);
         let mut args = vec!["--template", &info, "--load-privkey", &key, "--outfile", &cert];
         if who == "ca" {
             args.push("--generate-self-signed");
