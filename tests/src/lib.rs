@@ -131,7 +131,8 @@ pub fn riscv64_args(vcpus: u32, test: &str) -> Vec<String> {
 #[derive(Debug, Default)]
 struct Seen {
     bytes: Vec<u8>,
-    closed: bool,
+    /// How many of its two streams have ended. What it says at last may be on either.
+    ended: u8,
 }
 
 /// A running program whose output is collected.
@@ -163,8 +164,8 @@ impl Program {
         let seen = Arc::new((Mutex::new(Seen::default()), Condvar::new()));
         let out = child.stdout.take().expect("piped");
         let err = child.stderr.take().expect("piped");
-        collect(out, Arc::clone(&seen), true);
-        collect(err, Arc::clone(&seen), false);
+        collect(out, Arc::clone(&seen));
+        collect(err, Arc::clone(&seen));
         let stdin = child.stdin.take();
         Self { child, stdin, seen }
     }
@@ -198,7 +199,7 @@ impl Program {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(
-                !seen.closed && !left.is_zero(),
+                seen.ended < 2 && !left.is_zero(),
                 "`{text}` did not come; the output ends:\n{}",
                 tail(&String::from_utf8_lossy(&seen.bytes))
             );
@@ -256,7 +257,7 @@ fn tail(text: &str) -> &str {
     &text[start..]
 }
 
-fn collect(mut from: impl Read + Send + 'static, seen: Arc<(Mutex<Seen>, Condvar)>, closes: bool) {
+fn collect(mut from: impl Read + Send + 'static, seen: Arc<(Mutex<Seen>, Condvar)>) {
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
         loop {
@@ -264,7 +265,7 @@ fn collect(mut from: impl Read + Send + 'static, seen: Arc<(Mutex<Seen>, Condvar
             let (lock, changed) = &*seen;
             let mut seen = lock.lock().expect("not poisoned");
             seen.bytes.extend_from_slice(&buffer[..n]);
-            seen.closed |= n == 0 && closes;
+            seen.ended += u8::from(n == 0);
             changed.notify_all();
             if n == 0 {
                 return;
