@@ -20,6 +20,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod builder;
+mod combine;
 pub mod env;
 mod fold;
 pub mod helper;

@@ -334,8 +334,8 @@ fn char_spec(
     }
 }
 
-/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, shared directories, other back ends, balloon; then the power button of
-/// machines that have none of their own.
+/// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, shared directories, other
+/// back ends, balloon; then the power button of machines that have none of their own.
 fn plug_all<'a>(
     config: &VmConfig,
     host: &mut Host,
