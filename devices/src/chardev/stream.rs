@@ -247,17 +247,18 @@ impl Shared {
         Ok(())
     }
 
-    /// Passes kept bytes on as far as the front end has room, and notes what room is left.
+    /// Passes kept bytes on until none are left or the front end has no room, and notes what room is left.
+    ///
+    /// Only a front end that was asked while it had no room tells of new room: whatever it takes between
+    /// two of these calls must be seen here, or kept bytes would wait for ever.
     fn deliver(&self, typed: &mut Typed) {
         let receiver = self.receiver.lock().clone();
-        typed.room = receiver.as_ref().map_or(0, |r| r.capacity());
-        let n = typed.room.min(typed.kept.len());
-        if let Some(receiver) = receiver
-            && n > 0
-        {
+        loop {
+            typed.room = receiver.as_ref().map_or(0, |r| r.capacity());
+            let n = typed.room.min(typed.kept.len());
+            let Some(receiver) = receiver.as_ref().filter(|_| n > 0) else { return };
             let bytes: Vec<u8> = typed.kept.drain(..n).collect();
             receiver.receive(&bytes);
-            typed.room = receiver.capacity();
         }
     }
 
@@ -347,4 +348,40 @@ pub(super) fn socket(path: &Path, context: &CharContext<'_>) -> io::Result<Arc<d
         ..StreamSpec::default()
     };
     Stream::start(spec, Io::default(), context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes three bytes at a time and has room again at once, as a guest does that reads on another thread.
+    #[derive(Debug, Default)]
+    struct Quick(Mutex<Vec<u8>>);
+
+    impl CharReceiver for Quick {
+        fn capacity(&self) -> usize {
+            3
+        }
+
+        fn receive(&self, data: &[u8]) {
+            assert!(data.len() <= 3, "no more than the capacity");
+            self.0.lock().extend(data);
+        }
+    }
+
+    #[test]
+    fn a_front_end_that_reads_while_it_is_fed_gets_everything() {
+        let quick = Arc::new(Quick::default());
+        let shared = Shared {
+            spec: StreamSpec::default(),
+            io: Mutex::default(),
+            receiver: Mutex::new(Some(Arc::clone(&quick) as Arc<dyn CharReceiver>)),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event"),
+            stop: AtomicBool::new(false),
+        };
+        let mut typed = Typed { kept: b"echo 1 >/remove".iter().copied().collect(), ..Typed::default() };
+        shared.deliver(&mut typed);
+        assert_eq!(quick.0.lock().as_slice(), b"echo 1 >/remove");
+        assert!(typed.kept.is_empty() && typed.room == 3);
+    }
 }
