@@ -4,8 +4,6 @@
 //! holds what it must become. `HOLDFAST_GOLDEN=migrate` writes it, for review beside the change that made it
 //! necessary. Needs root, for a tap device.
 
-mod still;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,7 +50,7 @@ fn host() -> Host {
         incoming: false,
         ram_files: Vec::new(),
         storage: holdfast_vmm::storage::Storage::detached(PlainSpawner::shared()),
-        accelerator: Some(Arc::new(still::Still)),
+        accelerator: Some(Arc::new(holdfast_accel_still::Still)),
     }
 }
 

@@ -87,6 +87,27 @@ pub struct MachineRequest {
     pub debug_console: Option<Arc<dyn holdfast_devices::chardev::CharBackend>>,
 }
 
+impl MachineRequest {
+    /// The least that can be asked for: one vCPU, `ram_size` bytes of RAM, and nothing to boot.
+    pub fn new(cpu: CpuModel, ram_size: u64) -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+            topology: None,
+            ram_size,
+            payload: Payload::default(),
+            cpu,
+            irqchip: IrqChip::default(),
+            uuid: None,
+            debug_console_port: None,
+            hotplug_ports: 0,
+            board: Vec::new(),
+            serial: None,
+            debug_console: None,
+        }
+    }
+}
+
 /// A run of guest-physical RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamRange {

@@ -8,7 +8,7 @@ use holdfast_arch::CpuModel;
 use holdfast_arch::riscv64::IsaModel;
 use holdfast_machines::virt::fdt::{Chosen, build};
 use holdfast_machines::virt::plan::Plan;
-use holdfast_machines::{MachineRequest, Payload, Topology};
+use holdfast_machines::{MachineRequest, Topology};
 
 use crate::fdt::{Node, parse};
 
@@ -66,15 +66,8 @@ fn request(wish: &Wish) -> MachineRequest {
             }
         }),
         ram_size: (wish.pages >> (18 + (wish.seed & 31))).wrapping_mul(4096),
-        payload: Payload::default(),
-        cpu: CpuModel::Riscv64(isa),
         irqchip: IrqChip::Off,
-        uuid: None,
-        debug_console_port: None,
-        hotplug_ports: 0,
-        board: Vec::new(),
-        serial: None,
-        debug_console: None,
+        ..MachineRequest::new(CpuModel::Riscv64(isa), 0)
     }
 }
 

@@ -2,146 +2,32 @@
 
 use std::path::PathBuf;
 
-use holdfast_accel::{AccelError, RomWindow, Vcpu, Vm};
+use holdfast_accel_still::{StillVm, Told};
 use holdfast_arch::x86_64::State;
 use holdfast_arch::x86_64::boot::{ACPI_AREA, SMBIOS_AREA};
-use holdfast_clock::{HostRandom, Timers, VmClock};
-use holdfast_device::{
-    Bus, CpuLines, IoEvents, IrqSink, MsiController, MsiMessage, MsiVector, SystemEvent, SystemSink,
-};
+use holdfast_device::{Bus, SystemEvent};
 use holdfast_devices::catalog::isa_debug_exit::IsaDebugExitConfig;
-use holdfast_memory::GuestMemory;
-use holdfast_threads::PlainSpawner;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::*;
 use crate::FlashImage;
 
-type Events = (Arc<dyn IoEvents>, Arc<dyn IoEvents>);
-type Eoi = Arc<dyn Fn(u8) + Send + Sync>;
-
-#[derive(Debug, Default)]
-struct Log {
-    pins: Mutex<Vec<(u32, u32, bool)>>,
-    messages: Mutex<Vec<MsiMessage>>,
-    gsis: Mutex<Vec<(u32, bool)>>,
-    events: Mutex<Vec<SystemEvent>>,
-}
-impl CpuLines for Log {
-    fn set_cpu_pin(&self, vcpu: u32, pin: u32, level: bool) {
-        self.pins.lock().push((vcpu, pin, level));
-    }
-}
-impl MsiController for Log {
-    fn send(&self, message: MsiMessage) -> std::io::Result<()> {
-        self.messages.lock().push(message);
-        Ok(())
-    }
-    fn vector(self: Arc<Self>) -> std::io::Result<Box<dyn MsiVector>> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-}
-impl IrqSink for Log {
-    fn set_level(&self, pin: u32, level: bool) {
-        self.gsis.lock().push((pin, level));
-    }
-}
-impl SystemSink for Log {
-    fn request(&self, event: SystemEvent) {
-        self.events.lock().push(event);
-    }
-}
-
-#[derive(Default)]
-struct FakeVm {
-    log: Arc<Log>,
-    kernel_chips: bool,
-    roms: Mutex<Vec<RomWindow>>,
-    ext_int: Mutex<Option<Arc<dyn ExtInt>>>,
-    eoi: Mutex<Option<Eoi>>,
-    routes: Mutex<Vec<usize>>,
-}
-
-impl std::fmt::Debug for FakeVm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("FakeVm")
-    }
-}
-
-impl Vm for FakeVm {
-    fn accel(&self) -> &'static str {
-        "fake"
-    }
-    fn create_vcpu(&self, _index: u32, _model: &CpuModel) -> Result<Box<dyn Vcpu>, AccelError> {
-        Err(AccelError::Unsupported { accel: "fake", what: "a vCPU".into() })
-    }
-    fn map_rom(&self, rom: &RomWindow) -> Result<(), AccelError> {
-        self.roms.lock().push(rom.clone());
-        Ok(())
-    }
-    fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {
-        self.roms.lock().retain(|r| r.gpa != gpa);
-        Ok(())
-    }
-    fn cpu_lines(&self) -> Arc<dyn CpuLines> {
-        self.log.clone()
-    }
-    fn msi(&self) -> Option<Arc<dyn MsiController>> {
-        Some(self.log.clone())
-    }
-    fn kernel_irq_sink(&self) -> Option<Arc<dyn IrqSink>> {
-        self.kernel_chips.then(|| self.log.clone() as Arc<dyn IrqSink>)
-    }
-    fn io_events(&self) -> Option<Events> {
-        None
-    }
-    fn connect_ext_int(&self, source: Arc<dyn ExtInt>) {
-        *self.ext_int.lock() = Some(source);
-    }
-    fn connect_eoi(&self, receiver: Eoi) {
-        *self.eoi.lock() = Some(receiver);
-    }
-    fn ioapic_routes_changed(&self, routes: &[Option<MsiMessage>; 24]) {
-        self.routes.lock().push(routes.iter().flatten().count());
-    }
-    fn start_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn sync_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn stop_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn save(&self) -> Result<serde_json::Value, AccelError> {
-        Ok(serde_json::Value::Null)
-    }
-    fn restore(&self, _state: &serde_json::Value) -> Result<(), AccelError> {
-        Ok(())
-    }
-}
-
 fn request(payload: Payload, irqchip: IrqChip) -> MachineRequest {
     MachineRequest {
         boot_vcpus: 2,
         max_vcpus: 2,
-        topology: None,
-        ram_size: 64 << 20,
         payload,
-        cpu: Q35Module.default_cpu(),
         irqchip,
         uuid: Some([7; 16]),
         debug_console_port: Some(0x402),
-        hotplug_ports: 0,
         board: vec![IsaDebugExitConfig { iobase: 0xf4, iosize: 4 }.into()],
-        serial: None,
-        debug_console: None,
+        ..MachineRequest::new(Q35Module.default_cpu(), 64 << 20)
     }
 }
 
 struct Rig {
     machine: Box<dyn Machine>,
-    vm: Arc<FakeVm>,
+    vm: Arc<StillVm>,
     build: BuildContext,
     dir: tempfile::TempDir,
 }
@@ -173,20 +59,8 @@ fn try_rig(kernel: Option<&[u8]>, firmware: Option<&[u8]>, irqchip: IrqChip) -> 
 fn rig_of(payload: Payload, irqchip: IrqChip, dir: Option<tempfile::TempDir>) -> Result<Rig, MachineError> {
     let dir = dir.unwrap_or_else(|| tempfile::tempdir().expect("directory"));
     let request = request(payload, irqchip);
-    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("RAM");
-    let clock = VmClock::stopped_at(0);
-    let vm = Arc::new(FakeVm { kernel_chips: irqchip == IrqChip::On, ..FakeVm::default() });
-    let build = BuildContext {
-        memory,
-        mmio: Bus::new("mmio"),
-        pio: Bus::new("pio"),
-        timers: Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread"),
-        clock,
-        random: Arc::new(HostRandom),
-        spawner: PlainSpawner::shared(),
-        system: vm.log.clone(),
-        msi: vm.msi(),
-    };
+    let vm = StillVm::new(Arch::X86_64, irqchip, Told::default());
+    let build = vm.context(&[(0, 64 << 20)]);
     let context = MachineContext { build: build.clone(), vm: vm.clone() };
     let machine = Q35Module.build(request, context)?;
     Ok(Rig { machine, vm, build, dir })
@@ -304,7 +178,7 @@ fn firmware_is_rom_below_4_gib_and_ram_below_1_mib() {
     let image: Vec<u8> = (0..256u32 << 10).map(|n| (n >> 10) as u8).collect();
     let rig = try_rig(None, Some(&image), IrqChip::Split).expect("a machine");
     rig.machine.load().expect("loads");
-    let roms = rig.vm.roms.lock();
+    let roms = rig.vm.roms();
     assert_eq!((roms.len(), roms[0].gpa, roms[0].region.len()), (1, 0xfffc_0000, 256 << 10));
     let mut bytes = [0; 2];
     roms[0].region.read_slice(&mut bytes[..1], MemoryRegionAddress((128 << 10) + 5)).expect("ROM");
@@ -331,7 +205,7 @@ fn flash_banks_end_at_4_gib_and_keep_what_is_written() {
     let rig = rig_of(Payload { flash: flash.clone(), ..Payload::default() }, IrqChip::Split, None);
     let rig = rig.expect("a machine");
     rig.machine.load().expect("loads");
-    let roms: Vec<_> = rig.vm.roms.lock().iter().map(|r| (r.gpa, r.region.len())).collect();
+    let roms: Vec<_> = rig.vm.roms().iter().map(|r| (r.gpa, r.region.len())).collect();
     assert_eq!(roms, [(0xfffc_d000, 204 << 10), (0xfffc_a000, 12 << 10)]);
     let mut byte = [0];
     rig.build.memory.read_slice(&mut byte, GuestAddress(0xe_0405)).expect("RAM");
@@ -366,22 +240,22 @@ fn the_timer_reaches_the_processor_through_both_controllers() {
     }
     write(mmio, 0xfec0_0000, 0x14, 4);
     write(mmio, 0xfec0_0010, 0x31, 4);
-    assert_eq!(rig.vm.routes.lock().last(), Some(&1));
+    assert_eq!(rig.vm.told().routes().last(), Some(&1));
     // Mode 0: high when the count is over. A low edge comes first.
     write(pio, 0x43, 0x30, 1);
     write(pio, 0x40, 10, 1);
     write(pio, 0x40, 0, 1);
     rig.build.clock.resume();
     rig.build.timers.clock_changed();
-    let ext_int = rig.vm.ext_int.lock().clone().expect("connected");
+    let ext_int = rig.vm.ext_int().expect("connected");
     for _ in 0..1000 {
-        if ext_int.pending() && !rig.vm.log.messages.lock().is_empty() {
+        if ext_int.pending() && !rig.vm.told().messages().is_empty() {
             break;
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    assert_eq!(rig.vm.log.messages.lock().first().map(|m| m.data & 0xff), Some(0x31));
-    assert_eq!(rig.vm.log.pins.lock().first(), Some(&(0, 0, true)));
+    assert_eq!(rig.vm.told().messages().first().map(|m| m.data & 0xff), Some(0x31));
+    assert_eq!(rig.vm.told().pins().first(), Some(&(0, 0, true)));
     assert_eq!(ext_int.acknowledge(), 0x20);
 }
 
@@ -396,13 +270,12 @@ fn an_eoi_lets_a_level_fire_again() {
     write(pio, 0xb2, 2, 1);
     write(pio, 0x602, 0x100, 2);
     assert!(rig.machine.power_button());
-    assert_eq!(rig.vm.log.messages.lock().len(), 1);
-    let eoi = rig.vm.eoi.lock().clone().expect("connected");
-    eoi(0x33);
-    assert_eq!(rig.vm.log.messages.lock().len(), 2);
+    assert_eq!(rig.vm.told().messages().len(), 1);
+    assert!(rig.vm.eoi(0x33), "connected");
+    assert_eq!(rig.vm.told().messages().len(), 2);
     write(pio, 0x600, 0x100, 2);
-    eoi(0x33);
-    assert_eq!(rig.vm.log.messages.lock().len(), 2);
+    rig.vm.eoi(0x33);
+    assert_eq!(rig.vm.told().messages().len(), 2);
 }
 
 #[test]
@@ -416,7 +289,7 @@ fn kernel_controllers_take_everything_and_there_is_no_pit_or_hpet() {
     write(&rig.build.pio, 0xb2, 2, 1);
     write(&rig.build.pio, 0x602, 0x100, 2);
     rig.machine.power_button();
-    assert_eq!(rig.vm.log.gsis.lock().last(), Some(&(9, true)));
+    assert_eq!(rig.vm.told().levels().last(), Some(&(9, true)));
 }
 
 #[test]
@@ -429,7 +302,7 @@ fn guests_ask_for_power_off_reset_and_exit() {
     write(pio, 0x64, 0xfe, 1);
     write(pio, 0xf4, 3, 1);
     let expected = [SystemEvent::Shutdown, SystemEvent::Reset, SystemEvent::Reset, SystemEvent::Exit(7)];
-    assert_eq!(*rig.vm.log.events.lock(), expected);
+    assert_eq!(rig.vm.told().events(), expected);
 }
 
 #[test]

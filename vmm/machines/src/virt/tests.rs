@@ -1,137 +1,38 @@
 //! The machine on a VM that only remembers what it is told.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use holdfast_accel::{AccelError, IrqChip, Vcpu, Vm};
+use holdfast_accel::Vm;
+use holdfast_accel_still::{StillVm, Told};
 use holdfast_arch::riscv64::State;
-use holdfast_clock::{HostRandom, Timers, VmClock};
-use holdfast_device::{
-    BuildContext, Bus, CpuLines, ExtInt, IoEvents, MsiController, SystemEvent, SystemSink,
-};
-use holdfast_memory::GuestMemory;
-use holdfast_threads::PlainSpawner;
-use parking_lot::Mutex;
+use holdfast_device::{BuildContext, SystemEvent};
 
 use super::*;
 use crate::Topology;
-
-type Events = (Arc<dyn IoEvents>, Arc<dyn IoEvents>);
-
-#[derive(Debug, Default)]
-struct FakeVm {
-    pins: Arc<Pins>,
-    roms: Mutex<Vec<RomWindow>>,
-}
-
-#[derive(Debug, Default)]
-struct Pins(Mutex<HashMap<(u32, u32), bool>>);
-impl CpuLines for Pins {
-    fn set_cpu_pin(&self, vcpu: u32, pin: u32, level: bool) {
-        self.0.lock().insert((vcpu, pin), level);
-    }
-}
-
-impl Vm for FakeVm {
-    fn accel(&self) -> &'static str {
-        "fake"
-    }
-    fn create_vcpu(&self, _index: u32, _model: &CpuModel) -> Result<Box<dyn Vcpu>, AccelError> {
-        Err(AccelError::Unsupported { accel: "fake", what: "a vCPU".into() })
-    }
-    fn map_rom(&self, rom: &RomWindow) -> Result<(), AccelError> {
-        self.roms.lock().push(rom.clone());
-        Ok(())
-    }
-    fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {
-        self.roms.lock().retain(|r| r.gpa != gpa);
-        Ok(())
-    }
-    fn cpu_lines(&self) -> Arc<dyn CpuLines> {
-        Arc::clone(&self.pins) as Arc<dyn CpuLines>
-    }
-    fn msi(&self) -> Option<Arc<dyn MsiController>> {
-        None
-    }
-    fn kernel_irq_sink(&self) -> Option<Arc<dyn IrqSink>> {
-        None
-    }
-    fn io_events(&self) -> Option<Events> {
-        None
-    }
-    fn connect_ext_int(&self, _source: Arc<dyn ExtInt>) {}
-    fn connect_eoi(&self, _receiver: Arc<dyn Fn(u8) + Send + Sync>) {}
-    fn start_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn sync_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn stop_dirty_log(&self) -> Result<(), AccelError> {
-        Ok(())
-    }
-    fn save(&self) -> Result<serde_json::Value, AccelError> {
-        Ok(serde_json::Value::Null)
-    }
-    fn restore(&self, _state: &serde_json::Value) -> Result<(), AccelError> {
-        Ok(())
-    }
-}
-
-#[derive(Debug, Default)]
-struct Sink(Mutex<Vec<SystemEvent>>);
-impl SystemSink for Sink {
-    fn request(&self, event: SystemEvent) {
-        self.0.lock().push(event);
-    }
-}
 
 fn request(payload: Payload) -> MachineRequest {
     MachineRequest {
         boot_vcpus: 2,
         max_vcpus: 2,
-        topology: None,
-        ram_size: 64 << 20,
         payload,
-        cpu: VirtModule.default_cpu(),
-        irqchip: IrqChip::default(),
-        uuid: None,
-        debug_console_port: None,
-        hotplug_ports: 0,
-        board: Vec::new(),
-        serial: None,
-        debug_console: None,
+        ..MachineRequest::new(VirtModule.default_cpu(), 64 << 20)
     }
 }
 
 struct Rig {
     machine: Box<dyn Machine>,
-    vm: Arc<FakeVm>,
+    vm: Arc<StillVm>,
     build: BuildContext,
-    sink: Arc<Sink>,
 }
 
 fn rig(payload: Payload) -> Rig {
     let request = request(payload);
     let ram = VirtModule.ram_layout(&request).expect("a plan");
-    let memory = GuestMemory::from_ranges(&[(GuestAddress(ram[0].gpa), ram[0].len as usize)]).expect("RAM");
-    let clock = VmClock::stopped_at(0);
-    let sink = Arc::new(Sink::default());
-    let build = BuildContext {
-        memory,
-        mmio: Bus::new("mmio"),
-        pio: Bus::new("pio"),
-        timers: Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread"),
-        clock,
-        random: Arc::new(HostRandom),
-        spawner: PlainSpawner::shared(),
-        system: Arc::clone(&sink) as Arc<dyn SystemSink>,
-        msi: None,
-    };
-    let vm = Arc::new(FakeVm::default());
+    let vm = StillVm::new(Arch::Riscv64, request.irqchip, Told::default());
+    let build = vm.context(&[(ram[0].gpa, ram[0].len)]);
     let context = MachineContext { build: build.clone(), vm: Arc::clone(&vm) as Arc<dyn Vm> };
     let machine = VirtModule.build(request, context).expect("a machine");
-    Rig { machine, vm, build, sink }
+    Rig { machine, vm, build }
 }
 
 impl Drop for Rig {
@@ -184,7 +85,7 @@ fn a_kernel_is_loaded_behind_its_firmware_and_found_again_after_a_reset() {
     let rig = rig(payload);
     assert!(rig.machine.take_mmio_slot().is_some());
     rig.machine.load().expect("loads");
-    let rom = rig.vm.roms.lock()[0].clone();
+    let rom = rig.vm.roms()[0].clone();
     let word = |at: u64| rom.region.read_obj::<u64>(MemoryRegionAddress(at)).expect("in the ROM");
     let (entry, fdt, next) = (word(0x38), word(0x40), word(0x58));
     assert_eq!((rom.gpa, entry, next), (0x1000, 0x8000_0000, 0x8020_0000));
@@ -278,7 +179,7 @@ fn devices_are_where_the_tree_says_and_wired_as_it_says() {
         u32::from_le_bytes(b)
     };
     write(plan::SYSCON.base, 0x7777);
-    assert_eq!(*rig.sink.0.lock(), [SystemEvent::Reset]);
+    assert_eq!(rig.vm.told().events(), [SystemEvent::Reset]);
     assert_eq!(read(plan::PCI_ECAM.base), 0x0008_1b36);
     mmio.write(Some(0), plan::FW_CFG.base + 8, &[0, 5]);
     assert_eq!(read(plan::FW_CFG.base), 2, "number of vCPUs");
@@ -289,10 +190,10 @@ fn devices_are_where_the_tree_says_and_wired_as_it_says() {
     write(plan::PLIC.base + 4 * 10, 1);
     write(plan::PLIC.base + 0x2080, 1 << 10);
     mmio.write(Some(0), plan::UART.base + 1, &[2]);
-    assert_eq!(rig.vm.pins.0.lock().get(&(0, 9)), Some(&true));
+    assert_eq!(rig.vm.told().pin(0, 9), Some(true));
     assert_eq!(read(plan::PLIC.base + 0x20_1004), 10);
     write(plan::ACLINT.base + 4, 1);
-    assert_eq!(rig.vm.pins.0.lock().get(&(1, 3)), Some(&true));
+    assert_eq!(rig.vm.told().pin(1, 3), Some(true));
     let slots: Vec<_> = std::iter::from_fn(|| rig.machine.take_mmio_slot()).collect();
     assert_eq!(slots.len(), 8);
     assert!(matches!(&slots[7], VirtioSlot::Mmio { base: 0x1000_8000, irq } if irq.pin() == 8));
@@ -372,7 +273,7 @@ fn harts_wait_for_opensbi_and_enter_other_firmware_at_once() {
         let firmware = Some(files.put("fw.bin", &firmware));
         let rig = rig(Payload { firmware, ..Payload::default() });
         rig.machine.load().expect("loads");
-        let rom = rig.vm.roms.lock()[0].clone();
+        let rom = rig.vm.roms()[0].clone();
         let third = rom.region.read_obj::<u32>(MemoryRegionAddress(8)).expect("in the ROM");
         // `beqz a0` or `j`
         assert_eq!(third & 0x7f, if waits { 0x63 } else { 0x6f });

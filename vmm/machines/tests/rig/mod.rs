@@ -80,17 +80,13 @@ fn request(o: &Options, module: &dyn MachineModule) -> MachineRequest {
     MachineRequest {
         boot_vcpus: o.cpus,
         max_vcpus: o.cpus,
-        topology: None,
-        ram_size: o.memory << 20,
         payload: o.payload.clone(),
-        hotplug_ports: 0,
-        cpu: module.default_cpu(),
         irqchip: o.irqchip,
-        uuid: None,
         debug_console_port: Some(0x402),
         board: vec![IsaDebugExitConfig { iobase: 0xf4, iosize: 4 }.into()],
         serial: o.serial.clone(),
         debug_console: o.debug_console.clone(),
+        ..MachineRequest::new(module.default_cpu(), o.memory << 20)
     }
 }
 
