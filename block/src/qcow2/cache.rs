@@ -162,12 +162,18 @@ impl TableCache {
         }
     }
 
-    /// Forgets everything that is clean.
+    /// Forgets everything, changes included.
+    pub(super) fn reset(&mut self) {
+        self.slots.clear();
+        self.index.clear();
+        self.hand = 0;
+        self.dirty = 0;
+    }
+
+    /// Forgets everything if all of it is clean.
     pub(super) fn clear(&mut self) {
         if self.dirty == 0 {
-            self.slots.clear();
-            self.index.clear();
-            self.hand = 0;
+            self.reset();
         }
     }
 }

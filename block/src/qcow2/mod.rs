@@ -15,6 +15,7 @@ pub mod header;
 mod read;
 mod refcount;
 mod resize;
+mod shadow;
 pub mod snapshot;
 mod state;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::state::State;
 use crate::node::os_error;
 
 impl State {
-    fn load_refblock(&mut self, offset: u64) -> io::Result<usize> {
+    pub(super) fn load_refblock(&mut self, offset: u64) -> io::Result<usize> {
         if let Some(at) = self.refblocks.find(offset) {
             return Ok(at);
         }
@@ -45,7 +45,7 @@ impl State {
     }
 
     /// Slice of a refcount block and the number in it of a cluster's refcount.
-    fn refcount_place(&self, block: u64, cluster: u64) -> (u64, usize) {
+    pub(super) fn refcount_place(&self, block: u64, cluster: u64) -> (u64, usize) {
         let n = cluster % self.layout.refblock_entries();
         let per_slice = (self.refblocks.slice() * 8) >> self.layout.refcount_order;
         (block + n / per_slice * self.refblocks.slice(), (n % per_slice) as usize)
@@ -89,15 +89,6 @@ impl State {
             self.first_free = self.first_free.min(cluster);
         }
         Ok(())
-    }
-
-    /// Adds a reference to a cluster.
-    pub(super) fn add_reference(&mut self, cluster: u64) -> io::Result<()> {
-        let old = self.refcount(cluster)?;
-        if old >= self.layout.refcount_max() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the refcount would not fit its width"));
-        }
-        self.set_refcount(cluster, old + 1)
     }
 
     /// Takes back a cluster that nothing on the disk ever referred to.

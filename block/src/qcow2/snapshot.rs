@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Qcow2;
 use super::geometry::{COMPRESSED, COPIED, Entry, L1_RESERVED, OFFSET};
 use super::header::{Header, MAX_L1_BYTES, be16, be32, be64};
+use super::shadow::Shadow;
 use super::state::State;
 use crate::{BlockError, BlockNode};
 
@@ -171,39 +172,6 @@ impl State {
         Ok(out)
     }
 
-    /// Everything that an L1 table refers to gets one more reference.
-    fn reference_all(&mut self, l1: &[u64]) -> io::Result<()> {
-        let bits = self.layout.cluster_bits;
-        for table in self.tables_of(l1)? {
-            self.add_reference(table >> bits)?;
-            for entry in self.table_entries(table)? {
-                let (offset, len) = if entry.l2 & COMPRESSED != 0 {
-                    self.layout.compressed_range(entry.l2)
-                } else if let (Some(host), false) = (self.layout.host(entry), self.layout.data_file) {
-                    (host, 1)
-                } else {
-                    continue;
-                };
-                for cluster in (offset >> bits)..=((offset + len - 1) >> bits) {
-                    self.add_reference(cluster)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Everything that an L1 table refers to loses a reference, once the tables are on the disk.
-    fn release_all(&mut self, l1: &[u64]) -> io::Result<()> {
-        for table in self.tables_of(l1)? {
-            for entry in self.table_entries(table)? {
-                self.free_entry(entry);
-            }
-            self.free(table, self.layout.cluster());
-            self.free_pressure()?;
-        }
-        Ok(())
-    }
-
     /// Makes the active tables say which clusters are theirs alone.
     pub(super) fn refresh_copied(&mut self) -> io::Result<()> {
         self.flush()?;
@@ -222,43 +190,36 @@ impl State {
                 self.l1_dirty.insert(index);
             }
             let mut entries = self.table_entries(table)?;
-            let mut changed = false;
-            for entry in &mut entries {
-                let Some(host) = self.layout.host(*entry).filter(|_| !self.layout.data_file) else {
-                    continue;
-                };
-                let copied = if self.refcount(host >> bits)? == 1 { COPIED } else { 0 };
-                if entry.l2 & COPIED != copied {
-                    entry.l2 = entry.l2 & !COPIED | copied;
-                    changed = true;
-                }
-            }
-            if changed {
+            if self.refresh_entries(&mut entries)? {
                 self.write_entries(table, &entries)?;
             }
         }
         self.flush()
     }
 
-    /// Replaces the snapshot table on the disk.
-    fn write_snapshots(&mut self) -> io::Result<()> {
-        let old = (self.header.snapshots_offset, self.header.snapshots, self.snapshot_table_size);
-        let bytes: Vec<u8> = self.snapshots.iter().flat_map(Snapshot::to_bytes).collect();
-        let mut at = 0;
-        if !bytes.is_empty() {
-            at = self.allocate_run((bytes.len() as u64).div_ceil(self.layout.cluster()))?;
-            self.files.file.write_at(at, &bytes)?;
+    /// Makes entries say which clusters are theirs alone. True if any has changed.
+    fn refresh_entries(&mut self, entries: &mut [Entry]) -> io::Result<bool> {
+        let bits = self.layout.cluster_bits;
+        let mut changed = false;
+        for entry in entries {
+            let Some(host) = self.layout.host(*entry).filter(|_| !self.layout.data_file) else {
+                continue;
+            };
+            let copied = if self.refcount(host >> bits)? == 1 { COPIED } else { 0 };
+            if entry.l2 & COPIED != copied {
+                entry.l2 = entry.l2 & !COPIED | copied;
+                changed = true;
+            }
         }
-        self.flush()?;
-        self.header.snapshots = self.snapshots.len() as u32;
-        self.header.snapshots_offset = at;
-        self.snapshot_table_size = bytes.len() as u64;
-        self.write_header()?;
-        self.files.file.flush()?;
-        if old.1 != 0 {
-            self.free(old.0, old.2.max(1));
-        }
-        self.flush()
+        Ok(changed)
+    }
+
+    /// The snapshots that are on the disk now, in a table of so many bytes.
+    fn snapshots_are(&mut self, all: Vec<Snapshot>, bytes: u64) {
+        self.snapshots = all;
+        self.snapshot_table_size = bytes;
+        self.metadata.clear();
+        self.find_metadata();
     }
 
     fn find_snapshot(&self, key: &str) -> io::Result<usize> {
@@ -284,6 +245,106 @@ impl State {
         whole.resize((clusters * cluster) as usize, 0);
         self.files.file.write_at(at, &whole)?;
         Ok(at)
+    }
+}
+
+impl Shadow<'_> {
+    /// Clusters that an entry refers to: offset and bytes.
+    fn target(&self, entry: Entry) -> Option<(u64, u64)> {
+        let layout = self.state.layout;
+        if entry.l2 & COMPRESSED != 0 {
+            return Some(layout.compressed_range(entry.l2));
+        }
+        layout.host(entry).map(|host| (host, layout.cluster()))
+    }
+
+    /// Everything that an L1 table refers to gets one more reference.
+    fn reference_tables(&mut self, l1: &[u64]) -> io::Result<()> {
+        for table in self.state.tables_of(l1)? {
+            self.add(table, 1)?;
+            for entry in self.state.table_entries(table)? {
+                if let Some((offset, len)) = self.target(entry) {
+                    self.add(offset, len)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that an L1 table refers to loses a reference.
+    fn release_tables(&mut self, l1: &[u64]) -> io::Result<()> {
+        for table in self.state.tables_of(l1)? {
+            for entry in self.state.table_entries(table)? {
+                if let Some((offset, len)) = self.target(entry) {
+                    self.sub(offset, len)?;
+                }
+            }
+            self.sub(table, 1)?;
+        }
+        Ok(())
+    }
+
+    /// Everything active gets one more reference, and nothing is called one's own any more. Returns the L1 table for both.
+    fn share_tables(&mut self) -> io::Result<Vec<u64>> {
+        let mut l1 = self.state.l1.clone();
+        self.state.tables_of(&l1)?;
+        for slot in l1.iter_mut().filter(|e| **e & OFFSET != 0) {
+            let mut table = *slot & OFFSET;
+            let mut entries = self.state.table_entries(table)?;
+            let mut changed = false;
+            for entry in &mut entries {
+                if let Some((offset, len)) = self.target(*entry) {
+                    self.add(offset, len)?;
+                    changed |= entry.l2 & COPIED != 0;
+                    entry.l2 &= !COPIED;
+                }
+            }
+            if changed {
+                table = self.replace_table(table, &entries)?;
+            }
+            self.add(table, 1)?;
+            *slot = table;
+        }
+        Ok(l1)
+    }
+
+    /// Makes the tables of an L1 table say which clusters are theirs alone. Returns the L1 table that says so too.
+    fn own_tables(&mut self, mut l1: Vec<u64>) -> io::Result<Vec<u64>> {
+        self.state.tables_of(&l1)?;
+        let bits = self.state.layout.cluster_bits;
+        for slot in l1.iter_mut().filter(|e| **e & OFFSET != 0) {
+            let mut table = *slot & OFFSET;
+            let mut entries = self.state.table_entries(table)?;
+            if self.state.refresh_entries(&mut entries)? {
+                table = self.replace_table(table, &entries)?;
+            }
+            let alone = self.state.refcount(table >> bits)? == 1;
+            *slot = table | if alone { COPIED } else { 0 };
+        }
+        Ok(l1)
+    }
+
+    /// A new L2 table with these entries instead of a reference to an old one.
+    fn replace_table(&mut self, old: u64, entries: &[Entry]) -> io::Result<u64> {
+        let new = self.allocate(self.state.layout.cluster())?;
+        self.state.write_entries(new, entries)?;
+        self.sub(old, 1)?;
+        Ok(new)
+    }
+
+    /// Writes a snapshot table to a new place, for the old one. Returns where it is, and its bytes.
+    fn new_snapshots(&mut self, all: &[Snapshot]) -> io::Result<(u64, u64)> {
+        let (old, size) = (self.state.header.snapshots_offset, self.state.snapshot_table_size);
+        if self.state.header.snapshots != 0 {
+            self.sub(old, size.max(1))?;
+        }
+        let bytes: Vec<u8> = all.iter().flat_map(Snapshot::to_bytes).collect();
+        if bytes.is_empty() {
+            return Ok((0, 0));
+        }
+        let at = self.allocate(bytes.len() as u64)?;
+        self.state.files.file.write_at(at, &bytes)?;
+        Ok((at, bytes.len() as u64))
     }
 }
 
@@ -324,28 +385,35 @@ impl Qcow2 {
                 "the image's refcounts are too narrow for another snapshot",
             ));
         }
-        state.flush()?;
         let id = state.snapshots.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0) + 1;
-        let l1: Vec<u64> = state.l1.iter().map(|e| e & !COPIED).collect();
-        let active = state.l1.clone();
-        state.reference_all(&active)?;
-        let l1_offset = state.new_l1(&l1)?;
-        state.refresh_copied()?;
-        let disk_size = self.size_now();
-        state.snapshots.push(Snapshot {
+        let mut snapshot = Snapshot {
             id: id.to_string(),
             name: name.to_owned(),
             date_sec: (now / 1_000_000_000) as u32,
             date_nsec: (now % 1_000_000_000) as u32,
             vm_clock_nsec: 0,
             vm_state_size: 0,
-            disk_size,
+            disk_size: self.size_now(),
             icount: u64::MAX,
-            l1_offset,
-            l1_size: l1.len() as u32,
+            l1_offset: 0,
+            l1_size: state.l1.len() as u32,
             extra: Vec::new(),
-        });
-        state.write_snapshots()
+        };
+        let mut all = state.snapshots.clone();
+        let bytes = Shadow::run(&mut state, |shadow| {
+            let l1 = shadow.share_tables()?;
+            snapshot.l1_offset = shadow.new_table(&l1)?;
+            let active = shadow.new_table(&l1)?;
+            all.push(snapshot);
+            let (at, bytes) = shadow.new_snapshots(&all)?;
+            shadow.commit(l1, active, |header| {
+                header.snapshots = all.len() as u32;
+                header.snapshots_offset = at;
+            })?;
+            Ok(bytes)
+        })?;
+        state.snapshots_are(all, bytes);
+        Ok(())
     }
 
     /// Deletes a snapshot, by name or id.
@@ -357,14 +425,25 @@ impl Qcow2 {
         let mut state = self.state.lock();
         self.snapshot_ready(&state)?;
         let at = state.find_snapshot(key)?;
-        state.flush()?;
-        let gone = state.snapshots.remove(at);
-        let l1 = state.snapshot_l1(&gone)?;
-        state.write_snapshots()?;
-        state.release_all(&l1)?;
-        state.free(gone.l1_offset, (u64::from(gone.l1_size) * 8).max(1));
-        state.flush()?;
-        state.refresh_copied()
+        let mut left = state.snapshots.clone();
+        let gone = left.remove(at);
+        let bytes = Shadow::run(&mut state, |shadow| {
+            let l1 = shadow.state.snapshot_l1(&gone)?;
+            shadow.release_tables(&l1)?;
+            shadow.sub(gone.l1_offset, (u64::from(gone.l1_size) * 8).max(1))?;
+            let active = shadow.state.l1.clone();
+            let active = shadow.own_tables(active)?;
+            let active_at = shadow.new_table(&active)?;
+            let (at, bytes) = shadow.new_snapshots(&left)?;
+            shadow.commit(active, active_at, |header| {
+                header.snapshots = left.len() as u32;
+                header.snapshots_offset = at;
+            })?;
+            Ok(bytes)
+        })?;
+        state.snapshots_are(left, bytes);
+        *self.decompressed.lock() = (0, Vec::new());
+        Ok(())
     }
 
     /// Makes the disk what it was at a snapshot, by name or id.
@@ -376,30 +455,24 @@ impl Qcow2 {
         let mut state = self.state.lock();
         self.snapshot_ready(&state)?;
         let at = state.find_snapshot(key)?;
-        state.flush()?;
+        if !state.bitmaps.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "Device has active dirty bitmaps"));
+        }
         let Some(snapshot) = state.snapshots.get(at).cloned() else {
             return Err(crate::node::os_error(libc::EIO));
         };
-        let mut l1: Vec<u64> = state.snapshot_l1(&snapshot)?.iter().map(|e| e & !COPIED).collect();
-        state.reference_all(&l1)?;
-        let needed = state.header.l1_needed(snapshot.disk_size) as usize;
-        l1.resize(l1.len().max(needed), 0);
-        let new = state.new_l1(&l1)?;
-        state.flush()?;
-        let old = std::mem::replace(&mut state.l1, l1);
-        let old_offset = state.header.l1_offset;
-        state.header.l1_offset = new;
-        state.header.l1_size = state.l1.len() as u32;
-        state.header.size = snapshot.disk_size;
-        state.write_header()?;
-        state.files.file.flush()?;
+        Shadow::run(&mut state, |shadow| {
+            let mut l1 = shadow.state.snapshot_l1(&snapshot)?;
+            shadow.reference_tables(&l1)?;
+            let old = shadow.state.l1.clone();
+            shadow.release_tables(&old)?;
+            let needed = shadow.state.header.l1_needed(snapshot.disk_size) as usize;
+            l1.resize(l1.len().max(needed), 0);
+            let l1 = shadow.own_tables(l1)?;
+            let at = shadow.new_table(&l1)?;
+            shadow.commit(l1, at, |header| header.size = snapshot.disk_size)
+        })?;
         self.size.store(snapshot.disk_size, std::sync::atomic::Ordering::Release);
-        state.release_all(&old)?;
-        state.free(old_offset, (old.len() as u64 * 8).max(1));
-        state.flush()?;
-        state.refresh_copied()?;
-        state.metadata.clear();
-        state.find_metadata();
         *self.decompressed.lock() = (0, Vec::new());
         Ok(())
     }

@@ -239,7 +239,7 @@ impl State {
     // ---- the order of writes ----
 
     /// Makes data durable that was written so far.
-    fn barrier(&mut self) -> io::Result<()> {
+    pub(super) fn barrier(&mut self) -> io::Result<()> {
         if let Some(data) = &self.files.data {
             data.flush()?;
         }

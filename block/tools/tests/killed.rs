@@ -1,5 +1,5 @@
-//! Programs that are killed (SIGKILL) while they write, discard, zero and resize, with snapshots around them: the image is whole but for leaks, and has
-//! what was flushed (Debian: qemu-utils). `HOLDFAST_KILLS` says how many rounds there are.
+//! Programs that are killed (SIGKILL) while they write, discard, zero and resize, take, apply and delete snapshots, add and remove bitmaps: the image
+//! is whole but for leaks, and has what was flushed (Debian: qemu-utils). `HOLDFAST_KILLS` says how many rounds there are.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -65,14 +65,19 @@ fn serve(dir: &Path) -> (Child, Arc<Nbd>) {
     }
 }
 
-/// Takes and deletes snapshots, and grows the image, which is killed after some milliseconds. Returns what it did, for messages.
+/// Takes, applies and deletes snapshots, adds and removes a bitmap, and grows the image; each is killed after some milliseconds. Returns what
+/// it did, for messages.
 fn change_and_kill(dir: &Path, random: &mut Random, round: u64) -> String {
     let program = env!("CARGO_BIN_EXE_holdfast-img");
     let (now, before) = (format!("s{round}"), format!("s{}", round.saturating_sub(1 + random.below(2))));
-    let all: [&[&str]; 3] = [
+    let all: [&[&str]; 6] = [
         &["snapshot", "-c", &now, "a.qcow2"],
+        // What was just taken, if it was: the contents stay.
+        &["snapshot", "-a", &now, "a.qcow2"],
         &["snapshot", "-d", &before, "a.qcow2"],
         &["resize", "-q", "a.qcow2", "+1M"],
+        &["bitmap", "--add", "a.qcow2", "b"],
+        &["bitmap", "--remove", "a.qcow2", "b"],
     ];
     let mut done = String::new();
     for args in all {
@@ -84,18 +89,16 @@ fn change_and_kill(dir: &Path, random: &mut Random, round: u64) -> String {
             .stderr(Stdio::null())
             .spawn()
             .expect("started");
-        // A snapshot that is taken half is no leak: its COPIED flags and refcounts change one after the other, so
-        // only growing is killed here.
-        if args[0] == "resize" {
-            std::thread::sleep(Duration::from_micros(random.below(40_000)));
-            // It may be done already.
-            let _ = child.kill();
-        }
+        std::thread::sleep(Duration::from_micros(random.below(40_000)));
+        // It may be done already.
+        let _ = child.kill();
         let status = child.wait().expect("gone");
         done += &format!("{} {}: {status}; ", args[0], args[1]);
         let (code, said) = image(dir, "qemu-img", &["check", "a.qcow2"]);
         assert!(code == 0 || code == 3, "round {round}, {done}{said}");
     }
+    // Images with bitmaps take no snapshots back.
+    image(dir, program, &["bitmap", "--remove", "a.qcow2", "b"]);
     done
 }
 
