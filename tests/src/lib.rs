@@ -6,6 +6,7 @@ pub mod migration;
 pub mod pc;
 pub mod qmp;
 pub mod shell;
+pub mod tls;
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -65,6 +66,14 @@ pub fn x86_64_guest() -> PathBuf {
 pub fn debian_guest(name: &str) -> PathBuf {
     let variable = format!("HOLDFAST_{}_GUEST", name.to_uppercase().replace('-', "_"));
     fetched(&variable, "fetch-debian", &[name])
+}
+
+/// The file to put behind the riscv64 guest's initramfs, so that it has Debian's fio, e2fsck and mke2fs in /usr/bin.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn fio_archive() -> PathBuf {
+    fetched("HOLDFAST_FIO_GUEST", "fetch-fio", &[]).join("fio.cpio")
 }
 
 /// Arguments of a q35 under translation, with the first serial port on the program's standard streams and nothing to boot.
