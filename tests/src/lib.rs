@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: the program under test, guests, and talking to both.
 
+pub mod counter;
 pub mod devices;
 pub mod http;
 pub mod migration;

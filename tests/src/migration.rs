@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::counter::Count;
 use crate::http::{Api, Response};
 use crate::{Program, riscv64_guest};
 
@@ -125,18 +126,9 @@ impl Console {
     pub fn counted(&self) -> u64 {
         let text = self.text();
         assert!(!text.contains("SUM BAD"), "memory got lost:\n{text}");
-        let (mut i, mut sum, mut uptime) = (0, 0, 0.0);
-        // The last line may not be whole yet.
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        for line in whole.lines().filter_map(|l| l.trim().strip_prefix("COUNT ")) {
-            let words: Vec<&str> = line.split(' ').collect();
-            i += 1;
-            sum = (sum * 31 + i) % 1_000_000_007;
-            assert_eq!(words[..2], [i.to_string(), sum.to_string()], "{text}");
-            let at: f64 = words[2].parse().expect("a time");
-            assert!(at >= uptime, "the clock went back:\n{text}");
-            uptime = at;
-        }
-        i
+        let counts = Count::all(&text);
+        Count::NONE.goes_on_with(&counts);
+        assert!(counts.is_sorted_by_key(|count| count.uptime), "the clock went back:\n{text}");
+        counts.last().map_or(0, |count| count.number)
     }
 }

@@ -1,20 +1,14 @@
 //! A VM's life over REST: made, booted, paused, saved, restored in another process, ended.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use holdfast_tests::counter::{Count, vmm, wait_in};
 use holdfast_tests::http::Api;
 use holdfast_tests::{Program, riscv64_args, riscv64_guest};
 use serde_json::{Value, json};
 
 const BOOT: Duration = Duration::from_secs(240);
-
-/// Starts a VMM that waits for its first request.
-fn vmm(dir: &Path) -> (Program, Api) {
-    let socket = dir.join("api");
-    let program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
-    (program, Api::connect(&socket))
-}
 
 fn config(serial: &Path, test: &str) -> Value {
     let guest = riscv64_guest();
@@ -38,38 +32,6 @@ fn state(api: &Api) -> String {
     api.get("vm.info")["state"].as_str().expect("a state").to_owned()
 }
 
-/// Waits until the guest's console, a file, contains `text`.
-fn wait_in(file: &Path, text: &str) -> String {
-    let deadline = std::time::Instant::now() + BOOT;
-    loop {
-        let seen = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
-        if seen.contains(text) {
-            return seen;
-        }
-        assert!(std::time::Instant::now() < deadline, "`{text}` did not come:\n{seen}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// The numbered lines of the guest's counter, checked against each other.
-fn counted(console: &str) -> Vec<(u64, u64, f64)> {
-    let lines = console.lines().filter_map(|l| l.trim().strip_prefix("COUNT "));
-    let parse = |line: &str| {
-        let mut words = line.split(' ');
-        let (i, sum) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some((i, sum, words.next()?.parse().ok()?))
-    };
-    lines.filter_map(parse).collect()
-}
-
-fn check_counting(counts: &[(u64, u64, f64)], mut i: u64, mut sum: u64) {
-    for &(got, got_sum, _) in counts {
-        i += 1;
-        sum = (sum * 31 + i) % 1_000_000_007;
-        assert_eq!((got, got_sum), (i, sum));
-    }
-}
-
 #[test]
 fn every_state_is_reached_and_reported() {
     let dir = tempfile::tempdir().expect("directory");
@@ -80,15 +42,14 @@ fn every_state_is_reached_and_reported() {
     assert_eq!(state(&api), "Created");
     api.put("vm.boot", &Value::Null);
     assert_eq!(state(&api), "Running");
-    wait_in(&console, "COUNT 3 ");
+    wait_in(&program, &console, "COUNT 3 ", BOOT);
     api.put("vm.pause", &Value::Null);
     assert_eq!(state(&api), "Paused");
     let standing = std::fs::read(&console).expect("console");
     std::thread::sleep(Duration::from_millis(700));
     assert_eq!(std::fs::read(&console).expect("console"), standing, "a paused guest says nothing");
     api.put("vm.resume", &Value::Null);
-    let counts = counted(&wait_in(&console, "COUNT 12 "));
-    check_counting(&counts, 0, 0);
+    Count::NONE.goes_on_with(&Count::all(&wait_in(&program, &console, "COUNT 12 ", BOOT)));
     api.put("vm.resize", &json!({ "desired_balloon": 64u64 << 20 }));
     let deadline = std::time::Instant::now() + BOOT;
     while api.get("vm.info")["memory_actual_size"] != json!((512u64 - 64) << 20) {
@@ -112,10 +73,12 @@ fn snapshot_and_restore(mode: &str, prefault: bool) {
     let (mut first, api) = vmm(dir.path());
     api.put("vm.create", &config(&console, "counter"));
     api.put("vm.boot", &Value::Null);
-    wait_in(&console, "COUNT 8 ");
+    wait_in(&first, &console, "COUNT 8 ", BOOT);
+    let mut running = Instant::now();
     api.put("vm.pause", &Value::Null);
+    let mut ran = running.elapsed();
     api.put("vm.snapshot", &json!({ "destination_url": url }));
-    let before = counted(&wait_in(&console, "COUNT 8 "));
+    let before = Count::all(&wait_in(&first, &console, "COUNT 8 ", BOOT));
     first.kill();
     // RAM that the guest never touched takes no room.
     use std::os::unix::fs::MetadataExt;
@@ -124,7 +87,7 @@ fn snapshot_and_restore(mode: &str, prefault: bool) {
 
     std::fs::remove_file(dir.path().join("api")).expect("the dead process's socket");
     let (second, api) = vmm(dir.path());
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(3));
     api.put("vm.restore", &json!({ "source_url": url, "memory_restore_mode": mode, "prefault": prefault }));
     if prefault {
         // All of RAM is there before the guest runs, what it never touched included.
@@ -134,14 +97,17 @@ fn snapshot_and_restore(mode: &str, prefault: bool) {
         assert!(rss > 512 << 10, "only {rss} KiB are resident");
     }
     assert_eq!(state(&api), "Paused");
+    running = Instant::now();
     api.put("vm.resume", &Value::Null);
-    let &(last, sum, uptime) = before.last().expect("it counted");
-    let after = counted(&wait_in(&console, &format!("COUNT {} ", last + 10)));
-    let after: Vec<_> = after.into_iter().filter(|c| c.0 > last).collect();
-    check_counting(&after, last, sum);
-    // The guest's clock went on where it stood: neither back, nor past the time it was away.
-    let first_after = after.first().expect("it goes on").2;
-    assert!(first_after >= uptime && first_after < uptime + 0.9, "uptime {uptime} -> {first_after}");
+    let last = before.last().expect("it counted");
+    wait_in(&second, &console, &format!("COUNT {} ", last.number + 1), BOOT);
+    ran += running.elapsed();
+    let wanted = format!("COUNT {} ", last.number + 10);
+    let mut after = Count::all(&wait_in(&second, &console, &wanted, BOOT));
+    after.retain(|count| count.number > last.number);
+    last.goes_on_with(&after);
+    let next = after.first().expect("it goes on");
+    last.clock_goes_on(next, ran, Duration::from_millis(900));
     api.put("vmm.shutdown", &Value::Null);
 }
 
@@ -189,10 +155,10 @@ fn the_power_button_of_virt_is_one_that_guests_know() {
     let deaf = api.request("PUT", "vm.power-button", &Value::Null);
     assert_eq!(deaf.status, 500);
     assert!(deaf.body.contains("virtio_input and evdev"), "{}", deaf.body);
-    let text = wait_in(&console, "READY");
+    let text = wait_in(&program, &console, "READY", BOOT);
     assert!(text.contains("Power Button"), "{text}");
     api.put("vm.power-button", &Value::Null);
-    wait_in(&console, "POWER-BUTTON");
+    wait_in(&program, &console, "POWER-BUTTON", BOOT);
     assert!(program.wait_exit(BOOT).success(), "the guest switched itself off");
 }
 

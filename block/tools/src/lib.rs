@@ -93,6 +93,17 @@ pub fn io_command(name: &'static str) -> clap::Command {
     <io::Args as clap::CommandFactory>::command().name(name)
 }
 
+/// Reads a command line whose first word is the program's name. Help and mistakes are printed here; the error is the
+/// exit status.
+fn parse<A: Parser>(args: impl IntoIterator<Item = OsString>, name: &'static str) -> Result<A, u8> {
+    let matches = A::command().name(name).bin_name(name).try_get_matches_from(args);
+    matches.and_then(|m| A::from_arg_matches(&m)).map_err(|error| {
+        // Help goes to standard output, the rest to standard error.
+        let _ = error.print();
+        u8::from(error.use_stderr())
+    })
+}
+
 /// Runs a command line whose first word is the program's name. Returns the exit status.
 ///
 /// Names that end with `nbd` or `io` call the server and the tester of images.
@@ -103,17 +114,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 
     if name.ends_with("io") {
         return io::main(args, name);
     }
-    let parsed = command(name)
-        .bin_name(name)
-        .try_get_matches_from(args)
-        .and_then(|m| <Cli as clap::FromArgMatches>::from_arg_matches(&m));
-    let cli = match parsed {
+    let cli: Cli = match parse(args, name) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Prints help to standard output, the rest to standard error.
-            let _ = error.print();
-            return u8::from(error.use_stderr());
-        }
+        Err(status) => return status,
     };
     let result = common::make_objects(&cli.objects).and_then(|()| run(cli.command, name));
     match result {

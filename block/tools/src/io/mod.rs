@@ -49,18 +49,9 @@ pub(crate) struct Args {
 
 /// Runs a command line whose first word is the program's name. Returns the exit status.
 pub(crate) fn main(args: impl IntoIterator<Item = OsString>, name: &'static str) -> u8 {
-    let parsed = <Args as clap::CommandFactory>::command()
-        .name(name)
-        .bin_name(name)
-        .try_get_matches_from(args)
-        .and_then(|m| <Args as clap::FromArgMatches>::from_arg_matches(&m));
-    let args = match parsed {
+    let args: Args = match crate::parse(args, name) {
         Ok(args) => args,
-        Err(error) => {
-            // Prints help to standard output, the rest to standard error.
-            let _ = error.print();
-            return u8::from(error.use_stderr());
-        }
+        Err(status) => return status,
     };
     let mut session = Session::default();
     let opened = make_objects(&args.objects).and_then(|()| {
