@@ -94,6 +94,11 @@ impl Opener {
         Self { writable: true, ..Self::reading(spawner) }
     }
 
+    /// Images are another process's when they are opened.
+    fn inactive(&self) -> bool {
+        self.nodes.as_ref().is_some_and(|nodes| nodes.opens_inactive())
+    }
+
     fn below(&self) -> Self {
         Self {
             writable: false,
@@ -325,6 +330,7 @@ impl Opener {
             io_uring: self.io_uring && options.aio != Some(Aio::Threads),
             no_flush: options.cache.and_then(|c| c.no_flush).unwrap_or(self.no_flush),
             lock,
+            inactive: self.inactive(),
             name: self.name.clone(),
             ..RawOptions::new(path)
         };
@@ -345,7 +351,9 @@ impl Opener {
             )));
         }
         chain.push(id);
-        if self.writable && !BlockNode::is_readonly(&*image) && lock != LockRange::None {
+        // What is another process's still is locked before it is written.
+        let ours = self.writable && !self.inactive();
+        if ours && !BlockNode::is_readonly(&*image) && lock != LockRange::None {
             // Locks of this process do not stand against each other where they have one file description.
             claim(id, image.path(), &image)?;
         }
@@ -508,6 +516,7 @@ impl Opener {
         let open = qcow2::OpenOptions {
             key: self.qcow2_cipher(options, &header, &*file)?,
             readonly: !self.writable,
+            inactive: self.inactive(),
             metadata_only: self.metadata_only,
             for_check: self.for_check,
             guess_preallocation: !self.for_vm,

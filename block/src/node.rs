@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Op;
+use crate::{BlockError, Op};
 use crate::ranges::RangeGuard;
 use crate::raw::RawImage;
 
@@ -179,6 +179,24 @@ pub trait BlockNode: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Gives this node up for another process: what is only in memory goes to the disk, nothing is written any more, and locks
+    /// are let go of. Nobody has a request under way. A node that is only read has nothing to give up.
+    ///
+    /// # Errors
+    /// The host's; then it may be given up in part, which [`BlockNode::activate`] undoes.
+    fn inactivate(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Takes it again, or for the first time: locks it and reads anew what another process may have changed. The nodes below
+    /// have been taken. Does nothing if it is not given up.
+    ///
+    /// # Errors
+    /// [`BlockError`] if somebody else has it, or what it has become cannot be used.
+    fn activate(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
     /// The qcow2 image, if it is one.
     fn as_qcow2(&self) -> Option<&crate::qcow2::Qcow2> {
         None
@@ -212,6 +230,11 @@ pub fn is_zero(buf: &[u8]) -> bool {
 /// A path shown in messages.
 pub(crate) fn shown(node: &dyn BlockNode) -> String {
     node.path().as_deref().map(Path::display).map(|d| d.to_string()).unwrap_or_default()
+}
+
+/// What a write to a node gets that was given up, or not taken yet.
+pub(crate) fn inactive_error() -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, "the node is inactive: its image is another process's")
 }
 
 pub(crate) fn os_error(code: i32) -> io::Error {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -173,6 +173,11 @@ impl NamedNode {
         self.name() == name || self.holds.lock().iter().any(|h| h.node.rests_on(name))
     }
 
+    /// How many nodes lie below it, one on the other.
+    fn height(&self) -> usize {
+        self.holds.lock().iter().map(|h| h.node.height() + 1).max().unwrap_or(0)
+    }
+
     fn with<T>(&self, call: impl FnOnce(&Arc<dyn BlockNode>) -> io::Result<T>) -> io::Result<T> {
         match &*self.inner.read() {
             Some(node) => call(node),
@@ -272,6 +277,14 @@ impl BlockNode for NamedNode {
         self.with(|n| n.refresh_size())
     }
 
+    fn inactivate(&self) -> io::Result<()> {
+        self.ask(|n| n.inactivate()).unwrap_or(Ok(()))
+    }
+
+    fn activate(&self) -> Result<(), BlockError> {
+        self.ask(|n| n.activate()).unwrap_or(Ok(()))
+    }
+
     fn as_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
         self.inner().ok()?.as_file()
     }
@@ -301,6 +314,8 @@ pub struct Nodes {
     table: Mutex<Table>,
     next: AtomicU64,
     events: Option<Arc<dyn NodeEvents>>,
+    /// New nodes are opened without being taken.
+    incoming: AtomicBool,
 }
 
 fn bad(text: String) -> BlockError {
@@ -325,6 +340,62 @@ impl Nodes {
     /// All nodes, by their names.
     pub fn list(&self) -> Vec<Arc<NamedNode>> {
         self.table.lock().all.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether images that are opened from now on are another process's still, and ours only by [`Nodes::activate`].
+    pub fn open_inactive(&self, yes: bool) {
+        self.incoming.store(yes, Ordering::Release);
+    }
+
+    pub(crate) fn opens_inactive(&self) -> bool {
+        self.incoming.load(Ordering::Acquire)
+    }
+
+    /// All nodes, each before those that it rests on.
+    fn from_the_top(&self) -> Vec<Arc<NamedNode>> {
+        let mut all: Vec<_> = self.list().into_iter().map(|n| (n.height(), n)).collect();
+        all.sort_by_key(|(height, _)| std::cmp::Reverse(*height));
+        all.into_iter().map(|(_, node)| node).collect()
+    }
+
+    /// Gives all images up for another process; nobody has a request under way.
+    ///
+    /// # Errors
+    /// [`BlockError::Host`]; then some are given up, which [`Nodes::activate`] undoes.
+    pub fn inactivate(&self) -> Result<(), BlockError> {
+        for node in self.from_the_top() {
+            node.inactivate().map_err(|source| BlockError::Host {
+                path: node.path().unwrap_or_else(|| node.name().into()),
+                what: "cannot be given up",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes all images that are given up or were opened so, and opens further ones as usual.
+    ///
+    /// # Errors
+    /// [`BlockError`]; then all are given up.
+    pub fn activate(&self) -> Result<(), BlockError> {
+        let mut all = self.from_the_top();
+        all.reverse();
+        let take = |node: &Arc<NamedNode>| {
+            node.activate()?;
+            node.refresh_size().map_err(|source| BlockError::Host {
+                path: node.path().unwrap_or_else(|| node.name().into()),
+                what: "cannot get its size",
+                source,
+            })
+        };
+        if let Err(error) = all.iter().try_for_each(take) {
+            if let Err(second) = self.inactivate() {
+                tracing::warn!(error = %second, "images stay taken");
+            }
+            return Err(error);
+        }
+        self.open_inactive(false);
+        Ok(())
     }
 
     /// Opens a node by a monitor's options and keeps it until [`Nodes::remove`].

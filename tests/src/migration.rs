@@ -119,6 +119,26 @@ impl Console {
         }
     }
 
+    /// Waits until each of the disks has been written and verified `more` times further than now.
+    ///
+    /// # Panics
+    /// If it is not, or something was lost.
+    pub fn disks_go_on(&self, disks: &[&str], more: usize) {
+        let done = |text: &str, disk: &str| text.matches(&format!("DISK GOOD {disk} ")).count();
+        let text = self.text();
+        let want: Vec<_> = disks.iter().map(|disk| done(&text, disk) + more).collect();
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let text = self.text();
+            assert!(!text.contains("DISK BAD"), "a disk lost something:\n{text}");
+            if disks.iter().zip(&want).all(|(disk, want)| done(&text, disk) >= *want) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{disks:?} do not come to {want:?}:\n{text}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The last number, all checked.
     ///
     /// # Panics

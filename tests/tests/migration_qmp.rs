@@ -111,6 +111,67 @@ fn states_events_and_refusals() {
     drop(first.program);
 }
 
+/// What makes a VM like that of [`source`], but for `other` options instead of those of the same name.
+fn like_the_source<'a>(console: &'a str, other: &[&'a str]) -> Vec<String> {
+    let guest = holdfast_tests::riscv64_guest();
+    let (kernel, initramfs) = (guest.join("Image"), guest.join("initramfs.cpio"));
+    let serial = format!("file={console}");
+    let usual = [
+        ("--arch", "riscv64"),
+        ("--accel", "tcg"),
+        ("--cpus", "boot=2"),
+        ("--memory", "size=256M"),
+        ("--kernel", kernel.to_str().expect("UTF-8")),
+        ("--initramfs", initramfs.to_str().expect("UTF-8")),
+        ("--serial", &serial),
+        ("--console", "off"),
+    ];
+    let other: Vec<_> = other.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+    let kept = usual.iter().filter(|(name, _)| !other.iter().any(|(o, _)| o == name));
+    kept.chain(&other).flat_map(|(name, value)| [(*name).to_owned(), (*value).to_owned()]).collect()
+}
+
+#[test]
+fn what_differs_is_named_before_the_guest_stops() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (mut first, console) = source(dir.path());
+    let uri = format!("unix:{}", dir.path().join("m").display());
+    let serial = console.0.to_str().expect("UTF-8");
+    first.qmp.ok("migrate-set-capabilities", on(&["events"]));
+    let hotplug: &[&str] = &["--machine", "virt,hotplug_ports=1"];
+    for (n, (other, says)) in [
+        (["--cpus", "boot=3"].as_slice(), "the number of vCPUs is 2 at the source, 3 here"),
+        (&["--memory", "size=512M"], "RAM is 0x10000000 bytes at 0x80000000 at the source, 0x20000000"),
+        (&["--rng", "src=/dev/zero,id=extra"], "device `extra` (virtio-rng) is not at the source"),
+        (hotplug, "is not at the source"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut options = vec!["--incoming".to_owned(), uri.clone()];
+        options.extend(like_the_source(serial, other));
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let mut second = vmm(dir.path(), &format!("b{n}"), &options);
+        soon(&mut first.qmp, "migrate", &json!({ "uri": uri }));
+        let failed = first.qmp.until("query-migrate", "status", "failed");
+        let error = failed["error-desc"].as_str().unwrap_or_default();
+        assert!(error.contains("the destination gave up") && error.contains(says), "{other:?}: {error}");
+        // `-incoming` on the command line ends with its migration.
+        assert!(!second.program.wait_exit(LIMIT).success());
+    }
+    assert!(!first.qmp.heard("MIGRATION", "status").contains(&"device".into()), "the guest never stood");
+    assert!(first.qmp.heard("STOP", "status").is_empty());
+    console.goes_on(2);
+    // What is alike is taken.
+    let mut options = vec!["--incoming".to_owned(), uri.clone()];
+    options.extend(like_the_source(serial, &[]));
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut second = vmm(dir.path(), "like", &options);
+    soon(&mut first.qmp, "migrate", &json!({ "uri": uri }));
+    second.qmp.until("query-status", "status", "running");
+    console.goes_on(2);
+}
+
 #[test]
 fn pages_follow_the_guest_even_when_the_connection_breaks() {
     let dir = tempfile::tempdir().expect("directory");

@@ -1,7 +1,9 @@
 //! A VM moves from process to process over REST while it works, and stays where it is if that fails.
 
 use std::path::Path;
+use std::process::Command;
 
+use holdfast_tests::devices::run;
 use holdfast_tests::migration::{Console, Vmm, config};
 use serde_json::{Value, json};
 
@@ -49,6 +51,59 @@ fn a_busy_guest_moves_there_and_back() {
     assert_eq!((second.state().as_str(), third.state().as_str()), ("Paused", "Running"));
     console.goes_on(5);
     assert!(console.text().contains("SUM GOOD"));
+}
+
+#[test]
+fn disks_go_along_even_those_that_were_plugged_in() {
+    let dir = tempfile::tempdir().expect("directory");
+    let at = |name: &str| dir.path().join(name);
+    for (name, format) in [("raw", "raw"), ("qcow2", "qcow2"), ("hot", "qcow2")] {
+        run(Command::new("qemu-img").args(["create", "-q", "-f", format]).arg(at(name)).arg("64M"));
+    }
+    run(Command::new("qemu-img").args(["bitmap", "--add"]).arg(at("qcow2")).arg("map"));
+    let console = Console(at("console"));
+    let vmms: Vec<Vmm> = ["a", "b", "c"].iter().map(|name| Vmm::start(dir.path(), name, &[])).collect();
+    let mut config = config(&console.0, "mover");
+    config["memory"]["shared"] = true.into();
+    config["machine"] = json!({ "type": "virt", "hotplug_ports": 1 });
+    config["disks"] = json!([{ "path": at("raw"), "image_type": "Raw" }, { "path": at("qcow2") }]);
+    vmms[0].api.put("vm.create", &config);
+    vmms[0].api.put("vm.boot", &Value::Null);
+    let added =
+        vmms[0].api.request("PUT", "vm.add-disk", &json!({ "path": at("hot"), "id": "hot", "serial": "hot" }));
+    assert_eq!(added.status, 200, "{added:?}");
+    let disks = ["vda", "vdb"];
+    console.disks_go_on(&disks, 2);
+    // By the network, then by the file descriptors of RAM.
+    for (from, to, body) in [(0, 1, json!({ "downtime_ms": 2000 })), (1, 2, json!({ "local": true }))] {
+        let url = format!("unix:{}", at("m").display());
+        let received = vmms[to].receive(json!({ "receiver_url": url }));
+        let mut body = body;
+        body["destination_url"] = url.into();
+        body["preserve_source"] = true.into();
+        body["timeout_s"] = 60.into();
+        body["timeout_strategy"] = "Ignore".into();
+        let sent = vmms[from].send(&body);
+        assert_eq!(sent.status, 204, "{sent:?}");
+        assert_eq!(received.join().expect("an answer").status, 204);
+        assert_eq!(vmms[to].state(), "Running");
+        if from == 0 {
+            // The images are the destination's: the guest cannot be run twice.
+            let again = vmms[0].api.request("PUT", "vm.resume", &Value::Null);
+            assert!(again.status == 500 && again.body.contains("is in use"), "{again:?}");
+            let ids = vmms[1].api.get("vm.info")["config"]["disks"].clone();
+            assert_eq!(ids[2]["id"], "hot", "{ids}");
+        }
+        console.disks_go_on(&disks, 2);
+        console.goes_on(2);
+    }
+    assert!(console.text().contains("SUM GOOD"));
+    vmms[2].api.put("vm.shutdown", &Value::Null);
+    for image in ["qcow2", "hot"] {
+        run(Command::new("qemu-img").args(["check", "-q"]).arg(at(image)));
+    }
+    let info = run(Command::new("qemu-img").arg("info").arg(at("qcow2")));
+    assert!(info.contains("name: map") && !info.contains("in-use"), "{info}");
 }
 
 #[test]

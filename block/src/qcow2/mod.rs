@@ -11,6 +11,7 @@ pub mod check;
 mod compress;
 mod create;
 mod geometry;
+mod handover;
 pub mod header;
 mod read;
 mod refcount;
@@ -25,7 +26,7 @@ mod zero;
 
 use std::collections::{BTreeSet, HashSet};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -57,6 +58,8 @@ const MAX_CRYPTO: u64 = 64 << 20;
 pub struct OpenOptions {
     /// It is not written.
     pub readonly: bool,
+    /// Another process still has it: nothing but the header is read, and nothing written, until it is activated.
+    pub inactive: bool,
     /// Only the header and tables are of interest: data need not be readable, and bits that forbid writing do not matter.
     pub metadata_only: bool,
     /// It is opened to be checked: the dirty and corrupt bits do not matter.
@@ -79,6 +82,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             readonly: false,
+            inactive: false,
             metadata_only: false,
             for_check: false,
             discard: true,
@@ -136,6 +140,9 @@ pub struct Qcow2 {
     decompressed: Mutex<(u64, Vec<u8>)>,
     /// What the heuristic says of clusters allocated ahead of their use.
     preallocated: OnceLock<bool>,
+    options: OpenOptions,
+    /// It is another process's for the time being. As the tables' own flag, for who does not have their lock.
+    inactive: AtomicBool,
 }
 
 /// Reads and checks the header of an image.
@@ -182,7 +189,7 @@ impl Qcow2 {
                 ));
             }
         }
-        let for_use = writable && !options.for_check;
+        let for_use = writable && !options.for_check && !options.inactive;
         if for_use && header.incompatible & incompatible::CORRUPT != 0 {
             return Err(BlockError::Format("qcow2: Image is corrupt; cannot be opened read/write".into()));
         }
@@ -195,7 +202,7 @@ impl Qcow2 {
         if repair {
             image.repair_dirty()?;
         }
-        if writable {
+        if writable && !options.inactive {
             let started = image.state.lock().start_writing();
             started.map_err(|e| host_error(&*image.files.file, "Could not update qcow2 header", e))?;
         }
@@ -209,56 +216,23 @@ impl Qcow2 {
         options: &OpenOptions,
     ) -> Result<Arc<Self>, BlockError> {
         let layout = Layout::of(&header);
-        let fail = |what| {
-            let file = Arc::clone(&files.file);
-            move |e| host_error(&*file, what, e)
-        };
-        let reftable_entries = u64::from(header.reftable_clusters) * layout.cluster() / 8;
-        let l1 = read_table(&*files.file, header.l1_offset, u64::from(header.l1_size))
-            .map_err(fail("Could not read L1 table"))?;
-        let reftable = read_table(&*files.file, header.reftable_offset, reftable_entries)
-            .map_err(fail("Could not read refcount table"))?;
-        let (snapshots, snapshot_table_size) = snapshot::read(&*files.file, &header)?;
-        let bitmaps = bitmap::Bitmaps::read(&*files.file, &header)?;
-        let mut state = State {
-            files: files.clone(),
-            layout,
-            l1,
-            l1_dirty: BTreeSet::new(),
-            reftable,
-            reftable_dirty: BTreeSet::new(),
-            l2: cache::TableCache::new(layout.cluster(), options.l2_cache),
-            refblocks: cache::TableCache::new(layout.cluster(), options.refcount_cache),
-            first_free: 0,
-            free_byte: 0,
-            freed: Vec::new(),
-            snapshots,
-            snapshot_table_size,
-            metadata: HashSet::new(),
-            discard_freed: options.pass_discard,
-            corrupt: None,
-            watch: None,
-            readonly: options.readonly,
-            bitmaps,
-            scratch: Vec::new(),
-            header,
-        };
-        if !options.readonly {
-            state.find_metadata();
-        }
         let key = options.key.clone();
-        let header = &state.header;
+        let size = AtomicU64::new(header.size);
+        let (compression, data_file_raw) = (header.compression, header.autoclear & AUTOCLEAR_RAW != 0);
+        let state = State::load(header, &files, options)?;
         Ok(Arc::new(Self {
             backing: RwLock::new(backing),
             layout,
-            compression: header.compression,
-            data_file_raw: header.autoclear & AUTOCLEAR_RAW != 0,
+            compression,
+            data_file_raw,
             discards: options.discard,
-            size: AtomicU64::new(header.size),
+            size,
             state: Mutex::new(state),
             ranges: Arc::default(),
             decompressed: Mutex::default(),
             preallocated: if options.guess_preallocation { OnceLock::new() } else { OnceLock::from(false) },
+            inactive: AtomicBool::new(options.inactive && !options.readonly),
+            options: options.clone(),
             key,
             files,
         }))
@@ -348,6 +322,9 @@ impl Qcow2 {
     }
 
     fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.inactive.load(Ordering::Acquire) {
+            return Err(crate::node::inactive_error());
+        }
         let end = offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
         if end > self.size_now() { Err(os_error(libc::EIO)) } else { Ok(()) }
     }
@@ -363,7 +340,7 @@ impl Qcow2 {
     /// The host's.
     pub fn close(&self) -> io::Result<()> {
         let mut state = self.state.lock();
-        if state.readonly {
+        if state.readonly || state.inactive {
             return Ok(());
         }
         state.store_bitmaps()?;
@@ -394,6 +371,55 @@ fn refuse_encryption(header: &Header, options: &OpenOptions) -> Result<(), Block
 }
 
 impl State {
+    /// The tables as they are on the disk; none of an image that is another process's.
+    fn load(header: Header, files: &Files, options: &OpenOptions) -> Result<Self, BlockError> {
+        let layout = Layout::of(&header);
+        let fail = |what| {
+            let file = Arc::clone(&files.file);
+            move |e| host_error(&*file, what, e)
+        };
+        let inactive = options.inactive && !options.readonly;
+        let mut state = State {
+            files: files.clone(),
+            layout,
+            l1: Vec::new(),
+            l1_dirty: BTreeSet::new(),
+            reftable: Vec::new(),
+            reftable_dirty: BTreeSet::new(),
+            l2: cache::TableCache::new(layout.cluster(), options.l2_cache),
+            refblocks: cache::TableCache::new(layout.cluster(), options.refcount_cache),
+            first_free: 0,
+            free_byte: 0,
+            freed: Vec::new(),
+            snapshots: Vec::new(),
+            snapshot_table_size: 0,
+            metadata: HashSet::new(),
+            discard_freed: options.pass_discard,
+            corrupt: None,
+            watch: None,
+            readonly: options.readonly,
+            inactive,
+            bitmaps: bitmap::Bitmaps::default(),
+            scratch: Vec::new(),
+            header,
+        };
+        if inactive {
+            return Ok(state);
+        }
+        let header = &state.header;
+        let reftable_entries = u64::from(header.reftable_clusters) * layout.cluster() / 8;
+        state.l1 = read_table(&*files.file, header.l1_offset, u64::from(header.l1_size))
+            .map_err(fail("Could not read L1 table"))?;
+        state.reftable = read_table(&*files.file, header.reftable_offset, reftable_entries)
+            .map_err(fail("Could not read refcount table"))?;
+        (state.snapshots, state.snapshot_table_size) = snapshot::read(&*files.file, header)?;
+        state.bitmaps = bitmap::Bitmaps::read(&*files.file, header)?;
+        if !options.readonly {
+            state.find_metadata();
+        }
+        Ok(state)
+    }
+
     /// Where metadata is, so that no allocation overwrites it.
     fn find_metadata(&mut self) {
         let bits = self.layout.cluster_bits;
@@ -462,7 +488,7 @@ impl BlockNode for Qcow2 {
 
     fn flush(&self) -> io::Result<()> {
         let mut state = self.state.lock();
-        if state.readonly { Ok(()) } else { state.flush() }
+        if state.readonly || state.inactive { Ok(()) } else { state.flush() }
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -478,7 +504,16 @@ impl BlockNode for Qcow2 {
     }
 
     fn status(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.check_range(offset, 0)?;
         self.status_of(offset, len)
+    }
+
+    fn inactivate(&self) -> io::Result<()> {
+        self.give_up()
+    }
+
+    fn activate(&self) -> Result<(), BlockError> {
+        self.take()
     }
 
     fn truncate(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {

@@ -70,6 +70,8 @@ pub(super) struct State {
     /// Why nothing more is written, if so.
     pub(super) corrupt: Option<String>,
     pub(super) readonly: bool,
+    /// It is another process's for the time being.
+    pub(super) inactive: bool,
     pub(super) bitmaps: super::bitmap::Bitmaps,
     /// Hears of damage.
     pub(super) watch: Option<Arc<crate::nodes::NodeWatch>>,
@@ -105,6 +107,9 @@ impl State {
     pub(super) fn check_writable(&self) -> io::Result<()> {
         if self.readonly {
             return Err(os_error(libc::EROFS));
+        }
+        if self.inactive {
+            return Err(crate::node::inactive_error());
         }
         match &self.corrupt {
             Some(what) => Err(corrupt_error(what)),

@@ -139,3 +139,18 @@ pub(super) fn lock(
         _ => Err(BlockError::Host { path: path.to_owned(), what: "cannot be locked", source }),
     }
 }
+
+/// Lets go of all locks of this open file.
+pub(super) fn unlock(file: &File) -> io::Result<()> {
+    let request = flock(libc::F_UNLCK, LockRange::Full, 0);
+    // SAFETY: `request` is a valid flock, only read by the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &request) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A file system without locks had none.
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
+        _ => Err(error),
+    }
+}

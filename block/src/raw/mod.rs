@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use holdfast_threads::Spawner;
@@ -42,6 +42,8 @@ pub struct RawOptions {
     pub io_uring: bool,
     /// What to lock.
     pub lock: LockRange,
+    /// Another process still has it: it is neither locked nor written until it is activated.
+    pub inactive: bool,
     /// Answer flushes without making anything durable (`cache.no-flush`).
     pub no_flush: bool,
     /// Name of the threads of the fallback engine (the device's id).
@@ -59,6 +61,7 @@ impl RawOptions {
             sparse: true,
             io_uring: true,
             lock: LockRange::Bytes,
+            inactive: false,
             no_flush: false,
             name: "block".to_owned(),
         }
@@ -81,6 +84,8 @@ pub struct RawImage {
     unaligned: parking_lot::Mutex<()>,
     /// Hears of writes.
     watch: parking_lot::RwLock<Vec<Arc<NodeWatch>>>,
+    /// It is ours to write.
+    active: AtomicBool,
 }
 
 /// What direct I/O asks of a request; all 1 for buffered I/O.
@@ -119,7 +124,10 @@ impl RawImage {
             return Err(BlockError::Kind { path: path.to_owned() });
         }
         let size = size_of(&file, is_device).map_err(fail)?;
-        lock::lock(&file, path, options.readonly, options.lock, size)?;
+        let active = options.readonly || !options.inactive;
+        if active {
+            lock::lock(&file, path, options.readonly, options.lock, size)?;
+        }
         // Emptied only once it is known that nobody else uses it.
         let size = if options.create && !is_device {
             file.set_len(0).map_err(fail)?;
@@ -143,6 +151,7 @@ impl RawImage {
             spawner,
             unaligned: parking_lot::Mutex::new(()),
             watch: parking_lot::RwLock::default(),
+            active: AtomicBool::new(active),
         }))
     }
 
@@ -179,6 +188,42 @@ impl RawImage {
         for watch in self.watch.read().iter() {
             watch.wrote(end);
         }
+    }
+
+    /// Writes all that there is and lets go of the locks, unless it is only read.
+    fn give_up(&self) -> io::Result<()> {
+        if self.options.readonly || !self.active.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        if !self.options.no_flush {
+            self.file.sync_data()?;
+        }
+        lock::unlock(&self.file)
+    }
+
+    /// Locks it again and forgets what was known of it.
+    fn take(&self) -> Result<(), BlockError> {
+        if self.active.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let size =
+            size_of(&self.file, self.is_device).map_err(|e| self.host_error("cannot get its size", e))?;
+        lock::lock(&self.file, self.path(), self.options.readonly, self.options.lock, size)?;
+        // On file systems of networks, pages may have been read before the other host's writes. Advice: it is in vain where
+        // there is nothing to be dropped.
+        // SAFETY: no memory is passed.
+        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        self.size.store(size, Ordering::Release);
+        self.active.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Fails if it is only read, or another process's for the time being.
+    fn check_writable(&self) -> io::Result<()> {
+        if self.options.readonly {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        if self.active.load(Ordering::Acquire) { Ok(()) } else { Err(crate::node::inactive_error()) }
     }
 
     pub(crate) fn alignment(&self) -> Alignment {

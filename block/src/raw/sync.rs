@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::RawImage;
-use crate::BlockNode;
+use crate::{BlockError, BlockNode};
 use crate::buffer::AlignedBuffer;
 use crate::node::{Extent, Preallocation, os_error};
 
@@ -171,9 +171,7 @@ impl BlockNode for RawImage {
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
         let end = self.check(offset, buf.len() as u64)?;
-        if self.options.readonly {
-            return Err(os_error(libc::EROFS));
-        }
+        self.check_writable()?;
         self.note_write(end);
         if self.aligned(offset, buf) {
             self.file.write_all_at(buf, offset)?;
@@ -186,7 +184,8 @@ impl BlockNode for RawImage {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.options.readonly || self.options.no_flush {
+        let given_up = !self.active.load(Ordering::Acquire);
+        if self.options.readonly || self.options.no_flush || given_up {
             return Ok(());
         }
         self.file.sync_data()
@@ -194,9 +193,7 @@ impl BlockNode for RawImage {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(offset, len)?;
-        if self.options.readonly {
-            return Err(os_error(libc::EROFS));
-        }
+        self.check_writable()?;
         if !self.options.sparse || len == 0 {
             return Ok(());
         }
@@ -208,9 +205,7 @@ impl BlockNode for RawImage {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let end = self.check(offset, len)?;
-        if self.options.readonly {
-            return Err(os_error(libc::EROFS));
-        }
+        self.check_writable()?;
         if len == 0 {
             return Ok(());
         }
@@ -255,6 +250,7 @@ impl BlockNode for RawImage {
     }
 
     fn truncate(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
+        self.check_writable()?;
         let old = RawImage::size(self);
         if self.is_device {
             if size > old {
@@ -292,6 +288,14 @@ impl BlockNode for RawImage {
         let size = super::size_of(&self.file, self.is_device)?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    fn inactivate(&self) -> io::Result<()> {
+        self.give_up()
+    }
+
+    fn activate(&self) -> Result<(), BlockError> {
+        self.take()
     }
 
     fn whole_file(self: Arc<Self>) -> Option<Arc<RawImage>> {

@@ -95,6 +95,8 @@ impl Manager {
             Stage::Built { vm, run: Run::IoError } => Arc::clone(vm),
             _ => self.built_and(Run::Paused, "VM is not paused")?,
         };
+        // After a migration whose end is not known, or that was undone by hand, they may have been given up.
+        vm.storage().nodes().activate().map_err(failed("The VM could not be resumed"))?;
         self.events.publish(Event::Resuming);
         vm.resume().map_err(failed("The VM could not be resumed"))?;
         self.set_run(Run::Running);
@@ -110,6 +112,9 @@ impl Manager {
     /// Resets the machine, whatever job is under way.
     pub(super) fn reset_now(&mut self, origin: Origin) -> Result<(), ControlError> {
         let vm = Arc::clone(self.built()?);
+        if matches!(self.stage, Stage::Built { run: Run::Moved { .. }, .. }) {
+            return Err(ControlError::new(ErrorKind::Failed, "The VM has moved to another process"));
+        }
         let stands = match self.stage {
             Stage::Built { run: run @ (Run::Paused | Run::Debug | Run::IoError), .. } => Some(run),
             _ => None,

@@ -87,6 +87,7 @@ impl Vm {
     /// [`VmError`]; all that was made is taken down again.
     pub fn build(mut config: VmConfig, mut host: Host) -> Result<Self, VmError> {
         let module = find_machine(&config)?;
+        take_images(&host)?;
         let chardevs = open_chardevs(&mut config, &host)?;
         let request = machine_request(&config, module, &chardevs);
         let files = std::mem::take(&mut host.ram_files);
@@ -167,6 +168,15 @@ impl Vm {
             arriving: None,
         })
     }
+}
+
+/// Images that are here already are this VM's, unless it comes from elsewhere: then they are the other VM's still.
+fn take_images(host: &Host) -> Result<(), VmError> {
+    let nodes = host.storage.nodes();
+    if host.incoming {
+        return Ok(());
+    }
+    nodes.activate().map_err(|source| VmError::Images { source })
 }
 
 fn find_machine(config: &VmConfig) -> Result<&'static dyn MachineModule, VmError> {

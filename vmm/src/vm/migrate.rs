@@ -1,11 +1,9 @@
 //! What a VM is to a migration.
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
 
 use holdfast_arch::CpuState;
+use holdfast_config::VmConfig;
 use holdfast_memory::PAGE_SIZE;
 use holdfast_migration::Plan;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -14,11 +12,11 @@ use super::{Vm, VmError};
 use crate::snapshot::SavedVm;
 
 impl Vm {
-    /// What a VM must be like for this one's state to fit.
+    /// What a VM must be like for this one's state to fit. `config` has the devices that were added since it was built.
     ///
     /// # Errors
     /// [`VmError`] if a vCPU does not answer, or something of this VM cannot move.
-    pub fn plan(&self, running: bool) -> Result<Plan, VmError> {
+    pub fn plan(&self, config: &VmConfig, running: bool) -> Result<Plan, VmError> {
         let unwritable =
             |e: serde_json::Error| VmError::Unsupported(format!("the config cannot be written: {e}"));
         let kinds = |id: &str| {
@@ -34,7 +32,7 @@ impl Vm {
             cpu_model: self.config.cpus.profile.clone().unwrap_or_default(),
             ram: self.ram_ranges(),
             devices: self.devices().iter().map(|d| (d.id().to_owned(), kinds(d.id()))).collect(),
-            config: serde_json::to_value(&self.config).map_err(unwritable)?,
+            config: serde_json::to_value(config).map_err(unwritable)?,
             vcpu: serde_json::to_value(self.vcpus.state(0)?).map_err(unwritable)?,
             running,
             local: false,
@@ -48,7 +46,7 @@ impl Vm {
     /// # Errors
     /// [`VmError::Mismatch`] naming all that differs.
     pub fn check_plan(&self, plan: &Plan) -> Result<(), VmError> {
-        let differences = plan.differences(&self.plan(false)?);
+        let differences = plan.differences(&self.plan(&self.config, false)?);
         if !differences.is_empty() {
             return Err(VmError::Mismatch(differences.join("; ")));
         }
@@ -97,19 +95,6 @@ impl Vm {
                     .into(),
             ));
         }
-        match self.config.disks().iter().find(|d| !d.readonly && d.path.as_deref().is_some_and(is_qcow2)) {
-            // Two processes would have its tables in memory at once.
-            Some(disk) => Err(VmError::Unsupported(format!(
-                "disk `{}` is a writable qcow2 image; migration is supported with raw images and read-only ones",
-                disk.id.as_deref().unwrap_or_default()
-            ))),
-            None => Ok(()),
-        }
+        Ok(())
     }
-}
-
-fn is_qcow2(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    // What cannot be read is not open either.
-    File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"QFI\xfb"
 }

@@ -66,6 +66,13 @@ pub enum VmError {
         #[source]
         source: ControlError,
     },
+    /// Images that were given up cannot be had again.
+    #[error("the disks' images cannot be taken")]
+    Images {
+        /// Why.
+        #[source]
+        source: holdfast_block::BlockError,
+    },
     /// A vCPU failed.
     #[error("a vCPU failed")]
     Vcpu(#[from] VcpuError),

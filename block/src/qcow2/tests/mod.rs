@@ -1,6 +1,7 @@
 //! Images against QEMU's own `qemu-img` (`$QEMU_IMG`, or the one in the path), and against crashes.
 
 mod crash;
+mod handover;
 mod hostile;
 mod oracle;
 mod snapshots;

@@ -72,7 +72,9 @@ impl Source for Link {
     }
 
     fn plan(&self) -> Result<Plan, Failure> {
-        Ok(self.vm.plan(self.running)?)
+        // Devices may have been added since the VM was built.
+        let config = self.ask(|manager| manager.config.clone())?;
+        Ok(self.vm.plan(&config, self.running)?)
     }
 
     fn ram_files(&self) -> Result<Vec<RawFd>, Failure> {
@@ -126,11 +128,11 @@ impl Source for Link {
     }
 
     fn give_up(&self) -> Result<(), Failure> {
-        Ok(())
+        Ok(self.vm.storage().nodes().inactivate()?)
     }
 
     fn take_back(&self) -> Result<(), Failure> {
-        Ok(())
+        Ok(self.vm.storage().nodes().activate()?)
     }
 
     fn go_on(&self) {
@@ -211,7 +213,12 @@ impl Target for Newcomer {
     }
 
     fn take_over(&mut self) -> Result<(), Failure> {
-        self.vm().map(drop)
+        let vm = self.vm()?;
+        vm.storage().nodes().activate()?;
+        for disk in vm.disks() {
+            disk.refresh_size()?;
+        }
+        Ok(())
     }
 
     fn run(&mut self) -> Result<(), Failure> {

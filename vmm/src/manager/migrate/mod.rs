@@ -275,6 +275,7 @@ impl Manager {
         let failed = |e: MigrationError| ControlError::failed("No VM can be received", e);
         let listener = Listener::bind(&wait.address, wait.tls).map_err(failed)?;
         let control = Arc::new(Control::new(Parameters::default()));
+        self.storage.nodes().open_inactive(true);
         let mut newcomer = Newcomer {
             config: matches!(self.stage, Stage::Created).then(|| self.config.clone()),
             host: Some(self.host()),
@@ -327,6 +328,7 @@ impl Manager {
             Err(error) => {
                 tracing::warn!("{}", error.describe());
                 self.events.publish(Event::MigrationReceiveFailed);
+                self.storage.nodes().open_inactive(self.migration.expected);
                 Err(error)
             }
         }

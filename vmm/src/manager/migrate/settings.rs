@@ -267,6 +267,8 @@ impl Manager {
         }
         let Some(uri) = uri else {
             self.migration.expected = true;
+            // What is added meanwhile belongs to the VM that is to come.
+            self.storage.nodes().open_inactive(true);
             return Ok(());
         };
         if !self.migration.expected && matches!(self.stage, Stage::Created) {
