@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BlockError, Op};
 use crate::ranges::RangeGuard;
 use crate::raw::RawImage;
+use crate::{BlockError, Op};
 
 /// How much of a new or grown image is allocated at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

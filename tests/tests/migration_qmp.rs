@@ -24,12 +24,12 @@ fn vmm(dir: &Path, name: &str, options: &[&str]) -> Vmm {
     Vmm { program, qmp }
 }
 
-/// A guest that counts, in a process `a`.
-fn source(dir: &Path) -> (Vmm, Console) {
+/// A guest that runs `test`, in a process `a`.
+fn source(dir: &Path, test: &str) -> (Vmm, Console) {
     let console = Console(dir.join("console"));
     let first = vmm(dir, "a", &[]);
     let api = Api::connect(&dir.join("a"));
-    api.put("vm.create", &config(&console.0, "mover"));
+    api.put("vm.create", &config(&console.0, test));
     api.put("vm.boot", &Value::Null);
     console.goes_on(3);
     (first, console)
@@ -56,7 +56,7 @@ fn on(capabilities: &[&str]) -> Value {
 #[test]
 fn states_events_and_refusals() {
     let dir = tempfile::tempdir().expect("directory");
-    let (mut first, console) = source(dir.path());
+    let (mut first, console) = source(dir.path(), "mover");
     let uri = format!("unix:{}", dir.path().join("m").display());
     let qmp = &mut first.qmp;
     assert_eq!(qmp.ok("query-migrate", json!({})), json!({}));
@@ -134,7 +134,7 @@ fn like_the_source<'a>(console: &'a str, other: &[&'a str]) -> Vec<String> {
 #[test]
 fn what_differs_is_named_before_the_guest_stops() {
     let dir = tempfile::tempdir().expect("directory");
-    let (mut first, console) = source(dir.path());
+    let (mut first, console) = source(dir.path(), "counter");
     let uri = format!("unix:{}", dir.path().join("m").display());
     let serial = console.0.to_str().expect("UTF-8");
     first.qmp.ok("migrate-set-capabilities", on(&["events"]));
@@ -175,7 +175,7 @@ fn what_differs_is_named_before_the_guest_stops() {
 #[test]
 fn pages_follow_the_guest_even_when_the_connection_breaks() {
     let dir = tempfile::tempdir().expect("directory");
-    let (mut first, console) = source(dir.path());
+    let (mut first, console) = source(dir.path(), "mover");
     let uri = format!("unix:{}", dir.path().join("m").display());
     let mut second = vmm(dir.path(), "b", &["--incoming", &uri]);
     let qmp = &mut first.qmp;

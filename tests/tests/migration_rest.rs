@@ -69,8 +69,11 @@ fn disks_go_along_even_those_that_were_plugged_in() {
     config["disks"] = json!([{ "path": at("raw"), "image_type": "Raw" }, { "path": at("qcow2") }]);
     vmms[0].api.put("vm.create", &config);
     vmms[0].api.put("vm.boot", &Value::Null);
-    let added =
-        vmms[0].api.request("PUT", "vm.add-disk", &json!({ "path": at("hot"), "id": "hot", "serial": "hot" }));
+    let added = vmms[0].api.request(
+        "PUT",
+        "vm.add-disk",
+        &json!({ "path": at("hot"), "id": "hot", "serial": "hot" }),
+    );
     assert_eq!(added.status, 200, "{added:?}");
     let disks = ["vda", "vdb"];
     console.disks_go_on(&disks, 2);

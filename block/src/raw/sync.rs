@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::RawImage;
-use crate::{BlockError, BlockNode};
 use crate::buffer::AlignedBuffer;
 use crate::node::{Extent, Preallocation, os_error};
+use crate::{BlockError, BlockNode};
 
 /// Most bytes that pass through a bounce buffer or are written as zeroes in one call.
 const CHUNK: u64 = 1 << 20;
