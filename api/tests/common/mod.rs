@@ -27,6 +27,9 @@ fn wrong(message: &str) -> ControlError {
     ControlError::new(ErrorKind::Failed, message)
 }
 
+/// A file in the destination of a snapshot that goes on while the file is there.
+pub const HOLD: &str = "hold";
+
 impl FakeManager {
     /// Serves until told to end.
     pub fn serve(mut self, inbox: &ControlInbox) -> io::Result<u8> {
@@ -227,12 +230,15 @@ impl VmManager for FakeManager {
     fn snapshot(&mut self, config: VmSnapshotConfig, reply: Responder<()>) {
         let ready = self.expect(Some(false), "VM is not paused").and_then(|()| {
             let wrong = || ControlError::new(ErrorKind::Invalid, "destination_url is no file:// URL");
-            config.directory().ok_or_else(wrong).map(drop)
+            config.directory().ok_or_else(wrong)
         });
-        // Long, so that tests see whether anything else waits for it.
+        // As long as a test likes, which can see whether anything else waits for it.
         std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(300));
-            reply.respond(ready);
+            let hold = ready.as_ref().ok().map(|directory| directory.join(HOLD));
+            while hold.as_ref().is_some_and(|hold| hold.exists()) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            reply.respond(ready.map(drop));
         });
     }
 
