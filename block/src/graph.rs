@@ -371,9 +371,9 @@ impl Opener {
             None => self.probe(&*file)?,
         };
         options.check(driver)?;
-        if self.writable && !driver.is_writable() {
+        if self.writable && self.inactive() && crate::foreign::is_foreign(driver) {
             return Err(BlockError::Unsupported(format!(
-                "images of the format '{}' can be read and converted, but not written",
+                "images of the format '{}' that are written do not migrate",
                 driver.name()
             )));
         }
@@ -385,9 +385,12 @@ impl Opener {
                 let group = self.objects.throttle(id).map_err(|e| BlockError::Option(e.to_string()))?;
                 Ok(Throttle::new(file, group))
             }
-            Driver::Vdi => vdi::open(file),
-            Driver::Vpc => vpc::open(file),
-            Driver::Vhdx => vhdx::open(file),
+            Driver::Vdi => vdi::open(file, !self.writable),
+            Driver::Vpc => vpc::open(file, !self.writable),
+            Driver::Vhdx => {
+                let access = if self.writable { vhdx::Access::Write } else { vhdx::Access::Read };
+                vhdx::open(file, access)
+            }
             Driver::Vmdk => self.vmdk(file, chain),
             Driver::Qcow2 => self.qcow2(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
             Driver::Luks => self.luks(options, file, chain).map(|n| -> Arc<dyn BlockNode> { n }),
@@ -427,7 +430,8 @@ impl Opener {
         chain: &mut Vec<(u64, u64)>,
     ) -> Result<Arc<dyn BlockNode>, BlockError> {
         let directory = file.path().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
-        vmdk::open(file, &mut |name| {
+        let access = if self.writable { vmdk::Access::Write } else { vmdk::Access::Read };
+        vmdk::open(file, access, &mut |name| {
             self.refuse_reference("extent", name)?;
             let options =
                 BlockdevOptions { filename: Some(beside(&directory, name)), ..BlockdevOptions::default() };
@@ -460,6 +464,13 @@ impl Opener {
         let encrypt = options.encrypt.as_ref();
         let is = match header.crypt_method {
             2 => "luks",
+            1 if self.for_vm => {
+                return Err(BlockError::Unsupported(
+                    "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators\nYou can use 'qemu-img convert' to convert your image to an alternative supported format, such as unencrypted qcow2, or raw with the LUKS format instead."
+                        .into(),
+                ));
+            }
+            1 => "aes",
             0 if encrypt.is_some() => {
                 return Err(BlockError::Option(
                     "No encryption in image header, but options specified format".into(),
@@ -480,6 +491,9 @@ impl Opener {
             return Err(BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into()));
         };
         let password = self.objects.password(id).map_err(|e| BlockError::Option(e.to_string()))?;
+        if header.crypt_method == 1 {
+            return Ok(Some(qcow2::Key::legacy(password.bytes())));
+        }
         let volume = Volume { node: file, base: header.crypto_offset()? };
         let luks = volume.header()?;
         let master = volume.unlock(&luks, password.bytes())?;

@@ -7,6 +7,7 @@
 mod buffer;
 pub mod crypto;
 pub mod facts;
+pub mod foreign;
 pub mod format;
 pub mod graph;
 pub mod luks;

@@ -197,6 +197,34 @@ pub trait BlockNode: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Stores a unit of [`BlockNode::compressed_unit`] bytes (the disk's last one may be shorter) compressed, where there is nothing yet.
+    ///
+    /// # Errors
+    /// As [`BlockNode::write_at`]; `Unsupported` if the format does not compress so.
+    fn write_compressed(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "Compression not supported for this file format"))
+    }
+
+    /// Size in bytes of the units that an image takes which can only be written compressed.
+    fn compressed_unit(&self) -> Option<u64> {
+        None
+    }
+
+    /// Size in bytes of the units in which a format that is not qcow2 gives out space.
+    fn cluster_size(&self) -> Option<u64> {
+        None
+    }
+
+    /// What a format that is neither qcow2 nor LUKS says of an image: `format-specific`.
+    fn format_specific(&self) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// Faults that a check of an image that is not qcow2 finds, one text for each; `None` if the format has no check.
+    fn faults(&self) -> Option<io::Result<Vec<String>>> {
+        None
+    }
+
     /// The qcow2 image, if it is one.
     fn as_qcow2(&self) -> Option<&crate::qcow2::Qcow2> {
         None

@@ -30,13 +30,13 @@ pub enum Driver {
     Luks,
     /// A filter that keeps to the rates of a group.
     Throttle,
-    /// VirtualBox's format, for reading.
+    /// VirtualBox's format.
     Vdi,
-    /// Hyper-V's format, for reading.
+    /// Hyper-V's format.
     Vhdx,
-    /// VMware's format, for reading.
+    /// VMware's format.
     Vmdk,
-    /// Virtual PC's format, for reading.
+    /// Virtual PC's format.
     Vpc,
 }
 
@@ -85,11 +85,6 @@ impl Driver {
     /// True if it is a format, which lies over a file.
     pub fn is_format(self) -> bool {
         !matches!(self, Self::File | Self::HostDevice | Self::Nbd)
-    }
-
-    /// True if images of the format can be made and written.
-    pub fn is_writable(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2 | Self::Luks | Self::Throttle)
     }
 }
 

@@ -7,6 +7,7 @@ mod node;
 pub use cipher::{Algorithm, CipherSpec, IvGenerator, Mode, SectorCipher};
 pub use hash::Hash;
 pub use node::CryptFile;
+pub(crate) use node::window;
 
 /// Ciphers work on sectors of this many bytes.
 pub const SECTOR: usize = 512;

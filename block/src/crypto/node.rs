@@ -56,7 +56,7 @@ impl CryptFile {
 }
 
 /// The whole sectors around a range.
-fn window(offset: u64, len: usize) -> (u64, usize) {
+pub(crate) fn window(offset: u64, len: usize) -> (u64, usize) {
     let sector = SECTOR as u64;
     let start = offset - offset % sector;
     (start, ((offset - start) as usize + len).next_multiple_of(SECTOR))

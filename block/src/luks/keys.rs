@@ -49,7 +49,7 @@ impl std::fmt::Debug for SlotChange<'_> {
     }
 }
 
-pub(super) fn random(buf: &mut [u8]) -> Result<(), BlockError> {
+pub(crate) fn random(buf: &mut [u8]) -> Result<(), BlockError> {
     HostRandom.fill(buf).map_err(|e| BlockError::Option(format!("no random numbers: {e}")))
 }
 

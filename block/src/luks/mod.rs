@@ -18,6 +18,7 @@ use crate::node::{Extent, Preallocation, os_error};
 use crate::{BlockError, BlockNode};
 pub use create::{CreateOptions, Created, create, format};
 use header::Header;
+pub(crate) use keys::random;
 pub use keys::{SlotChange, Volume};
 
 /// An open LUKS volume.

@@ -100,6 +100,8 @@ impl Default for OpenOptions {
 pub struct Key {
     spec: CipherSpec,
     master: Zeroizing<Vec<u8>>,
+    /// Of the method that was there before LUKS.
+    legacy: bool,
 }
 
 impl std::fmt::Debug for Key {
@@ -115,7 +117,21 @@ impl Key {
     /// [`BlockError::Format`] if they do not fit.
     pub fn new(spec: CipherSpec, master: Zeroizing<Vec<u8>>) -> Result<Self, BlockError> {
         SectorCipher::new(spec, &master).map_err(BlockError::Format)?;
-        Ok(Self { spec, master })
+        Ok(Self { spec, master, legacy: false })
+    }
+
+    /// The key of a legacy image (encryption method 1): AES-128 in CBC mode, whose key is the password, cut or filled up with
+    /// zeroes, and whose initialisation vectors are the guest's sectors. That is weak, which is why it is not used any more.
+    pub fn legacy(password: &[u8]) -> Self {
+        let mut master = Zeroizing::new(password.iter().take(16).copied().collect::<Vec<u8>>());
+        master.resize(16, 0);
+        let spec = CipherSpec {
+            algorithm: crate::crypto::Algorithm::Aes,
+            key: 16,
+            mode: crate::crypto::Mode::Cbc,
+            iv: Some(crate::crypto::IvGenerator::Plain64),
+        };
+        Self { spec, master, legacy: true }
     }
 
     fn cipher(&self) -> Result<SectorCipher, BlockError> {
@@ -194,9 +210,12 @@ impl Qcow2 {
             return Err(BlockError::Format("qcow2: Image is corrupt; cannot be opened read/write".into()));
         }
         let repair = for_use && header.incompatible & incompatible::DIRTY != 0;
-        let mut files = Files { file, data, crypt: None };
+        let mut files = Files { file, data, crypt: None, legacy: None };
         if let Some(key) = &options.key {
-            files.encrypt(key.cipher()?);
+            match key.legacy {
+                true => files.legacy = Some(Arc::new(key.cipher()?)),
+                false => files.encrypt(key.cipher()?),
+            }
         }
         let image = Self::with_header(header, files, backing, options)?;
         if repair {
@@ -361,9 +380,12 @@ impl Qcow2 {
 fn refuse_encryption(header: &Header, options: &OpenOptions) -> Result<(), BlockError> {
     match header.crypt_method {
         0 => Ok(()),
-        1 => Err(BlockError::Unsupported(
-            "Use of AES-CBC encrypted qcow2 images is not supported: this version cannot decrypt them".into(),
+        1 if !options.readonly => Err(BlockError::Unsupported(
+            "AES-CBC encrypted qcow2 images are weak, and are opened for reading only, to be converted: use 'img convert' with encrypt.format=luks or none"
+                .into(),
         )),
+        1 if options.key.is_some() => Ok(()),
+        1 => Err(BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into())),
         2 if options.key.is_some() => Ok(()),
         2 => Err(BlockError::Option("Parameter 'encrypt.key-secret' is required for cipher".into())),
         other => Err(BlockError::Format(format!("Unsupported encryption method {other}"))),
@@ -533,7 +555,7 @@ impl BlockNode for Qcow2 {
         if op == Op::Flush {
             return (state.is_clean() && self.files.data.is_none()).then_some(Plan::Flush);
         }
-        if !matches!(op, Op::Read | Op::Write) || len == 0 {
+        if !matches!(op, Op::Read | Op::Write) || len == 0 || self.files.legacy.is_some() {
             return None;
         }
         self.check_range(offset, len).ok()?;

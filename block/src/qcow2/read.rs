@@ -7,6 +7,7 @@ use super::Qcow2;
 use super::compress::decompress;
 use super::geometry::{COPIED, Entry, Kind};
 use super::state::{State, corrupt_error};
+use crate::crypto::{SectorCipher, window};
 use crate::node::{Extent, os_error};
 
 /// A range of guest bytes of one kind.
@@ -152,6 +153,21 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Reads data at `host` that is encrypted by its sectors of the disk.
+    fn read_legacy(&self, cipher: &SectorCipher, offset: u64, host: u64, buf: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        for part in buf.chunks_mut(self.layout.cluster() as usize) {
+            let (start, len) = window(offset + done, part.len());
+            let skip = offset + done - start;
+            let mut whole = vec![0; len];
+            self.files.guest().read_at(host + done - skip, &mut whole)?;
+            cipher.decrypt(start / 512, &mut whole);
+            part.copy_from_slice(whole.get(skip as usize..skip as usize + part.len()).unwrap_or_default());
+            done += part.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Reads without regard to what others do with the range.
     pub(super) fn read_unlocked(&self, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
         while !buf.is_empty() {
@@ -159,7 +175,10 @@ impl Qcow2 {
             let (now, rest) = buf.split_at_mut(run.len as usize);
             match (run.kind, run.host) {
                 (Kind::Unallocated, _) => self.read_backing(offset, now)?,
-                (Kind::Data, Some(host)) => self.files.guest().read_at(host, now)?,
+                (Kind::Data, Some(host)) => match &self.files.legacy {
+                    Some(cipher) => self.read_legacy(cipher, offset, host, now)?,
+                    None => self.files.guest().read_at(host, now)?,
+                },
                 (Kind::Compressed, _) => {
                     self.read_compressed(run.entry.l2, offset % self.layout.cluster(), now)?;
                 }

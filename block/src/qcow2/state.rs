@@ -27,6 +27,8 @@ pub(super) struct Files {
     pub(super) data: Option<Arc<dyn BlockNode>>,
     /// What decrypts guest clusters, over the file that they are in.
     pub(super) crypt: Option<Arc<dyn BlockNode>>,
+    /// What decrypts guest clusters of legacy images, by sectors of the disk.
+    pub(super) legacy: Option<Arc<SectorCipher>>,
 }
 
 impl Files {

@@ -1,12 +1,28 @@
-//! Hyper-V's VHDX images ([MS-VHDX]), for reading.
+//! Hyper-V's VHDX images ([MS-VHDX]).
+//!
+//! The block allocation table is in memory. What changes of it is written by a flush: through the log, so that a crash leaves
+//! the table as one flush or the next left it.
 
+mod create;
+mod header;
+mod log;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
-use crate::mapped::{MAX_ENTRIES, Map, Mapped, Place, Run, bad, le16, le32, le64, read_part};
-use crate::{BlockError, BlockNode};
+use parking_lot::Mutex;
 
-const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+pub use create::create;
+
+use crate::mapped::{MAX_ENTRIES, Map, Mapped, Place, Run, bad, le16, le32, le64, read_part};
+use crate::node::Preallocation;
+use crate::{BlockError, BlockNode};
+use header::{Header, guid_at, whole};
+use log::{Log, MAX_PAGES, PAGE, Replay};
+
 const REGIONS: [u64; 2] = [192 << 10, 256 << 10];
 /// Most entries of the region and metadata tables.
 const MAX_TABLE: u32 = 2047;
@@ -16,31 +32,41 @@ const METADATA: u128 = guid(0x8b7c_a206, 0x4790, 0x4b9a, 0xb8fe_575f_050f_886e);
 const FILE_PARAMETERS: u128 = guid(0xcaa1_6737, 0xfa36, 0x4d43, 0xb3b6_33f0_aa44_e76b);
 const DISK_SIZE: u128 = guid(0x2fa5_4224, 0xcd1b, 0x4876, 0xb211_5dbe_d83b_f4b8);
 const LOGICAL_SECTOR: u128 = guid(0x8141_bf1d, 0xa96f, 0x4709, 0xba47_f233_a8fa_ab5f);
+const PHYSICAL_SECTOR: u128 = guid(0xcda3_48c7, 0x445d, 0x4471, 0x9cc9_e988_5251_c556);
+const PAGE83: u128 = guid(0xbeca_12ab, 0xb2e6, 0x4523, 0x93ef_c309_e000_c746);
+
+/// States of blocks, the low bits of entries: reads as zeroes, and is in the file.
+const ZERO: u64 = 2;
+const PRESENT: u64 = 6;
+/// The bits of an entry that are a place.
+const PLACE: u64 = !0xf_ffff;
 
 /// A GUID as a little-endian number of its bytes on the disk.
 const fn guid(a: u32, b: u16, c: u16, d: u64) -> u128 {
     a as u128 | (b as u128) << 32 | (c as u128) << 48 | (d.swap_bytes() as u128) << 64
 }
 
-fn guid_at(b: &[u8], at: usize) -> u128 {
-    u128::from(le64(b, at)) | u128::from(le64(b, at + 8)) << 64
+/// What an image is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading. An image whose log has to be replayed is refused.
+    Read,
+    /// Reading and writing. The log is replayed if it has to be.
+    Write,
 }
 
-/// CRC-32C (Castagnoli).
-fn crc32c(b: &[u8]) -> u32 {
-    let step = |crc: u32, byte: u8| {
-        (0..8).fold(crc ^ u32::from(byte), |crc, _| crc >> 1 ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
-    };
-    !b.iter().fold(!0, |crc, byte| step(crc, *byte))
-}
-
-/// True if a structure with its checksum at byte 4 is whole.
-fn whole(b: &[u8]) -> bool {
-    let mut copy = b.to_vec();
-    if let Some(field) = copy.get_mut(4..8) {
-        field.fill(0);
-    }
-    crc32c(&copy) == le32(b, 4)
+#[derive(Debug)]
+struct Table {
+    entries: Vec<u64>,
+    /// Pages of the table that differ from the file's, by their numbers.
+    dirty: BTreeSet<u64>,
+    /// The next place for a block.
+    next: u64,
+    header: Header,
+    /// The log, once something was written to it.
+    log: Option<Log>,
+    /// It has been told that the contents change.
+    begun: bool,
 }
 
 #[derive(Debug)]
@@ -50,18 +76,21 @@ struct Vhdx {
     block: u64,
     /// Blocks between two entries of sector bitmaps.
     ratio: u64,
-    table: Vec<u64>,
+    /// Where the table is in the file.
+    bat: u64,
+    table: Mutex<Table>,
 }
 
 /// Opens an image.
 ///
 /// # Errors
 /// [`BlockError::Format`], [`BlockError::Unsupported`] with what is wrong or not known.
-pub fn open(file: Arc<dyn BlockNode>) -> Result<Arc<dyn BlockNode>, BlockError> {
+pub fn open(file: Arc<dyn BlockNode>, access: Access) -> Result<Arc<dyn BlockNode>, BlockError> {
     if read_part(&*file, 0, 512, "Could not read the VHDX file identifier")?.get(..8) != Some(b"vhdxfile") {
         return bad("Image not in VHDX format");
     }
-    check_header(&*file)?;
+    let mut header = Header::read(&*file)?;
+    replay(&*file, &mut header, access)?;
     let regions = regions(&*file)?;
     let region = |id: u128, what: &str| {
         let found = regions.iter().find(|(guid, ..)| *guid == id).map(|(_, at, len)| (*at, *len));
@@ -72,35 +101,68 @@ pub fn open(file: Arc<dyn BlockNode>) -> Result<Arc<dyn BlockNode>, BlockError> 
     let ratio = (meta.sector << 23) / meta.block;
     let blocks = meta.size.div_ceil(meta.block);
     let entries = blocks + blocks.saturating_sub(1) / ratio;
-    let (at, len) = region(BAT, "the block allocation table")?;
-    if entries > MAX_ENTRIES || entries * 8 > len {
+    let (bat, bat_len) = region(BAT, "the block allocation table")?;
+    if entries > MAX_ENTRIES || entries * 8 > bat_len {
         return bad("VHDX block allocation table is too large, or too small for the disk");
     }
-    let bytes = read_part(&*file, at, entries * 8, "Could not read the VHDX block allocation table")?;
-    let table = bytes.chunks_exact(8).map(|e| le64(e, 0)).collect();
-    let map = Vhdx { file: Arc::clone(&file), size: meta.size, block: meta.block, ratio, table };
-    Ok(Mapped::new(file, map))
+    let bytes = read_part(&*file, bat, entries * 8, "Could not read the VHDX block allocation table")?;
+    let entries: Vec<u64> = bytes.chunks_exact(8).map(|e| le64(e, 0)).collect();
+    let mut next = 0;
+    if access == Access::Write {
+        let mib = |n: u64| n.is_multiple_of(1 << 20) && n != 0;
+        if ![bat, bat_len, header.log.0, header.log.1].into_iter().all(mib) {
+            return bad("VHDX image whose regions are not in units of 1 MiB");
+        }
+        let reserved = [(0, 1 << 20), header.log, (at, len), (bat, bat_len)];
+        next = check_table(&entries, ratio, meta.block, &reserved)?;
+        next = next.max(file.size()).next_multiple_of(1 << 20);
+    }
+    let table = Table { entries, dirty: BTreeSet::new(), next, header, log: None, begun: false };
+    let table = Mutex::new(table);
+    let map = Vhdx { file: Arc::clone(&file), size: meta.size, block: meta.block, ratio, bat, table };
+    Ok(Mapped::new(file, map, access == Access::Read))
 }
 
-fn check_header(file: &dyn BlockNode) -> Result<(), BlockError> {
-    let mut best: Option<(u64, Vec<u8>)> = None;
-    for at in HEADERS {
-        let h = read_part(file, at, 4096, "Could not read the VHDX header")?;
-        if h.starts_with(b"head") && whole(&h) && best.as_ref().is_none_or(|(n, _)| *n < le64(&h, 8)) {
-            best = Some((le64(&h, 8), h));
-        }
+/// Replays the log if there is one that counts.
+fn replay(file: &dyn BlockNode, header: &mut Header, access: Access) -> Result<(), BlockError> {
+    if header.log_guid == 0 {
+        return Ok(());
     }
-    let Some((_, h)) = best else { return bad("No valid VHDX header found") };
-    if le16(&h, 66) != 1 {
-        return Err(BlockError::Unsupported(format!("VHDX version {} is not supported", le16(&h, 66))));
+    let found = Replay::find(file, header.log, header.log_guid)?;
+    if access == Access::Read {
+        return match found {
+            None => Ok(()),
+            Some(_) => {
+                let path = crate::node::shown(file);
+                Err(BlockError::Unsupported(format!(
+                    "VHDX image file '{path}' opened read-only, but contains a log that needs to be replayed\nTo replay the log, run:\nqemu-img check -r all '{path}'"
+                )))
+            }
+        };
     }
-    if guid_at(&h, 48) != 0 {
-        return Err(BlockError::Unsupported(
-            "the VHDX image has a log that must be replayed, which this version cannot do: open it once with the program that wrote it"
-                .into(),
-        ));
+    if let Some(found) = found {
+        tracing::info!(path = crate::node::shown(file), "replaying the log of a VHDX image");
+        found.run(file)?;
     }
-    Ok(())
+    header.log_guid = 0;
+    header.store(file).map_err(crate::foreign::host(file, "Could not write the VHDX header"))
+}
+
+/// Where blocks end. Refused are blocks that overlap each other, or what is reserved.
+fn check_table(entries: &[u64], ratio: u64, block: u64, reserved: &[(u64, u64)]) -> Result<u64, BlockError> {
+    let payload = entries.iter().enumerate().filter(|(n, _)| *n as u64 % (ratio + 1) != ratio);
+    let present = payload.filter(|(_, e)| **e & 7 == PRESENT);
+    let mut starts: Vec<u64> = present.map(|(_, e)| e & PLACE).collect();
+    starts.sort_unstable();
+    let overlap = starts.windows(2).any(|w| matches!(w, [a, b] if b - a < block));
+    let taken = |s: &u64| {
+        let end = s.saturating_add(block);
+        reserved.iter().any(|(at, len)| *s < at.saturating_add(*len) && *at < end)
+    };
+    if overlap || starts.iter().any(taken) {
+        return bad("VHDX image is corrupt: its blocks overlap");
+    }
+    Ok(starts.last().map_or(0, |s| s.saturating_add(block)))
 }
 
 /// Regions: GUID, offset, length.
@@ -186,10 +248,10 @@ impl Map for Vhdx {
 
     fn locate(&self, offset: u64) -> io::Result<Run> {
         let (block, within) = (offset / self.block, offset % self.block);
-        let entry = self.table.get((block + block / self.ratio) as usize).copied().unwrap_or(0);
+        let entry = self.table.lock().entries.get(self.index(block)).copied().unwrap_or(0);
         let place = match entry & 7 {
             0..=3 => Place::Zero,
-            6 => Place::Data(Arc::clone(&self.file), (entry & !0xf_ffff) + within),
+            PRESENT => Place::Data(Arc::clone(&self.file), (entry & PLACE) + within),
             other => {
                 return Err(io::Error::other(format!(
                     "the VHDX image is corrupt: block {block} is of state {other}"
@@ -197,5 +259,113 @@ impl Map for Vhdx {
             }
         };
         Ok(Run { place, len: self.block - within })
+    }
+
+    fn begin(&self) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if !table.begun {
+            let guid = || crate::foreign::random().map_err(io::Error::other);
+            table.header.touch([guid()?, guid()?]);
+            table.header.store(&*self.file)?;
+            table.begun = true;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, offset: u64) -> io::Result<()> {
+        let index = self.index(offset / self.block);
+        let mut table = self.table.lock();
+        let at = table.next;
+        match table.entries.get_mut(index) {
+            Some(entry) if *entry & 7 == PRESENT => return Ok(()),
+            Some(entry) if *entry & 7 <= 3 => {
+                // The file ends at or before `at`, so this is new space, which reads as zeroes.
+                self.file.truncate(at + self.block, Preallocation::Off)?;
+                *entry = at | PRESENT;
+            }
+            _ => return Err(io::Error::other("the VHDX image is corrupt: it has no such block")),
+        }
+        table.next = at + self.block;
+        table.dirty.insert(index as u64 * 8 / PAGE);
+        if table.dirty.len() >= MAX_PAGES { self.store(&mut table) } else { Ok(()) }
+    }
+
+    fn unit(&self) -> Option<u64> {
+        Some(self.block)
+    }
+
+    fn flush(&self, file: &dyn BlockNode) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if table.dirty.is_empty() {
+            drop(table);
+            return file.flush();
+        }
+        self.store(&mut table)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if !table.dirty.is_empty() {
+            self.store(&mut table)?;
+        }
+        if table.log.take().is_some() {
+            self.file.flush()?;
+            table.header.log_guid = 0;
+            table.header.store(&*self.file)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Option<io::Result<Vec<String>>> {
+        let table = self.table.lock();
+        let checked = check_table(&table.entries, self.ratio, self.block, &[(0, 1 << 20)]);
+        Some(Ok(checked.err().map(|e| e.to_string()).into_iter().collect()))
+    }
+}
+
+impl Vhdx {
+    /// The entry of a block: those of sector bitmaps lie between.
+    fn index(&self, block: u64) -> usize {
+        (block + block / self.ratio) as usize
+    }
+
+    /// A page of the table as it is to be.
+    fn page(&self, entries: &[u64], number: u64) -> Vec<u8> {
+        let first = (number * PAGE / 8) as usize;
+        let mut page: Vec<u8> =
+            entries.iter().skip(first).take(PAGE as usize / 8).flat_map(|e| e.to_le_bytes()).collect();
+        page.resize(PAGE as usize, 0);
+        page
+    }
+
+    /// Writes what has changed of the table, durably: data first, then the log, then in place.
+    fn store(&self, table: &mut Table) -> io::Result<()> {
+        let numbers: Vec<u64> = table.dirty.iter().copied().collect();
+        for some in numbers.chunks(MAX_PAGES) {
+            let pages: Vec<(u64, Vec<u8>)> =
+                some.iter().map(|n| (self.bat + n * PAGE, self.page(&table.entries, *n))).collect();
+            // The data, and what the log's last entry said.
+            self.file.flush()?;
+            let log = match &mut table.log {
+                Some(log) => log,
+                None => {
+                    let guid =
+                        u128::from_le_bytes(crate::foreign::random().map_err(io::Error::other)?).max(1);
+                    table.log.insert(Log::new(table.header.log, guid))
+                }
+            };
+            log.append(&*self.file, &pages)?;
+            self.file.flush()?;
+            if table.header.log_guid != log.guid() {
+                // Only now: a header that names a log without entries would be of no use.
+                table.header.log_guid = log.guid();
+                table.header.store(&*self.file)?;
+            }
+            for (at, page) in &pages {
+                self.file.write_at(*at, page)?;
+            }
+            table.dirty.retain(|n| !some.contains(n));
+        }
+        Ok(())
     }
 }

@@ -1,10 +1,16 @@
-//! VMware's VMDK images ("Virtual Disk Format" 5.0), for reading: flat, sparse and stream-optimised extents, alone or with a
-//! descriptor.
+//! VMware's VMDK images ("Virtual Disk Format" 5.0): flat, sparse and stream-optimised extents, alone or with a descriptor.
+//! Stream-optimised ones are written as they are made, and read after that.
 
+mod create;
 mod sparse;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Value, json};
+
+pub use create::{NewExtent, create};
 
 use crate::mapped::{Map, Mapped, Place, Run, bad, read_part};
 use crate::{BlockError, BlockNode};
@@ -32,8 +38,25 @@ struct Extent {
 
 #[derive(Debug)]
 struct Vmdk {
+    /// Where the descriptor is.
+    file: Arc<dyn BlockNode>,
     size: u64,
     extents: Vec<Extent>,
+    /// The descriptor, and where it starts in the file.
+    descriptor: (String, u64),
+    /// It has been told that the contents change.
+    begun: AtomicBool,
+}
+
+/// What an image is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Reading and writing.
+    Write,
+    /// Writing what is new: compressed extents take data once.
+    Fill,
 }
 
 /// Opens another file of the image by its name in the descriptor.
@@ -43,18 +66,25 @@ pub type OpenExtent<'a> = &'a mut dyn FnMut(&str) -> Result<Arc<dyn BlockNode>, 
 ///
 /// # Errors
 /// [`BlockError::Format`], [`BlockError::Unsupported`] with what is wrong or not known; those of `extent`.
-pub fn open(file: Arc<dyn BlockNode>, extent: OpenExtent<'_>) -> Result<Arc<dyn BlockNode>, BlockError> {
+pub fn open(
+    file: Arc<dyn BlockNode>,
+    access: Access,
+    extent: OpenExtent<'_>,
+) -> Result<Arc<dyn BlockNode>, BlockError> {
+    let mut descriptor = (String::new(), 0);
     let magic = read_part(&*file, 0, 512.min(file.size()), "Could not read the VMDK header")?;
     let extents = if magic.starts_with(b"KDMV") {
         let sparse = Sparse::open(Arc::clone(&file))?;
-        if let Some(text) = sparse.descriptor()? {
-            refuse_parent(&text)?;
+        if let Some(found) = sparse.descriptor()? {
+            refuse_parent(&found.0)?;
+            descriptor = found;
         }
         vec![Extent { start: 0, len: sparse.size(), kind: Kind::Sparse(Box::new(sparse)) }]
     } else if magic.starts_with(b"# Disk DescriptorFile") {
         let bytes =
             read_part(&*file, 0, file.size().min(MAX_DESCRIPTOR), "Could not read the VMDK descriptor")?;
-        described(&String::from_utf8_lossy(&bytes), extent)?
+        descriptor.0 = String::from_utf8_lossy(&bytes).into_owned();
+        described(&descriptor.0, extent)?
     } else if magic.starts_with(b"COWD") {
         return Err(BlockError::Unsupported(
             "VMDK images of ESX (COWD) are not supported by this version".into(),
@@ -63,12 +93,30 @@ pub fn open(file: Arc<dyn BlockNode>, extent: OpenExtent<'_>) -> Result<Arc<dyn 
         return bad("Image not in VMDK format");
     };
     let size = extents.last().map_or(0, |e| e.start + e.len);
-    Ok(Mapped::new(file, Vmdk { size, extents }))
+    for extent in extents.iter().filter(|_| access != Access::Read) {
+        if let Kind::Sparse(sparse) = &extent.kind {
+            if access == Access::Write && sparse.is_compressed() {
+                return Err(BlockError::Unsupported(
+                    "streamOptimized VMDK images are written once, when they are made".into(),
+                ));
+            }
+            sparse.prepare_to_write()?;
+        }
+    }
+    let begun = AtomicBool::new(access == Access::Fill);
+    let map = Vmdk { file: Arc::clone(&file), size, extents, descriptor, begun };
+    Ok(Mapped::new(file, map, access == Access::Read))
+}
+
+/// The value of a line of a descriptor.
+fn line<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines()
+        .find_map(|l| l.trim().strip_prefix(key)?.strip_prefix('='))
+        .map(|v| v.trim().trim_matches('"'))
 }
 
 fn refuse_parent(text: &str) -> Result<(), BlockError> {
-    let parent = text.lines().find_map(|l| l.trim().strip_prefix("parentCID=")).map(str::trim);
-    match parent {
+    match line(text, "parentCID") {
         None => Ok(()),
         Some(cid) if cid.eq_ignore_ascii_case("ffffffff") => Ok(()),
         Some(_) => Err(BlockError::Unsupported(
@@ -152,6 +200,122 @@ impl Map for Vmdk {
         match self.extents.get((unit >> 48) as usize).map(|e| &e.kind) {
             Some(Kind::Sparse(sparse)) => sparse.unpack(unit & ((1 << 48) - 1)),
             _ => Err(io::Error::from_raw_os_error(libc::EIO)),
+        }
+    }
+
+    fn begin(&self) -> io::Result<()> {
+        if self.begun.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        // Who builds on this image knows it by this number.
+        let (text, start) = &self.descriptor;
+        let Some(old) = line(text, "CID").filter(|c| c.len() == 8) else { return Ok(()) };
+        let at = text
+            .find(&format!("CID={old}"))
+            .filter(|at| *at == 0 || text.as_bytes().get(at - 1) == Some(&b'\n'));
+        let Some(at) = at else { return Ok(()) };
+        let new = u32::from_le_bytes(crate::foreign::random().map_err(io::Error::other)?);
+        self.file.write_at(start + at as u64 + 4, format!("{new:08x}").as_bytes())
+    }
+
+    fn allocate(&self, offset: u64) -> io::Result<()> {
+        match self.sparse_at(offset) {
+            Some((sparse, within)) => sparse.allocate(within),
+            None => Err(io::Error::from_raw_os_error(libc::EROFS)),
+        }
+    }
+
+    fn forget(&self, offset: u64) -> io::Result<bool> {
+        self.sparse_at(offset).map_or(Ok(false), |(sparse, within)| sparse.forget(within))
+    }
+
+    fn pack(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        match self.sparse_at(offset) {
+            Some((sparse, within)) if sparse.is_compressed() => sparse.pack(within, data),
+            _ => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "Compression not supported for this VMDK subformat",
+            )),
+        }
+    }
+
+    fn packed_unit(&self) -> Option<u64> {
+        self.extents.iter().find_map(|e| match &e.kind {
+            Kind::Sparse(sparse) if sparse.is_compressed() => Some(sparse.grain()),
+            _ => None,
+        })
+    }
+
+    fn unit(&self) -> Option<u64> {
+        self.extents.iter().find_map(|e| match &e.kind {
+            Kind::Sparse(sparse) => Some(sparse.grain()),
+            _ => None,
+        })
+    }
+
+    fn flush(&self, file: &dyn BlockNode) -> io::Result<()> {
+        file.flush()?;
+        self.extents.iter().try_for_each(|extent| match &extent.kind {
+            Kind::Flat(file, _) => file.flush(),
+            Kind::Sparse(sparse) => sparse.file().flush(),
+            Kind::Zero => Ok(()),
+        })
+    }
+
+    fn specific(&self) -> Option<Value> {
+        let text = &self.descriptor.0;
+        let number = |key| line(text, key).and_then(|v| u32::from_str_radix(v, 16).ok());
+        let alone = matches!(self.extents.as_slice(), [Extent { kind: Kind::Sparse(s), .. }] if Arc::ptr_eq(s.file(), &self.file));
+        let extents = self.extents.iter().map(|extent| {
+            let mut out = serde_json::Map::new();
+            let (file, kind) = match &extent.kind {
+                Kind::Flat(file, _) => (Some(file), "FLAT"),
+                Kind::Sparse(sparse) => {
+                    if sparse.is_compressed() {
+                        out.insert("compressed".into(), json!(true));
+                    }
+                    (Some(sparse.file()), if alone { "" } else { "SPARSE" })
+                }
+                Kind::Zero => (None, "ZERO"),
+            };
+            let name = file.map(|f| crate::node::shown(&**f)).unwrap_or_default();
+            out.insert("virtual-size".into(), json!(extent.len));
+            out.insert("filename".into(), json!(name));
+            if let Kind::Sparse(sparse) = &extent.kind {
+                out.insert("cluster-size".into(), json!(sparse.grain()));
+            }
+            out.insert("format".into(), json!(kind));
+            Value::Object(out)
+        });
+        let extents: Vec<Value> = extents.collect();
+        Some(json!({ "type": "vmdk", "data": {
+            "cid": number("CID").unwrap_or(0),
+            "parent-cid": number("parentCID").unwrap_or(u32::MAX),
+            "create-type": line(text, "createType").unwrap_or_default(),
+            "extents": extents,
+        }}))
+    }
+
+    fn check(&self) -> Option<io::Result<Vec<String>>> {
+        let mut faults = Vec::new();
+        for extent in &self.extents {
+            if let Kind::Sparse(sparse) = &extent.kind
+                && let Err(error) = sparse.faults(&mut faults)
+            {
+                return Some(Err(error));
+            }
+        }
+        Some(Ok(faults))
+    }
+}
+
+impl Vmdk {
+    /// The sparse extent that holds `offset`, and where in it that is.
+    fn sparse_at(&self, offset: u64) -> Option<(&Sparse, u64)> {
+        let n = self.extents.partition_point(|e| e.start <= offset).saturating_sub(1);
+        match self.extents.get(n)? {
+            Extent { start, kind: Kind::Sparse(sparse), .. } => Some((sparse, offset - start)),
+            _ => None,
         }
     }
 }

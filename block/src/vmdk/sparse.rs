@@ -1,16 +1,20 @@
 //! Sparse extents: grains that a directory and tables lead to.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
+use flate2::Compression;
 use flate2::read::ZlibDecoder;
+use flate2::write::ZlibEncoder;
 use parking_lot::Mutex;
 
 use super::MAX_DESCRIPTOR;
 use crate::mapped::{MAX_ENTRIES, Place, Run, bad, le16, le32, le64, read_part};
-use crate::{BlockError, BlockNode};
+use crate::{BlockError, BlockNode, Preallocation};
 
-const SECTOR: u64 = 512;
+pub(super) const SECTOR: u64 = 512;
+/// Flag: there is a second grain directory.
+const REDUNDANT: u32 = 1 << 1;
 /// Flag: entries of 1 are grains of zeroes.
 const ZERO_GRAINS: u32 = 1 << 2;
 /// Flag: grains are compressed.
@@ -24,6 +28,8 @@ struct Cached {
     table: Option<(u64, Vec<u32>)>,
     /// The grain that was unpacked last, by its place.
     grain: Option<(u64, Arc<Vec<u8>>)>,
+    /// The next place for a grain, in bytes; 0 if nothing is written.
+    next: u64,
 }
 
 /// A sparse extent.
@@ -36,7 +42,11 @@ pub(super) struct Sparse {
     /// Entries of a grain table.
     entries: u64,
     directory: Vec<u32>,
+    /// The copy of the directory, where there is one.
+    redundant: Vec<u32>,
     flags: u32,
+    /// First sector of grains.
+    overhead: u64,
     /// Where the descriptor is, in bytes, and how long.
     descriptor: (u64, u64),
     cached: Mutex<Cached>,
@@ -76,16 +86,23 @@ impl Sparse {
         if count > MAX_ENTRIES {
             return bad("VMDK grain directory is too large");
         }
-        let at = le64(&h, 56).checked_mul(SECTOR);
-        let at = at.ok_or_else(|| BlockError::Format("VMDK grain directory beyond the end".into()))?;
-        let bytes = read_part(&*file, at, count * 4, "Could not read the VMDK grain directory")?;
+        let directory = |sector: u64| {
+            let at = sector.checked_mul(SECTOR);
+            let at = at.ok_or_else(|| BlockError::Format("VMDK grain directory beyond the end".into()))?;
+            let bytes = read_part(&*file, at, count * 4, "Could not read the VMDK grain directory")?;
+            Ok::<Vec<u32>, BlockError>(bytes.chunks_exact(4).map(|e| le32(e, 0)).collect())
+        };
+        let redundant =
+            if flags & REDUNDANT != 0 && le64(&h, 48) != 0 { directory(le64(&h, 48))? } else { vec![] };
         Ok(Self {
+            directory: directory(le64(&h, 56))?,
+            redundant,
             file,
             size: capacity * SECTOR,
             grain: grain * SECTOR,
             entries,
-            directory: bytes.chunks_exact(4).map(|e| le32(e, 0)).collect(),
             flags,
+            overhead: le64(&h, 64),
             descriptor,
             cached: Mutex::default(),
         })
@@ -95,8 +112,8 @@ impl Sparse {
         self.size
     }
 
-    /// The descriptor in the extent, if there is one.
-    pub(super) fn descriptor(&self) -> Result<Option<String>, BlockError> {
+    /// The descriptor in the extent and where it starts in the file, if there is one.
+    pub(super) fn descriptor(&self) -> Result<Option<(String, u64)>, BlockError> {
         let (at, len) = self.descriptor;
         if at == 0 || len == 0 {
             return Ok(None);
@@ -105,17 +122,160 @@ impl Sparse {
             at.checked_mul(SECTOR).zip(len.checked_mul(SECTOR)).filter(|(_, len)| *len <= MAX_DESCRIPTOR);
         let Some((at, len)) = place else { return bad("VMDK descriptor is too long") };
         let bytes = read_part(&*self.file, at, len, "Could not read the VMDK descriptor")?;
-        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+        Ok(Some((String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned(), at)))
+    }
+
+    pub(super) fn file(&self) -> &Arc<dyn BlockNode> {
+        &self.file
+    }
+
+    pub(super) fn grain(&self) -> u64 {
+        self.grain
+    }
+
+    pub(super) fn is_compressed(&self) -> bool {
+        self.flags & COMPRESSED != 0
+    }
+
+    /// Looks at all tables, so that grains can be added behind what is there.
+    ///
+    /// # Errors
+    /// [`BlockError::Format`] if grains overlap each other or the tables.
+    pub(super) fn prepare_to_write(&self) -> Result<(), BlockError> {
+        let mut next = self.overhead.saturating_mul(SECTOR).max(self.file.size());
+        // By places; grains that are not at multiples of their size are not told apart.
+        let mut used = vec![0u64; (self.file.size() / self.grain / 64 + 1).min(MAX_ENTRIES * 16) as usize];
+        for table in self.directory.iter().chain(&self.redundant) {
+            if *table == 0 {
+                return Err(BlockError::Unsupported(
+                    "VMDK images without all their grain tables are not written".into(),
+                ));
+            }
+        }
+        for table in &self.directory {
+            let at = u64::from(*table) * SECTOR;
+            let bytes = read_part(&*self.file, at, self.entries * 4, "Could not read a VMDK grain table")?;
+            for sector in bytes.chunks_exact(4).map(|e| u64::from(le32(e, 0))) {
+                if sector == 0 || (sector == 1 && self.flags & ZERO_GRAINS != 0) {
+                    continue;
+                }
+                let place = sector * SECTOR;
+                if sector < self.overhead {
+                    return bad("VMDK image is corrupt: a grain lies over its tables");
+                }
+                next = next.max(place + self.grain);
+                let index = place / self.grain;
+                if let (true, Some(bits)) =
+                    (place.is_multiple_of(self.grain), used.get_mut((index / 64) as usize))
+                {
+                    if *bits & 1 << (index % 64) != 0 {
+                        return bad("VMDK image is corrupt: two grains share a place");
+                    }
+                    *bits |= 1 << (index % 64);
+                }
+            }
+        }
+        let unit = if self.is_compressed() { SECTOR } else { self.grain };
+        self.cached.lock().next = next.next_multiple_of(unit);
+        Ok(())
+    }
+
+    /// Changes the entry of a grain, in both tables.
+    fn set_entry(&self, cached: &mut Cached, grain: u64, sector: u32) -> io::Result<()> {
+        let (table, within) = ((grain / self.entries) as usize, grain % self.entries);
+        for directory in [&self.redundant, &self.directory] {
+            if let Some(at) = directory.get(table).filter(|t| **t != 0) {
+                self.file.write_at(u64::from(*at) * SECTOR + within * 4, &sector.to_le_bytes())?;
+            }
+        }
+        let at = self.directory.get(table).map(|t| u64::from(*t) * SECTOR);
+        if let Some((_, entries)) = cached.table.as_mut().filter(|(place, _)| Some(*place) == at)
+            && let Some(entry) = entries.get_mut(within as usize)
+        {
+            *entry = sector;
+        }
+        Ok(())
+    }
+
+    /// The sector of the next `len` bytes at the end of the file.
+    fn room(&self, cached: &Cached, len: u64) -> io::Result<u32> {
+        let full = || io::Error::other("the VMDK extent has no room for more grains");
+        if cached.next == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        let sector = u32::try_from(cached.next / SECTOR).map_err(|_| full())?;
+        if self.file.size() > cached.next {
+            self.file.write_zeroes(cached.next, len.min(self.file.size() - cached.next), false)?;
+        }
+        if self.file.size() < cached.next + len {
+            self.file.truncate(cached.next + len, Preallocation::Off)?;
+        }
+        Ok(sector)
+    }
+
+    /// Gives the grain at `offset` a place, if it has none.
+    pub(super) fn allocate(&self, offset: u64) -> io::Result<()> {
+        if self.is_compressed() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "streamOptimized VMDK images take compressed data only",
+            ));
+        }
+        let grain = offset / self.grain;
+        let mut cached = self.cached.lock();
+        let sector = self.entry_of(&mut cached, grain)?;
+        if sector != 0 && !(sector == 1 && self.flags & ZERO_GRAINS != 0) {
+            return Ok(());
+        }
+        let sector = self.room(&cached, self.grain)?;
+        self.set_entry(&mut cached, grain, sector)?;
+        cached.next += self.grain;
+        Ok(())
+    }
+
+    /// Makes the grain at `offset` one of zeroes, if the extent has those. What it had is lost.
+    pub(super) fn forget(&self, offset: u64) -> io::Result<bool> {
+        if self.flags & ZERO_GRAINS == 0 || self.is_compressed() {
+            return Ok(false);
+        }
+        self.set_entry(&mut self.cached.lock(), offset / self.grain, 1)?;
+        Ok(true)
+    }
+
+    /// Stores a grain compressed, at the end, with its marker: sector of the disk and length.
+    pub(super) fn pack(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut whole = data.to_vec();
+        whole.resize(self.grain as usize, 0);
+        let mut encoder = ZlibEncoder::new(vec![0; 12], Compression::default());
+        encoder.write_all(&whole)?;
+        let mut packed = encoder.finish()?;
+        let len = (packed.len() - 12) as u32;
+        crate::mapped::put(&mut packed, 0, &(offset / SECTOR).to_le_bytes());
+        crate::mapped::put(&mut packed, 8, &len.to_le_bytes());
+        packed.resize(packed.len().next_multiple_of(SECTOR as usize), 0);
+        let grain = offset / self.grain;
+        let mut cached = self.cached.lock();
+        if self.entry_of(&mut cached, grain)? != 0 {
+            return Err(io::Error::other("compressed VMDK grains are written once"));
+        }
+        let sector = self.room(&cached, packed.len() as u64)?;
+        self.file.write_at(cached.next, &packed)?;
+        self.set_entry(&mut cached, grain, sector)?;
+        cached.next += packed.len() as u64;
+        Ok(())
     }
 
     /// The sector of a grain; 0 if there is none.
     fn entry(&self, grain: u64) -> io::Result<u32> {
+        self.entry_of(&mut self.cached.lock(), grain)
+    }
+
+    fn entry_of(&self, cached: &mut Cached, grain: u64) -> io::Result<u32> {
         let table = self.directory.get((grain / self.entries) as usize).copied().unwrap_or(0);
         if table == 0 {
             return Ok(0);
         }
         let at = u64::from(table) * SECTOR;
-        let mut cached = self.cached.lock();
         if cached.table.as_ref().is_none_or(|(place, _)| *place != at) {
             let mut bytes = vec![0; self.entries as usize * 4];
             self.file.read_at(at, &mut bytes)?;
@@ -135,6 +295,19 @@ impl Sparse {
             _ => Place::Data(Arc::clone(&self.file), u64::from(sector) * SECTOR + within),
         };
         Ok(Run { place, len: self.grain - within })
+    }
+
+    /// Places of grains that lie beyond the end of the file.
+    pub(super) fn faults(&self, out: &mut Vec<String>) -> io::Result<()> {
+        let end = self.file.size();
+        for grain in 0..self.size.div_ceil(self.grain) {
+            let sector = self.entry(grain)?;
+            let zero = sector == 0 || (sector == 1 && self.flags & ZERO_GRAINS != 0);
+            if !zero && u64::from(sector) * SECTOR >= end {
+                out.push(format!("ERROR: cluster offset after file size: sector {sector}"));
+            }
+        }
+        Ok(())
     }
 
     /// The grain at a sector.

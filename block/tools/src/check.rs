@@ -120,6 +120,24 @@ fn show_fixes(report: &Report) -> String {
     out
 }
 
+/// The check of a format that only knows faults.
+fn simple(args: &Args, format: &str, faults: std::io::Result<Vec<String>>) -> Result<u8> {
+    let faults = faults
+        .map_err(|e| ImgError::Status { text: format!("Check failed: {}", errno(&e)), status: FAILED })?;
+    let report = Report { corruptions: faults.len() as u64, ..Report::default() };
+    if args.output == Output::Json {
+        let mut value = to_json(&report, &args.filename);
+        if let Some(place) = value.get_mut("format") {
+            *place = json!(format);
+        }
+        print_json(&value)?;
+    } else if !args.quiet {
+        faults.iter().for_each(|m| eprintln!("{m}"));
+        print(&human(&report))?;
+    }
+    Ok(if faults.is_empty() { 0 } else { CORRUPT })
+}
+
 /// `check`. `name` is the program's.
 pub(crate) fn run(args: &Args, name: &str) -> Result<u8> {
     let fix = match args.repair {
@@ -137,6 +155,9 @@ pub(crate) fn run(args: &Args, name: &str) -> Result<u8> {
     opener.for_check = true;
     opener.backing = Backing::Ignore;
     let node = source.open_with(&opener)?;
+    if let Some(faults) = node.faults() {
+        return simple(args, node.driver(), faults);
+    }
     let Some(image) = node.as_qcow2() else {
         return Err(ImgError::Status {
             text: "This image format does not support checks".into(),

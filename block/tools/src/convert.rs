@@ -122,8 +122,9 @@ fn new_target(args: &Args, name: &str, size: u64) -> Result<(Target, Arc<dyn Blo
     let driver = target_driver(args.target_format.as_deref().unwrap_or("raw"))?;
     let mut target = Target::new(driver);
     target.apply(&args.options).map_err(|e| ImgError::Refused(format!("{name}: {e}")))?;
-    if (args.backing.is_some() || args.compress) && driver != Driver::Qcow2 {
-        let what = if args.compress {
+    let compresses = matches!(driver, Driver::Qcow2 | Driver::Vmdk);
+    if (args.backing.is_some() && driver != Driver::Qcow2) || (args.compress && !compresses) {
+        let what = if args.compress && !compresses {
             "Compression not supported for this file format"
         } else {
             "Backing file not supported for this file format"
@@ -250,7 +251,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         parts.push(Part { node: Arc::clone(source), start });
         start += source.size();
     }
-    let cluster = node.as_qcow2().map(|q| q.header().cluster_size());
+    // Some take compressed data only.
+    let packed = node.compressed_unit();
+    let cluster = packed.or_else(|| node.as_qcow2().map(|q| q.header().cluster_size()));
     if args.compress && cluster.is_none() {
         return refused("Compression not supported for this file format");
     }
@@ -260,7 +263,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         target_zero: backing.is_none() && (args.target_is_zero || (!args.no_create && !preallocated)),
         target: Arc::clone(&node),
         sparse,
-        compress: cluster.filter(|_| args.compress),
+        compress: cluster.filter(|_| args.compress || packed.is_some()),
         skip_below,
         workers: args.workers,
         unordered: args.unordered,

@@ -226,6 +226,7 @@ impl Copier {
                     }
                 }
                 (Some(_), Some(image)) => image.store_compressed(chunk.offset, data, packed),
+                (Some(_), None) => self.plan.target.write_compressed(chunk.offset, data),
                 _ => self.write(chunk.offset, data),
             },
         }

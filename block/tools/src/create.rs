@@ -4,13 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use holdfast_block::graph::{Opener, beside};
-use holdfast_block::luks;
 use holdfast_block::node::Preallocation;
 use holdfast_block::options::{Driver, split_pairs};
 use holdfast_block::qcow2::header::Compression;
 use holdfast_block::qcow2::{self, CreateOptions};
 use holdfast_block::raw::{LockRange, RawImage, RawOptions};
 use holdfast_block::{BlockError, BlockNode};
+use holdfast_block::{foreign, luks};
 use holdfast_threads::PlainSpawner;
 
 use crate::common::{ImgError, Result, Source, failed, password, print, refused, size_argument};
@@ -86,6 +86,8 @@ const RAW_HELP: &str = "Supported raw options:
 pub(crate) struct Target {
     pub(crate) driver: Driver,
     pub(crate) options: CreateOptions,
+    /// What other programs' formats take.
+    foreign: foreign::CreateOptions,
     /// The size as options give it.
     pub(crate) size: Option<u64>,
     /// The version as options give it.
@@ -123,17 +125,14 @@ pub(crate) fn options_help(driver: Driver, options: &[String]) -> Option<&'stati
     asked.then_some(match driver {
         Driver::Qcow2 => QCOW2_HELP,
         Driver::Luks => LUKS_HELP,
-        _ => RAW_HELP,
+        other => foreign::help(other).unwrap_or(RAW_HELP),
     })
 }
 
 /// Formats that images can be made of.
 pub(crate) fn target_driver(name: &str) -> Result<Driver> {
     match Driver::from_name(name) {
-        Ok(driver) if driver.is_writable() && driver != Driver::Throttle => Ok(driver),
-        Ok(driver) if driver.is_format() && driver != Driver::Throttle => refused(format!(
-            "images of the format '{name}' can be read and converted, but not made by this version"
-        )),
+        Ok(driver) if driver.is_format() && driver != Driver::Throttle => Ok(driver),
         _ => refused(format!("Unknown file format '{name}'")),
     }
 }
@@ -143,6 +142,7 @@ impl Target {
         Self {
             driver,
             options: CreateOptions::new(0),
+            foreign: foreign::CreateOptions::default(),
             size: None,
             compat: None,
             encrypt: Vec::new(),
@@ -154,6 +154,10 @@ impl Target {
     pub(crate) fn apply(&mut self, options: &[String]) -> Result<()> {
         for (key, value) in options.iter().flat_map(|o| split_pairs(o)) {
             let Some(value) = value else { return refused(format!("Expected '=' after parameter '{key}'")) };
+            if key != "size" && foreign::is_foreign(self.driver) {
+                self.foreign.set(self.driver, &key, &value).map_err(|e| ImgError::Refused(e.to_string()))?;
+                continue;
+            }
             if self.common(&key, &value)? {
                 continue;
             }
@@ -318,6 +322,34 @@ impl Target {
         Ok(luks::create(file, &options, how, password)?)
     }
 
+    fn make_foreign(
+        &self,
+        file: Arc<dyn BlockNode>,
+        name: &str,
+        no_flush: bool,
+    ) -> Result<Arc<dyn BlockNode>> {
+        let path = Path::new(name.strip_prefix("file:").unwrap_or(name));
+        let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+        let short = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut failed = None;
+        let made =
+            foreign::create(self.driver, (file, &short), self.options.size, &self.foreign, &mut |part| {
+                new_file(&beside(&directory, part), no_flush).map_err(|e| {
+                    let text = e.to_string();
+                    failed = Some(e);
+                    BlockError::Option(text)
+                })
+            });
+        match (made, failed) {
+            (_, Some(error)) => Err(error),
+            (Ok(node), None) => Ok(node),
+            (Err(BlockError::Option(text)), None) => refused(format!("{name}: {text}")),
+            (Err(source), None) => {
+                Err(ImgError::Image { what: "error while creating", name: name.to_owned(), source })
+            }
+        }
+    }
+
     /// Makes the image and opens it for writing.
     pub(crate) fn make(&self, name: &str, no_flush: bool) -> Result<Arc<dyn BlockNode>> {
         let fail = |source| ImgError::Image { what: "error while creating", name: name.to_owned(), source };
@@ -328,6 +360,9 @@ impl Target {
                 MakeError::Image(source) => fail(source),
                 MakeError::Img(error) => error,
             });
+        }
+        if foreign::is_foreign(self.driver) {
+            return self.make_foreign(file, name, no_flush);
         }
         if self.driver != Driver::Qcow2 {
             let size = self.options.size;
@@ -422,6 +457,7 @@ fn formatting(name: &str, target: &Target) -> String {
     };
     if target.driver != Driver::Qcow2 {
         text += &format!(" size={}", o.size);
+        text += &target.foreign.shown(target.driver);
         text += &encryption("");
         if target.detached {
             text += " detached-header=on";

@@ -98,6 +98,12 @@ pub(crate) fn image_info(name: &str, node: &Arc<dyn BlockNode>) -> Value {
                 json!({ "type": "luks", "data": luks_json(&header, false) }),
             );
         }
+        if let Some(size) = node.cluster_size() {
+            info.insert("cluster-size".into(), json!(size));
+        }
+        if let Some(specific) = node.format_specific() {
+            info.insert("format-specific".into(), specific);
+        }
         info.insert("dirty-flag".into(), json!(false));
     }
     info.insert("virtual-size".into(), json!(node.size()));

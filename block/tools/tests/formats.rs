@@ -1,4 +1,4 @@
-//! Other programs' formats, as `qemu-img` writes them (Debian: qemu-utils).
+//! Other programs' formats: ours reads what `qemu-img` writes, and the other way round (Debian: qemu-utils).
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -31,6 +31,12 @@ impl Bed {
     fn run(&self, program: &str, args: &[&str]) -> Output {
         let program = match program {
             "ours" => env!("CARGO_BIN_EXE_holdfast-img").into(),
+            // The same program by another name.
+            "our-io" => {
+                let link = self.dir().join("ours-io");
+                let _ = std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_holdfast-img"), &link);
+                link.into()
+            }
             _ => std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()),
         };
         Command::new(program)
@@ -82,12 +88,167 @@ fn images_of_others_are_read() {
         if options != ["-o", "subformat=fixed"] || *format == "vhdx" {
             assert!(bed.ok("ours", &["info", "x"]).contains(&format!("file format: {format}")));
         }
-        // They are read, not written or made.
         let out = bed.run("ours", &["resize", "-f", format, "x", "+1M"]);
-        assert!(!out.status.success() && text(&out.stderr).contains(format), "{}", text(&out.stderr));
-        let out = bed.run("ours", &["convert", "-O", format, "in.raw", "y"]);
-        assert!(!out.status.success() && text(&out.stderr).contains(format), "{}", text(&out.stderr));
+        assert!(!out.status.success(), "{format} {options:?}");
     }
+}
+
+/// The numbers of a generator that does not change (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % below
+    }
+}
+
+/// Writes at random into the image `x` and, alike, into `in.raw`: patterns, zeroes and flushes.
+fn scribble(bed: &Bed, format: &str, seed: u64) {
+    let mut numbers = Numbers(seed);
+    let mut commands: Vec<String> = Vec::new();
+    let sectors = 20 * 63 * 16u64;
+    for _ in 0..60 {
+        let at = numbers.next(sectors);
+        let len = (1 + numbers.next(300)).min(sectors - at);
+        let (at, len) = (at * 512, len * 512);
+        commands.push(match numbers.next(5) {
+            0 => format!("write -z {at} {len}"),
+            1 => "flush".to_owned(),
+            _ => format!("write -P {} {at} {len}", 1 + numbers.next(255)),
+        });
+    }
+    for (format, image) in [(format, "x"), ("raw", "in.raw")] {
+        let mut args = vec!["-f", format];
+        commands.iter().for_each(|c| args.extend(["-c", c.as_str()]));
+        args.push(image);
+        bed.ok("our-io", &args);
+    }
+}
+
+/// What both find of the image `x`: nothing wrong, and the contents of `in.raw`.
+fn agree(bed: &Bed, format: &str) {
+    for who in ["ours", "theirs"] {
+        bed.ok(who, &["compare", "-f", "raw", "-F", format, "in.raw", "x"]);
+        if format != "vpc" {
+            let check = bed.ok(who, &["check", "-f", format, "x"]);
+            assert!(check.contains("No errors were found on the image."), "{check}");
+        }
+    }
+}
+
+#[test]
+fn images_of_ours_are_read_by_others_whatever_is_written_to_them() {
+    for (n, (format, options)) in IMAGES.iter().enumerate() {
+        let bed = Bed::new();
+        let with = if options.is_empty() { vec![] } else { vec!["-o", options] };
+        bed.ok("ours", &[&["convert", "-O", format][..], &with, &["in.raw", "x"]].concat());
+        agree(&bed, format);
+        let info = |who: &str| {
+            let info = bed.ok(who, &["info", "-f", format, "--output=json", "x"]);
+            serde_json::from_str::<serde_json::Value>(&info).expect("JSON")
+        };
+        let (ours, theirs) = (info("ours"), info("theirs"));
+        for key in ["virtual-size", "cluster-size", "format-specific", "format", "dirty-flag"] {
+            assert_eq!(ours[key], theirs[key], "{format} {options}");
+        }
+        if options.contains("streamOptimized") {
+            let out = bed.run("our-io", &["-f", format, "-c", "write 0 512", "x"]);
+            assert!(text(&out.stderr).contains("written once"), "{}", text(&out.stderr));
+            continue;
+        }
+        scribble(&bed, format, 77 + n as u64);
+        agree(&bed, format);
+        // The other's image, written by both.
+        bed.ok("theirs", &[&["create", "-q", "-f", format][..], &with, &["y", "10321920"]].concat());
+        bed.ok("theirs", &["convert", "-n", "-f", format, "-O", format, "x", "y"]);
+        std::fs::remove_file(bed.dir().join("x")).expect("ours");
+        // Descriptors name their extents, so images of several files are not renamed.
+        if !options.contains("Flat") && !options.contains("twoGb") {
+            std::fs::rename(bed.dir().join("y"), bed.dir().join("x")).expect("theirs");
+            scribble(&bed, format, 99 + n as u64);
+            agree(&bed, format);
+        }
+    }
+}
+
+#[test]
+fn options_and_refusals_are_those_of_others() {
+    let bed = Bed::new();
+    // Format, options, size; both make it, or both do not. What they say first is the same.
+    for (format, options, size) in [
+        ("vdi", "static=on", "3M"),
+        ("vdi", "static=maybe", "3M"),
+        ("vdi", "block_size=2M", "3M"),
+        ("vdi", "static=off", "600T"),
+        ("vpc", "subformat=fixed", "3M"),
+        ("vpc", "subformat=fixed,force_size=on", "3M"),
+        ("vpc", "force_size=on", "3T"),
+        ("vpc", "subformat=dynamic", "3T"),
+        ("vpc", "subformat=other", "3M"),
+        ("vhdx", "block_size=3M", "3M"),
+        ("vhdx", "block_size=1M,log_size=3M", "3M"),
+        ("vhdx", "block_size=512M", "3M"),
+        ("vhdx", "subformat=dynamic", "65T"),
+        ("vhdx", "subformat=other", "3M"),
+        ("vhdx", "block_state_zero=off", "3M"),
+        ("vmdk", "adapter_type=lsilogic,compat6=on", "3M"),
+        ("vmdk", "adapter_type=other", "3M"),
+        ("vmdk", "compat6=on,hwversion=5", "3M"),
+        ("vmdk", "hwversion=13,toolsversion=11", "3M"),
+        ("vmdk", "subformat=monolithicFlat,zeroed_grain=on", "3M"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse", "5G"),
+        ("vmdk", "subformat=twoGbMaxExtentFlat", "5G"),
+        ("vmdk", "subformat=streamOptimized", "3M"),
+        ("vmdk", "subformat=other", "3M"),
+    ] {
+        let make = |who: &str| {
+            let out = bed.run(who, &["create", "-f", format, "-o", options, "new.img", size]);
+            let info = out.status.success().then(|| bed.ok("theirs", &["info", "-f", format, "new.img"]));
+            let size = info.map(|i| i.lines().find(|l| l.starts_with("virtual size")).map(str::to_owned));
+            (out.status.code(), text(&out.stdout), size)
+        };
+        let (ours, theirs) = (make("ours"), make("theirs"));
+        assert_eq!((&ours.0, &ours.2), (&theirs.0, &theirs.2), "{format} {options} {size}");
+        if ours.0 == Some(0) {
+            assert_eq!(ours.1, theirs.1);
+        }
+    }
+}
+
+#[test]
+fn images_whose_blocks_overlap_are_not_written() {
+    let patch = |bed: &Bed, at: usize, bytes: &[u8]| {
+        let mut image = std::fs::read(bed.dir().join("x")).expect("image");
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(bed.dir().join("y"), image).expect("image");
+    };
+    // The second entry of each table leads where the first one does, or over the tables.
+    for (format, at, entry) in [
+        ("vdi", 0x204, &[0u8, 0, 0, 0][..]),
+        ("vpc", 1540, &[0, 0, 0, 4]),
+        ("vpc", 1540, &[0, 0, 0, 0]),
+        ("vmdk", (38 + 1) * 512 + 4, &[0x80, 0, 0, 0]),
+        ("vmdk", (38 + 1) * 512 + 4, &[2, 0, 0, 0]),
+        ("vhdx", (3 << 20) + 8, &[6, 0, 0x10, 0, 0, 0, 0, 0]),
+    ] {
+        let bed = Bed::new();
+        bed.ok("ours", &["convert", "-O", format, "in.raw", "x"]);
+        let at = if format == "vmdk" { primary_table(&bed) + 4 } else { at };
+        patch(&bed, at, entry);
+        let out = bed.run("our-io", &["-f", format, "-c", "write 0 512", "y"]);
+        let said = text(&out.stderr) + &text(&out.stdout);
+        assert!(!out.status.success() && said.contains("corrupt"), "{format}: {said}");
+    }
+}
+
+/// Where the first grain table of the image `x` is: the first entry of the directory.
+fn primary_table(bed: &Bed) -> usize {
+    let image = std::fs::read(bed.dir().join("x")).expect("image");
+    let number = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().expect("four bytes")) as usize;
+    number(number(56) * 512) * 512
 }
 
 #[test]

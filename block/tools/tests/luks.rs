@@ -263,3 +263,24 @@ fn encrypted_qcow2() {
     let with_second = "driver=qcow2,encrypt.key-secret=t,file.filename=x.qcow2";
     bed.ok("theirs", &["map", "--output=json", "--object", second, "--image-opts", with_second]);
 }
+
+#[test]
+fn legacy_encryption_is_read_to_be_converted_and_not_written() {
+    let bed = Bed::new();
+    std::fs::write(bed.dir().join("key"), "a password longer than a key").expect("key");
+    let options = "encrypt.format=aes,encrypt.key-secret=s,cluster_size=4k";
+    bed.ok("theirs", &["convert", "--object", SECRET, "-O", "qcow2", "-o", options, "in.raw", "old"]);
+    let image = "driver=qcow2,encrypt.key-secret=s,file.filename=old";
+    bed.ok("ours", &["convert", "--object", SECRET, "--image-opts", image, "-O", "raw", "out.raw"]);
+    bed.ok("theirs", &["compare", "-f", "raw", "-F", "raw", "in.raw", "out.raw"]);
+    let said = |args: &[&str]| {
+        let out = bed.run("ours", args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        text(&out.stderr)
+    };
+    assert!(said(&["convert", "-f", "qcow2", "-O", "raw", "old", "no"]).contains("encrypt.key-secret"));
+    let change = ["resize", "--object", SECRET, "--image-opts", image, "+1M"];
+    assert!(said(&change).contains("for reading only"), "{}", said(&change));
+    let new = ["create", "-f", "qcow2", "-o", options, "new", "1M", "--object", SECRET];
+    assert!(said(&new).contains("not made any more"));
+}

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use holdfast_block::node::{Extent, Preallocation};
 use holdfast_block::qcow2::check::Fix;
 use holdfast_block::qcow2::{OpenOptions, Qcow2};
-use holdfast_block::{BlockNode, luks, vdi, vhdx, vmdk, vpc};
+use holdfast_block::{BlockError, BlockNode, luks, vdi, vhdx, vmdk, vpc};
 
 /// Longest file that an image may become, in bytes.
 const MAX: usize = 8 << 20;
@@ -121,6 +121,35 @@ fn use_qcow2(file: Arc<dyn BlockNode>) {
     }
 }
 
+/// Opens another program's format.
+fn foreign(kind: u8, file: &Arc<dyn BlockNode>, write: bool) -> Result<Arc<dyn BlockNode>, BlockError> {
+    let file = Arc::clone(file);
+    match kind {
+        2 => vdi::open(file, !write),
+        3 => vpc::open(file, !write),
+        4 => vhdx::open(file, if write { vhdx::Access::Write } else { vhdx::Access::Read }),
+        _ => {
+            let access = if write { vmdk::Access::Write } else { vmdk::Access::Read };
+            vmdk::open(file, access, &mut |_| Ok(Arc::new(Memory::default())))
+        }
+    }
+}
+
+/// Writes data and zeroes; what was written reads the same.
+fn scribble(node: &dyn BlockNode) {
+    let size = node.size();
+    for at in [0, size / 2 / 512 * 512] {
+        if at.checked_add(4096).is_some_and(|end| end <= size) {
+            let mut buf = [0; 4096];
+            if node.write_at(at, &[7; 4096]).is_ok() && node.read_at(at, &mut buf).is_ok() {
+                assert!(!node.is_readonly() && buf == [7; 4096], "what was written at {at}");
+            }
+            let _ = node.write_zeroes(at, 2048, true);
+        }
+    }
+    let _ = node.flush();
+}
+
 /// The target: which format, then the file.
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
@@ -135,10 +164,17 @@ pub fn run(data: &[u8]) {
             }
             luks::Luks::open(file, None, None, true).map(|n| -> Arc<dyn BlockNode> { n })
         }
-        2 => vdi::open(file),
-        3 => vpc::open(file),
-        4 => vhdx::open(file),
-        _ => vmdk::open(file, &mut |_| Ok(Arc::new(Memory::default()))),
+        kind => {
+            // As it is, and then to be written.
+            for write in [false, true] {
+                if let Ok(node) = foreign(kind, &file, write) {
+                    look(&*node);
+                    scribble(&*node);
+                    let _ = node.faults();
+                }
+            }
+            return;
+        }
     };
     if let Ok(node) = opened {
         look(&*node);
