@@ -180,7 +180,9 @@ impl CreateOptions {
                 "off" => self.fixed = false,
                 "metadata" => self.fixed = true,
                 _ => {
-                    return bad(format!("Preallocation mode '{value}' is not supported for the format 'vdi'"));
+                    return bad(format!(
+                        "Preallocation mode '{value}' is not supported for the format 'vdi'"
+                    ));
                 }
             },
             (Driver::Vpc | Driver::Vhdx, "subformat") => match value {

@@ -117,7 +117,7 @@ pub fn create(file: &Arc<dyn BlockNode>, size: u64, options: &CreateOptions) -> 
         let entry = match (within == ratio, options.fixed) {
             // Of sector bitmaps there are none.
             (true, _) => 0,
-            (false, true) => data + (group * ratio + within) * block | PRESENT,
+            (false, true) => (data + (group * ratio + within) * block) | PRESENT,
             (false, false) => empty,
         };
         bytes.extend_from_slice(&entry.to_le_bytes());
