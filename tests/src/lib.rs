@@ -60,7 +60,7 @@ pub fn x86_64_guest() -> PathBuf {
 }
 
 /// The directory with `vmlinuz` and `initramfs.cpio` of another x86 guest of `fetch-debian`: `x86_64-generic`,
-/// `x86_64-bookworm` or `i386`.
+/// `x86_64-bookworm`, `x86_64-bookworm-cloud` or `i386`; the first three have a `vmlinux` too.
 ///
 /// # Panics
 /// If it cannot be fetched.

@@ -10,6 +10,9 @@ const SECTOR: u64 = 512;
 /// Where the only partition begins, in sectors: 1 MiB.
 const START: u64 = 2048;
 
+/// Debian: seabios.
+pub const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
+
 /// The directory with OVMF, memtest86+, iPXE and GRUB for UEFI, fetched if it is missing.
 ///
 /// # Panics
@@ -114,4 +117,21 @@ pub fn grub_config(dir: &Path, commands: &str) -> PathBuf {
     let path = dir.join("grub.cfg");
     std::fs::write(&path, commands).expect("writable");
     path
+}
+
+/// Where the variables of [`ovmf`] are kept in its directory.
+pub fn ovmf_variables(dir: &Path) -> PathBuf {
+    dir.join("vars.fd")
+}
+
+/// Arguments that start OVMF, with variables of its own in `dir`.
+///
+/// # Panics
+/// If it cannot be fetched, or `dir` cannot be written.
+pub fn ovmf(dir: &Path) -> [String; 4] {
+    let vars = ovmf_variables(dir);
+    std::fs::copy(pc_parts().join("OVMF_VARS_4M.fd"), &vars).expect("OVMF's variables");
+    let code = pc_parts().join("OVMF_CODE_4M.fd");
+    let flash = || "--pflash".to_owned();
+    [flash(), format!("path={},readonly=on", code.display()), flash(), format!("path={}", vars.display())]
 }

@@ -7,15 +7,14 @@ use std::time::{Duration, Instant};
 
 use holdfast_tests::devices::run;
 use holdfast_tests::http::Api;
-use holdfast_tests::pc::{bios_disk, debian_system, efi_disk, grub_config, pc_parts};
+use holdfast_tests::pc::{
+    SEABIOS, bios_disk, debian_system, efi_disk, grub_config, ovmf, ovmf_variables, pc_parts,
+};
 use holdfast_tests::{Program, holdfast, printed, q35_args, x86_64_guest, x86_args};
 use serde_json::Value;
 
 /// Generous: the test machine may be busy. Nothing is asserted about speed.
 const BOOT: Duration = Duration::from_secs(400);
-/// Debian: seabios.
-const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
-
 const LINUX: &str =
     "linux $prefix/vmlinuz console=ttyS0 quiet holdfast.loader=GRUB holdfast.test=boot,firmware
 initrd $prefix/initramfs.cpio
@@ -57,17 +56,14 @@ fn seabios_and_grub_boot_a_kernel_from_a_disk() {
 fn ovmf_and_grub_boot_a_kernel_from_an_efi_system_partition() {
     let dir = tempfile::tempdir().expect("directory");
     let disk = efi_disk(dir.path(), &kernel_files(grub_config(dir.path(), &LINUX.replace("$prefix", ""))));
-    let vars = dir.path().join("vars.fd");
-    std::fs::copy(pc_parts().join("OVMF_VARS_4M.fd"), &vars).expect("OVMF's variables");
     let mut args = q35_args(2);
-    with(&mut args, "--pflash", format!("path={},readonly=on", pc_parts().join("OVMF_CODE_4M.fd").display()));
-    with(&mut args, "--pflash", format!("path={}", vars.display()));
+    args.extend(ovmf(dir.path()));
     with(&mut args, "--disk", format!("path={},image_type=raw", disk.display()));
     let mut vm = Program::run(&args);
     started_by(&mut vm, 2, "efi", "GRUB");
     // The variables went to their file: OVMF has made boot entries.
     let name: Vec<u8> = "Boot0000".encode_utf16().flat_map(u16::to_le_bytes).collect();
-    let vars = std::fs::read(&vars).expect("readable");
+    let vars = std::fs::read(ovmf_variables(dir.path())).expect("readable");
     assert!(vars.windows(name.len()).any(|w| w == name), "no boot entry was stored");
 }
 
