@@ -3,6 +3,7 @@
 pub mod counter;
 pub mod devices;
 pub mod http;
+pub mod lab;
 pub mod migration;
 pub mod pc;
 pub mod qmp;

@@ -11,9 +11,10 @@ use crate::devices::run;
 /// If it cannot: gnutls-bin is needed.
 pub fn certificates(dir: &Path, name: &str) {
     let certtool = |args: &[&str]| run(Command::new("certtool").current_dir(dir).args(args));
+    let kind = if name.parse::<std::net::IpAddr>().is_ok() { "ip_address" } else { "dns_name" };
     let templates = [
         ("ca", "cn = Tests\nca\ncert_signing_key\n".to_owned()),
-        ("server", format!("cn = {name}\ndns_name = {name}\ntls_www_server\nencryption_key\nsigning_key\n")),
+        ("server", format!("cn = {name}\n{kind} = {name}\ntls_www_server\nencryption_key\nsigning_key\n")),
         ("client", format!("cn = {name}\ntls_www_client\nencryption_key\nsigning_key\n")),
     ];
     for (who, words) in templates {

@@ -96,6 +96,12 @@ pub trait VirtioDevice: Send + Sync + Debug {
         Ok(())
     }
 
+    /// See [`holdfast_device::Device::arrived`].
+    fn arrived(&self) {}
+
+    /// See [`holdfast_device::Device::announce`].
+    fn announce(&self) {}
+
     /// Counters for `vm.counters`.
     fn counters(&self) -> BTreeMap<String, u64> {
         BTreeMap::new()

@@ -4,8 +4,8 @@ use std::pin::Pin;
 
 use holdfast_virtio::blk::config::QemuBlk;
 use holdfast_vmm::control::{
-    self as ops, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo, MachineInfo,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
+    self as ops, AnnounceParameters, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo,
+    MachineInfo, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
 };
 use holdfast_vmm::storage::{BlockIoThrottle, ExportOptions, HistogramSet, ServerOptions};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -170,6 +170,7 @@ commands! {
     "query-migrate-parameters" => migration::query_parameters: Empty => MigrationParameters;
     "migrate-set-capabilities" => migration::set_capabilities: migration::SetCapabilities => Empty;
     "query-migrate-capabilities" => migration::query_capabilities: Empty => Vec<MigrationCapabilityStatus>;
+    "announce-self" => migration::announce: AnnounceParameters => Empty;
     "human-monitor-command" => human_monitor: HumanMonitor => String;
 }
 

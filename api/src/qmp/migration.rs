@@ -1,7 +1,8 @@
 //! QMP's migration commands.
 
 use holdfast_vmm::control::{
-    self as ops, ControlHandle, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
+    self as ops, AnnounceParameters, ControlHandle, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -108,6 +109,11 @@ pub(super) async fn start_postcopy(handle: ControlHandle, _: Empty) -> Reply<Emp
 
 pub(super) async fn go_on(handle: ControlHandle, arguments: Continue) -> Reply<Empty> {
     call(&handle, ops::MigrateContinue(arguments.state)).await?;
+    Ok(Empty {})
+}
+
+pub(super) async fn announce(handle: ControlHandle, how: AnnounceParameters) -> Reply<Empty> {
+    call(&handle, ops::AnnounceSelf(how)).await?;
     Ok(Empty {})
 }
 

@@ -7,11 +7,13 @@ use crate::queue::{Chain, QueueError, Reader, VirtQueue};
 
 const CLASS_RX: u8 = 0;
 const CLASS_MAC: u8 = 1;
+const CLASS_ANNOUNCE: u8 = 3;
 const CLASS_MQ: u8 = 4;
 const CLASS_GUEST_OFFLOADS: u8 = 5;
 
 const MAC_TABLE_SET: u8 = 0;
 const MAC_ADDR_SET: u8 = 1;
+const ANNOUNCE_ACK: u8 = 0;
 const MQ_PAIRS_SET: u8 = 0;
 const OFFLOADS_SET: u8 = 0;
 /// Promiscuous to no-broadcast.
@@ -57,6 +59,10 @@ fn command(shared: &Shared, reader: &mut Reader<'_>, features: u64) -> Result<bo
                 shared.state.lock().mac = mac;
             }
             Ok(fine)
+        }
+        (CLASS_ANNOUNCE, ANNOUNCE_ACK) => {
+            shared.state.lock().announce = false;
+            Ok(features & bit::GUEST_ANNOUNCE != 0)
         }
         (CLASS_MQ, MQ_PAIRS_SET) => {
             let pairs = u16::from_le_bytes(reader.read_obj::<[u8; 2]>()?);

@@ -1,5 +1,6 @@
 //! The virtio network device (virtio 1.2 section 5.1).
 
+mod announce;
 pub mod config;
 mod control;
 mod handler;
@@ -44,6 +45,7 @@ pub(crate) mod bit {
     pub(crate) const STATUS: u64 = 1 << 16;
     pub(crate) const CTRL_VQ: u64 = 1 << 17;
     pub(crate) const CTRL_RX: u64 = 1 << 18;
+    pub(crate) const GUEST_ANNOUNCE: u64 = 1 << 21;
     pub(crate) const MQ: u64 = 1 << 22;
     pub(crate) const CTRL_MAC_ADDR: u64 = 1 << 23;
 
@@ -73,6 +75,9 @@ pub(crate) struct NetState {
     pub(crate) pairs: u16,
     /// Feature bits of the offloads in use, once the driver is ready.
     pub(crate) offloads: Option<u64>,
+    /// The driver is asked to announce itself (VIRTIO_NET_S_ANNOUNCE) and has not acknowledged it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) announce: bool,
 }
 
 /// Frames and bytes so far.
@@ -118,6 +123,7 @@ pub struct Net {
     features: u64,
     mtu: Option<u16>,
     mac: MacAddr,
+    driver: Mutex<Option<announce::Driver>>,
 }
 
 /// Opens the tap and starts the workers of a network device. `fds` are open taps, one for each queue
@@ -188,7 +194,7 @@ impl Net {
         };
         let mtu = config.mtu.or_else(|| backend.mtu().filter(|mtu| *mtu != 1500 && *mtu >= 1280));
         let features = Self::offered(config, mtu, &*backend);
-        let state = Mutex::new(NetState { mac, pairs: 1, offloads: None });
+        let state = Mutex::new(NetState { mac, pairs: 1, offloads: None, announce: false });
         let mut switched = Vec::new();
         for _ in 0..pairs {
             let fd =
@@ -205,13 +211,14 @@ impl Net {
             workers.push(worker.map_err(|e| host("cannot start its thread", e))?);
         }
         shared.backend.enable_queues(1).map_err(|e| host("cannot switch the interface's queues", e))?;
-        Ok(Arc::new(Self { shared, workers, queue_size: config.queue_size, features, mtu, mac }))
+        let (queue_size, driver) = (config.queue_size, Mutex::default());
+        Ok(Arc::new(Self { shared, workers, queue_size, features, mtu, mac, driver }))
     }
 
     /// The features for a config, as far as the interface has them.
     fn offered(config: &NetConfig, mtu: Option<u16>, backend: &dyn PacketBackend) -> u64 {
         let mut f = feature::QUEUES | bit::MAC | bit::MRG_RXBUF | bit::STATUS;
-        f |= bit::CTRL_VQ | bit::CTRL_RX | bit::CTRL_MAC_ADDR;
+        f |= bit::CTRL_VQ | bit::CTRL_RX | bit::CTRL_MAC_ADDR | bit::GUEST_ANNOUNCE;
         let mut guest = 0;
         if config.offload_csum {
             guest |= bit::GUEST_CSUM;
@@ -275,9 +282,12 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         const LINK_UP: u16 = 1;
+        const ANNOUNCE: u16 = 2;
         let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.shared.state.lock().mac.0);
-        config[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        let state = *self.shared.state.lock();
+        let status = LINK_UP | if state.announce { ANNOUNCE } else { 0 };
+        config[..6].copy_from_slice(&state.mac.0);
+        config[6..8].copy_from_slice(&status.to_le_bytes());
         config[8..10].copy_from_slice(&self.shared.max_pairs.to_le_bytes());
         config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         read_bytes(&config, offset, data);
@@ -285,6 +295,7 @@ impl VirtioDevice for Net {
 
     fn activate(&self, activation: Activation) {
         let Activation { queues, features, memory, interrupt } = activation;
+        *self.driver.lock() = Some(announce::Driver { features, interrupt: Arc::clone(&interrupt) });
         // Without multi-queue the control queue is number 2 (section 5.1.2).
         let pairs = if features & bit::MQ != 0 { self.shared.max_pairs } else { 1 };
         let mut parts: Vec<Vec<VirtQueue>> = self.workers.iter().map(|_| Vec::new()).collect();
@@ -303,12 +314,17 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&self) -> Vec<VirtQueue> {
+        *self.driver.lock() = None;
         self.workers.iter().flat_map(Worker::stop).collect()
+    }
+
+    fn announce(&self) {
+        self.announce_now();
     }
 
     fn reset(&self) {
         let mac = self.mac;
-        *self.shared.state.lock() = NetState { mac, pairs: 1, offloads: None };
+        *self.shared.state.lock() = NetState { mac, pairs: 1, offloads: None, announce: false };
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {

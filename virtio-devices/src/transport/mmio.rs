@@ -217,6 +217,14 @@ impl Device for MmioTransport {
         Ok(())
     }
 
+    fn arrived(&self) {
+        self.common.device.arrived();
+    }
+
+    fn announce(&self) {
+        self.common.device.announce();
+    }
+
     fn counters(&self) -> BTreeMap<String, u64> {
         self.common.device.counters()
     }

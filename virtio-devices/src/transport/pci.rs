@@ -592,6 +592,14 @@ impl Device for PciTransport {
         }
     }
 
+    fn arrived(&self) {
+        self.common.device.arrived();
+    }
+
+    fn announce(&self) {
+        self.common.device.announce();
+    }
+
     fn counters(&self) -> BTreeMap<String, u64> {
         self.common.device.counters()
     }

@@ -45,7 +45,7 @@ fn one() -> u32 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SendMigrationData {
-    /// `tcp:HOST:PORT` or `unix:PATH` at which the destination receives.
+    /// `tcp:HOST:PORT` or `unix:PATH` at which the destination receives, or `file:PATH` to store the VM in.
     #[schemars(extend("x-positional" = true))]
     pub destination_url: String,
     /// The destination is on this host and takes RAM over by its file descriptors (`unix:` and `--memory shared=on`).
@@ -81,6 +81,9 @@ pub struct SendMigrationData {
     /// Slow vCPUs that write faster than RAM can be sent.
     #[serde(default)]
     pub auto_converge: bool,
+    /// RAM bypasses the page cache on its way into a file (`file:` only).
+    #[serde(default)]
+    pub direct_io: bool,
     /// Compress RAM with zstd at this level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 19))]
@@ -91,7 +94,7 @@ pub struct SendMigrationData {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReceiveMigrationData {
-    /// `tcp:HOST:PORT` or `unix:PATH` at which to listen.
+    /// `tcp:HOST:PORT` or `unix:PATH` at which to listen, or `file:PATH` with a stored VM.
     #[schemars(extend("x-positional" = true))]
     pub receiver_url: String,
     /// Directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`: TLS is insisted on (`tcp:` only).

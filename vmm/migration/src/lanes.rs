@@ -58,6 +58,32 @@ impl Limiter {
     }
 }
 
+/// Where pages go.
+pub(crate) trait Sink: Send {
+    /// Takes the pages of `run`.
+    fn send(&mut self, run: Run) -> Result<(), MigrationError>;
+
+    /// Nothing more comes.
+    fn end(&mut self) -> Result<(), MigrationError>;
+}
+
+/// A connection for RAM only.
+pub(crate) struct Connection {
+    pub(crate) encoder: Encoder,
+    pub(crate) stream: Stream,
+}
+
+impl Sink for Connection {
+    fn send(&mut self, run: Run) -> Result<(), MigrationError> {
+        self.encoder.send(run, &mut self.stream)
+    }
+
+    fn end(&mut self) -> Result<(), MigrationError> {
+        let end = frame::write(&mut self.stream, Kind::End, 0, &[]);
+        end.map_err(MigrationError::broken("sending the end of RAM"))
+    }
+}
+
 /// Makes frames of RAM.
 pub(crate) struct Encoder {
     memory: GuestMemory,
@@ -165,14 +191,14 @@ pub(crate) struct Lanes {
     lanes: Vec<Lane>,
 }
 
-fn serve(jobs: &Receiver<Job>, mut encoder: Encoder, mut stream: Stream) {
+fn serve(jobs: &Receiver<Job>, mut sink: Box<dyn Sink>) {
     let mut result: Result<(), MigrationError> = Ok(());
     for job in jobs {
         match job {
             // After a failure what is left is only taken off the queue.
             Job::Send(run) => {
                 if result.is_ok() {
-                    result = encoder.send(run, &mut stream);
+                    result = sink.send(run);
                 }
             }
             Job::Flush(answer) => {
@@ -181,10 +207,7 @@ fn serve(jobs: &Receiver<Job>, mut encoder: Encoder, mut stream: Stream) {
                 let _ = answer.send(said);
             }
             Job::End(answer) => {
-                let ended = std::mem::replace(&mut result, Ok(())).and_then(|()| {
-                    let end = frame::write(&mut stream, Kind::End, 0, &[]);
-                    end.map_err(MigrationError::broken("sending the end of RAM"))
-                });
+                let ended = std::mem::replace(&mut result, Ok(())).and_then(|()| sink.end());
                 let _ = answer.send(ended);
             }
         }
@@ -197,16 +220,11 @@ impl Lanes {
         Self { lanes: Vec::new() }
     }
 
-    /// Adds a connection.
-    pub(crate) fn add(
-        &mut self,
-        stream: Stream,
-        encoder: Encoder,
-        spawner: &dyn Spawner,
-    ) -> Result<(), MigrationError> {
+    /// Adds a connection, or another way for pages.
+    pub(crate) fn add(&mut self, sink: Box<dyn Sink>, spawner: &dyn Spawner) -> Result<(), MigrationError> {
         let (jobs, queue) = sync_channel(QUEUE);
         let name = format!("migrate-ram{}", self.lanes.len() + 1);
-        let body = move || serve(&queue, encoder, stream);
+        let body = move || serve(&queue, sink);
         let thread = spawner.spawn(&name, Role::Migration, Box::new(body));
         let failed = |source| MigrationError::Host { what: "no thread for a connection", source };
         self.lanes.push(Lane { jobs, thread: Some(thread.map_err(failed)?) });

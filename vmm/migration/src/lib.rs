@@ -21,6 +21,7 @@ mod checksum;
 mod control;
 pub mod frame;
 mod lanes;
+pub mod mapped;
 pub mod pages;
 mod plan;
 mod postcopy;
@@ -67,6 +68,17 @@ pub enum MigrationError {
     /// TLS cannot be set up.
     #[error("TLS: {0}")]
     Tls(String),
+    /// A file that a VM is in, or was to be.
+    #[error("{what} `{path}`")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The connection broke while something was on its way.
     #[error("the connection broke while {what}")]
     Broken {

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::io;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -14,8 +15,9 @@ use parking_lot::Mutex;
 
 use crate::control::{Control, Phase, TimeoutStrategy};
 use crate::frame::{self, Header, Kind, Preamble, Role};
-use crate::lanes::{Encoder, Lanes, Limiter};
-use crate::pages::{self, PageSet};
+use crate::lanes::{Connection, Encoder, Lanes, Limiter, Sink};
+use crate::mapped::MappedFile;
+use crate::pages::{self, PageSet, Run};
 use crate::postcopy::Pusher;
 use crate::{Address, MAX_CONNECTIONS, MigrationError, Plan, Stream, Tls};
 
@@ -118,6 +120,8 @@ pub struct SendTo {
     pub local: bool,
     /// The guest may go over before its RAM has.
     pub postcopy: bool,
+    /// RAM bypasses the page cache on its way into a file.
+    pub direct: bool,
     /// Distinguishes this migration from others.
     pub session: [u8; 16],
 }
@@ -214,6 +218,11 @@ impl Sender<'_> {
             let reason = "a local migration has one connection and no post-copy".to_owned();
             return Err(MigrationError::Address { address: self.to.address.to_string(), reason });
         }
+        let total: u64 = self.ranges().iter().map(|r| r.1).sum();
+        self.control.counters.total.store(total, Relaxed);
+        if let Address::File(path) = &self.to.address {
+            return self.store(path);
+        }
         let mut plan = self.source.plan().map_err(vm("this VM cannot migrate"))?;
         plan.local = self.to.local;
         plan.connections = self.to.connections;
@@ -233,7 +242,8 @@ impl Sender<'_> {
         expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
         for _ in 1..self.to.connections {
             let stream = self.connect(Role::Ram)?;
-            self.lanes.add(stream, self.encoder(), self.spawner.as_ref())?;
+            let sink = Box::new(Connection { encoder: self.encoder(), stream });
+            self.lanes.add(sink, self.spawner.as_ref())?;
         }
         let setup = self.control.elapsed().as_millis() as u64;
         self.control.counters.setup.store(setup, Relaxed);
@@ -282,31 +292,23 @@ impl Sender<'_> {
     }
 
     fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
-        let ranges = pages::ranges(&self.memory);
-        let total: u64 = ranges.iter().map(|r| r.1).sum();
-        self.control.counters.total.store(total, Relaxed);
-        self.enter(Phase::Active);
-        let mut left = PageSet::empty(&ranges);
+        let mut left = PageSet::empty(&self.ranges());
         let mut encoder = self.encoder();
-        if !self.to.local {
-            left = PageSet::full(&ranges);
-            pages::log_writes(&self.memory, true);
-            self.logging = true;
-            self.source.start_log().map_err(vm("writes to RAM cannot be logged"))?;
-            self.converge(&mut left, &mut encoder, main)?;
+        if self.to.local {
+            self.enter(Phase::Active);
+        } else {
+            left = self.begin()?;
+            self.converge(&mut left, &mut |run| encoder.send(run, main))?;
         }
         self.wait_for_leave()?;
         let began = host_monotonic();
-        self.source.throttle(0);
-        self.source.stop().map_err(vm("the guest cannot be stopped"))?;
-        self.stopped = true;
-        self.enter(Phase::Device);
+        self.stop()?;
         if !self.to.local {
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
             left.take_dirty(&self.memory);
             let behind = self.to.postcopy && self.control.wants_postcopy() && left.count() > 0;
             if !behind {
-                self.send_pages(&mut left, &mut encoder, main)?;
+                self.send_pages(&mut left, &mut |run| encoder.send(run, main))?;
             }
         }
         self.lanes.end()?;
@@ -321,18 +323,95 @@ impl Sender<'_> {
         frame::write(main, Kind::State, 0, &state).map_err(MigrationError::broken("sending the state"))?;
         expect(main, Kind::Ready, "waiting for the destination to take the state over", "destination")?;
         self.hand_over(main)?;
+        self.stood(began);
+        Ok(Outcome { running: plan.running })
+    }
+
+    /// Moves the VM into a file.
+    fn store(&mut self, path: &Path) -> Result<Outcome, MigrationError> {
+        let refused = |what: &str| {
+            let reason = format!("{what} does not go with a file");
+            Err(MigrationError::Address { address: self.to.address.to_string(), reason })
+        };
+        if self.to.postcopy || self.to.local || self.to.tls.is_some() {
+            return refused("post-copy, local or TLS");
+        }
+        if self.control.parameters().zstd.is_some() {
+            return refused("compression");
+        }
+        let plan = self.source.plan().map_err(vm("this VM cannot be stored"))?;
+        let text =
+            serde_json::to_vec(&plan).map_err(|e| MigrationError::vm("the plan cannot be written", e))?;
+        let file = Arc::new(MappedFile::create(path, &text, self.ranges(), self.to.direct)?);
+        let stored = self.store_in(&file, plan.running);
+        if stored.is_err() {
+            // Threads that write are done before it goes.
+            self.lanes = Lanes::none();
+            file.discard();
+        }
+        stored
+    }
+
+    fn store_in(&mut self, file: &Arc<MappedFile>, running: bool) -> Result<Outcome, MigrationError> {
+        let writer = || file.writer(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter));
+        let mut first = writer()?;
+        let further = (1..self.to.connections).map(|_| writer()).collect::<Result<Vec<_>, _>>()?;
+        for writer in further {
+            self.lanes.add(Box::new(writer), self.spawner.as_ref())?;
+        }
+        let mut left = self.begin()?;
+        self.converge(&mut left, &mut |run| first.send(run))?;
+        self.wait_for_leave()?;
+        let began = host_monotonic();
+        self.stop()?;
+        self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
+        left.take_dirty(&self.memory);
+        file.written_before();
+        self.send_pages(&mut left, &mut |run| first.send(run))?;
+        self.lanes.end()?;
+        let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
+        file.finish(&state)?;
+        self.control.commit()?;
+        self.given_up = true;
+        self.source.give_up().map_err(vm("the VM cannot be given up"))?;
+        self.stood(began);
+        Ok(Outcome { running })
+    }
+
+    fn ranges(&self) -> Vec<(u64, u64)> {
+        pages::ranges(&self.memory)
+    }
+
+    /// Starts the log of writes; returns all pages.
+    fn begin(&mut self) -> Result<PageSet, MigrationError> {
+        self.enter(Phase::Active);
+        let ranges = self.ranges();
+        pages::log_writes(&self.memory, true);
+        self.logging = true;
+        self.source.start_log().map_err(vm("writes to RAM cannot be logged"))?;
+        Ok(PageSet::full(&ranges))
+    }
+
+    fn stop(&mut self) -> Result<(), MigrationError> {
+        self.source.throttle(0);
+        self.source.stop().map_err(vm("the guest cannot be stopped"))?;
+        self.stopped = true;
+        self.enter(Phase::Device);
+        Ok(())
+    }
+
+    /// The guest has stood since `began`, and is gone.
+    fn stood(&self, began: u64) {
         let stood = (host_monotonic() - began) / 1_000_000;
         self.control.counters.downtime.store(stood, Relaxed);
         self.control.counters.remaining.store(0, Relaxed);
-        Ok(Outcome { running: plan.running })
     }
 
     /// Sends RAM in passes until what is left takes no longer than the guest may stand.
     fn converge(
         &mut self,
         left: &mut PageSet,
-        encoder: &mut Encoder,
-        main: &mut Stream,
+        first: &mut dyn FnMut(Run) -> Result<(), MigrationError>,
     ) -> Result<(), MigrationError> {
         let mut throttle = Throttle::default();
         for pass in 1.. {
@@ -340,7 +419,7 @@ impl Sender<'_> {
             self.source.passed(pass);
             let before = self.control.counters.transferred.load(Relaxed);
             let began = host_monotonic();
-            self.send_pages(left, encoder, main)?;
+            self.send_pages(left, first)?;
             self.lanes.flush()?;
             let sent = self.control.counters.transferred.load(Relaxed) - before;
             let took = (host_monotonic() - began).max(1);
@@ -381,12 +460,11 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Sends the pages of `set` and takes them out of it. Stops early if somebody asks for post-copy.
+    /// Sends the pages of `set`, those of the first connection by `first`, and takes them out of it. Stops early if somebody asks for post-copy.
     fn send_pages(
         &self,
         set: &mut PageSet,
-        encoder: &mut Encoder,
-        main: &mut Stream,
+        first: &mut dyn FnMut(Run) -> Result<(), MigrationError>,
     ) -> Result<(), MigrationError> {
         let mut left = set.count() * PAGE_SIZE;
         let runs: Vec<_> = set.runs().collect();
@@ -397,7 +475,7 @@ impl Sender<'_> {
             }
             set.set(run, false);
             if !self.lanes.send(run) {
-                encoder.send(run, main)?;
+                first(run)?;
             }
             left -= run.len;
             self.control.counters.remaining.store(left, Relaxed);

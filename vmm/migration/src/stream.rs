@@ -33,8 +33,8 @@ const POLL_MS: i32 = 100;
 pub enum Tls {
     /// For who listens.
     Server(Arc<ServerConfig>),
-    /// For who connects.
-    Client(Arc<ClientConfig>),
+    /// For who connects, with the name that the server's certificate has to have if it is not that of the address.
+    Client(Arc<ClientConfig>, Option<String>),
 }
 
 impl Tls {
@@ -63,7 +63,7 @@ impl Tls {
         if server {
             creds.server().map(Self::Server).map_err(tls)
         } else {
-            creds.client().map(Self::Client).map_err(tls)
+            creds.client().map(|config| Self::Client(config, None)).map_err(tls)
         }
     }
 }
@@ -188,7 +188,9 @@ impl Stream {
                 tune(&stream);
                 match tls {
                     None => Self::Tcp(stream),
-                    Some(Tls::Client(config)) => Self::client(config, host, stream)?,
+                    Some(Tls::Client(config, name)) => {
+                        Self::client(config, name.as_deref().unwrap_or(host), stream)?
+                    }
                     Some(Tls::Server(_)) => {
                         return Err(MigrationError::Tls("these are a server's keys".into()));
                     }
@@ -196,6 +198,7 @@ impl Stream {
             }
             (_, Some(_)) => return Err(MigrationError::Tls("TLS goes over tcp:HOST:PORT only".into())),
             (Address::Unix(path), None) => Self::Unix(UnixStream::connect(path).map_err(failed)?),
+            (Address::File(_), None) => return Err(no_connection(address)),
             (Address::Fd(fd), None) => Self::adopt(*fd).map_err(failed)?,
         };
         control.watch(stream.duplicate()?)?;
@@ -303,6 +306,11 @@ impl Stream {
     }
 }
 
+fn no_connection(address: &Address) -> MigrationError {
+    let reason = "a file is no connection".to_owned();
+    MigrationError::Address { address: address.to_string(), reason }
+}
+
 fn only_unix() -> MigrationError {
     let reason = "RAM's file descriptors travel over UNIX sockets only".to_owned();
     MigrationError::Address { address: "local".to_owned(), reason }
@@ -366,6 +374,7 @@ impl Listener {
                 listener.set_nonblocking(true).map_err(failed)?;
                 Socket::Unix(listener, path.clone())
             }
+            Address::File(_) => return Err(no_connection(address)),
             Address::Fd(fd) => Socket::Fd(*fd, parking_lot::Mutex::new(false)),
         };
         Ok(Self { socket, tls })
@@ -442,7 +451,9 @@ impl Listener {
         stream.set_timeouts(Some(CONNECT))?;
         stream = match (stream, &self.tls) {
             (Stream::Tcp(socket), Some(Tls::Server(config))) => Stream::server(config, socket)?,
-            (_, Some(Tls::Client(_))) => return Err(MigrationError::Tls("these are a client's keys".into())),
+            (_, Some(Tls::Client(..))) => {
+                return Err(MigrationError::Tls("these are a client's keys".into()));
+            }
             (stream, _) => stream,
         };
         control.watch(stream.duplicate()?)?;

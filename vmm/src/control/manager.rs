@@ -9,7 +9,7 @@ use holdfast_config::{
     RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
-use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
+use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
 use super::{ControlError, DebugListener, DebugTarget, MemoryRead, MemoryWrite, Responder};
 use crate::storage::StorageRequest;
@@ -158,6 +158,13 @@ pub trait VmManager {
     /// If none does.
     fn migrate_continue(&mut self, _state: String) -> Result<(), ControlError> {
         Err(ControlError::unsupported("migration"))
+    }
+    /// Tells the network where the VM's devices are.
+    ///
+    /// # Errors
+    /// If there is no VM, or a parameter is out of range.
+    fn announce_self(&mut self, _how: AnnounceParameters) -> Result<(), ControlError> {
+        Err(ControlError::unsupported("announce-self"))
     }
     /// The migration under way, or the last one.
     fn migration(&mut self) -> MigrationInfo {

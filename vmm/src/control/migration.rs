@@ -47,7 +47,7 @@ pub enum MigrationCapability {
     SwitchoverAck,
     /// Not there.
     DirtyLimit,
-    /// Not there.
+    /// In a file each page has its place; always so there.
     MappedRam,
 }
 
@@ -101,6 +101,56 @@ pub struct MigrationParameters {
     /// zstd's level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multifd_zstd_level: Option<i32>,
+    /// Id of a `tls-creds-x509` object: connections have TLS. Empty: they do not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_creds: Option<String>,
+    /// The name that the destination's certificate has to have, if not that of the address. Empty: that of the address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_hostname: Option<String>,
+    /// Not there; only the empty name is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_authz: Option<String>,
+    /// RAM bypasses the page cache on its way into a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct_io: Option<bool>,
+    /// Milliseconds between the first and the second announcement of a VM that has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce_initial: Option<u64>,
+    /// Milliseconds between two of them at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce_max: Option<u64>,
+    /// How many there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce_rounds: Option<u64>,
+    /// Milliseconds that each wait is longer than the one before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce_step: Option<u64>,
+}
+
+/// How a VM tells the network where it is: several times, ever later. QEMU's defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct AnnounceParameters {
+    /// Milliseconds between the first and the second time.
+    pub initial: u64,
+    /// Milliseconds between two times at most.
+    pub max: u64,
+    /// How many times.
+    pub rounds: u64,
+    /// Milliseconds that each wait is longer than the one before.
+    pub step: u64,
+    /// Ids of the network devices that do; all if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interfaces: Option<Vec<String>>,
+    /// Name of this round of announcements: one of the same name that is under way ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+impl Default for AnnounceParameters {
+    fn default() -> Self {
+        Self { initial: 50, max: 550, rounds: 5, step: 100, interfaces: None, id: None }
+    }
 }
 
 /// Figures about RAM.

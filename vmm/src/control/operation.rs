@@ -9,7 +9,7 @@ use holdfast_config::{
     RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
 };
 
-use super::migration::{MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
+use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
 use super::reply::*;
 use crate::storage::StorageRequest;
 
@@ -151,6 +151,8 @@ quick! {
     QueryMigrateCapabilities -> Vec<MigrationCapabilityStatus> = migration_capabilities;
     /// Changes them.
     MigrateSetCapabilities(new: Vec<MigrationCapabilityStatus>) -> () = set_migration_capabilities;
+    /// Tells the network where the VM's devices are.
+    AnnounceSelf(parameters: AnnounceParameters) -> () = announce_self;
     /// The address spaces, as text.
     MemoryTree -> String = memory_tree;
     /// The devices, as text.

@@ -8,7 +8,7 @@ use holdfast_config::{MemoryRestoreMode, RestoreConfig, VmConfig};
 
 use holdfast_sandbox::Sandbox;
 
-use super::{Manager, Run, Stage, TapFds};
+use super::{Manager, Run, Stage, TapFds, migrate};
 use crate::confine;
 use crate::control::{ControlError, ErrorKind, Event, Origin, Responder};
 use crate::snapshot::ram::{self, DemandPager};
@@ -232,10 +232,30 @@ fn sort_fds(config: &RestoreConfig, fds: Vec<OwnedFd>) -> TapFds {
     nets.map(|net| (net.id.clone(), fds.by_ref().take(net.num_fds).collect())).collect()
 }
 
-fn restore(config: &RestoreConfig, host: Host, sandbox: &Sandbox) -> Result<Vm, ControlError> {
+/// Restores a VM that was migrated into a file. It stands, whether it ran or not.
+fn unpack(
+    config: &RestoreConfig,
+    path: &Path,
+    host: Host,
+    sandbox: &Arc<Sandbox>,
+) -> Result<Vm, ControlError> {
+    const MESSAGE: &str = "The VM could not be restored";
+    if config.prefault {
+        let text = "prefault=on is not supported with a VM in a file";
+        return Err(ControlError::new(ErrorKind::Failed, text));
+    }
+    let demand = config.memory_restore_mode == MemoryRestoreMode::OnDemand;
+    let vm = migrate::unpack(path, (host, sandbox), config.accel.clone(), demand);
+    vm.map_err(failed(MESSAGE))
+}
+
+fn restore(config: &RestoreConfig, host: Host, sandbox: &Arc<Sandbox>) -> Result<Vm, ControlError> {
     const MESSAGE: &str = "The VM could not be restored";
     let invalid = || ControlError::new(ErrorKind::Failed, "source_url is not file:// and an absolute path");
     let path = config.directory().ok_or_else(invalid)?;
+    if path.is_file() {
+        return unpack(config, &path, host, sandbox);
+    }
     let dir = SnapshotDir::open(&path).map_err(failed(MESSAGE))?;
     let saved: SavedVm = dir.state().map_err(failed(MESSAGE))?;
     let mut vm_config: VmConfig = dir.config().map_err(failed(MESSAGE))?;

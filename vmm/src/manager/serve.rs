@@ -15,9 +15,9 @@ use holdfast_devices::pci::Removal;
 use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
-    ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget, ErrorKind, Event, KvmInfo,
-    MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus, MigrationInfo, MigrationParameters,
-    Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+    AnnounceParameters, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget,
+    ErrorKind, Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
 use crate::storage::StorageRequest;
 
@@ -311,6 +311,10 @@ impl VmManager for Manager {
 
     fn migrate_continue(&mut self, state: String) -> Result<(), ControlError> {
         self.continue_migration(&state)
+    }
+
+    fn announce_self(&mut self, how: AnnounceParameters) -> Result<(), ControlError> {
+        self.announce(how)
     }
 
     fn migration(&mut self) -> MigrationInfo {

@@ -80,7 +80,14 @@ fn is_zero(page: &[u8]) -> bool {
 /// The host's error, or `InvalidData` if the file's length is not RAM's size.
 pub fn load(memory: &GuestMemory, file: &File) -> io::Result<()> {
     check_length(memory, file)?;
-    let mut at = 0;
+    load_at(memory, file, 0)
+}
+
+/// As [`load`], from a file in which RAM begins at byte `at`.
+///
+/// # Errors
+/// The host's.
+pub fn load_at(memory: &GuestMemory, file: &File, mut at: u64) -> io::Result<()> {
     for region in memory.iter() {
         for (start, len) in data_runs(file, at, region.len())? {
             let mut source = file.try_clone()?;
@@ -155,9 +162,21 @@ impl DemandPager {
         spawner: &dyn Spawner,
     ) -> io::Result<Self> {
         check_length(memory, &file)?;
+        Self::start_at(memory, (file, 0), prefetch, spawner)
+    }
+
+    /// As [`DemandPager::start`], from a file in which RAM begins at the byte given.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn start_at(
+        memory: &GuestMemory,
+        (file, mut file_at): (File, u64),
+        prefetch: bool,
+        spawner: &dyn Spawner,
+    ) -> io::Result<Self> {
         let uffd = Arc::new(Userfault::open()?);
         let mut mapped = Vec::new();
-        let mut file_at = 0;
         for region in memory.iter() {
             let hva = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
             uffd.register(hva, region.len())?;

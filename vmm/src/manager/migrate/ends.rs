@@ -1,7 +1,9 @@
 //! The VM as the two ends of a migration see it.
 
 use std::error::Error;
+use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -9,7 +11,8 @@ use std::time::Duration;
 
 use holdfast_config::VmConfig;
 use holdfast_memory::GuestMemory;
-use holdfast_migration::{Phase, Plan, Source, Target};
+use holdfast_migration::mapped::Mapped;
+use holdfast_migration::{Control, MigrationError, Phase, Plan, Source, Target};
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 
@@ -18,6 +21,7 @@ use super::settings::status;
 use crate::confine;
 use crate::control::{Event, EventBus};
 use crate::snapshot::SavedVm;
+use crate::snapshot::ram::{self, DemandPager};
 use crate::vm::{Host, Vm};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -175,9 +179,59 @@ pub(super) struct Newcomer {
     pub(super) events: Option<EventBus>,
     pub(super) vm: Option<Vm>,
     pub(super) running: bool,
+    /// RAM out of a file comes as the guest touches it.
+    pub(super) demand: bool,
 }
 
 impl Newcomer {
+    /// Takes the VM out of a file; its RAM follows as the guest touches it, where the host can do that.
+    pub(super) fn load(
+        &mut self,
+        path: &Path,
+        control: &Control,
+        spawner: &Arc<dyn Spawner>,
+    ) -> Result<(), MigrationError> {
+        control.enter(Phase::Active);
+        self.entered(Phase::Active);
+        let result = self.unpack(path, spawner).and_then(|()| {
+            let run = if self.running { self.run() } else { Ok(()) };
+            run.map_err(|source| MigrationError::Vm { what: "the guest does not run", source })
+        });
+        let phase = match &result {
+            Ok(()) => Phase::Completed,
+            Err(error) => {
+                control.set_error(error.describe());
+                Phase::Failed
+            }
+        };
+        control.enter(phase);
+        self.entered(phase);
+        result
+    }
+
+    pub(super) fn unpack(&mut self, path: &Path, spawner: &Arc<dyn Spawner>) -> Result<(), MigrationError> {
+        let Mapped { plan, state, file, ram_at } = Mapped::open(path)?;
+        let vm = |what| move |source| MigrationError::Vm { what, source };
+        let memory = self.build(&plan, Vec::new()).map_err(vm("the stored VM does not fit"))?;
+        // The pager knows pages of 4 KiB.
+        let small = self.demand && !self.vm().map_err(vm("there is no VM"))?.config().memory.hugepages;
+        let copy = if small { file.try_clone() } else { Err(io::ErrorKind::Unsupported.into()) };
+        let pager =
+            copy.and_then(|copy| DemandPager::start_at(&memory, (copy, ram_at), true, spawner.as_ref()));
+        match (pager, &mut self.vm) {
+            (Ok(pager), Some(vm)) => vm.attach_pager(pager),
+            (Err(error), _) => {
+                tracing::info!(%error, "RAM is read before the guest runs");
+                let read = ram::load_at(&memory, &file, ram_at);
+                read.map_err(|e| MigrationError::vm("RAM cannot be read from the file", e))?;
+            }
+            (Ok(_), None) => {}
+        }
+        self.restore(&state).map_err(vm("the stored VM cannot be restored"))?;
+        self.take_over().map_err(vm("the stored VM cannot be taken over"))?;
+        Ok(())
+    }
+
     fn vm(&self) -> Result<&Vm, Failure> {
         self.vm.as_ref().ok_or_else(|| "there is no VM yet".into())
     }
@@ -214,14 +268,18 @@ impl Target for Newcomer {
 
     fn take_over(&mut self) -> Result<(), Failure> {
         let vm = self.vm()?;
-        vm.storage().nodes().activate()?;
-        for disk in vm.disks() {
-            disk.refresh_size()?;
+        let nodes = vm.storage().nodes();
+        nodes.activate()?;
+        let sizes = vm.disks().iter().try_for_each(|disk| disk.refresh_size().map(drop));
+        if sizes.is_err() {
+            // The source has to get them back.
+            nodes.inactivate()?;
         }
-        Ok(())
+        Ok(sizes?)
     }
 
     fn run(&mut self) -> Result<(), Failure> {
+        self.vm()?.devices().iter().for_each(|d| d.arrived());
         // It belongs to this process now and must not be lost, whether it runs or not.
         if let Err(error) = self.vm()?.resume() {
             tracing::error!(%error, "the guest that has come does not run");

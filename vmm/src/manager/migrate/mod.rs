@@ -1,5 +1,6 @@
 //! Migration: the manager's part, and the VM as the two ends of a migration see it.
 
+mod announce;
 mod ends;
 mod settings;
 
@@ -14,11 +15,13 @@ use holdfast_migration::{
     Address, Control, Listener, MigrationError, Parameters, Phase, SendTo, TimeoutStrategy, Tls,
 };
 
+use holdfast_sandbox::Sandbox;
+
 use super::lifecycle::{respond, share};
 use super::{Manager, Message, Run, Stage};
 use crate::confine;
 use crate::control::{ControlError, ErrorKind, Event, Origin, Responder};
-use crate::vm::Vm;
+use crate::vm::{Host, Vm};
 use ends::{Link, Newcomer};
 use settings::Settings;
 
@@ -34,6 +37,7 @@ pub(super) struct Migration {
     settings: Settings,
     /// The process was started for a VM from elsewhere that has not come yet (`--incoming`).
     expected: bool,
+    announcements: announce::Announcements,
 }
 
 impl Migration {
@@ -82,10 +86,10 @@ fn address(url: &str) -> Result<Address, ControlError> {
         .map_err(|e: MigrationError| ControlError::caused(ErrorKind::Invalid, "The URL is not valid", e))
 }
 
-/// The path of a socket in the file system.
+/// The path of a socket or a file.
 fn socket_path(address: &Address) -> Option<PathBuf> {
     match address {
-        Address::Unix(path) => Some(path.clone()),
+        Address::Unix(path) | Address::File(path) => Some(path.clone()),
         _ => None,
     }
 }
@@ -115,8 +119,24 @@ fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
         ..Parameters::default()
     };
     let session = uuid::Uuid::new_v4().into_bytes();
-    let to = SendTo { address, tls, connections: data.connections, local: data.local, postcopy, session };
+    let (connections, local, direct) = (data.connections, data.local, data.direct_io);
+    let to = SendTo { address, tls, connections, local, postcopy, direct, session };
     Ok(Start { to, parameters, exit: !data.preserve_source, at_once: postcopy })
+}
+
+/// Restores a VM out of a file; the guest stands. Its RAM follows as it is touched if `demand`.
+pub(super) fn unpack(
+    path: &Path,
+    (host, sandbox): (Host, &Arc<Sandbox>),
+    accel: Option<AccelChoice>,
+    demand: bool,
+) -> Result<Vm, MigrationError> {
+    let spawner = Arc::clone(&host.spawner);
+    let (host, sandbox) = (Some(host), Arc::clone(sandbox));
+    let mut newcomer =
+        Newcomer { config: None, host, accel, sandbox, events: None, vm: None, running: false, demand };
+    newcomer.unpack(path, &spawner)?;
+    newcomer.vm.take().ok_or_else(|| MigrationError::Protocol("there is no VM".into()))
 }
 
 /// How a VM is waited for.
@@ -273,7 +293,15 @@ impl Manager {
     ) -> Result<(), ControlError> {
         self.socket_in_reach(&wait.address)?;
         let failed = |e: MigrationError| ControlError::failed("No VM can be received", e);
-        let listener = Listener::bind(&wait.address, wait.tls).map_err(failed)?;
+        let stored = match &wait.address {
+            Address::File(_) if wait.tls.is_some() => return Err(invalid("TLS does not go with a file")),
+            Address::File(path) => Some(path.clone()),
+            _ => None,
+        };
+        let listener = match stored {
+            None => Some(Listener::bind(&wait.address, wait.tls).map_err(failed)?),
+            Some(_) => None,
+        };
         let control = Arc::new(Control::new(Parameters::default()));
         self.storage.nodes().open_inactive(true);
         let mut newcomer = Newcomer {
@@ -284,11 +312,17 @@ impl Manager {
             events: self.migration.settings.events().then(|| self.events.clone()),
             vm: None,
             running: false,
+            demand: true,
         };
         let spawner = Arc::clone(&self.spawner);
         let watched = Arc::clone(&control);
         let work = move || {
-            let came = holdfast_migration::receive(&listener, &mut newcomer, &control, &spawner);
+            let came = match (&listener, stored) {
+                (Some(listener), _) => {
+                    holdfast_migration::receive(listener, &mut newcomer, &control, &spawner)
+                }
+                (None, path) => newcomer.load(&path.unwrap_or_default(), &control, &spawner).map(|()| None),
+            };
             came.map(|arriving| {
                 let mut vm = newcomer.vm.take();
                 if let (Some(vm), Some(arriving)) = (&mut vm, arriving) {
@@ -322,6 +356,10 @@ impl Manager {
                 self.adopt(Arc::new(vm), run, Event::MigrationReceiveFinished);
                 if running {
                     self.events.publish(Event::Resumed);
+                    let how = self.migration.settings.announce().clone();
+                    if let Err(error) = self.announce(how) {
+                        tracing::warn!("the network does not hear of the VM: {}", error.describe());
+                    }
                 }
                 Ok(())
             }

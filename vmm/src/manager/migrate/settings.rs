@@ -3,22 +3,23 @@
 use std::time::Duration;
 
 use holdfast_memory::PAGE_SIZE;
-use holdfast_migration::{Listener, MigrationError, Parameters, Phase, SendTo};
+use holdfast_migration::{Address, Listener, MigrationError, Parameters, Phase, SendTo, Tls};
 
 use super::super::{Manager, Stage};
 use super::{Migration, RECEIVE, SEND, Start, Wait, address, invalid};
 use crate::control::{
-    ControlError, ErrorKind, Event, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, MigrationStats, MultifdCompression, Origin,
+    AnnounceParameters, ControlError, ErrorKind, Event, MigrationCapability, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationStats, MultifdCompression, Origin,
 };
 
 /// Capabilities that can be switched, or are always on.
-const CAPABILITIES: [(MigrationCapability, bool); 8] = [
+const CAPABILITIES: [(MigrationCapability, bool); 9] = [
     (MigrationCapability::PostcopyRam, false),
     (MigrationCapability::AutoConverge, false),
     (MigrationCapability::Events, false),
     (MigrationCapability::PauseBeforeSwitchover, false),
     (MigrationCapability::Multifd, false),
+    (MigrationCapability::MappedRam, false),
     (MigrationCapability::ReturnPath, true),
     (MigrationCapability::SwitchoverAck, true),
     (MigrationCapability::PostcopyPreempt, true),
@@ -33,7 +34,14 @@ pub(super) struct Settings {
     compression: MultifdCompression,
     multifd: bool,
     postcopy: bool,
+    mapped: bool,
+    direct: bool,
     events: bool,
+    announce: AnnounceParameters,
+    /// Id of the object with certificates; empty for no TLS.
+    tls_creds: String,
+    /// The name of the destination; empty for that of its address.
+    tls_hostname: String,
 }
 
 impl Default for Settings {
@@ -47,7 +55,12 @@ impl Default for Settings {
             compression: MultifdCompression::None,
             multifd: false,
             postcopy: false,
+            mapped: false,
+            direct: false,
             events: false,
+            announce: AnnounceParameters::default(),
+            tls_creds: String::new(),
+            tls_hostname: String::new(),
         }
     }
 }
@@ -56,6 +69,11 @@ impl Settings {
     /// Whether `MIGRATION` events are wanted.
     pub(super) fn events(&self) -> bool {
         self.events
+    }
+
+    /// How a VM that has come is announced.
+    pub(super) fn announce(&self) -> &AnnounceParameters {
+        &self.announce
     }
 
     fn zstd(&self) -> Option<i32> {
@@ -100,7 +118,7 @@ fn within<T: PartialOrd + Copy>(
 impl Migration {
     /// All parameters.
     pub(in super::super) fn parameters(&self) -> MigrationParameters {
-        let Settings { parameters, channels, zstd_level, compression, .. } = &self.settings;
+        let Settings { parameters, channels, zstd_level, compression, announce, .. } = &self.settings;
         MigrationParameters {
             cpu_throttle_initial: Some(parameters.throttle_initial),
             cpu_throttle_increment: Some(parameters.throttle_increment),
@@ -110,6 +128,14 @@ impl Migration {
             multifd_channels: Some(*channels),
             multifd_compression: Some(*compression),
             multifd_zstd_level: Some(*zstd_level),
+            tls_creds: Some(self.settings.tls_creds.clone()),
+            tls_hostname: Some(self.settings.tls_hostname.clone()),
+            tls_authz: Some(String::new()),
+            direct_io: Some(self.settings.direct),
+            announce_initial: Some(announce.initial),
+            announce_max: Some(announce.max),
+            announce_rounds: Some(announce.rounds),
+            announce_step: Some(announce.step),
         }
     }
 
@@ -130,7 +156,20 @@ impl Migration {
         if new.multifd_compression == Some(MultifdCompression::Zlib) {
             return Err(ControlError::unsupported("multifd-compression=zlib"));
         }
+        if new.tls_authz.as_ref().is_some_and(|id| !id.is_empty()) {
+            return Err(ControlError::unsupported("tls-authz"));
+        }
         let settings = &mut self.settings;
+        let now = settings.announce.clone();
+        let announce = AnnounceParameters {
+            initial: new.announce_initial.unwrap_or(now.initial),
+            max: new.announce_max.unwrap_or(now.max),
+            rounds: new.announce_rounds.unwrap_or(now.rounds),
+            step: new.announce_step.unwrap_or(now.step),
+            ..now
+        };
+        announce.check()?;
+        settings.announce = announce;
         let parameters = &mut settings.parameters;
         let set = |to: &mut u8, value: Option<u8>| *to = value.unwrap_or(*to);
         set(&mut parameters.throttle_initial, new.cpu_throttle_initial);
@@ -140,6 +179,14 @@ impl Migration {
         if let Some(limit) = new.downtime_limit {
             parameters.downtime = Duration::from_millis(limit);
         }
+        let name = |to: &mut String, value: &Option<String>| {
+            if let Some(value) = value {
+                to.clone_from(value);
+            }
+        };
+        name(&mut settings.tls_creds, &new.tls_creds);
+        name(&mut settings.tls_hostname, &new.tls_hostname);
+        settings.direct = new.direct_io.unwrap_or(settings.direct);
         settings.channels = new.multifd_channels.unwrap_or(settings.channels);
         settings.compression = new.multifd_compression.unwrap_or(settings.compression);
         settings.zstd_level = new.multifd_zstd_level.unwrap_or(settings.zstd_level);
@@ -161,6 +208,7 @@ impl Migration {
             MigrationCapability::PauseBeforeSwitchover => self.settings.parameters.pause_before_switchover,
             MigrationCapability::Multifd => self.settings.multifd,
             MigrationCapability::PostcopyRam => self.settings.postcopy,
+            MigrationCapability::MappedRam => self.settings.mapped,
             other => CAPABILITIES.iter().any(|(c, always)| *c == other && *always),
         }
     }
@@ -184,6 +232,7 @@ impl Migration {
             }
             MigrationCapability::Multifd => settings.multifd = wanted.state,
             MigrationCapability::PostcopyRam => settings.postcopy = wanted.state,
+            MigrationCapability::MappedRam => settings.mapped = wanted.state,
             _ => {}
         }
     }
@@ -196,6 +245,23 @@ fn capability_name(capability: MigrationCapability) -> String {
 }
 
 impl Manager {
+    /// The certificates that the parameter `tls-creds` names.
+    fn migration_tls(&self, server: bool) -> Result<Option<Tls>, ControlError> {
+        let Settings { tls_creds, tls_hostname, .. } = &self.migration.settings;
+        if tls_creds.is_empty() {
+            return Ok(None);
+        }
+        let wrong = |e: holdfast_objects::ObjectError| ControlError::new(ErrorKind::Failed, e.to_string());
+        let creds = self.storage.objects().tls(tls_creds).map_err(wrong)?;
+        let name = Some(tls_hostname.clone()).filter(|name| !name.is_empty());
+        let tls = if server {
+            creds.server().map(Tls::Server)
+        } else {
+            creds.client().map(|config| Tls::Client(config, name))
+        };
+        tls.map(Some).map_err(wrong)
+    }
+
     /// Whether a migration is under way, in either direction.
     fn migrating(&self) -> bool {
         matches!(self.job, Some(SEND | RECEIVE))
@@ -243,11 +309,17 @@ impl Manager {
             return Err(ControlError::new(ErrorKind::Failed, "There's a migration process in progress"));
         }
         let settings = &self.migration.settings;
+        let address = address(uri)?;
+        if settings.mapped && !matches!(address, Address::File(_)) {
+            let text = "Migration requires seekable transport (e.g. file): mapped-ram is on";
+            return Err(ControlError::new(ErrorKind::Failed, text));
+        }
         let to = SendTo {
-            address: address(uri)?,
-            tls: None,
+            address,
+            tls: self.migration_tls(false)?,
             connections: if settings.multifd { settings.channels } else { 1 },
             local: false,
+            direct: settings.direct,
             postcopy: settings.postcopy,
             session: uuid::Uuid::new_v4().into_bytes(),
         };
@@ -275,7 +347,7 @@ impl Manager {
             let text = "'-incoming' was not specified on the command line";
             return Err(ControlError::new(ErrorKind::Failed, text));
         }
-        let wait = Wait { address: address(uri)?, tls: None, accel: None };
+        let wait = Wait { address: address(uri)?, tls: self.migration_tls(true)?, accel: None };
         self.migration.expected = true;
         self.take_in(wait, move |manager, result| match result {
             Ok(()) => manager.migration.expected = false,
@@ -350,7 +422,7 @@ impl Manager {
             let address = address(uri)?;
             self.socket_in_reach(&address)?;
             let failed = |e: MigrationError| ControlError::failed("The migration cannot go on here", e);
-            control.go_on_from(Listener::bind(&address, None).map_err(failed)?);
+            control.go_on_from(Listener::bind(&address, self.migration_tls(true)?).map_err(failed)?);
             return Ok(());
         }
         let text = "Migrate recover can only be run when postcopy is paused.";
