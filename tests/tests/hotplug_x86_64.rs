@@ -12,8 +12,7 @@ fn disks_come_and_go_over_rest() {
     std::fs::File::create(&image).and_then(|f| f.set_len(16 << 20)).expect("file");
     let socket = dir.path().join("api");
     let mut args = x86_64_args(1, "");
-    let machine = args.iter_mut().find(|arg| *arg == "q35").expect("the machine's name");
-    *machine = "q35,hotplug_ports=2".to_owned();
+    // Where REST is served, machines have ports for what comes later.
     args.extend(["--api-socket".to_owned(), socket.display().to_string()]);
     let mut guest = Guest::boot(&args);
     let api = Api::connect(&socket);

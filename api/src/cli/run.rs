@@ -163,8 +163,12 @@ pub(super) fn read(matches: &ArgMatches) -> Result<RunOptions, CliError> {
             "--gdb-wait is for VMs that boot; a VM that is restored without resume=on waits anyway".into(),
         ));
     }
+    let mut config = if boots { Some(Box::new(vm_config(matches)?)) } else { None };
+    if let (Some(config), Some(_)) = (&mut config, &api_socket) {
+        config.machine.expect_hot_plug();
+    }
     Ok(RunOptions {
-        config: if boots { Some(Box::new(vm_config(matches)?)) } else { None },
+        config,
         restore,
         incoming,
         api_socket,

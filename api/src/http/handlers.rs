@@ -96,7 +96,9 @@ pub(super) async fn create(call: Call) -> Result<Answer, HttpError> {
         }
         Err(error) => return Err(call.refuse(&error.into())),
     };
-    call.done(ops::Create(Box::new(config))).await
+    let mut config = Box::new(config);
+    config.machine.expect_hot_plug();
+    call.done(ops::Create(config)).await
 }
 
 pub(super) async fn delete(call: Call) -> Result<Answer, HttpError> {

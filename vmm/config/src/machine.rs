@@ -58,9 +58,21 @@ pub struct MachineConfig {
     /// q35 none.
     #[serde(default)]
     pub virtio: VirtioTransport,
-    /// PCI Express root ports into which disks can be plugged while the guest runs, at most 8.
-    #[serde(default, skip_serializing_if = "is_none")]
-    pub hotplug_ports: u8,
+    /// PCI Express root ports into which devices can be plugged while the guest runs, at most 8. The default is 4 for
+    /// VMs that are made over REST or by a program that serves it (`--api-socket`), and none for others, which nobody
+    /// could plug anything into.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_ports: Option<u8>,
+}
+
+impl MachineConfig {
+    /// Ports for devices that come later, unless the user has said how many: REST's clients take them for granted.
+    /// Machines whose virtio devices are not on PCI get none.
+    pub fn expect_hot_plug(&mut self) {
+        if self.virtio == VirtioTransport::Pci {
+            self.hotplug_ports.get_or_insert(4);
+        }
+    }
 }
 
 /// What a flash bank holds.
@@ -177,8 +189,4 @@ impl JsonSchema for AccelChoice {
             "description": "Accelerators to try, in order: kvm, tcg, auto or a list like kvm:tcg",
         })
     }
-}
-
-fn is_none(ports: &u8) -> bool {
-    *ports == 0
 }

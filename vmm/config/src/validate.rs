@@ -308,11 +308,8 @@ impl VmConfig {
             problems.add("pflash", reason);
         }
         let x86 = self.guest_arch() == holdfast_arch::Arch::X86_64;
-        if self.machine.hotplug_ports > 8 {
-            problems.add(
-                "machine.hotplug_ports",
-                format!("is {}; at most 8 are possible", self.machine.hotplug_ports),
-            );
+        if let Some(ports @ 9..) = self.machine.hotplug_ports {
+            problems.add("machine.hotplug_ports", format!("is {ports}; at most 8 are possible"));
         }
         if self.machine.kernel_irqchip != IrqChipMode::Split && !x86 {
             problems.add("machine.kernel_irqchip", "is for x86_64 guests only");

@@ -221,7 +221,7 @@ fn machine_request(config: &VmConfig, module: &dyn MachineModule, chardevs: &Cha
             ConsoleMode::Off => None,
             _ => config.debug_console.iobase,
         },
-        hotplug_ports: config.machine.hotplug_ports,
+        hotplug_ports: config.machine.hotplug_ports.unwrap_or(0),
         board: config.board_devices(),
         serial: chardevs.serial.clone(),
         debug_console: chardevs.debug.clone(),
