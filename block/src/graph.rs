@@ -8,11 +8,12 @@ use holdfast_objects::Objects;
 use holdfast_threads::Spawner;
 use parking_lot::Mutex;
 
+use crate::detect;
 use crate::format::{PROBE, RawFormat, probe};
 use crate::luks::{Luks, Volume};
 use crate::nbd::{self, Address, ClientOptions, Nbd, TlsClient};
 use crate::nodes::{NamedNode, Nodes};
-use crate::options::{Aio, BlockdevOptions, DiscardMode, Driver, Locking, NodeRef};
+use crate::options::{Aio, BlockdevOptions, DetectZeroes, DiscardMode, Driver, Locking, NodeRef};
 use crate::qcow2::{self, Qcow2};
 use crate::raw::{LockRange, RawImage, RawOptions};
 use crate::throttle::Throttle;
@@ -206,6 +207,14 @@ impl Opener {
         options: &BlockdevOptions,
         chain: &mut Vec<(u64, u64)>,
     ) -> Result<Arc<dyn BlockNode>, BlockError> {
+        Ok(looked_at(options, self.driver_node(options, chain)?))
+    }
+
+    fn driver_node(
+        &self,
+        options: &BlockdevOptions,
+        chain: &mut Vec<(u64, u64)>,
+    ) -> Result<Arc<dyn BlockNode>, BlockError> {
         let readonly = options.read_only.unwrap_or(!self.writable);
         let opener = Self {
             writable: self.writable && !readonly,
@@ -235,7 +244,8 @@ impl Opener {
             let file = opener.node(&below, chain)?;
             return opener.format_node(options, file, chain);
         }
-        let file = opener.named(&below, opener.protocol_node(&below, chain)?)?;
+        let file = looked_at(&below, opener.protocol_node(&below, chain)?);
+        let file = opener.named(&below, file)?;
         opener.format_node(options, file, chain)
     }
 
@@ -572,6 +582,14 @@ impl Opener {
             )));
         }
         Ok(())
+    }
+}
+
+/// A node whose writes are looked at for zeroes, if its options say so.
+fn looked_at(options: &BlockdevOptions, node: Arc<dyn BlockNode>) -> Arc<dyn BlockNode> {
+    match options.detect_zeroes {
+        None | Some(DetectZeroes::Off) => node,
+        Some(how) => detect::DetectZeroes::new(node, how == DetectZeroes::Unmap),
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod buffer;
 pub mod crypto;
+mod detect;
 pub mod facts;
 pub mod foreign;
 pub mod format;

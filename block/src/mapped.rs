@@ -8,8 +8,7 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
-use serde_json::Value;
-
+use crate::facts::ImageInfoSpecific;
 use crate::node::{Extent, Plan, Preallocation, os_error};
 use crate::ranges::Ranges;
 use crate::raw::RawImage;
@@ -99,7 +98,7 @@ pub(crate) trait Map: Send + Sync + Debug {
     }
 
     /// What `info` says of the format.
-    fn specific(&self) -> Option<Value> {
+    fn specific(&self) -> Option<ImageInfoSpecific> {
         None
     }
 
@@ -368,7 +367,7 @@ impl<M: Map> BlockNode for Mapped<M> {
         self.map.unit()
     }
 
-    fn format_specific(&self) -> Option<Value> {
+    fn format_specific(&self) -> Option<ImageInfoSpecific> {
         self.map.specific()
     }
 

@@ -216,7 +216,7 @@ pub trait BlockNode: Send + Sync + Debug {
     }
 
     /// What a format that is neither qcow2 nor LUKS says of an image: `format-specific`.
-    fn format_specific(&self) -> Option<serde_json::Value> {
+    fn format_specific(&self) -> Option<crate::facts::ImageInfoSpecific> {
         None
     }
 

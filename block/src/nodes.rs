@@ -34,12 +34,18 @@ pub trait NodeEvents: Send + Sync + Debug {
 pub struct NodeWatch {
     name: String,
     threshold: AtomicU64,
+    /// The end of the write that came furthest.
+    highest: AtomicU64,
     events: Option<Arc<dyn NodeEvents>>,
 }
 
 impl NodeWatch {
     /// A write ends at `end`.
     pub(crate) fn wrote(&self, end: u64) {
+        // Mostly it is no new record, which costs no more than a look.
+        if end > self.highest.load(Ordering::Relaxed) {
+            self.highest.fetch_max(end, Ordering::Relaxed);
+        }
         if end <= self.threshold.load(Ordering::Relaxed) {
             return;
         }
@@ -166,6 +172,18 @@ impl NamedNode {
             u64::MAX => 0,
             offset => offset,
         }
+    }
+
+    /// The end of the write that came furthest since it was named.
+    pub fn highest_write(&self) -> u64 {
+        self.watch.highest.load(Ordering::Relaxed)
+    }
+
+    /// The node that it uses as `role`: `file`, `backing`, `data-file`.
+    pub fn child(&self, role: &str) -> Option<Arc<Self>> {
+        let holds = self.holds.lock();
+        let is = |h: &&Hold| h.node.users.lock().get(&h.id).is_some_and(|u| u.role == role);
+        holds.iter().find(is).map(|h| Arc::clone(&h.node))
     }
 
     /// True if `name` is this node or one below it.
@@ -470,6 +488,7 @@ impl Nodes {
         let watch = Arc::new(NodeWatch {
             name: name.clone(),
             threshold: AtomicU64::new(u64::MAX),
+            highest: AtomicU64::new(0),
             events: self.events.clone(),
         });
         let node = Arc::new(NamedNode {

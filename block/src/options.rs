@@ -504,8 +504,10 @@ impl BlockdevOptions {
                 driver.name()
             )));
         }
-        if self.detect_zeroes.is_some_and(|d| d != DetectZeroes::Off) {
-            return Err(bad("'detect-zeroes' is not supported by this version"));
+        if self.detect_zeroes == Some(DetectZeroes::Unmap) && self.discard != Some(DiscardMode::Unmap) {
+            return Err(bad(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            ));
         }
         if self.auto_read_only == Some(true) && !is_file {
             return Err(bad("'auto-read-only' is not supported by this version"));

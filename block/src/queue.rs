@@ -11,9 +11,8 @@ use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::buffer::AlignedBuffer;
-use crate::node::{Plan, is_zero, os_error};
+use crate::node::{Plan, os_error};
 use crate::nodes::{Hold, NamedNode};
-use crate::options::DetectZeroes;
 use crate::ranges::RangeGuard;
 use crate::raw::RawImage;
 use crate::{BlockBackend, BlockError, BlockNode, BlockQueue, Completion, Geometry, IoVec, Op, Request};
@@ -29,7 +28,6 @@ const ALIGN: usize = 4096;
 struct Work {
     request: Request,
     node: Arc<dyn BlockNode>,
-    detect: DetectZeroes,
     sink: Arc<Sink>,
 }
 
@@ -97,8 +95,8 @@ fn run(shared: &Shared) {
                 shared.more.wait(&mut todo);
             }
         };
-        let Work { request, node, detect, sink } = work;
-        let result = perform(&*node, &request, detect);
+        let Work { request, node, sink } = work;
+        let result = perform(&*node, &request);
         drop(node);
         sink.done.lock().push(Completion { id: request.id, result });
         // An eventfd can be written unless its counter is full, and then it is readable already.
@@ -106,7 +104,7 @@ fn run(shared: &Shared) {
     }
 }
 
-fn transfer(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io::Result<()> {
+fn transfer(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
     let total: usize = request.buffers.iter().map(IoVec::len).sum();
     let mut buffer =
         AlignedBuffer::new(total.clamp(1, CHUNK), ALIGN).ok_or_else(|| os_error(libc::ENOMEM))?;
@@ -121,18 +119,14 @@ fn transfer(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io
         } else {
             buffer.gather(n, &vectors);
             let data = buffer.as_slice().get(..n).unwrap_or_default();
-            if detect != DetectZeroes::Off && is_zero(data) {
-                node.write_zeroes(offset, n as u64, detect == DetectZeroes::Unmap)?;
-            } else {
-                node.write_at(offset, data)?;
-            }
+            node.write_at(offset, data)?;
         }
         at += n;
     }
     Ok(())
 }
 
-fn perform(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io::Result<()> {
+fn perform(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
     let data = matches!(request.op, Op::Read | Op::Write);
     let len = if data { request.buffers.iter().map(|b| b.len() as u64).sum() } else { request.len };
     if request.op != Op::Flush {
@@ -145,7 +139,7 @@ fn perform(node: &dyn BlockNode, request: &Request, detect: DetectZeroes) -> io:
         }
     }
     match request.op {
-        Op::Read | Op::Write => transfer(node, request, detect),
+        Op::Read | Op::Write => transfer(node, request),
         Op::Flush => node.flush(),
         Op::Discard => node.discard(request.offset, len),
         Op::WriteZeroes { unmap } => node.write_zeroes(request.offset, len, unmap),
@@ -163,7 +157,6 @@ pub struct NodeBackend {
     size: AtomicU64,
     align: AtomicU32,
     can_discard: bool,
-    detect: DetectZeroes,
     /// The use of a node with a name.
     hold: Option<Hold>,
 }
@@ -175,21 +168,20 @@ impl NodeBackend {
         name: &str,
         spawner: &Arc<dyn Spawner>,
         can_discard: bool,
-        detect: DetectZeroes,
     ) -> Arc<Self> {
-        Self::make(node, (name, spawner), (can_discard, detect), None)
+        Self::make(node, (name, spawner), can_discard, None)
     }
 
     /// The disk that a named node is, whose use ends with the disk.
     pub fn of(hold: Hold, name: &str, spawner: &Arc<dyn Spawner>, can_discard: bool) -> Arc<Self> {
         let node = Arc::clone(hold.node());
-        Self::make(node, (name, spawner), (can_discard, DetectZeroes::Off), Some(hold))
+        Self::make(node, (name, spawner), can_discard, Some(hold))
     }
 
     fn make(
         node: Arc<dyn BlockNode>,
         (name, spawner): (&str, &Arc<dyn Spawner>),
-        (can_discard, detect): (bool, DetectZeroes),
+        can_discard: bool,
         hold: Option<Hold>,
     ) -> Arc<Self> {
         let this = Self {
@@ -199,7 +191,6 @@ impl NodeBackend {
             size: AtomicU64::new(0),
             align: AtomicU32::new(512),
             can_discard,
-            detect,
             hold,
             node,
         };
@@ -214,8 +205,7 @@ impl NodeBackend {
 
     /// The file whose queue does everything.
     fn whole(&self) -> Option<Arc<RawImage>> {
-        let whole = Arc::clone(&self.node).whole_file();
-        whole.filter(|_| self.detect == DetectZeroes::Off)
+        Arc::clone(&self.node).whole_file()
     }
 
     /// Looks at size and alignment. True if the size has changed.
@@ -322,9 +312,7 @@ impl NodeQueue {
     /// Tries to do a request without a thread; gives it back if that is not possible.
     fn fast(&mut self, request: Request) -> Option<Request> {
         let data = matches!(request.op, Op::Read | Op::Write);
-        if (!data && request.op != Op::Flush)
-            || (request.op == Op::Write && self.backend.detect != DetectZeroes::Off)
-        {
+        if !data && request.op != Op::Flush {
             return Some(request);
         }
         let Some(file) = &mut self.file else { return Some(request) };
@@ -352,12 +340,7 @@ impl NodeQueue {
 impl BlockQueue for NodeQueue {
     fn submit(&mut self, request: Request) {
         let Some(request) = self.fast(request) else { return };
-        let work = Work {
-            request,
-            node: Arc::clone(&self.backend.node),
-            detect: self.backend.detect,
-            sink: Arc::clone(&self.sink),
-        };
+        let work = Work { request, node: Arc::clone(&self.backend.node), sink: Arc::clone(&self.sink) };
         self.slow += 1;
         self.threads.shared.todo.lock().work.push_back(work);
         self.threads.shared.more.notify_one();

@@ -34,9 +34,19 @@ fn nodes_come_and_go_and_change_under_a_running_guest() {
         "driver": "qcow2", "node-name": "fmt", "discard": "unmap",
         "file": { "driver": "file", "node-name": "file0", "filename": image },
     });
+    let bad = damaged_image(dir.path());
     let (args, socket) = args(
         dir.path(),
-        &["--blockdev", &node.to_string(), "--device", "virtio-blk-pci,drive=fmt,id=d0,serial=first"],
+        &[
+            "--blockdev",
+            &node.to_string(),
+            "--device",
+            "virtio-blk-pci,drive=fmt,id=d0,serial=first",
+            "--blockdev",
+            &bad.to_string(),
+            "--device",
+            "virtio-blk-pci,drive=bad,id=d2,serial=bad",
+        ],
     );
     let mut guest = Guest::boot(&args);
     let mut qmp = Qmp::connect(&socket);
@@ -47,6 +57,7 @@ fn nodes_come_and_go_and_change_under_a_running_guest() {
     resized_and_reopened(&mut guest, &mut qmp);
     watched_and_throttled(&mut guest, &mut qmp);
     exported(&mut guest, &mut qmp, dir.path());
+    damaged(&mut guest, &mut qmp);
     assert_eq!(qmp.fails("blockdev-del", json!({ "node-name": "fmt" })), "Node fmt is in use");
     guest.power_off();
     run(Command::new("qemu-img").args(["check", "-q"]).arg(&image));
@@ -64,7 +75,7 @@ fn shown(qmp: &mut Qmp, image: &Path) {
     assert_eq!(inserted["file"], json!(image));
     let nodes = qmp.ok("query-named-block-nodes", json!({}));
     let names: Vec<_> = nodes.as_array().expect("nodes").iter().map(|n| n["node-name"].clone()).collect();
-    assert_eq!(names, ["file0", "fmt"]);
+    assert_eq!(names, ["bad", "badfile", "base", "basefile", "file0", "fmt"]);
     let stats = &qmp.ok("query-blockstats", json!({}))[0]["stats"];
     assert!(stats["wr_bytes"].as_u64().expect("bytes") >= 1 << 20, "{stats}");
     assert!(stats["flush_operations"].as_u64().expect("flushes") >= 1, "{stats}");
@@ -77,6 +88,62 @@ fn shown(qmp: &mut Qmp, image: &Path) {
     );
     let device = json!({ "driver": "virtio-blk-pci", "drive": "fmt", "id": "d1" });
     assert!(qmp.fails("device_add", device).contains("uses node 'fmt' as 'root' child"));
+}
+
+/// An image whose second megabyte's table is not where a table can be, over a raw one.
+fn damaged_image(dir: &Path) -> serde_json::Value {
+    let (image, base) = (dir.join("bad.qcow2"), dir.join("base.img"));
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "raw"]).arg(&base).arg("64M"));
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"])
+        .arg(&image)
+        .arg("64M"));
+    let mut bytes = std::fs::read(&image).expect("image");
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().expect("eight bytes")) as usize;
+    // Each entry of the L1 table is for 2 MiB.
+    bytes[l1 + 8 * 8..l1 + 9 * 8].copy_from_slice(&0x8000_0000_0003_0200u64.to_be_bytes());
+    std::fs::write(&image, bytes).expect("written");
+    json!({
+        "driver": "qcow2", "node-name": "bad",
+        "file": { "driver": "file", "node-name": "badfile", "filename": image },
+        "backing": {
+            "driver": "raw", "node-name": "base",
+            "file": { "driver": "file", "node-name": "basefile", "filename": base },
+        },
+    })
+}
+
+fn damaged(guest: &mut Guest, qmp: &mut Qmp) {
+    let node = |qmp: &mut Qmp, flat: bool| {
+        let all = qmp.ok("query-named-block-nodes", json!({ "flat": flat }));
+        all.as_array().expect("nodes").iter().find(|n| n["node-name"] == "bad").expect("it is there").clone()
+    };
+    let shown = node(qmp, false);
+    assert_eq!(shown["image"]["backing-image"]["format"], "raw", "{shown}");
+    assert_eq!(shown["backing_file_depth"], 1);
+    assert!(node(qmp, true)["image"].get("backing-image").is_none());
+    let stats = qmp.ok("query-blockstats", json!({}));
+    let disk = stats.as_array().expect("disks").iter().find(|d| d["device"] == "d2").expect("the disk");
+    assert_eq!(
+        (&disk["parent"]["node-name"], &disk["backing"]["node-name"]),
+        (&json!("badfile"), &json!("base"))
+    );
+    let stats = qmp.ok("query-blockstats", json!({ "query-nodes": true }));
+    let of = |name: &str| stats.as_array().expect("nodes").iter().find(|n| n["node-name"] == name).cloned();
+    let fmt = of("fmt").expect("there");
+    assert_eq!(fmt["parent"]["node-name"], "file0");
+    assert!(fmt["stats"]["wr_highest_offset"].as_u64().expect("offset") >= 1 << 20, "{fmt}");
+    assert!(of("bad").expect("there").get("backing").is_none());
+    qmp.forget_events();
+    let disk = "$(for d in /sys/block/vd?; do [ \"$(cat $d/serial)\" = bad ] && echo /dev/${d##*/}; done)";
+    let said = guest.run(&format!("dd if={disk} of=/dev/null bs=4k count=1 skip=4096; echo READ $?"));
+    assert!(said.contains("\nREAD 1"), "{said}");
+    let data = qmp.event("BLOCK_IMAGE_CORRUPTED");
+    assert_eq!((&data["node-name"], &data["fatal"]), (&json!("bad"), &json!(true)), "{data}");
+    assert!(data["msg"].as_str().expect("text").contains("unaligned"), "{data}");
+    assert_eq!(node(qmp, true)["image"]["format-specific"]["data"]["corrupt"], true);
+    let said = guest.run(&format!("dd if=/dev/zero of={disk} bs=4k count=1 conv=fsync; echo WROTE $?"));
+    assert!(said.contains("\nWROTE 1"), "nothing is written to a damaged image: {said}");
 }
 
 fn resized_and_reopened(guest: &mut Guest, qmp: &mut Qmp) {

@@ -1,12 +1,16 @@
 //! Commands of the storage graph and of devices that come and go.
 
+use std::borrow::Cow;
+use std::marker::PhantomData;
+
 use holdfast_config::{BlockdevOptions, VmRemoveDevice};
 use holdfast_virtio::blk::config::QemuBlk;
 use holdfast_vmm::control::{self as ops, ControlHandle};
+use holdfast_vmm::storage::shown::{BlockDeviceInfo, BlockExportInfo, BlockInfo, BlockStats};
 use holdfast_vmm::storage::{
     BlockIoThrottle, ExportOptions, HistogramSet, NodeOrDevice, ServerOptions, StorageRequest,
 };
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -29,6 +33,33 @@ async fn tell(handle: &ControlHandle, request: StorageRequest) -> Reply<Empty> {
 #[serde(transparent)]
 pub(super) struct Any(Value);
 
+/// What the graph shows of itself: the JSON of a `T`.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub(super) struct Shown<T> {
+    json: Value,
+    #[serde(skip)]
+    of: PhantomData<T>,
+}
+
+impl<T: JsonSchema> JsonSchema for Shown<T> {
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        T::json_schema(generator)
+    }
+}
+
+async fn show<T>(handle: &ControlHandle, request: StorageRequest) -> Reply<Shown<T>> {
+    ask(handle, request).await.map(|json| Shown { json, of: PhantomData })
+}
+
 /// A node's options: which there are depends on `driver`.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(transparent)]
@@ -50,7 +81,7 @@ pub(super) struct Reopen {
 /// Arguments of `query-named-block-nodes`.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Flat {
-    /// Leave backing images out of images; they always are.
+    /// Leave backing images out of images.
     #[serde(default)]
     flat: Option<bool>,
 }
@@ -59,7 +90,7 @@ pub(super) struct Flat {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Stats {
-    /// Nodes rather than disks; they are not counted apart.
+    /// Nodes rather than disks.
     #[serde(default)]
     query_nodes: Option<bool>,
 }
@@ -162,21 +193,22 @@ pub(super) async fn blockdev_reopen(handle: ControlHandle, arguments: Reopen) ->
     tell(&handle, StorageRequest::Reopen(arguments.options)).await
 }
 
-pub(super) async fn named_nodes(handle: ControlHandle, arguments: Flat) -> Reply<Any> {
-    // Backing images are never shown within others, which is what it asks for.
-    let _ = arguments.flat;
-    ask(&handle, StorageRequest::Nodes).await.map(Any)
+pub(super) async fn named_nodes(
+    handle: ControlHandle,
+    arguments: Flat,
+) -> Reply<Shown<Vec<BlockDeviceInfo>>> {
+    show(&handle, StorageRequest::Nodes(arguments.flat.unwrap_or(false))).await
 }
 
-pub(super) async fn query_block(handle: ControlHandle, _: Empty) -> Reply<Any> {
-    ask(&handle, StorageRequest::Block).await.map(Any)
+pub(super) async fn query_block(handle: ControlHandle, _: Empty) -> Reply<Shown<Vec<BlockInfo>>> {
+    show(&handle, StorageRequest::Block).await
 }
 
-pub(super) async fn query_blockstats(handle: ControlHandle, arguments: Stats) -> Reply<Any> {
-    if arguments.query_nodes == Some(true) {
-        return Err(QmpError::generic("'query-nodes' is not supported by this version: disks are counted"));
-    }
-    ask(&handle, StorageRequest::Stats).await.map(Any)
+pub(super) async fn query_blockstats(
+    handle: ControlHandle,
+    arguments: Stats,
+) -> Reply<Shown<Vec<BlockStats>>> {
+    show(&handle, StorageRequest::Stats(arguments.query_nodes.unwrap_or(false))).await
 }
 
 pub(super) async fn set_throttle(handle: ControlHandle, arguments: BlockIoThrottle) -> Reply<Empty> {
@@ -261,8 +293,8 @@ pub(super) async fn export_del(handle: ControlHandle, arguments: ExportDel) -> R
     tell(&handle, StorageRequest::ExportDelete(arguments.id, hard)).await
 }
 
-pub(super) async fn query_exports(handle: ControlHandle, _: Empty) -> Reply<Any> {
-    ask(&handle, StorageRequest::Exports).await.map(Any)
+pub(super) async fn query_exports(handle: ControlHandle, _: Empty) -> Reply<Shown<Vec<BlockExportInfo>>> {
+    show(&handle, StorageRequest::Exports).await
 }
 
 pub(super) async fn device_add(handle: ControlHandle, arguments: QemuBlk) -> Reply<Empty> {

@@ -7,6 +7,7 @@ use holdfast_vmm::control::{
     self as ops, AnnounceParameters, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo,
     MachineInfo, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
 };
+use holdfast_vmm::storage::shown::{BlockDeviceInfo, BlockExportInfo, BlockInfo, BlockStats};
 use holdfast_vmm::storage::{BlockIoThrottle, ExportOptions, HistogramSet, ServerOptions};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
@@ -128,9 +129,9 @@ commands! {
     "query-cpus-fast" => query_cpus: Empty => Vec<CpuInfoFast>;
     "query-machines" => query_machines: Empty => Vec<MachineInfo>;
     "query-chardev" => query_chardev: Empty => Vec<ChardevInfo>;
-    "query-block" => block::query_block: Empty => block::Any;
-    "query-blockstats" => block::query_blockstats: block::Stats => block::Any;
-    "query-named-block-nodes" => block::named_nodes: block::Flat => block::Any;
+    "query-block" => block::query_block: Empty => block::Shown<Vec<BlockInfo>>;
+    "query-blockstats" => block::query_blockstats: block::Stats => block::Shown<Vec<BlockStats>>;
+    "query-named-block-nodes" => block::named_nodes: block::Flat => block::Shown<Vec<BlockDeviceInfo>>;
     "blockdev-add" => block::blockdev_add: block::Options => Empty;
     "blockdev-del" => block::blockdev_del: block::NodeName => Empty;
     "blockdev-reopen" => block::blockdev_reopen: block::Reopen => Empty;
@@ -148,7 +149,7 @@ commands! {
     "nbd-server-remove" => block::nbd_remove: block::ServerRemove => Empty;
     "block-export-add" => block::export_add: ExportOptions => Empty;
     "block-export-del" => block::export_del: block::ExportDel => Empty;
-    "query-block-exports" => block::query_exports: Empty => block::Any;
+    "query-block-exports" => block::query_exports: Empty => block::Shown<Vec<BlockExportInfo>>;
     "device_add" => block::device_add: QemuBlk => Empty;
     "device_del" => block::device_del: block::Id => Empty;
     "query-pci" => query_pci: Empty => Vec<PciInfo>;

@@ -111,6 +111,9 @@ impl Builder {
             return name.to_owned();
         }
         let Some(schema) = self.definitions.get(name).cloned() else { return self.builtin("any", "value") };
+        if let Some((tag, cases)) = cases(&schema) {
+            return self.union(name, &tag, &cases);
+        }
         if let Some(values) = variants(&schema) {
             let members: Vec<Value> = values.iter().map(|value| json!({ "name": value })).collect();
             return self.add(name, "enum", [("members", members.into()), ("values", values.into())]);
@@ -119,9 +122,39 @@ impl Builder {
             return self.type_of(&schema);
         }
         self.add(name, "object", [("members", Value::Array(Vec::new()))]);
+        let members = self.members(&schema, None);
+        self.add(name, "object", [("members", members.into())])
+    }
+
+    /// An object whose further members depend on a member called `tag`.
+    fn union(&mut self, name: &str, tag: &str, cases: &[(String, Value)]) -> String {
+        self.add(name, "object", [("members", Value::Array(Vec::new()))]);
+        let names: Vec<&str> = cases.iter().map(|(case, _)| case.as_str()).collect();
+        let members: Vec<Value> = names.iter().map(|value| json!({ "name": value })).collect();
+        let kind =
+            self.add(&format!("{name}Kind"), "enum", [("members", members.into()), ("values", json!(names))]);
+        let mut variants = Vec::new();
+        for (case, branch) in cases {
+            let members = self.members(branch, Some(tag));
+            let wrapper = self.add(&format!("{name}-{case}"), "object", [("members", members.into())]);
+            variants.push(json!({ "case": case, "type": wrapper }));
+        }
+        let rest = [
+            ("members", json!([{ "name": tag, "type": kind }])),
+            ("tag", json!(tag)),
+            ("variants", variants.into()),
+        ];
+        self.add(name, "object", rest)
+    }
+
+    /// The members of an object, but for the one called `without`.
+    fn members(&mut self, schema: &Value, without: Option<&str>) -> Vec<Value> {
         let required = schema.get("required").and_then(Value::as_array).cloned().unwrap_or_default();
         let mut members = Vec::new();
         for (member, of) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+            if without == Some(member.as_str()) {
+                continue;
+            }
             let mut info = json!({ "name": member, "type": self.type_of(of) });
             if !required.iter().any(|name| name == member) {
                 // `default: null` marks an optional member.
@@ -129,7 +162,17 @@ impl Builder {
             }
             members.push(info);
         }
-        self.add(name, "object", [("members", members.into())])
+        // What is flattened into it and may be missing.
+        for branch in schema.get("anyOf").and_then(Value::as_array).into_iter().flatten() {
+            let more = branch.get("$ref").and_then(Value::as_str).and_then(|p| p.rsplit('/').next());
+            if let Some(flattened) = more.and_then(|name| self.definitions.get(name).cloned()) {
+                for mut info in self.members(&flattened, None) {
+                    info["default"] = Value::Null;
+                    members.push(info);
+                }
+            }
+        }
+        members
     }
 
     fn event_type(&mut self, event: &str, data: Option<&Value>) -> String {
@@ -154,6 +197,20 @@ fn json_type(schema: &Value) -> &str {
         }
         _ => "",
     }
+}
+
+/// The branches of an enumeration whose values have contents: the member that says which it is, and each branch by its name.
+fn cases(schema: &Value) -> Option<(String, Vec<(String, Value)>)> {
+    let branches = schema.get("oneOf").and_then(Value::as_array)?;
+    let named = |branch: &Value| {
+        let properties = branch.get("properties")?.as_object()?;
+        properties.iter().find_map(|(key, of)| Some((key.clone(), of.get("const")?.as_str()?.to_owned())))
+    };
+    let all: Option<Vec<_>> =
+        branches.iter().map(|b| named(b).map(|(t, case)| (t, case, b.clone()))).collect();
+    let all = all?;
+    let tag = all.first()?.0.clone();
+    Some((tag, all.into_iter().map(|(_, case, branch)| (case, branch)).collect()))
 }
 
 fn variants(schema: &Value) -> Option<Vec<String>> {

@@ -71,6 +71,11 @@ impl Luks {
         Volume { node: &**self.detached.as_ref().unwrap_or(&self.file), base: 0 }
     }
 
+    /// True if its header is in a file of its own.
+    pub fn is_detached(&self) -> bool {
+        self.detached.is_some()
+    }
+
     /// The header as it is on the disk.
     ///
     /// # Errors

@@ -692,8 +692,9 @@ impl BlockNode for Nbd {
     }
 
     fn truncate(&self, size: u64, _preallocation: Preallocation) -> io::Result<()> {
-        // Growing within what the server has is what formats do that write up to their end.
-        if size <= self.size() && !self.is_readonly() {
+        // Growing within what the server has is what formats do that write up to their end. It may have more than it had.
+        let fits = |this: &Self| size <= this.size() && !this.is_readonly();
+        if fits(self) || (self.refresh_size().is_ok() && fits(self)) {
             return Ok(());
         }
         Err(io::Error::new(io::ErrorKind::Unsupported, "Cannot resize NBD nodes"))

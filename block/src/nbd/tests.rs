@@ -9,6 +9,7 @@ use holdfast_threads::PlainSpawner;
 use super::proto::{OPTION_MAGIC, REQUEST_MAGIC, SERVER_MAGIC, command, option};
 use super::*;
 use crate::graph::Opener;
+use crate::node::Preallocation;
 use crate::qcow2::{CreateOptions, Qcow2, create};
 use crate::raw::{LockRange, RawImage, RawOptions};
 use crate::{BlockNode, graph};
@@ -107,6 +108,26 @@ impl Drop for Bed {
 
 fn option_bytes(kind: u32, data: &[u8]) -> Vec<u8> {
     [&OPTION_MAGIC.to_be_bytes()[..], &kind.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
+}
+
+#[test]
+fn a_client_follows_the_size_of_what_is_served() {
+    let (bed, node) = Bed::new(false);
+    let client = Nbd::open(bed.options()).expect("client");
+    let error = client.truncate(6 << 20, Preallocation::Off).expect_err("the server has no more");
+    assert_eq!(error.to_string(), "Cannot resize NBD nodes");
+    node.truncate(6 << 20, Preallocation::Off).expect("grown");
+    client.truncate(6 << 20, Preallocation::Off).expect("now it has");
+    assert_eq!(client.size(), 6 << 20);
+    // On the connections that were there before, too.
+    client.write_at((5 << 20) + 7, &[9; 1000]).expect("written");
+    let mut there = [0; 1000];
+    node.read_at((5 << 20) + 7, &mut there).expect("read");
+    assert_eq!(there, [9; 1000]);
+    node.truncate(5 << 20, Preallocation::Off).expect("shrunk");
+    client.read_at(5 << 20, &mut there).expect_err("it is not there any more");
+    client.refresh_size().expect("asked");
+    assert_eq!(client.size(), 5 << 20);
 }
 
 #[test]

@@ -234,6 +234,34 @@ impl State {
         Ok(())
     }
 
+    /// Makes sure that bitmaps can follow the disk to another size. From here on until they are stored the image says that they are
+    /// in use, so that none is read with the wrong size.
+    pub(super) fn bitmaps_before_resize(&mut self, size: u64) -> io::Result<()> {
+        for bitmap in &self.bitmaps.list {
+            if bitmap.inconsistent {
+                let text = format!("Bitmap '{}' is inconsistent and cannot be used", bitmap.name);
+                return Err(invalid(text));
+            }
+            if Bitmap::bytes_for(size, bitmap.granularity_bits) > MAX_BYTES {
+                let text = format!("Bitmap '{}' would be too large for the new size", bitmap.name);
+                return Err(invalid(text));
+            }
+        }
+        self.mark_bitmaps()
+    }
+
+    /// Gives bitmaps the size of the disk; what is new is clean.
+    pub(super) fn resize_bitmaps(&mut self, size: u64) {
+        for bitmap in &mut self.bitmaps.list {
+            let granules = size.div_ceil(1 << bitmap.granularity_bits);
+            bitmap.bits.resize(granules.div_ceil(8) as usize, 0);
+            if let (Some(last), rest @ 1..) = (bitmap.bits.last_mut(), granules % 8) {
+                *last &= (1 << rest) - 1;
+            }
+            self.bitmaps.changed = true;
+        }
+    }
+
     pub(super) fn note_write(&mut self, offset: u64, len: u64) -> io::Result<()> {
         if self.bitmaps.list.is_empty() {
             return Ok(());

@@ -19,7 +19,7 @@ impl Qcow2 {
         let _all = self.ranges.lock(0, u64::MAX, true);
         let old = self.size_now();
         {
-            let state = self.state.lock();
+            let mut state = self.state.lock();
             state.check_writable()?;
             if !size.is_multiple_of(512) {
                 return Err(io::Error::new(
@@ -30,18 +30,18 @@ impl Qcow2 {
             if !state.snapshots.is_empty() && self.layout.version < 3 {
                 return Err(unsupported("Can't resize a v2 image which has snapshots"));
             }
-            if !state.bitmaps.is_empty() {
-                return Err(unsupported("Can't resize an image which has bitmaps"));
-            }
+            state.bitmaps_before_resize(size)?;
         }
         if size < old {
             if preallocation != Preallocation::Off {
                 return Err(unsupported("Preallocation can't be used for shrinking an image"));
             }
-            self.shrink(size, old)
+            self.shrink(size, old)?;
         } else {
-            self.grow(old, size, preallocation)
+            self.grow(old, size, preallocation)?;
         }
+        self.state.lock().resize_bitmaps(size);
+        Ok(())
     }
 
     fn shrink(&self, size: u64, old: u64) -> io::Result<()> {

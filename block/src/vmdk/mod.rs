@@ -8,10 +8,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::{Value, json};
-
 pub use create::{NewExtent, create};
 
+use crate::facts::{ImageInfoSpecific, VmdkExtentInfo, VmdkInfo};
 use crate::mapped::{Map, Mapped, Place, Run, bad, read_part};
 use crate::{BlockError, BlockNode};
 use sparse::Sparse;
@@ -262,38 +261,30 @@ impl Map for Vmdk {
         })
     }
 
-    fn specific(&self) -> Option<Value> {
+    fn specific(&self) -> Option<ImageInfoSpecific> {
         let text = &self.descriptor.0;
         let number = |key| line(text, key).and_then(|v| u32::from_str_radix(v, 16).ok());
         let alone = matches!(self.extents.as_slice(), [Extent { kind: Kind::Sparse(s), .. }] if Arc::ptr_eq(s.file(), &self.file));
-        let extents = self.extents.iter().map(|extent| {
-            let mut out = serde_json::Map::new();
-            let (file, kind) = match &extent.kind {
-                Kind::Flat(file, _) => (Some(file), "FLAT"),
-                Kind::Sparse(sparse) => {
-                    if sparse.is_compressed() {
-                        out.insert("compressed".into(), json!(true));
-                    }
-                    (Some(sparse.file()), if alone { "" } else { "SPARSE" })
-                }
-                Kind::Zero => (None, "ZERO"),
+        let extent = |extent: &Extent| {
+            let (file, format, sparse) = match &extent.kind {
+                Kind::Flat(file, _) => (Some(file), "FLAT", None),
+                Kind::Sparse(s) => (Some(s.file()), if alone { "" } else { "SPARSE" }, Some(s)),
+                Kind::Zero => (None, "ZERO", None),
             };
-            let name = file.map(|f| crate::node::shown(&**f)).unwrap_or_default();
-            out.insert("virtual-size".into(), json!(extent.len));
-            out.insert("filename".into(), json!(name));
-            if let Kind::Sparse(sparse) = &extent.kind {
-                out.insert("cluster-size".into(), json!(sparse.grain()));
+            VmdkExtentInfo {
+                compressed: sparse.is_some_and(|s| s.is_compressed()).then_some(true),
+                virtual_size: extent.len,
+                filename: file.map(|f| crate::node::shown(&**f)).unwrap_or_default(),
+                cluster_size: sparse.map(|s| s.grain()),
+                format: format.to_owned(),
             }
-            out.insert("format".into(), json!(kind));
-            Value::Object(out)
-        });
-        let extents: Vec<Value> = extents.collect();
-        Some(json!({ "type": "vmdk", "data": {
-            "cid": number("CID").unwrap_or(0),
-            "parent-cid": number("parentCID").unwrap_or(u32::MAX),
-            "create-type": line(text, "createType").unwrap_or_default(),
-            "extents": extents,
-        }}))
+        };
+        Some(ImageInfoSpecific::Vmdk(VmdkInfo {
+            cid: number("CID").unwrap_or(0),
+            parent_cid: number("parentCID").unwrap_or(u32::MAX),
+            create_type: line(text, "createType").unwrap_or_default().to_owned(),
+            extents: self.extents.iter().map(extent).collect(),
+        }))
     }
 
     fn check(&self) -> Option<io::Result<Vec<String>>> {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use holdfast_block::options::DetectZeroes;
 use holdfast_block::queue::NodeBackend;
 use holdfast_block::{BlockBackend, IoVec, Op, Request};
 use holdfast_threads::PlainSpawner;
@@ -99,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         return refused("the image is smaller than offset and request");
     }
     let spawner = PlainSpawner::shared();
-    let backend = NodeBackend::new(Arc::clone(&node), "bench", &spawner, true, DetectZeroes::Off);
+    let backend = NodeBackend::new(Arc::clone(&node), "bench", &spawner, true);
     let mut queue = backend.queue(args.depth).map_err(|e| ImgError::Refused(explain(&e)))?;
     if !args.quiet {
         let kind = if args.write { "write" } else { "read" };

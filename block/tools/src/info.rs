@@ -3,12 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use holdfast_block::BlockNode;
-use holdfast_block::facts::{luks_json, qcow2_specific};
+use holdfast_block::facts::ImageInfo;
 use holdfast_block::graph::{Backing, beside};
 use holdfast_block::options::Driver;
-use holdfast_block::qcow2::header::incompatible;
-use serde_json::{Map, Value, json};
+use holdfast_block::{BlockNode, SECTOR};
+use serde_json::{Value, json};
 
 use crate::common::{Output, Result, Source, human_size, print, print_json, refused};
 use crate::snapshot;
@@ -37,15 +36,18 @@ pub(crate) struct Args {
 
 fn child(name: &str, node: &Arc<dyn BlockNode>) -> Value {
     let file = node.path().map(|p| p.display().to_string()).unwrap_or_default();
-    let mut info = Map::new();
-    info.insert("children".into(), json!([]));
-    info.insert("virtual-size".into(), json!(node.size().next_multiple_of(512)));
-    info.insert("filename".into(), json!(file));
-    info.insert("format".into(), json!(node.driver()));
-    info.insert("actual-size".into(), json!(node.disk_usage()));
-    info.insert("format-specific".into(), json!({ "type": node.driver(), "data": {} }));
-    info.insert("dirty-flag".into(), json!(false));
-    json!({ "name": name, "info": info })
+    let mut info = ImageInfo::of(&file, &**node);
+    info.virtual_size = info.virtual_size.next_multiple_of(SECTOR);
+    json!({ "name": name, "info": with_children(&info, Vec::new()) })
+}
+
+/// An image with the nodes below it.
+fn with_children(info: &ImageInfo, children: Vec<Value>) -> Value {
+    let mut value = json!(info);
+    if let Value::Object(map) = &mut value {
+        map.insert("children".into(), children.into());
+    }
+    value
 }
 
 /// Where the backing file is, by the names in an image.
@@ -59,7 +61,6 @@ fn backing_place(node: &Arc<dyn BlockNode>) -> Option<(String, String, Option<St
 
 /// What there is to say of an image.
 pub(crate) fn image_info(name: &str, node: &Arc<dyn BlockNode>) -> Value {
-    let mut info = Map::new();
     let mut children = Vec::new();
     if let Some(image) = node.as_qcow2()
         && let Some(data) = image.external_data()
@@ -70,52 +71,21 @@ pub(crate) fn image_info(name: &str, node: &Arc<dyn BlockNode>) -> Value {
     if let Some(file) = node.file() {
         children.push(child("file", &file));
     }
-    info.insert("children".into(), json!(children));
-    if let Some(image) = node.as_qcow2() {
-        let header = image.header();
-        let snapshots: Vec<Value> = image.snapshots().iter().map(snapshot::to_json).collect();
-        if !snapshots.is_empty() {
-            info.insert("snapshots".into(), json!(snapshots));
-        }
-        if let Some((short, full, format)) = backing_place(node) {
-            info.insert("backing-filename".into(), json!(short));
-            info.insert("full-backing-filename".into(), json!(full));
-            if let Some(format) = format {
-                info.insert("backing-filename-format".into(), json!(format));
-            }
-        }
-        info.insert("cluster-size".into(), json!(header.cluster_size()));
-        if header.crypt_method != 0 {
-            info.insert("encrypted".into(), json!(true));
-        }
-        info.insert("format-specific".into(), qcow2_specific(image));
-        info.insert("dirty-flag".into(), json!(header.incompatible & incompatible::DIRTY != 0));
-    } else {
-        if let Some(header) = node.as_luks().and_then(|l| l.header().ok()) {
-            info.insert("encrypted".into(), json!(true));
-            info.insert(
-                "format-specific".into(),
-                json!({ "type": "luks", "data": luks_json(&header, false) }),
-            );
-        }
-        if let Some(size) = node.cluster_size() {
-            info.insert("cluster-size".into(), json!(size));
-        }
-        if let Some(specific) = node.format_specific() {
-            info.insert("format-specific".into(), specific);
-        }
-        info.insert("dirty-flag".into(), json!(false));
-    }
-    info.insert("virtual-size".into(), json!(node.size()));
-    info.insert("filename".into(), json!(name));
-    info.insert("format".into(), json!(node.driver()));
-    info.insert("actual-size".into(), json!(node.disk_usage()));
-    Value::Object(info)
+    with_children(&ImageInfo::of(name, &**node), children)
 }
 
 fn specific(value: &Value, indent: usize, out: &mut String) {
     let pad = " ".repeat(indent);
     let line = |out: &mut String, key: &str, value: &Value| match value {
+        // What is flattened comes last; among the rest it has its place.
+        Value::Object(map) if map.contains_key("uuid") && map.contains_key("format") => {
+            *out += &format!("{pad}{key}:\n");
+            let (format, rest): (Vec<_>, Vec<_>) =
+                map.clone().into_iter().partition(|(key, _)| key == "format");
+            let at = rest.iter().position(|(key, _)| key == "uuid").map_or(0, |at| at + 1);
+            let (before, after) = rest.split_at(at);
+            specific(&[before, &format, after].concat().into_iter().collect(), indent + 4, out);
+        }
         Value::Object(_) | Value::Array(_) => {
             *out += &format!("{pad}{key}:\n");
             specific(value, indent + 4, out);

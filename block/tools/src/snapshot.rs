@@ -1,7 +1,6 @@
 //! `snapshot`.
 
 use holdfast_block::qcow2::snapshot::Snapshot;
-use serde_json::{Value, json};
 
 use crate::common::{ImgError, Result, Source, errno, human_size, print, qcow2, refused};
 
@@ -34,23 +33,6 @@ pub(crate) struct Args {
     force_share: bool,
     /// The image
     filename: String,
-}
-
-/// A snapshot as `info` shows it.
-pub(crate) fn to_json(s: &Snapshot) -> Value {
-    let mut value = json!({
-        "id": s.id,
-        "name": s.name,
-        "vm-state-size": s.vm_state_size,
-        "date-sec": s.date_sec,
-        "date-nsec": s.date_nsec,
-        "vm-clock-sec": s.vm_clock_nsec / 1_000_000_000,
-        "vm-clock-nsec": s.vm_clock_nsec % 1_000_000_000,
-    });
-    if let (Value::Object(map), true) = (&mut value, s.icount != u64::MAX) {
-        map.insert("icount".into(), json!(s.icount));
-    }
-    value
 }
 
 /// Local date and time of seconds since 1970.

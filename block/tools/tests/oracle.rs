@@ -93,7 +93,7 @@ impl Bed {
 }
 
 /// What only newer versions report, and what depends on when it is asked.
-const SOMETIMES: [&str; 3] = ["children", "compressed", "actual-size"];
+const SOMETIMES: [&str; 4] = ["children", "compressed", "actual-size", "detached-header"];
 
 fn common(a: &mut Value, b: &mut Value) {
     match (a, b) {
@@ -341,4 +341,40 @@ fn a_second_writer_is_refused() {
     bed.ok(true, &["info", "-U", "a.qcow2"]);
     holder.kill().expect("killed");
     holder.wait().expect("gone");
+}
+
+#[test]
+fn zeroes_are_found_in_writes_where_that_is_asked_for() {
+    let bed = Bed::new();
+    // The program goes by its name.
+    let link = bed.dir().join("holdfast-io");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_holdfast-img"), &link).expect("link");
+    let programs = [link.into_os_string(), std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into())];
+    for how in ["detect-zeroes=off", "detect-zeroes=on", "detect-zeroes=unmap,discard=unmap"] {
+        let maps = programs.clone().map(|program| {
+            bed.ok(false, &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"]);
+            let node = format!("driver=qcow2,file.filename=a.qcow2,{how}");
+            for command in ["write -P 7 0 2M", "write -P 0 64k 128k", "write -P 0 3M 64k", "write -P 0 1M 4k"]
+            {
+                let out = run(&program, bed.dir(), &["--image-opts", "-c", command, &node]);
+                assert!(out.status.success(), "{how}: {}{}", text(&out.stdout), text(&out.stderr));
+            }
+            let map: Value =
+                serde_json::from_str(&bed.ok(false, &["map", "--output=json", "a.qcow2"])).expect("a map");
+            let kinds = ["start", "length", "zero", "data"];
+            map.as_array()
+                .expect("extents")
+                .iter()
+                .map(|e| kinds.map(|k| e[k].to_string()).join(" "))
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(maps[0], maps[1], "{how}");
+    }
+    let node = "driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap";
+    let out = run(&programs[0], bed.dir(), &["--image-opts", "-c", "read 0 512", node]);
+    assert!(
+        text(&out.stderr).contains("without setting discard operation to unmap"),
+        "{}",
+        text(&out.stderr)
+    );
 }

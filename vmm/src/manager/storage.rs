@@ -143,10 +143,10 @@ impl Manager {
         let failed = |e: holdfast_objects::ObjectError| ControlError::new(ErrorKind::Failed, e.to_string());
         let storage = Arc::clone(&self.storage);
         let done = match request {
-            StorageRequest::Nodes => return Ok(storage::named_nodes(&storage)),
-            StorageRequest::Block => return Ok(storage::block_info(&storage, &disks)),
-            StorageRequest::Stats => return Ok(storage::block_stats(&disks)),
-            StorageRequest::Exports => return Ok(storage.exports()),
+            StorageRequest::Nodes(flat) => return shown(&storage::named_nodes(&storage, flat)),
+            StorageRequest::Block => return shown(&storage::block_info(&storage, &disks)),
+            StorageRequest::Stats(nodes) => return shown(&storage::block_stats(&storage, &disks, nodes)),
+            StorageRequest::Exports => return shown(&storage.exports()),
             StorageRequest::GetLimits(id) => return storage.limits(&id),
             StorageRequest::Delete(name) => storage.nodes().remove(&name).map_err(refused).map(|()| {
                 if let Some(all) = &mut self.config.blockdevs {
@@ -171,6 +171,11 @@ impl Manager {
         };
         done.map(|()| json!({}))
     }
+}
+
+/// What is shown, as JSON.
+fn shown<T: serde::Serialize>(what: &T) -> Result<Value, ControlError> {
+    serde_json::to_value(what).map_err(|e| ControlError::failed("What was found cannot be shown", e))
 }
 
 fn set_histogram(set: &HistogramSet, disks: &[Arc<Blk>]) -> Result<(), ControlError> {

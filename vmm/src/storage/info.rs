@@ -1,18 +1,21 @@
-//! What monitors are shown of the graph, in QEMU's JSON.
+//! Gathers what monitors are shown of the graph.
 
 use std::sync::Arc;
 
-use holdfast_block::facts::{luks_json, qcow2_specific};
+use holdfast_block::facts::ImageInfo;
 use holdfast_block::nodes::NamedNode;
-use holdfast_block::options::BlockdevOptions;
-use holdfast_block::qcow2::header::incompatible;
+use holdfast_block::options::{BlockdevOptions, DetectZeroes};
+use holdfast_block::qcow2::bitmap::Bitmap;
 use holdfast_block::{BlockNode, SECTOR};
 use holdfast_objects::throttle::{Limits, Rate};
 use holdfast_virtio::blk::Blk;
 use holdfast_virtio::blk::stats::{Count, Kind};
-use serde_json::{Map, Value, json};
 
 use super::Storage;
+use super::shown::{
+    BlockDeviceInfo, BlockDeviceStats, BlockDirtyInfo, BlockInfo, BlockLatencyHistogramInfo, BlockStats,
+    BlockdevCacheInfo, ShownLimits,
+};
 
 /// What a name of a file shows: the path where there is one, the options otherwise.
 fn file_name(node: &NamedNode) -> String {
@@ -26,40 +29,18 @@ fn file_name(node: &NamedNode) -> String {
     }
 }
 
-/// `ImageInfo`.
-fn image(node: &NamedNode) -> Value {
-    let mut info = Map::new();
-    let mut put = |key: &str, value: Value| drop(info.insert(key.to_owned(), value));
-    put("virtual-size", json!(node.size().next_multiple_of(SECTOR)));
-    put("filename", json!(file_name(node)));
-    put("format", json!(node.driver()));
-    put("actual-size", json!(node.disk_usage()));
-    let mut dirty = false;
-    let inner = node.inner().ok();
-    if let Some(image) = inner.as_ref().and_then(|i| i.as_qcow2()) {
-        let header = image.header();
-        put("cluster-size", json!(header.cluster_size()));
-        put("format-specific", qcow2_specific(image));
-        if header.crypt_method != 0 {
-            put("encrypted", json!(true));
-        }
-        dirty = header.incompatible & incompatible::DIRTY != 0;
-        if let Some(name) = &header.backing_file {
-            put("backing-filename", json!(name));
-            let full = node.path().and_then(|p| p.parent().map(|d| d.join(name)));
-            put("full-backing-filename", json!(full.map_or(name.clone(), |p| p.display().to_string())));
-            if let Some(format) = &header.backing_format {
-                put("backing-filename-format", json!(format));
-            }
-        }
-    } else if let Some(header) = inner.as_ref().and_then(|i| i.as_luks()).and_then(|l| l.header().ok()) {
-        put("encrypted", json!(true));
-        put("format-specific", json!({ "type": "luks", "data": luks_json(&header, false) }));
-    } else if node.driver() == "file" {
-        put("format-specific", json!({ "type": "file", "data": {} }));
+/// A node's image, and, unless `flat`, those below it within.
+fn image(node: &Arc<NamedNode>, flat: bool) -> ImageInfo {
+    let name = file_name(node);
+    let mut info = match node.inner() {
+        Ok(inner) => ImageInfo::of(&name, &*inner),
+        Err(_) => ImageInfo::of(&name, &**node),
+    };
+    info.virtual_size = info.virtual_size.next_multiple_of(SECTOR);
+    if !flat {
+        info.backing_image = node.child("backing").map(|below| Box::new(image(&below, false)));
     }
-    put("dirty-flag", json!(dirty));
-    Value::Object(info)
+    info
 }
 
 fn depth(node: &Arc<NamedNode>) -> u64 {
@@ -72,129 +53,179 @@ fn depth(node: &Arc<NamedNode>) -> u64 {
     depth
 }
 
-/// The rates of `BlockDeviceInfo`.
-fn rates(limits: &Limits, out: &mut Map<String, Value>) {
-    for (rate, name) in limits.rates.iter().zip(["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"]) {
-        let Rate { average, max, length } = *rate;
-        out.insert(name.to_owned(), json!(average));
-        if max != 0 {
-            out.insert(format!("{name}_max"), json!(max));
-            out.insert(format!("{name}_max_length"), json!(length));
-        }
-    }
-    if limits.iops_size != 0 {
-        out.insert("iops_size".to_owned(), json!(limits.iops_size));
+/// Limits as they are shown.
+fn limits(limits: &Limits, group: Option<String>) -> ShownLimits {
+    let [bps, bps_rd, bps_wr, iops, iops_rd, iops_wr] = limits.rates;
+    let max = |rate: Rate| (rate.max != 0).then_some(rate.max);
+    let length = |rate: Rate| (rate.max != 0).then_some(rate.length);
+    ShownLimits {
+        bps: bps.average,
+        bps_rd: bps_rd.average,
+        bps_wr: bps_wr.average,
+        iops: iops.average,
+        iops_rd: iops_rd.average,
+        iops_wr: iops_wr.average,
+        bps_max: max(bps),
+        bps_rd_max: max(bps_rd),
+        bps_wr_max: max(bps_wr),
+        iops_max: max(iops),
+        iops_rd_max: max(iops_rd),
+        iops_wr_max: max(iops_wr),
+        bps_max_length: length(bps),
+        bps_rd_max_length: length(bps_rd),
+        bps_wr_max_length: length(bps_wr),
+        iops_max_length: length(iops),
+        iops_rd_max_length: length(iops_rd),
+        iops_wr_max_length: length(iops_wr),
+        iops_size: (limits.iops_size != 0).then_some(limits.iops_size),
+        group,
     }
 }
 
-/// `BlockDeviceInfo` of a node, and of the disk that shows it.
-fn device_info(storage: &Storage, node: &Arc<NamedNode>, disk: Option<&Blk>) -> Value {
+fn dirty(bitmap: &Bitmap) -> BlockDirtyInfo {
+    let set: u64 = bitmap.bits.iter().map(|b| u64::from(b.count_ones())).sum();
+    BlockDirtyInfo {
+        name: bitmap.name.clone(),
+        count: (set << bitmap.granularity_bits) as i64,
+        granularity: 1 << bitmap.granularity_bits,
+        recording: bitmap.enabled && !bitmap.inconsistent,
+        busy: false,
+        persistent: true,
+        inconsistent: bitmap.inconsistent.then_some(true),
+    }
+}
+
+/// A node, and the disk that shows it.
+fn device_info(storage: &Storage, node: &Arc<NamedNode>, disk: Option<&Blk>, flat: bool) -> BlockDeviceInfo {
     let options = node.options();
     let cache = options.cache.unwrap_or_default();
-    let mut info = Map::new();
     let group = disk.and_then(Blk::throttle);
-    rates(&group.as_ref().map(|g| g.limits()).unwrap_or_default(), &mut info);
-    let mut put = |key: &str, value: Value| drop(info.insert(key.to_owned(), value));
-    if let Some(name) = disk.and_then(|d| storage.group_name(d)) {
-        put("group", json!(name));
+    let image = image(node, flat);
+    let bitmaps: Vec<_> = node
+        .inner()
+        .ok()
+        .and_then(|inner| inner.as_qcow2().map(|q| q.bitmaps().iter().map(dirty).collect()))
+        .unwrap_or_default();
+    BlockDeviceInfo {
+        file: file_name(node),
+        node_name: node.name().to_owned(),
+        ro: node.is_readonly(),
+        drv: node.driver().to_owned(),
+        backing_file: node.backing().and_then(|b| b.path()).map(|p| p.display().to_string()),
+        backing_file_depth: depth(node),
+        encrypted: image.encrypted == Some(true),
+        detect_zeroes: options.detect_zeroes.unwrap_or(DetectZeroes::Off),
+        limits: limits(
+            &group.as_ref().map(|g| g.limits()).unwrap_or_default(),
+            disk.and_then(|d| storage.group_name(d)),
+        ),
+        image,
+        cache: BlockdevCacheInfo {
+            writeback: true,
+            direct: cache.direct.unwrap_or(false),
+            no_flush: cache.no_flush.unwrap_or(false),
+        },
+        write_threshold: node.write_threshold(),
+        dirty_bitmaps: Some(bitmaps).filter(|b| !b.is_empty()),
+        active: true,
     }
-    let encrypted = node.inner().is_ok_and(|inner| {
-        inner.as_luks().is_some() || inner.as_qcow2().is_some_and(|q| q.header().crypt_method != 0)
-    });
-    let file = file_name(node);
-    if let Some(below) = node.backing().and_then(|b| b.path()) {
-        put("backing_file", json!(below));
-    }
-    put("detect_zeroes", json!("off"));
-    put("image", image(node));
-    put("ro", json!(node.is_readonly()));
-    put("active", json!(true));
-    put("node-name", json!(node.name()));
-    put("backing_file_depth", json!(depth(node)));
-    put("drv", json!(node.driver()));
-    put("write_threshold", json!(node.write_threshold()));
-    put("encrypted", json!(encrypted));
-    put(
-        "cache",
-        json!({
-            "no-flush": cache.no_flush.unwrap_or(false),
-            "direct": cache.direct.unwrap_or(false),
-            "writeback": true,
-        }),
-    );
-    put("file", json!(file));
-    Value::Object(info)
 }
 
-/// `query-named-block-nodes`.
-pub fn named_nodes(storage: &Storage) -> Value {
-    storage.nodes().list().iter().map(|node| device_info(storage, node, None)).collect()
+/// `query-named-block-nodes`; images are shown within images unless `flat`.
+pub fn named_nodes(storage: &Storage, flat: bool) -> Vec<BlockDeviceInfo> {
+    storage.nodes().list().iter().map(|node| device_info(storage, node, None, flat)).collect()
+}
+
+fn device_path(disk: &Blk) -> String {
+    format!("/machine/peripheral/{}/virtio-backend", disk.id())
 }
 
 /// `query-block`.
-pub fn block_info(storage: &Storage, disks: &[Arc<Blk>]) -> Value {
+pub fn block_info(storage: &Storage, disks: &[Arc<Blk>]) -> Vec<BlockInfo> {
     let disk = |disk: &Arc<Blk>| {
-        let mut info = Map::new();
-        let mut put = |key: &str, value: Value| drop(info.insert(key.to_owned(), value));
-        put("device", json!(disk.id()));
-        put("qdev", json!(format!("/machine/peripheral/{}/virtio-backend", disk.id())));
-        put("type", json!("unknown"));
-        put("removable", json!(false));
-        put("locked", json!(false));
-        put("io-status", json!(disk.io_status()));
-        if let Ok(node) = storage.nodes().find(disk.node()) {
-            put("inserted", device_info(storage, &node, Some(disk)));
+        let node = storage.nodes().find(disk.node()).ok();
+        BlockInfo {
+            device: disk.id().to_owned(),
+            qdev: Some(device_path(disk)),
+            kind: "unknown".to_owned(),
+            removable: false,
+            locked: false,
+            inserted: node.map(|node| device_info(storage, &node, Some(disk), false)),
+            io_status: Some(disk.io_status().to_owned()),
         }
-        Value::Object(info)
     };
     disks.iter().map(disk).collect()
 }
 
-fn histogram(count: &Count) -> Option<Value> {
+fn histogram(count: &Count) -> Option<BlockLatencyHistogramInfo> {
     let h = count.histogram.as_ref()?;
-    Some(json!({ "boundaries": h.boundaries, "bins": h.bins }))
+    Some(BlockLatencyHistogramInfo { boundaries: h.boundaries.clone(), bins: h.bins.clone() })
 }
 
-/// `BlockDeviceStats` of a disk.
-fn device_stats(disk: &Blk) -> Value {
-    let mut stats = Map::new();
+/// What a disk has done.
+fn device_stats(disk: &Blk) -> BlockDeviceStats {
+    let [rd, wr, flush, unmap] = Kind::ALL.map(|kind| disk.count(kind));
     let (highest, idle) = disk.progress();
-    for (kind, name) in
-        [(Kind::Read, "rd"), (Kind::Write, "wr"), (Kind::Flush, "flush"), (Kind::Unmap, "unmap")]
-    {
-        let count = disk.count(kind);
-        let mut put = |key: String, value: u64| drop(stats.insert(key, json!(value)));
-        if kind != Kind::Flush {
-            put(format!("{name}_bytes"), count.bytes);
-            put(format!("{name}_merged"), 0);
-        }
-        put(format!("{name}_operations"), count.ops);
-        put(format!("{name}_total_time_ns"), count.nanoseconds);
-        put(format!("failed_{name}_operations"), count.failed);
-        put(format!("invalid_{name}_operations"), count.invalid);
-        if let Some(histogram) = histogram(&count) {
-            stats.insert(format!("{name}_latency_histogram"), histogram);
-        }
+    BlockDeviceStats {
+        rd_bytes: rd.bytes,
+        wr_bytes: wr.bytes,
+        unmap_bytes: unmap.bytes,
+        rd_operations: rd.ops,
+        wr_operations: wr.ops,
+        flush_operations: flush.ops,
+        unmap_operations: unmap.ops,
+        rd_total_time_ns: rd.nanoseconds,
+        wr_total_time_ns: wr.nanoseconds,
+        flush_total_time_ns: flush.nanoseconds,
+        unmap_total_time_ns: unmap.nanoseconds,
+        wr_highest_offset: highest,
+        idle_time_ns: idle,
+        failed_rd_operations: rd.failed,
+        failed_wr_operations: wr.failed,
+        failed_flush_operations: flush.failed,
+        failed_unmap_operations: unmap.failed,
+        invalid_rd_operations: rd.invalid,
+        invalid_wr_operations: wr.invalid,
+        invalid_flush_operations: flush.invalid,
+        invalid_unmap_operations: unmap.invalid,
+        account_invalid: true,
+        account_failed: true,
+        rd_latency_histogram: histogram(&rd),
+        wr_latency_histogram: histogram(&wr),
+        flush_latency_histogram: histogram(&flush),
+        ..BlockDeviceStats::default()
     }
-    stats.insert("wr_highest_offset".to_owned(), json!(highest));
-    if let Some(idle) = idle {
-        stats.insert("idle_time_ns".to_owned(), json!(idle));
-    }
-    stats.insert("account_invalid".to_owned(), json!(true));
-    stats.insert("account_failed".to_owned(), json!(true));
-    stats.insert("timed_stats".to_owned(), json!([]));
-    Value::Object(stats)
 }
 
-/// `query-blockstats`.
-pub fn block_stats(disks: &[Arc<Blk>]) -> Value {
+/// A node, the nodes of its files, and, if `all`, of the images below. Only disks count requests; nodes know how far writes went.
+fn node_stats(node: &Arc<NamedNode>, all: bool) -> BlockStats {
+    let below = |role| node.child(role).map(|child| Box::new(node_stats(&child, all)));
+    BlockStats {
+        device: None,
+        qdev: None,
+        node_name: Some(node.name().to_owned()),
+        stats: BlockDeviceStats { wr_highest_offset: node.highest_write(), ..BlockDeviceStats::default() },
+        parent: below("file"),
+        backing: if all { below("backing") } else { None },
+    }
+}
+
+/// `query-blockstats`: of all nodes if `nodes`, of disks otherwise.
+pub fn block_stats(storage: &Storage, disks: &[Arc<Blk>], nodes: bool) -> Vec<BlockStats> {
+    if nodes {
+        return storage.nodes().list().iter().map(|node| node_stats(node, false)).collect();
+    }
     let disk = |disk: &Arc<Blk>| {
-        json!({
-            "device": disk.id(),
-            "qdev": format!("/machine/peripheral/{}/virtio-backend", disk.id()),
-            "node-name": disk.node(),
-            "stats": device_stats(disk),
-        })
+        let below = storage.nodes().find(disk.node()).ok().map(|node| node_stats(&node, true));
+        let (parent, backing) = below.map_or((None, None), |b| (b.parent, b.backing));
+        BlockStats {
+            device: Some(disk.id().to_owned()),
+            qdev: Some(device_path(disk)),
+            node_name: Some(disk.node().to_owned()),
+            stats: device_stats(disk),
+            parent,
+            backing,
+        }
     };
     disks.iter().map(disk).collect()
 }

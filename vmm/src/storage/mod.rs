@@ -3,6 +3,7 @@
 mod info;
 mod nbd;
 mod request;
+pub mod shown;
 mod throttle;
 
 use std::collections::BTreeMap;

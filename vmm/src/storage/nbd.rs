@@ -17,9 +17,9 @@ use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::shown::{BlockExportInfo, BlockExportType};
 use super::{Storage, StorageEvents, failed, refused};
 use crate::control::ControlError;
 
@@ -322,9 +322,14 @@ impl Storage {
     }
 
     /// `query-block-exports`.
-    pub fn exports(&self) -> Value {
+    pub fn exports(&self) -> Vec<BlockExportInfo> {
         let all = self.exports.all.lock();
-        let shown = |(id, e): (&String, &Entry)| json!({ "id": id, "type": "nbd", "node-name": e.node, "shutting-down": false });
+        let shown = |(id, e): (&String, &Entry)| BlockExportInfo {
+            id: id.clone(),
+            kind: BlockExportType::Nbd,
+            node_name: e.node.clone(),
+            shutting_down: false,
+        };
         all.iter().map(shown).collect()
     }
 }

@@ -127,12 +127,12 @@ pub enum StorageRequest {
     Delete(String),
     /// `blockdev-reopen`.
     Reopen(Vec<BlockdevOptions>),
-    /// `query-named-block-nodes`.
-    Nodes,
+    /// `query-named-block-nodes`; images are shown within images unless it says so (`flat`).
+    Nodes(bool),
     /// `query-block`.
     Block,
-    /// `query-blockstats`.
-    Stats,
+    /// `query-blockstats`, of all nodes if it says so.
+    Stats(bool),
     /// `block_set_io_throttle`.
     Throttle(Box<BlockIoThrottle>),
     /// `block-latency-histogram-set`.

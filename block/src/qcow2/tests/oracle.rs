@@ -168,3 +168,32 @@ fn bitmaps_follow_writes_and_qemu_reads_them() {
     drop(image);
     bed.assert_clean();
 }
+
+#[test]
+fn bitmaps_follow_the_size() {
+    let bed = Bed::new(CreateOptions::new(8 << 20));
+    let image = bed.create();
+    image.add_bitmap("b", 1 << 16, true).expect("bitmap");
+    image.write_at((8 << 20) - 512, &[1; 512]).expect("write");
+    image.write_at((3 << 20) + 65536, &[1; 512]).expect("write");
+    BlockNode::truncate(&*image, (20 << 20) + 512, Preallocation::Off).expect("grow");
+    image.write_at(20 << 20, &[1; 512]).expect("write");
+    drop(image);
+    bed.assert_clean();
+    let set = |image: &Qcow2| {
+        let all = image.bitmaps();
+        let bitmap = all.first().expect("it is there");
+        assert!(!bitmap.inconsistent);
+        (0..bitmap.bits.len() as u64 * 8).filter(|n| bitmap.is_set(*n)).collect::<Vec<_>>()
+    };
+    let image = bed.open();
+    assert_eq!(set(&image), [49, 127, 320]);
+    BlockNode::truncate(&*image, (3 << 20) + 65536 + 512, Preallocation::Off).expect("shrink");
+    drop(image);
+    bed.assert_clean();
+    // QEMU takes it as it is, grows it, and we read that.
+    qemu_ok(&["resize", text(&bed.path()), "16M"]);
+    let image = bed.open();
+    assert_eq!(set(&image), [49]);
+    assert_eq!(image.size(), 16 << 20);
+}
