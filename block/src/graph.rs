@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use crate::detect;
 use crate::format::{PROBE, RawFormat, probe};
+use crate::http::{self, Http};
 use crate::luks::{Luks, Volume};
 use crate::nbd::{self, Address, ClientOptions, Nbd, TlsClient};
 use crate::nodes::{NamedNode, Nodes};
@@ -265,6 +266,18 @@ impl Opener {
     ) -> Result<Arc<dyn BlockNode>, BlockError> {
         if options.driver == Some(Driver::Nbd) {
             return self.nbd(options).map(|n| -> Arc<dyn BlockNode> { n });
+        }
+        let web = options.driver.filter(|d| d.is_web()).or_else(|| match options.driver {
+            None => options.filename.as_deref().and_then(http::scheme),
+            Some(_) => None,
+        });
+        if let Some(driver) = web {
+            let named = BlockdevOptions { filename: None, ..options.clone() };
+            let named = BlockdevOptions { url: options.url.clone().or(options.filename.clone()), ..named };
+            let options = if options.driver.is_none() { &named } else { options };
+            options.check(driver)?;
+            let writable = self.writable && options.auto_read_only != Some(true);
+            return Http::open(driver, options, &self.objects, writable).map(|n| -> Arc<dyn BlockNode> { n });
         }
         if let (None, Some(name)) = (options.driver, &options.filename)
             && let Some((address, export)) = nbd::parse_uri(name)?
@@ -599,7 +612,8 @@ fn no_names() -> BlockError {
 
 /// A node that is a file unless its options say otherwise.
 fn as_file(options: &BlockdevOptions) -> BlockdevOptions {
-    let remote = options.filename.as_deref().is_some_and(|n| matches!(nbd::parse_uri(n), Ok(Some(_))));
+    let is_remote = |n: &str| http::scheme(n).is_some() || matches!(nbd::parse_uri(n), Ok(Some(_)));
+    let remote = options.filename.as_deref().is_some_and(is_remote);
     let driver = if remote { None } else { options.driver.or(Some(Driver::File)) };
     BlockdevOptions { driver, ..options.clone() }
 }

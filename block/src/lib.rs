@@ -11,6 +11,7 @@ pub mod facts;
 pub mod foreign;
 pub mod format;
 pub mod graph;
+pub mod http;
 pub mod luks;
 mod mapped;
 pub mod nbd;

@@ -22,6 +22,10 @@ pub enum Driver {
     HostDevice,
     /// An export of an NBD server.
     Nbd,
+    /// A file of an HTTP server, for reading.
+    Http,
+    /// The same over TLS.
+    Https,
     /// The bytes of the disk and nothing else.
     Raw,
     /// QEMU's copy-on-write format.
@@ -42,10 +46,12 @@ pub enum Driver {
 
 impl Driver {
     /// All that there are.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::File,
         Self::HostDevice,
         Self::Nbd,
+        Self::Http,
+        Self::Https,
         Self::Raw,
         Self::Qcow2,
         Self::Luks,
@@ -62,6 +68,8 @@ impl Driver {
             Self::File => "file",
             Self::HostDevice => "host_device",
             Self::Nbd => "nbd",
+            Self::Http => "http",
+            Self::Https => "https",
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Luks => "luks",
@@ -84,7 +92,12 @@ impl Driver {
 
     /// True if it is a format, which lies over a file.
     pub fn is_format(self) -> bool {
-        !matches!(self, Self::File | Self::HostDevice | Self::Nbd)
+        !matches!(self, Self::File | Self::HostDevice | Self::Nbd | Self::Http | Self::Https)
+    }
+
+    /// True if the bytes come from a web server.
+    pub fn is_web(self) -> bool {
+        matches!(self, Self::Http | Self::Https)
     }
 }
 
@@ -276,6 +289,36 @@ pub struct BlockdevOptions {
     /// NBD: the metadata context that block status is asked of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x_dirty_bitmap: Option<String>,
+    /// HTTP: where the file is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// HTTP: bytes that are read ahead.
+    #[serde(default, deserialize_with = "size", skip_serializing_if = "Option::is_none")]
+    pub readahead: Option<u64>,
+    /// HTTP: the server's certificate is verified.
+    #[serde(default, deserialize_with = "flag", skip_serializing_if = "Option::is_none")]
+    pub sslverify: Option<bool>,
+    /// HTTP: how long a request may take, in seconds.
+    #[serde(default, deserialize_with = "size", skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    /// HTTP: cookies, as `NAME=VALUE; …`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<String>,
+    /// HTTP: id of the secret that has the cookies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cookie_secret: Option<String>,
+    /// HTTP: the user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub username: Option<String>,
+    /// HTTP: id of the secret that is the user's password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password_secret: Option<String>,
+    /// HTTP: the user of the proxy that the environment names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_username: Option<String>,
+    /// HTTP: id of the secret that is that user's password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_password_secret: Option<String>,
     /// throttle: id of the group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throttle_group: Option<String>,
@@ -470,9 +513,20 @@ impl BlockdevOptions {
     /// [`BlockError::Option`] that names the option.
     pub fn check(&self, driver: Driver) -> Result<(), BlockError> {
         let nbd = driver == Driver::Nbd;
-        let is_file = !driver.is_format() && !nbd;
+        let web = driver.is_web();
+        let is_file = !driver.is_format() && !nbd && !web;
         let foreign = [
-            ("filename", self.filename.is_some(), is_file || (self.file.is_none() && !nbd)),
+            ("filename", self.filename.is_some(), is_file || (self.file.is_none() && !nbd && !web)),
+            ("url", self.url.is_some(), web),
+            ("readahead", self.readahead.is_some(), web),
+            ("sslverify", self.sslverify.is_some(), web),
+            ("timeout", self.timeout.is_some(), web),
+            ("cookie", self.cookie.is_some(), web),
+            ("cookie-secret", self.cookie_secret.is_some(), web),
+            ("username", self.username.is_some(), web),
+            ("password-secret", self.password_secret.is_some(), web),
+            ("proxy-username", self.proxy_username.is_some(), web),
+            ("proxy-password-secret", self.proxy_password_secret.is_some(), web),
             ("aio", self.aio.is_some(), is_file),
             ("locking", self.locking.is_some(), is_file),
             ("file", self.file.is_some(), driver.is_format()),
@@ -509,7 +563,7 @@ impl BlockdevOptions {
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
             ));
         }
-        if self.auto_read_only == Some(true) && !is_file {
+        if self.auto_read_only == Some(true) && !is_file && !web {
             return Err(bad("'auto-read-only' is not supported by this version"));
         }
         let direct = self.cache.and_then(|c| c.direct).unwrap_or(false);

@@ -1,7 +1,8 @@
-//! Objects that other options name: secrets, TLS credentials and throttle groups, as `--object secret,id=…` and `object-add` make them.
+//! Objects that other options name: secrets, TLS credentials, lists of who may connect, and throttle groups, as `--object secret,id=…` and `object-add` make them.
 //!
 //! What is secret is overwritten when it is let go, and no `Debug`, error or log shows it.
 
+pub mod authz;
 pub mod pairs;
 mod secret;
 pub mod throttle;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use serde_json::{Map, Value};
 
+pub use authz::Authz;
 pub use secret::Secret;
 pub use throttle::ThrottleGroup;
 pub use tls::TlsCreds;
@@ -44,6 +46,7 @@ pub struct Objects {
     secrets: RwLock<BTreeMap<String, Arc<Secret>>>,
     tls: RwLock<BTreeMap<String, TlsCreds>>,
     throttles: RwLock<BTreeMap<String, Arc<ThrottleGroup>>>,
+    authz: RwLock<BTreeMap<String, Arc<Authz>>>,
 }
 
 /// An object's options, each taken once; what is left over is refused.
@@ -57,6 +60,16 @@ impl Fields {
             Some(Value::String(text)) => Ok(Some(text)),
             Some(_) => Err(bad(format!("Invalid parameter type for '{key}', expected: string"))),
         }
+    }
+
+    /// An option, whatever it is.
+    pub(crate) fn take(&mut self, key: &str) -> Option<Value> {
+        self.0.remove(key)
+    }
+
+    /// The options whose names start so.
+    pub(crate) fn keys(&self, start: &str) -> Vec<String> {
+        self.0.keys().filter(|k| k.starts_with(start)).cloned().collect()
     }
 
     /// Makes `GROUP.KEY` of the keys of a group that is an object.
@@ -153,7 +166,7 @@ impl Objects {
                 Ok(())
             }
             "tls-creds-x509" => {
-                let creds = TlsCreds::from_fields(&mut fields)?;
+                let creds = TlsCreds::from_fields(&mut fields, self)?;
                 fields.finish(&kind)?;
                 self.tls.write().insert(id, creds);
                 Ok(())
@@ -165,8 +178,22 @@ impl Objects {
                 self.throttles.write().insert(id, ThrottleGroup::new(limits));
                 Ok(())
             }
+            "authz-simple" | "authz-list" | "authz-list-file" => {
+                let authz = match kind.as_str() {
+                    "authz-simple" => Authz::simple(&mut fields),
+                    "authz-list" => Authz::list(&mut fields),
+                    _ => Authz::file(&mut fields),
+                }?;
+                fields.finish(&kind)?;
+                self.authz.write().insert(id, Arc::new(authz));
+                Ok(())
+            }
+            "tls-creds-psk" | "tls-creds-anon" => Err(bad(format!(
+                "objects of the type '{kind}' are not supported: rustls has TLS with certificates only; use tls-creds-x509"
+            ))),
+            "authz-pam" => Err(bad("objects of the type 'authz-pam' are not supported: use authz-list-file")),
             _ => Err(bad(format!(
-                "Invalid parameter '{kind}': objects are of the types 'secret', 'tls-creds-x509' and 'throttle-group'"
+                "Invalid parameter '{kind}': objects are of the types 'secret', 'tls-creds-x509', 'throttle-group', 'authz-simple', 'authz-list' and 'authz-list-file'"
             ))),
         }
     }
@@ -175,6 +202,7 @@ impl Objects {
         self.secrets.read().contains_key(id)
             || self.tls.read().contains_key(id)
             || self.throttles.read().contains_key(id)
+            || self.authz.read().contains_key(id)
     }
 
     /// Lets an object go. Who uses it already keeps it.
@@ -185,6 +213,7 @@ impl Objects {
         let secret = self.secrets.write().remove(id).map(drop);
         let gone = secret.or_else(|| self.tls.write().remove(id).map(drop));
         let gone = gone.or_else(|| self.throttles.write().remove(id).map(drop));
+        let gone = gone.or_else(|| self.authz.write().remove(id).map(drop));
         gone.ok_or_else(|| bad(format!("object '{id}' not found")))
     }
 
@@ -193,6 +222,7 @@ impl Objects {
         let mut all: Vec<_> = self.secrets.read().keys().map(|id| (id.clone(), "secret")).collect();
         all.extend(self.tls.read().keys().map(|id| (id.clone(), "tls-creds-x509")));
         all.extend(self.throttles.read().keys().map(|id| (id.clone(), "throttle-group")));
+        all.extend(self.authz.read().iter().map(|(id, authz)| (id.clone(), authz.kind())));
         all
     }
 
@@ -203,6 +233,15 @@ impl Objects {
     pub fn throttle(&self, id: &str) -> Result<Arc<ThrottleGroup>, ObjectError> {
         let found = self.throttles.read().get(id).cloned();
         found.ok_or_else(|| bad(format!("Throttle group '{id}' does not exist")))
+    }
+
+    /// Who may connect, by that id.
+    ///
+    /// # Errors
+    /// [`ObjectError::Option`] if there is none.
+    pub fn authz(&self, id: &str) -> Result<Arc<Authz>, ObjectError> {
+        let found = self.authz.read().get(id).cloned();
+        found.ok_or_else(|| bad(format!("No authorization object with id '{id}'")))
     }
 
     /// The TLS credentials of that id.

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
+use x509_cert::der::Decode;
 
 pub use rustls::pki_types::ServerName;
 pub use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
 
-use crate::{Fields, ObjectError, bad};
+use crate::{Fields, ObjectError, Objects, Secret, bad};
 
 /// Which side of connections credentials are for.
 #[derive(Debug, Clone)]
@@ -30,7 +31,8 @@ pub fn server_name(name: &str) -> Option<ServerName<'static>> {
     ServerName::try_from(name.to_owned()).ok()
 }
 
-fn provider() -> Arc<CryptoProvider> {
+/// The cryptography that all TLS here uses.
+pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -49,18 +51,55 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ObjectError
 /// The certificate chain of one side and its key.
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-fn identity(dir: &Path, side: &str) -> Result<Identity, ObjectError> {
-    let key = dir.join(format!("{side}-key.pem"));
-    let bytes = zeroize::Zeroizing::new(read(&key)?);
-    if bytes.windows(9).any(|w| w == b"ENCRYPTED") {
+/// The key of a PEM file, which is decrypted if there is a password for it.
+fn private_key(path: &Path, password: Option<&Secret>) -> Result<PrivateKeyDer<'static>, ObjectError> {
+    let bytes = zeroize::Zeroizing::new(read(path)?);
+    let shown = path.display();
+    let text = std::str::from_utf8(&bytes).unwrap_or_default();
+    if text.contains("Proc-Type: 4,ENCRYPTED") {
         return Err(bad(format!(
-            "{}: encrypted private keys are not supported by this version",
-            key.display()
+            "{shown}: the key is encrypted in a format of old; `openssl pkcs8 -topk8` makes one of PKCS #8"
         )));
     }
-    let key = PrivateKeyDer::from_pem_slice(&bytes)
-        .map_err(|_| bad(format!("{}: there is no private key in PEM format", key.display())))?;
+    let (start, end) = ("-----BEGIN ENCRYPTED PRIVATE KEY-----", "-----END ENCRYPTED PRIVATE KEY-----");
+    let found = text.find(start).and_then(|at| text.get(at..));
+    let Some(pem) = found.and_then(|rest| rest.get(..rest.find(end)? + end.len())) else {
+        let key = PrivateKeyDer::from_pem_slice(&bytes);
+        return key.map_err(|_| bad(format!("{shown}: there is no private key in PEM format")));
+    };
+    let Some(password) = password else {
+        return Err(bad(format!(
+            "{shown}: the private key is encrypted: 'passwordid' names the secret that opens it"
+        )));
+    };
+    let (_, document) = pkcs8::SecretDocument::from_pem(pem)
+        .map_err(|_| bad(format!("{shown}: there is no private key in PEM format")))?;
+    let encrypted = pkcs8::EncryptedPrivateKeyInfoRef::try_from(document.as_bytes())
+        .map_err(|_| bad(format!("{shown}: the private key is encrypted in a way that is not supported")))?;
+    let key = encrypted.decrypt(password.bytes()).map_err(|_| {
+        bad(format!(
+            "{shown}: the password does not open the private key, or its encryption is not supported"
+        ))
+    })?;
+    Ok(PrivatePkcs8KeyDer::from(key.as_bytes().to_vec()).into())
+}
+
+fn identity(dir: &Path, side: &str, password: Option<&Secret>) -> Result<Identity, ObjectError> {
+    let key = private_key(&dir.join(format!("{side}-key.pem")), password)?;
     Ok((certificates(&dir.join(format!("{side}-cert.pem")))?, key))
+}
+
+/// The distinguished name of whom a certificate is for: `C=GB,O=Example,CN=name`, in the certificate's order, as GnuTLS and so
+/// QEMU write it (RFC 4514 has the same words in the opposite order).
+pub fn distinguished_name(certificate: &[u8]) -> Option<String> {
+    let certificate = x509_cert::Certificate::from_der(certificate).ok()?;
+    let parts = certificate.tbs_certificate().subject().iter_rdn().map(ToString::to_string);
+    Some(parts.collect::<Vec<String>>().join(","))
+}
+
+/// The distinguished name of the client at the other end, if it has shown a certificate.
+pub fn peer_name(connection: &ServerConnection) -> Option<String> {
+    connection.peer_certificates()?.first().and_then(|c| distinguished_name(c))
 }
 
 fn roots(dir: &Path) -> Result<Arc<RootCertStore>, ObjectError> {
@@ -82,7 +121,7 @@ fn revoked(dir: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, Obj
     all.map_err(|_| bad(format!("{}: there is no revocation list in PEM format", path.display())))
 }
 
-fn server(dir: &Path, verify: bool) -> Result<ServerConfig, ObjectError> {
+fn server(dir: &Path, verify: bool, password: Option<&Secret>) -> Result<ServerConfig, ObjectError> {
     let say = |e: String| bad(format!("{}: {e}", dir.display()));
     let provider = provider();
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -98,11 +137,11 @@ fn server(dir: &Path, verify: bool) -> Result<ServerConfig, ObjectError> {
     } else {
         builder.with_no_client_auth()
     };
-    let (chain, key) = identity(dir, "server")?;
+    let (chain, key) = identity(dir, "server", password)?;
     builder.with_single_cert(chain, key).map_err(|e| say(e.to_string()))
 }
 
-fn client(dir: &Path) -> Result<ClientConfig, ObjectError> {
+fn client(dir: &Path, password: Option<&Secret>) -> Result<ClientConfig, ObjectError> {
     let say = |e: String| bad(format!("{}: {e}", dir.display()));
     let builder = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
@@ -112,27 +151,27 @@ fn client(dir: &Path) -> Result<ClientConfig, ObjectError> {
     if !dir.join("client-cert.pem").exists() {
         return Ok(builder.with_no_client_auth());
     }
-    let (chain, key) = identity(dir, "client")?;
+    let (chain, key) = identity(dir, "client", password)?;
     builder.with_client_auth_cert(chain, key).map_err(|e| say(e.to_string()))
 }
 
 impl TlsCreds {
-    pub(crate) fn from_fields(fields: &mut Fields) -> Result<Self, ObjectError> {
+    pub(crate) fn from_fields(fields: &mut Fields, objects: &Objects) -> Result<Self, ObjectError> {
         let dir = PathBuf::from(fields.text("dir")?.ok_or_else(|| bad("Parameter 'dir' is missing"))?);
         let verify = fields.flag("verify-peer")?.unwrap_or(true);
-        for key in ["priority", "passwordid"] {
-            if fields.text(key)?.is_some() {
-                return Err(bad(format!("tls-creds-x509: '{key}' is not supported by this version")));
-            }
+        if fields.text("priority")?.is_some() {
+            return Err(bad("tls-creds-x509: 'priority' is not supported by this version"));
         }
+        let password = fields.text("passwordid")?.map(|id| objects.password(&id)).transpose()?;
+        let password = password.as_deref();
         // Certificates are checked as they are used, in any case.
         fields.flag("sanity-check")?;
         match fields.text("endpoint")?.as_deref() {
-            Some("server") => Ok(Self(Endpoint::Server(Arc::new(server(&dir, verify)?)))),
+            Some("server") => Ok(Self(Endpoint::Server(Arc::new(server(&dir, verify, password)?)))),
             None | Some("client") if !verify => {
                 Err(bad("tls-creds-x509: a client that does not verify its server is not supported"))
             }
-            None | Some("client") => Ok(Self(Endpoint::Client(Arc::new(client(&dir)?)))),
+            None | Some("client") => Ok(Self(Endpoint::Client(Arc::new(client(&dir, password)?)))),
             Some(other) => Err(bad(format!("Parameter 'endpoint' does not accept value '{other}'"))),
         }
     }

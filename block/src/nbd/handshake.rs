@@ -145,9 +145,21 @@ impl Negotiation<'_> {
         let handle = self.stream.socket().try_clone()?;
         let plain = std::mem::replace(&mut self.stream, Stream::Plain(handle));
         self.stream = plain.into_tls_server(&config)?;
+        self.authorize()?;
         // What was agreed on before could have been said by anybody.
         (self.structured, self.contexts) = (false, None);
         Ok(Next::Option)
+    }
+
+    /// Sends a client away whose certificate's name is not let in.
+    fn authorize(&self) -> io::Result<()> {
+        let Some(authz) = &self.server.authz else { return Ok(()) };
+        let name = self.stream.peer_name();
+        if authz.allows(name.as_deref()).map_err(io::Error::other)? {
+            return Ok(());
+        }
+        let text = format!("TLS x509 authz check for {} is denied", name.as_deref().unwrap_or("nobody"));
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
     }
 
     fn export_name(&mut self, name: Vec<u8>) -> io::Result<Next> {

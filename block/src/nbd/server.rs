@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use holdfast_objects::Authz;
 use holdfast_objects::tls::ServerConfig;
 use parking_lot::{Mutex, RwLock};
 
@@ -90,6 +91,8 @@ impl Export {
 pub struct Server {
     exports: RwLock<Vec<Arc<Export>>>,
     pub(super) tls: Option<Arc<ServerConfig>>,
+    /// Who may connect, by the name in the certificate.
+    pub(super) authz: Option<Arc<Authz>>,
     /// Clients by number, with the export that they have come to.
     clients: Mutex<HashMap<u64, (Socket, Option<String>)>>,
     next: AtomicU64,
@@ -100,7 +103,12 @@ pub struct Server {
 impl Server {
     /// A server without exports. With `tls`, plain clients get no further than that they need it.
     pub fn new(tls: Option<Arc<ServerConfig>>) -> Arc<Self> {
-        Arc::new(Self { tls, ..Self::default() })
+        Self::guarded(tls, None)
+    }
+
+    /// A server without exports, which talks to those clients only that `authz` lets in, by the names in their certificates.
+    pub fn guarded(tls: Option<Arc<ServerConfig>>, authz: Option<Arc<Authz>>) -> Arc<Self> {
+        Arc::new(Self { tls, authz, ..Self::default() })
     }
 
     /// Adds an export. False if there is one of that name.

@@ -215,6 +215,14 @@ impl Stream {
         }
     }
 
+    /// The name in the certificate of the client at the other end.
+    pub fn peer_name(&self) -> Option<String> {
+        match self {
+            Self::Server(s) => tls::peer_name(&s.conn),
+            _ => None,
+        }
+    }
+
     /// Goes on under TLS as the server.
     ///
     /// # Errors

@@ -8,21 +8,24 @@ use holdfast_block::luks::SlotChange;
 use holdfast_block::node::Preallocation;
 use holdfast_block::options::{Driver, split_pairs};
 
-use crate::common::{ImgError, Result, Source, errno, explain, password, print, qcow2, refused};
+use crate::common::{ImgError, Progress, Result, Source, errno, explain, password, print, qcow2, refused};
 use crate::create::options_help;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the image; found out if absent
-    #[arg(short)]
+    #[arg(short, long)]
     format: Option<String>,
     /// The options to change; `-o help` lists them
     #[arg(short, required = true)]
     options: Vec<String>,
     /// Cache mode
-    #[arg(short = 't')]
+    #[arg(short = 't', long)]
     cache: Option<String>,
+    /// Show how far it is: there is nothing that takes long
+    #[arg(short, long)]
+    progress: bool,
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
@@ -198,5 +201,8 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         node.truncate(size.next_multiple_of(512), Preallocation::Off).map_err(fail)?;
     }
     image.close().map_err(fail)?;
+    if args.progress && !args.quiet {
+        drop(Progress::new(true, 0));
+    }
     Ok(0)
 }

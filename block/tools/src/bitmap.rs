@@ -6,16 +6,16 @@ use crate::common::{ImgError, Result, Source, failed, qcow2, refused, size_argum
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the image; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long)]
     format: Option<String>,
     /// Image that the merged bitmap is in, if it is another one
-    #[arg(short = 'b')]
+    #[arg(short = 'b', long)]
     source_file: Option<String>,
     /// Its format
-    #[arg(short = 'F')]
+    #[arg(short = 'F', long)]
     source_format: Option<String>,
     /// Bytes for a bit of the new bitmap
-    #[arg(short = 'g', default_value = "64k")]
+    #[arg(short = 'g', long, default_value = "64k")]
     granularity: String,
     /// Add the bitmap
     #[arg(long)]

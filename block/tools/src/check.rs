@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     /// Cache mode
-    #[arg(short = 'T')]
+    #[arg(short = 'T', long)]
     cache: Option<String>,
     /// Say nothing
     #[arg(short, long)]

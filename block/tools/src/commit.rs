@@ -18,16 +18,16 @@ pub(crate) struct Args {
     #[arg(short, long)]
     base: Option<String>,
     /// Leave the image as it is
-    #[arg(short)]
+    #[arg(short, long)]
     drop: bool,
     /// Show how far it is
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
     /// Bytes per second
-    #[arg(short)]
+    #[arg(short, long = "rate")]
     rate_limit: Option<String>,
     /// Cache mode
-    #[arg(short = 't')]
+    #[arg(short = 't', long)]
     cache: Option<String>,
     /// Say nothing
     #[arg(short, long)]

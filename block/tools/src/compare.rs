@@ -11,19 +11,19 @@ use crate::common::{ImgError, Progress, Result, Source, errno, print};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the first image; found out if absent
-    #[arg(short)]
+    #[arg(short, long = "a-format")]
     format: Option<String>,
     /// Format of the second image
-    #[arg(short = 'F')]
+    #[arg(short = 'F', long = "b-format")]
     second_format: Option<String>,
     /// Cache mode
-    #[arg(short = 'T')]
+    #[arg(short = 'T', long)]
     cache: Option<String>,
     /// Sizes and allocation must be equal too
-    #[arg(short)]
+    #[arg(short, long)]
     strict: bool,
     /// Show how far it is
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
     /// Say nothing
     #[arg(short, long)]

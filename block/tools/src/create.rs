@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(short = 'F', long)]
     backing_format: Option<String>,
     /// Do not open the backing file
-    #[arg(short = 'u')]
+    #[arg(short = 'u', long = "backing-unsafe")]
     unsafe_backing: bool,
     /// Say nothing
     #[arg(short, long)]

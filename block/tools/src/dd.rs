@@ -9,10 +9,10 @@ use crate::create::{Target, target_driver};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the source; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long)]
     format: Option<String>,
     /// Format of the target
-    #[arg(short = 'O', default_value = "raw")]
+    #[arg(short = 'O', long = "output-format", default_value = "raw")]
     target_format: String,
     /// The source is given by options
     #[arg(long)]

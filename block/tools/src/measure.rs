@@ -6,23 +6,27 @@ use holdfast_block::qcow2;
 use serde_json::json;
 
 use crate::common::{Output, Result, Source, failed, print, print_json, refused, size_argument};
+use crate::convert::at_snapshot;
 use crate::create::{Target, target_driver};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the existing image; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long)]
     format: Option<String>,
     /// Format of the new image
-    #[arg(short = 'O', default_value = "raw")]
+    #[arg(short = 'O', long, default_value = "raw")]
     target_format: String,
     /// Options of the new image
-    #[arg(short)]
+    #[arg(short, long)]
     options: Vec<String>,
     /// Size of the new image's disk
-    #[arg(long, conflicts_with = "filename")]
+    #[arg(short, long, conflicts_with = "filename")]
     size: Option<String>,
+    /// The existing image is this internal snapshot: an id or name, or `snapshot.id=`, `snapshot.name=`
+    #[arg(short = 'l', long)]
+    snapshot: Option<String>,
     /// Shape of the output
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -59,6 +63,9 @@ fn allocated(node: &dyn holdfast_block::BlockNode, cluster: u64) -> Result<u64> 
 /// `measure`.
 pub(crate) fn run(args: &Args) -> Result<u8> {
     let driver = target_driver(&args.target_format)?;
+    if holdfast_block::foreign::is_foreign(driver) {
+        return refused(format!("Block driver '{}' does not support size measurement", driver.name()));
+    }
     let mut target = Target::new(driver);
     target.apply(&args.options)?;
     let node = match (&args.filename, &args.size) {
@@ -68,8 +75,13 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
                 share: args.force_share,
                 ..Source::new(name, args.format.as_deref())
             };
-            Some(source.open(false)?)
+            let node = source.open(false)?;
+            Some(match &args.snapshot {
+                Some(key) => at_snapshot(&node, name, key)?,
+                None => node,
+            })
         }
+        (None, Some(_)) if args.snapshot.is_some() => return refused("-l needs an existing image"),
         (None, Some(size)) => {
             target.size = Some(size_argument(size, "image size")?);
             None

@@ -14,28 +14,28 @@ use crate::common::{Progress, Result, Source, failed, qcow2, refused};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the image; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long)]
     format: Option<String>,
     /// The new backing file; none if empty
-    #[arg(short = 'b', required = true)]
+    #[arg(short = 'b', long, required = true)]
     backing: String,
     /// Its format
-    #[arg(short = 'F')]
+    #[arg(short = 'F', long)]
     backing_format: Option<String>,
     /// Change the name only: the contents are known to be the same
-    #[arg(short = 'u')]
+    #[arg(short = 'u', long = "backing-unsafe")]
     unsafe_mode: bool,
     /// Compress what is copied
-    #[arg(short = 'c')]
+    #[arg(short = 'c', long)]
     compress: bool,
     /// Show how far it is
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
     /// Cache mode of the image
-    #[arg(short = 't')]
+    #[arg(short = 't', long)]
     cache: Option<String>,
     /// Cache mode of the backing files
-    #[arg(short = 'T')]
+    #[arg(short = 'T', long = "backing-cache")]
     source_cache: Option<String>,
     /// Say nothing
     #[arg(short, long)]

@@ -11,16 +11,16 @@ pub(crate) struct Args {
     #[arg(short, long)]
     format: Option<String>,
     /// List all snapshots
-    #[arg(short, group = "action")]
+    #[arg(short, long, group = "action")]
     list: bool,
     /// Make a snapshot of this name
-    #[arg(short, group = "action")]
+    #[arg(short, long, group = "action")]
     create: Option<String>,
     /// Make the disk what it was at this snapshot
-    #[arg(short, group = "action")]
+    #[arg(short, long, group = "action")]
     apply: Option<String>,
     /// Delete this snapshot
-    #[arg(short, group = "action")]
+    #[arg(short, long, group = "action")]
     delete: Option<String>,
     /// Say nothing
     #[arg(short, long)]

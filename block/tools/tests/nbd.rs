@@ -360,3 +360,101 @@ fn io_says_what_qemu_io_says() {
     bed.ok("qemu-img", &["check", "a.qcow2"]);
     bed.ok("qemu-img", &["compare", "a.qcow2", "b.qcow2"]);
 }
+
+#[test]
+fn clients_are_let_in_by_the_names_in_their_certificates() {
+    let bed = Bed::new();
+    bed.certificates("pki");
+    // A client with a longer name, and keys on elliptic curves.
+    std::fs::create_dir(bed.dir().join("named")).expect("directory");
+    std::fs::copy(bed.dir().join("pki/ca-cert.pem"), bed.dir().join("named/ca-cert.pem")).expect("authority");
+    let template = "cn = Fred\norganization = Hold, fast\nunit = Disks\nlocality = R'lyeh\ncountry = GB\ntls_www_client\nsigning_key\n";
+    std::fs::write(bed.dir().join("named/info"), template).expect("template");
+    let key = ["--generate-privkey", "--key-type", "ecdsa", "--curve", "secp256r1", "--outfile"];
+    bed.ok("certtool", &[&key[..], &["named/client-key.pem"]].concat());
+    let authority = ["--load-ca-certificate", "pki/ca-cert.pem", "--load-ca-privkey", "pki/ca-key.pem"];
+    let issue =
+        ["--generate-certificate", "--load-privkey", "named/client-key.pem", "--template", "named/info"];
+    bed.ok("certtool", &[&issue[..], &authority[..], &["--outfile", "named/client-cert.pem"]].concat());
+    let uri = |dir: &str| {
+        let dir = bed.dir().join(dir);
+        format!("nbds+unix:///?socket={}&tls-certificates={}", bed.socket(), dir.display())
+    };
+    // Rules, and whether `CN=client` and Fred are let in.
+    let fred = "C=GB,,L=R'lyeh,,O=Hold\\,, fast,,OU=Disks,,CN=Fred";
+    let glob = "authz-list,id=z,rules.0.match=*Fred*,rules.0.policy=allow,rules.0.format=glob";
+    std::fs::write(
+        bed.dir().join("rules.json"),
+        r#"{"policy":"allow","rules":[{"match":"CN=client","policy":"deny","format":"exact"}]}"#,
+    )
+    .expect("rules");
+    let file = format!("authz-list-file,id=z,filename={}", bed.dir().join("rules.json").display());
+    let cases = [
+        ("authz-simple,id=z,identity=CN=client".to_owned(), [true, false]),
+        (format!("authz-simple,id=z,identity={fred}"), [false, true]),
+        (glob.to_owned(), [false, true]),
+        (file, [false, true]),
+    ];
+    let creds = format!("tls-creds-x509,id=t,dir={},endpoint=server", bed.dir().join("pki").display());
+    for (rules, allowed) in cases {
+        for server in ["nbd", "qemu-nbd"] {
+            let socket = bed.socket();
+            let args = ["-t", "-e", "0", "-k", &socket, "-f", "raw", "--object", &creds, "--tls-creds", "t"];
+            let guard = ["--object", &rules, "--tls-authz", "z", "-r", "in.raw"];
+            let _running = bed.serve(server, &[&args[..], &guard[..]].concat());
+            let entered =
+                ["pki", "named"].map(|dir| bed.run("nbdinfo", &["--size", &uri(dir)]).status.success());
+            assert_eq!(entered, allowed, "{server} {rules}");
+        }
+    }
+    let out = bed.run("nbd", &["-k", "s", "-f", "raw", "--object", glob, "--tls-authz", "z", "in.raw"]);
+    assert!(text(&out.stderr).contains("needs --tls-creds"), "{}", text(&out.stderr));
+}
+
+#[test]
+fn an_encrypted_key_is_opened_by_a_secret() {
+    let bed = Bed::new();
+    bed.certificates("pki");
+    let encrypt = ["pkcs8", "-topk8", "-in", "pki/server-key.pem", "-passout", "pass:open", "-out"];
+    std::fs::create_dir(bed.dir().join("locked")).expect("directory");
+    for name in ["ca-cert.pem", "server-cert.pem"] {
+        std::fs::copy(bed.dir().join("pki").join(name), bed.dir().join("locked").join(name)).expect("copy");
+    }
+    let serve = |secret: &str, id: &str| {
+        let creds = format!("tls-creds-x509,id=t,dir=locked,endpoint=server{id}");
+        [
+            "-e",
+            "1",
+            "-k",
+            "s",
+            "-f",
+            "raw",
+            "-r",
+            "--object",
+            secret,
+            "--object",
+            &creds,
+            "--tls-creds",
+            "t",
+            "in.raw",
+        ]
+        .map(str::to_owned)
+    };
+    // OpenSSL's usual way, and an older one.
+    for how in [["-v2", "aes-256-cbc"], ["-v2prf", "hmacWithSHA1"]] {
+        bed.ok("openssl", &[&encrypt[..], &["locked/server-key.pem"], &how[..]].concat());
+        let said = |args: [String; 14]| {
+            let out = bed.run("nbd", &args.each_ref().map(String::as_str));
+            assert_eq!(out.status.code(), Some(1));
+            text(&out.stderr)
+        };
+        assert!(said(serve("secret,id=k,data=open", "")).contains("the private key is encrypted"));
+        let wrong = said(serve("secret,id=k,data=shut", ",passwordid=k"));
+        assert!(wrong.contains("the password does not open the private key"), "{wrong}");
+        let args = serve("secret,id=k,data=open", ",passwordid=k");
+        let _running = bed.serve("nbd", &[&["-t"][..], &args.each_ref().map(String::as_str)[..]].concat());
+        let dir = bed.dir().join("pki");
+        let uri = format!("nbds+unix:///?socket={}&tls-certificates={}", bed.socket(), dir.display());
+        bed.ok("nbdinfo", &["--size", &uri]);
+    }
+}

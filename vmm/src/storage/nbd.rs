@@ -208,8 +208,10 @@ impl Storage {
         if running.is_some() {
             return Err(failed("NBD server already running"));
         }
-        if options.tls_authz.is_some() {
-            return Err(ControlError::unsupported("'tls-authz'"));
+        let authz = options.tls_authz.as_deref().map(|id| self.objects.authz(id)).transpose();
+        let authz = authz.map_err(|e| failed(e.to_string()))?;
+        if authz.is_some() && options.tls_creds.is_none() {
+            return Err(failed("'tls-authz' needs 'tls-creds'"));
         }
         let tls = options.tls_creds.as_deref().map(|id| self.objects.tls(id).and_then(|t| t.server()));
         let tls = tls.transpose().map_err(|e| failed(e.to_string()))?;
@@ -220,7 +222,7 @@ impl Storage {
             asked: AtomicBool::new(false),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(wrong)?,
         };
-        let (server, stop) = (Server::new(tls), Arc::new(stop));
+        let (server, stop) = (Server::guarded(tls, authz), Arc::new(stop));
         let acceptor = Acceptor {
             listener,
             server: Arc::clone(&server),

@@ -65,6 +65,9 @@ pub(crate) struct Args {
     /// TLS credentials
     #[arg(long)]
     tls_creds: Option<String>,
+    /// Object that says which clients may connect, by the names in their certificates
+    #[arg(long)]
+    tls_authz: Option<String>,
     /// With --list: the name that the server's certificate must have
     #[arg(long)]
     tls_hostname: Option<String>,
@@ -124,16 +127,24 @@ fn address(args: &Args) -> Address {
 
 fn run(args: &Args, name: &'static str) -> Result<()> {
     if args.list {
+        if args.tls_authz.is_some() {
+            return refused("TLS authorization is incompatible with export list");
+        }
         return show_exports(args);
     }
     if args.tls_hostname.is_some() {
         return refused("--tls-hostname is of use with --list only");
     }
     let tls = tls_server(args)?;
+    let authz = args.tls_authz.as_deref().map(|id| objects().authz(id)).transpose();
+    let authz = authz.map_err(|e| ImgError::Refused(e.to_string()))?;
+    if authz.is_some() && tls.is_none() {
+        return refused("--tls-authz needs --tls-creds");
+    }
     let node = open(args)?;
     let bitmaps =
         args.bitmaps.iter().map(|b| bitmap(&node, b, args.read_only)).collect::<Result<Vec<_>>>()?;
-    let server = Server::new(tls);
+    let server = Server::guarded(tls, authz);
     server.add(Export {
         name: args.export_name.clone(),
         description: args.description.clone(),
