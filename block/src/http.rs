@@ -306,7 +306,9 @@ impl Http {
             request = request.header("If-Range", tag);
         }
         let mut response = request.call().map_err(|e| match e {
-            ureq::Error::Io(_) | ureq::Error::ConnectionFailed => Failure::Lost(say(e)),
+            ureq::Error::Io(_) | ureq::Error::ConnectionFailed | ureq::Error::Timeout(_) => {
+                Failure::Lost(say(e))
+            }
             other => Failure::Said(say(other)),
         })?;
         let said = |text: &str| Err(Failure::Said(io::Error::other(text.to_owned())));

@@ -3,6 +3,7 @@
 //! What is secret is overwritten when it is let go, and no `Debug`, error or log shows it.
 
 pub mod authz;
+mod keys;
 pub mod pairs;
 mod secret;
 pub mod throttle;

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use x509_cert::der::Decode;
 
 pub use rustls::pki_types::ServerName;
 pub use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
 
-use crate::{Fields, ObjectError, Objects, Secret, bad};
+use crate::{Fields, ObjectError, Objects, Secret, bad, keys};
 
 /// Which side of connections credentials are for.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ObjectError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ObjectError> {
     std::fs::read(path).map_err(|source| ObjectError::Read { path: path.display().to_string(), source })
 }
 
@@ -51,41 +51,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ObjectError
 /// The certificate chain of one side and its key.
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-/// The key of a PEM file, which is decrypted if there is a password for it.
-fn private_key(path: &Path, password: Option<&Secret>) -> Result<PrivateKeyDer<'static>, ObjectError> {
-    let bytes = zeroize::Zeroizing::new(read(path)?);
-    let shown = path.display();
-    let text = std::str::from_utf8(&bytes).unwrap_or_default();
-    if text.contains("Proc-Type: 4,ENCRYPTED") {
-        return Err(bad(format!(
-            "{shown}: the key is encrypted in a format of old; `openssl pkcs8 -topk8` makes one of PKCS #8"
-        )));
-    }
-    let (start, end) = ("-----BEGIN ENCRYPTED PRIVATE KEY-----", "-----END ENCRYPTED PRIVATE KEY-----");
-    let found = text.find(start).and_then(|at| text.get(at..));
-    let Some(pem) = found.and_then(|rest| rest.get(..rest.find(end)? + end.len())) else {
-        let key = PrivateKeyDer::from_pem_slice(&bytes);
-        return key.map_err(|_| bad(format!("{shown}: there is no private key in PEM format")));
-    };
-    let Some(password) = password else {
-        return Err(bad(format!(
-            "{shown}: the private key is encrypted: 'passwordid' names the secret that opens it"
-        )));
-    };
-    let (_, document) = pkcs8::SecretDocument::from_pem(pem)
-        .map_err(|_| bad(format!("{shown}: there is no private key in PEM format")))?;
-    let encrypted = pkcs8::EncryptedPrivateKeyInfoRef::try_from(document.as_bytes())
-        .map_err(|_| bad(format!("{shown}: the private key is encrypted in a way that is not supported")))?;
-    let key = encrypted.decrypt(password.bytes()).map_err(|_| {
-        bad(format!(
-            "{shown}: the password does not open the private key, or its encryption is not supported"
-        ))
-    })?;
-    Ok(PrivatePkcs8KeyDer::from(key.as_bytes().to_vec()).into())
-}
-
 fn identity(dir: &Path, side: &str, password: Option<&Secret>) -> Result<Identity, ObjectError> {
-    let key = private_key(&dir.join(format!("{side}-key.pem")), password)?;
+    let key = keys::private_key(&dir.join(format!("{side}-key.pem")), password)?;
     Ok((certificates(&dir.join(format!("{side}-cert.pem")))?, key))
 }
 

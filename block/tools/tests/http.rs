@@ -77,6 +77,11 @@ impl Web {
         Self::start(tls, Box::new(answer))
     }
 
+    /// Options of an image, with all the time that a busy host may need.
+    fn image(&self, driver: &str, name: &str) -> String {
+        format!("driver={driver},file.driver=http,file.timeout=600,file.url={}", self.url(name))
+    }
+
     fn url(&self, name: &str) -> String {
         format!("http://127.0.0.1:{}/{name}", self.port)
     }
@@ -149,16 +154,20 @@ impl Bed {
 fn images_are_read_in_ranges_and_ahead() {
     let bed = Bed::new();
     let web = Web::files(bed.dir(), "", None);
-    bed.ok("ours", &["compare", "-f", "raw", "-F", "raw", "in.raw", &web.url("in.raw")]);
-    bed.ok("ours", &["convert", "-O", "raw", &web.url("x.qcow2"), "out.raw"]);
+    let image = web.image("raw", "in.raw");
+    bed.ok("ours", &["compare", "--image-opts", "driver=raw,file.filename=in.raw", &image]);
+    bed.ok("ours", &["convert", "--image-opts", &web.image("qcow2", "x.qcow2"), "-O", "raw", "out.raw"]);
     bed.ok("theirs", &["compare", "-f", "raw", "-F", "raw", "in.raw", "out.raw"]);
     // A local image may build on it.
-    bed.ok("ours", &["create", "-f", "qcow2", "-b", &web.url("x.qcow2"), "-F", "qcow2", "top.qcow2"]);
+    assert!(bed.ok("ours", &["info", &web.url("x.qcow2")]).contains("file format: qcow2"));
+    let url = web.url("x.qcow2");
+    let below =
+        format!(r#"json:{{"driver":"qcow2","file":{{"driver":"http","timeout":600,"url":"{url}"}}}}"#);
+    bed.ok("ours", &["create", "-f", "qcow2", "-b", &below, "-F", "qcow2", "top.qcow2"]);
     bed.ok("our-io", &["-f", "qcow2", "-c", "write -P 7 4k 4k", "-c", "read -P 7 4k 4k", "top.qcow2"]);
     // Sixteen reads, one range.
     let before = web.gets.load(Ordering::SeqCst);
     let reads: Vec<String> = (0..16).map(|n| format!("read {}k 4k", 1000 + n * 4)).collect();
-    let image = format!("driver=raw,file.driver=http,file.url={}", web.url("in.raw"));
     let mut args = vec!["-r", "--image-opts"];
     reads.iter().for_each(|r| args.extend(["-c", r.as_str()]));
     args.push(&image);
@@ -182,7 +191,7 @@ fn passwords_and_cookies_come_from_secrets() {
     let said = bed.refused(&["info", &web.url("x.qcow2")]);
     assert!(said.contains("The requested URL returned error: 401"), "{said}");
     let image = format!(
-        "driver=qcow2,file.driver=http,file.username=me,file.password-secret=s,file.url={}",
+        "driver=qcow2,file.driver=http,file.timeout=600,file.username=me,file.password-secret=s,file.url={}",
         web.url("x.qcow2")
     );
     let convert = |secret: &str| {
@@ -283,7 +292,8 @@ fn servers_are_verified_unless_that_is_switched_off() {
     let config = objects.tls("t").and_then(|t| t.server()).expect("a server's");
     let web = Web::files(bed.dir(), "", Some(config));
     let url = web.url("x.qcow2").replace("http://", "https://");
-    let convert = ["convert", "-f", "qcow2", "-O", "raw", &url, "out.raw"];
+    let image = format!("driver=qcow2,file.driver=https,file.timeout=600,file.url={url}");
+    let convert = ["convert", "--image-opts", &image, "-O", "raw", "out.raw"];
     let trusting = |file: &Path| {
         let mut command = bed.command("ours");
         command.env("SSL_CERT_FILE", file).args(convert).output().expect("ours")
@@ -297,7 +307,7 @@ fn servers_are_verified_unless_that_is_switched_off() {
     certificates(&other);
     let out = trusting(&other.join("ca-cert.pem"));
     assert!(!out.status.success() && text(&out.stderr).contains("certificate"), "{}", text(&out.stderr));
-    let image = format!("driver=qcow2,file.driver=https,file.sslverify=off,file.url={url}");
+    let image = format!("driver=qcow2,file.driver=https,file.timeout=600,file.sslverify=off,file.url={url}");
     bed.ok("ours", &["convert", "--image-opts", &image, "-O", "raw", "out.raw"]);
 }
 
@@ -341,7 +351,7 @@ fn a_proxy_is_used_with_a_name_and_a_password() {
     let web = Web::files(bed.dir(), "", None);
     let (port, tunnels) = proxy();
     let image = format!(
-        "driver=raw,file.driver=http,file.proxy-username=me,file.proxy-password-secret=s,file.url={}",
+        "driver=raw,file.driver=http,file.timeout=600,file.proxy-username=me,file.proxy-password-secret=s,file.url={}",
         web.url("in.raw")
     );
     let run = |secret: &str| {

@@ -398,6 +398,10 @@ fn clients_are_let_in_by_the_names_in_their_certificates() {
     let creds = format!("tls-creds-x509,id=t,dir={},endpoint=server", bed.dir().join("pki").display());
     for (rules, allowed) in cases {
         for server in ["nbd", "qemu-nbd"] {
+            // Debian 12's has no lists in files.
+            if server == "qemu-nbd" && rules.starts_with("authz-list-file") {
+                continue;
+            }
             let socket = bed.socket();
             let args = ["-t", "-e", "0", "-k", &socket, "-f", "raw", "--object", &creds, "--tls-creds", "t"];
             let guard = ["--object", &rules, "--tls-authz", "z", "-r", "in.raw"];
