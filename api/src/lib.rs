@@ -1,5 +1,6 @@
 //! REST, QMP, event monitor and command line: codecs over [`holdfast_vmm::control::ControlHandle`].
 
+pub mod back_end;
 pub mod cli;
 pub mod client;
 pub mod http;

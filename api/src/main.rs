@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use holdfast_api::back_end;
 use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
 use holdfast_api::client;
 use holdfast_api::process::{self, Confinement, describe};
@@ -21,6 +22,10 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os()) {
         Ok(Invocation::Run(options)) => run(*options),
+        Ok(Invocation::BackEnd(options)) => match back_end::run(&options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&describe(&error), 1),
+        },
         Ok(Invocation::Ctl(ctl)) => control(&ctl),
         Ok(Invocation::Img(args, name)) => ExitCode::from(holdfast_img::main(args, name)),
         Ok(Invocation::Print(text)) => print(&text),

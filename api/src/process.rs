@@ -175,7 +175,7 @@ fn spawn_manager(
 }
 
 /// Blocks the signals that ask for an end, in this thread and all that it makes from now on.
-fn block_signals() -> io::Result<libc::sigset_t> {
+pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
     // SAFETY: sigset_t is plain data that sigemptyset initialises.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: `set` is a valid signal set, and the signal numbers are valid.
@@ -193,15 +193,18 @@ fn block_signals() -> io::Result<libc::sigset_t> {
 /// Lets `signals` end the process in order: one thread waits for them.
 fn watch_signals(spawner: &dyn Spawner, handle: ControlHandle, signals: libc::sigset_t) -> io::Result<()> {
     let body = move || {
-        loop {
-            let mut signal = 0;
-            // SAFETY: `signals` and `signal` are valid for the call.
-            if unsafe { libc::sigwait(&raw const signals, &raw mut signal) } != 0 {
-                return;
-            }
+        while let Some(signal) = wait_for(&signals) {
             tracing::info!(signal, "asked to end by a signal");
             handle.submit(VmmShutdown(Origin::HostSignal), drop);
         }
     };
     spawner.spawn("vmm_signal_hand", Role::Signal, Box::new(body)).map(drop)
+}
+
+/// The next of `signals`, which are blocked.
+pub(crate) fn wait_for(signals: &libc::sigset_t) -> Option<i32> {
+    let mut signal = 0;
+    // SAFETY: `signals` and `signal` are valid for the call.
+    let waited = unsafe { libc::sigwait(signals, &raw mut signal) };
+    (waited == 0).then_some(signal)
 }

@@ -47,17 +47,28 @@ pub enum ServeError {
 
 /// A listening UNIX socket; its path and lock go when it is dropped.
 #[derive(Debug)]
-struct OwnSocket {
+pub(crate) struct OwnSocket {
     listener: UnixListener,
     path: Option<SocketPath>,
 }
 
+/// The path of a socket, which goes with it.
 #[derive(Debug)]
-struct SocketPath {
+pub(crate) struct SocketPath {
     path: PathBuf,
     lock_path: PathBuf,
     // Held as long as the socket is served.
     _lock: File,
+}
+
+impl SocketPath {
+    /// Where it is removed from.
+    pub(crate) fn directory(&self) -> PathBuf {
+        match self.path.parent() {
+            Some(parent) if parent != Path::new("") => parent.to_owned(),
+            _ => PathBuf::from("."),
+        }
+    }
 }
 
 impl Drop for SocketPath {
@@ -69,7 +80,7 @@ impl Drop for SocketPath {
 }
 
 impl OwnSocket {
-    fn bind(what: &'static str, path: &Path) -> Result<Self, ServeError> {
+    pub(crate) fn bind(what: &'static str, path: &Path) -> Result<Self, ServeError> {
         let failed = |source| ServeError::Listen { what, name: path.display().to_string(), source };
         let mut lock_path = path.as_os_str().to_owned();
         lock_path.push(".lock");
@@ -92,6 +103,11 @@ impl OwnSocket {
         unsafe { libc::umask(old) };
         let listener = bound.map_err(failed)?;
         Ok(Self { listener, path: Some(SocketPath { path: path.to_owned(), lock_path, _lock: lock }) })
+    }
+
+    /// The listening socket and its path, which goes when that is dropped.
+    pub(crate) fn into_parts(self) -> (UnixListener, Option<SocketPath>) {
+        (self.listener, self.path)
     }
 
     fn inherit(what: &'static str, fd: i32) -> Result<Self, ServeError> {
@@ -155,11 +171,7 @@ impl Listeners {
     pub fn directories(&self) -> Vec<PathBuf> {
         let sockets = [self.rest.as_ref(), self.qmp_unix.as_ref(), self.gdb_unix.as_ref()];
         let paths = sockets.into_iter().flatten().filter_map(|socket| socket.path.as_ref());
-        let directory = |socket: &SocketPath| match socket.path.parent() {
-            Some(parent) if parent != Path::new("") => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        paths.map(directory).collect()
+        paths.map(SocketPath::directory).collect()
     }
 
     /// Whether there is nothing to serve.

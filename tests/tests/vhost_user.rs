@@ -1,14 +1,15 @@
 //! Debian's drivers against devices of back ends that others wrote: virtiofsd.
 //!
 //! Needs root and virtiofsd: of QEMU's packages (bookworm), of its own (later suites), or named by
-//! `HOLDFAST_VIRTIOFSD`.
+//! `HOLDFAST_VIRTIOFSD`. And our own back ends under QEMU, and QEMU's storage daemon behind our disk.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use holdfast_tests::devices::{run, sha256};
-use holdfast_tests::{Program, printed, riscv64_args, x86_64_args};
+use holdfast_tests::devices::{NetPeer, check_disk, ext4_image, run, sha256};
+use holdfast_tests::shell::Guest;
+use holdfast_tests::{Program, holdfast, printed, riscv64_args, riscv64_guest, x86_64_args};
 
 const BOOT: Duration = Duration::from_secs(240);
 
@@ -60,13 +61,9 @@ fn shared(mut args: Vec<String>) {
     std::fs::write(share.join("SUMS"), sums).expect("file");
     let socket = dir.path().join("fs.sock");
     let _back_end = Virtiofsd::share(&share, &socket);
-    let memory = args.iter_mut().find(|arg| *arg == "size=512M").expect("the size of RAM");
-    *memory = "size=512M,shared=on".to_owned();
+    shared_ram(&mut args);
     args.extend(["--fs".to_owned(), format!("tag=share,socket={}", socket.display())]);
-    let mut vm = Program::run(&args);
-    vm.wait_for("GUEST-TEST-EXIT 0", BOOT);
-    assert!(vm.wait_exit(BOOT).success());
-    let output = vm.output();
+    let output = finished(&mut Program::run(&args));
     assert!(output.contains("content: OK"), "{output}");
     let data = sha256(&share.join("data"));
     for key in ["DATA-SHA256", "AGAIN-1", "AGAIN-2", "AGAIN-3"] {
@@ -85,4 +82,162 @@ fn a_riscv64_guest_shares_a_directory() {
 #[test]
 fn an_x86_64_guest_shares_a_directory_and_runs_code_from_it() {
     shared(x86_64_args(2, "fs"));
+}
+
+/// A running back end.
+struct BackEnd(Child);
+
+impl BackEnd {
+    /// Starts `command`, which listens on `socket`.
+    fn start(command: &mut Command, socket: &Path) -> Self {
+        let child = command.stdout(Stdio::null()).spawn().expect("the back end starts");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // What a killed one left behind refuses connections.
+        while std::os::unix::net::UnixStream::connect(socket).is_err() {
+            assert!(Instant::now() < deadline, "nobody listens on {}", socket.display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Self(child)
+    }
+
+    /// Our own disk.
+    fn disk(image: &Path, socket: &Path) -> Self {
+        let keys = format!("socket={},path={},serial=holdfast-1", socket.display(), image.display());
+        let mut command = Command::new(holdfast());
+        let options = ["blk-backend", &format!("{keys},image_type=raw,num_queues=2"), "--landlock"];
+        Self::start(command.args(options), socket)
+    }
+
+    /// QEMU's storage daemon, which has QMP at `qmp`.
+    fn daemon(image: &Path, socket: &Path, qmp: &Path) -> Self {
+        let mut command = Command::new("qemu-storage-daemon");
+        let file = format!("driver=file,node-name=file,filename={}", image.display());
+        command.args(["--blockdev", &file, "--blockdev", "driver=raw,node-name=disk,file=file"]);
+        let at = format!("addr.type=unix,addr.path={}", socket.display());
+        let export = format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,{at}");
+        command.args(["--export", &export]);
+        let monitor = format!("socket,id=m,server=on,wait=off,path={}", qmp.display());
+        command.args(["--chardev", &monitor, "--monitor", "chardev=m"]);
+        Self::start(&mut command, socket)
+    }
+}
+
+impl Drop for BackEnd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// QEMU with RAM that others can map, with these devices, running a test of the riscv64 guest.
+fn qemu(test: &str, devices: &[String]) -> Program {
+    let guest = riscv64_guest();
+    let mut command = Command::new("qemu-system-riscv64");
+    command.args(["-M", "virt", "-m", "512", "-smp", "2", "-nographic", "-no-reboot"]);
+    command.args(["-object", "memory-backend-memfd,id=m,size=512M,share=on", "-numa", "node,memdev=m"]);
+    command.arg("-kernel").arg(guest.join("Image")).arg("-initrd").arg(guest.join("initramfs.cpio"));
+    command.args(["-append", &format!("console=ttyS0 quiet holdfast.test={test}")]).args(devices);
+    Program::spawn(command)
+}
+
+fn finished(vm: &mut Program) -> String {
+    vm.wait_for("GUEST-TEST-EXIT 0", BOOT);
+    assert!(vm.wait_exit(BOOT).success());
+    vm.output()
+}
+
+#[test]
+fn qemu_uses_a_disk_of_ours() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, socket) = (ext4_image(dir.path(), 500_000), dir.path().join("s"));
+    let _back_end = BackEnd::disk(&image, &socket);
+    let options = [
+        "-chardev",
+        &format!("socket,id=c,path={}", socket.display()),
+        "-device",
+        "vhost-user-blk-pci,chardev=c,num-queues=2",
+    ];
+    let output = finished(&mut qemu("disk", &options.map(str::to_owned)));
+    check_disk(&output, &image);
+}
+
+#[test]
+fn a_tap_of_ours_serves_our_card() {
+    const TAP: &str = "hftapvu0";
+    let dir = tempfile::tempdir().expect("directory");
+    let (peer, socket) = (NetPeer::new(dir.path(), 300_000), dir.path().join("s"));
+    let keys = format!("socket={},tap={TAP},ip=192.168.77.1,mask=255.255.255.0,mtu=1400", socket.display());
+    let _back_end = BackEnd::start(Command::new(holdfast()).args(["net-backend", &keys]), &socket);
+    let served = peer.serve();
+    let mut args = riscv64_args(1, "net");
+    shared_ram(&mut args);
+    let net = format!("vhost_user=on,socket={},mac=52:54:00:12:34:56,mtu=1400", socket.display());
+    args.extend(["--net".to_owned(), net]);
+    let output = finished(&mut Program::run(&args));
+    served.join().expect("served");
+    peer.check(&output);
+}
+
+fn shared_ram(args: &mut [String]) {
+    let memory = args.iter_mut().find(|arg| *arg == "size=512M").expect("the size of RAM");
+    *memory = "size=512M,shared=on".to_owned();
+}
+
+/// A guest whose disk is killed again and again while it writes; `start` starts the back end.
+fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: &dyn Fn()) {
+    let mut back_end = start();
+    let mut args = riscv64_args(2, "");
+    shared_ram(&mut args);
+    args.extend(["--disk".to_owned(), format!("vhost_user=on,socket={},num_queues=2", socket.display())]);
+    let mut guest = Guest::boot(&args);
+    guest.run("dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null");
+    guest.start("for i in $(seq 0 39); do dd if=/tmp/a of=/dev/vda bs=64k seek=$((i * 16)) conv=notrunc,fsync 2>/dev/null; done");
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(700));
+        drop(back_end);
+        back_end = start();
+    }
+    guest.finish();
+    let sums = guest.run("echo 3 >/proc/sys/vm/drop_caches; for i in $(seq 0 39); do dd if=/dev/vda bs=1M skip=$i count=1 2>/dev/null | sha256sum; done | sort -u | wc -l; sha256sum </tmp/a");
+    assert!(sums.lines().any(|line| line.trim() == "1"), "{sums}");
+    let bytes = std::fs::read(image).expect("the image");
+    assert!(bytes[..40 << 20].chunks(1 << 20).all(|part| *part == bytes[..1 << 20]), "all parts are alike");
+    grow();
+    guest.wait_for("/sys/block/vda/size", Some("196608"));
+    guest.power_off();
+}
+
+fn empty_image(dir: &Path) -> PathBuf {
+    let image = dir.join("image");
+    std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("file");
+    image
+}
+
+#[test]
+fn a_disk_of_qemu_s_daemon_that_is_killed_comes_again_and_grows() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, socket, qmp) = (empty_image(dir.path()), dir.path().join("s"), dir.path().join("qmp"));
+    let start = || BackEnd::daemon(&image, &socket, &qmp);
+    let grow = || {
+        let mut monitor = holdfast_tests::qmp::Qmp::connect(&qmp);
+        monitor.ok("block_resize", serde_json::json!({ "node-name": "disk", "size": 96 << 20 }));
+    };
+    killed(&image, &socket, &start, &grow);
+}
+
+#[test]
+fn a_disk_of_ours_that_is_killed_comes_again_and_grows() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, socket) = (empty_image(dir.path()), dir.path().join("s"));
+    let last = std::cell::Cell::new(0);
+    let start = || {
+        let back_end = BackEnd::disk(&image, &socket);
+        last.set(back_end.0.id());
+        back_end
+    };
+    let grow = || {
+        std::fs::File::options().write(true).open(&image).and_then(|file| file.set_len(96 << 20)).expect("grows");
+        run(Command::new("kill").args(["-HUP", &last.get().to_string()]));
+    };
+    killed(&image, &socket, &start, &grow);
 }

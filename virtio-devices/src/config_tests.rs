@@ -33,13 +33,20 @@ fn absent_options_are_omitted_and_unknown_fields_tolerated() {
 
 #[test]
 fn every_wrong_field_is_named_at_once() {
-    let text = json!({"vhost_user": true, "queue_size": 100, "num_queues": 0, "serial": "x".repeat(21),
+    let text = json!({"vhost_user": true, "path": "/x", "queue_size": 100, "num_queues": 0, "serial": "x".repeat(21),
         "iommu": true, "rate_limiter_config": {"ops": {"size": 1, "refill_time": 2}}, "image_type": "Vhdx"});
     let disk: DiskConfig = serde_json::from_value(text).expect("parses");
     let fields: Vec<_> = disk.validate().into_iter().map(|e| e.field).collect();
-    for field in
-        ["vhost_user", "queue_size", "num_queues", "serial", "iommu", "rate_limiter_config", "image_type"]
-    {
+    for field in [
+        "vhost_socket",
+        "path",
+        "queue_size",
+        "num_queues",
+        "serial",
+        "iommu",
+        "rate_limiter_config",
+        "image_type",
+    ] {
         assert!(fields.contains(&field), "{field} in {fields:?}");
     }
     let text = json!({"tap": "a-name-that-is-too-long", "mtu": 5, "mask": "255.0.0.0", "num_queues": 3,

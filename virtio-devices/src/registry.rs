@@ -92,6 +92,22 @@ pub fn registry() -> &'static [VirtioDeviceModule] {
             },
         },
         VirtioDeviceModule {
+            name: "vhost-user-blk",
+            aliases: &["vhost-user-blk-pci"],
+            build: |args, context| {
+                let config = parse(&args)?;
+                crate::vhost_user::blk::build(&args.id, &config, context)
+            },
+        },
+        VirtioDeviceModule {
+            name: "vhost-user-net",
+            aliases: &[],
+            build: |args, context| {
+                let config = parse(&args)?;
+                crate::vhost_user::net::build(&args.id, &config, context)
+            },
+        },
+        VirtioDeviceModule {
             name: "vhost-user-generic",
             aliases: &["vhost-user-device-pci", "vhost-user-device"],
             build: |args, context| {

@@ -62,6 +62,17 @@ pub(crate) fn context() -> BuildContext {
     }
 }
 
+/// As [`context`], with RAM that other processes can map and a clock that runs.
+pub(crate) fn shared_context() -> BuildContext {
+    let mut context = context();
+    let file = tempfile::tempfile().expect("file");
+    file.set_len(RAM_SIZE as u64).expect("room");
+    let ranges = [(GuestAddress(RAM), RAM_SIZE, Some(vm_memory::FileOffset::new(file, 0)))];
+    context.memory = GuestMemory::from_ranges_with_files(ranges).expect("RAM");
+    context.clock.resume();
+    context
+}
+
 /// Waits until `what` is so; panics after a while.
 pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use holdfast_arch::x86_64::boot::module_list;
 use holdfast_block::graph::referenced_files;
 use holdfast_block::options::{BlockdevOptions, NodeRef};
-use holdfast_config::{LandlockConfig, VmConfig};
+use holdfast_config::{LandlockConfig, VhostMode, VmConfig};
 use holdfast_sandbox::{PathAccess, PathRule, Sandbox, SandboxError};
 use holdfast_threads::PlainSpawner;
 
@@ -144,6 +144,9 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
                 rules.existing(&file, write && !disk.readonly);
             }
         }
+    }
+    for net in config.net().iter().filter(|net| net.vhost_user && net.vhost_mode == VhostMode::Server) {
+        rules.made(Path::new(net.vhost_socket.as_deref().unwrap_or_default()));
     }
     for options in config.blockdevs() {
         for (path, write) in files_of(options) {

@@ -1,6 +1,7 @@
 //! The VM: machines, lifecycle, snapshot, and the control handle through which it is driven.
 
 pub mod accel;
+pub mod back_end;
 pub mod confine;
 pub mod control;
 pub mod gdb;

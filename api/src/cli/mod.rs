@@ -1,5 +1,6 @@
 //! The command line: `holdfast run`, `holdfast ctl` and what is generated from their options.
 
+mod back_end;
 mod ctl;
 mod options;
 mod run;
@@ -12,6 +13,7 @@ use std::path::Path;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+pub use back_end::BackEndOptions;
 pub use ctl::Ctl;
 pub use holdfast_sandbox::SeccompMode;
 pub use run::{Endpoint, ObjectTexts, QmpAddress, RunOptions};
@@ -31,6 +33,8 @@ const CH_VERSION: &str = concat!("v54.0.0\nHoldfast ", env!("CARGO_PKG_VERSION")
 pub enum Invocation {
     /// Run a VM.
     Run(Box<RunOptions>),
+    /// Serve a device to other processes.
+    BackEnd(Box<BackEndOptions>),
     /// Talk to a running one.
     Ctl(Ctl),
     /// Work on disk images: the arguments, the first of which is the program's name.
@@ -125,6 +129,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Cli
 fn dispatch(matches: &ArgMatches) -> Result<Invocation, CliError> {
     match matches.subcommand() {
         Some(("run", run)) => Ok(Invocation::Run(Box::new(run::read(run)?))),
+        Some((name @ ("blk-backend" | "net-backend"), matches)) => {
+            Ok(Invocation::BackEnd(Box::new(back_end::read(name, matches)?)))
+        }
         Some(("ctl", ctl)) => Ok(Invocation::Ctl(ctl::read(ctl)?)),
         Some(("openapi", _)) => Ok(Invocation::Print(crate::http::openapi::text())),
         Some(("man", man)) => {
@@ -150,6 +157,7 @@ pub fn command(verbose: bool) -> Command {
         .arg_required_else_help(true)
         .subcommand(options::run_command("run", verbose))
         .subcommand(ctl::command(verbose))
+        .subcommands(back_end::commands(verbose))
         .subcommand(holdfast_img::command("img"))
         .subcommand(holdfast_img::nbd_command("nbd"))
         .subcommand(holdfast_img::io_command("io"))

@@ -206,6 +206,11 @@ pub(super) fn run_command(name: &'static str, verbose: bool) -> Command {
     command
 }
 
+/// Options of `holdfast run` that another command has too.
+pub(super) fn shared(names: &[&str], verbose: bool) -> Vec<Arg> {
+    OPTIONS.iter().filter(|opt| names.contains(&opt.name)).map(|opt| argument(opt, verbose)).collect()
+}
+
 fn argument(opt: &Opt, verbose: bool) -> Arg {
     let mut arg = Arg::new(opt.name).long(opt.name).help(opt.help).help_heading(opt.heading);
     if let Some(short) = opt.short {

@@ -209,7 +209,7 @@ fn gdb_address(matches: &ArgMatches) -> Result<Option<QmpAddress>, CliError> {
     }
 }
 
-fn landlock(matches: &ArgMatches) -> Result<Option<Vec<LandlockConfig>>, CliError> {
+pub(super) fn landlock(matches: &ArgMatches) -> Result<Option<Vec<LandlockConfig>>, CliError> {
     let rules = keyvals::<LandlockConfig>(matches, "landlock-rules")?;
     match (matches.get_flag("landlock"), rules) {
         (false, Some(_)) => {
@@ -265,7 +265,7 @@ fn vm_config(matches: &ArgMatches) -> Result<VmConfig, CliError> {
     Ok(config)
 }
 
-fn text<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a str> {
+pub(super) fn text<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a str> {
     matches.get_one::<String>(name).map(String::as_str)
 }
 
@@ -372,7 +372,7 @@ fn disks(matches: &ArgMatches) -> Result<Option<Vec<DiskConfig>>, CliError> {
 }
 
 /// The nodes of `--blockdev`.
-fn blockdevs(matches: &ArgMatches) -> Result<Option<Vec<BlockdevOptions>>, CliError> {
+pub(super) fn blockdevs(matches: &ArgMatches) -> Result<Option<Vec<BlockdevOptions>>, CliError> {
     let Some(values) = matches.get_many::<String>("blockdev") else { return Ok(None) };
     let read = |value: &String| {
         let options = match value.starts_with('{') {
@@ -457,7 +457,7 @@ fn endpoint(matches: &ArgMatches, name: &str, bare: bool) -> Result<Option<Endpo
     Err(wrong("must be path=PATH or fd=N"))
 }
 
-fn seccomp(matches: &ArgMatches) -> Result<SeccompMode, CliError> {
+pub(super) fn seccomp(matches: &ArgMatches) -> Result<SeccompMode, CliError> {
     match text(matches, "seccomp") {
         None | Some("true") => Ok(SeccompMode::Kill),
         Some("false") => Ok(SeccompMode::Off),

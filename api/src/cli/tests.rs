@@ -109,7 +109,7 @@ fn what_is_not_there_is_refused_by_name() {
     }
     assert!(says("--cpus boot=1,nested=off").contains("key `nested` is a Cloud Hypervisor key"));
     assert!(says("--disk path=/x,bw_size=1").contains("key `bw_size` is a Cloud Hypervisor key"));
-    assert!(says("--disk path=/x,vhost_user=on").contains("`disks[0].vhost_user`"));
+    assert!(says("--disk path=/x,vhost_user=on").contains("`disks[0].vhost_socket`"));
     assert_eq!(
         says("--device path=/x"),
         "--device: key `path` is a Cloud Hypervisor key that is not supported by this version of Holdfast"

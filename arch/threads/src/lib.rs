@@ -26,7 +26,7 @@ pub enum Role {
     Net,
     /// Any other device I/O: console, rng, balloon, serial input.
     Device,
-    /// Passes requests on to a vhost-user back end.
+    /// Speaks vhost-user: passes requests on to a back end, or has a front end.
     BackEnd,
     /// Serves REST, QMP or the event monitor.
     Api,

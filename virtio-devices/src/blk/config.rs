@@ -168,8 +168,7 @@ impl DiskConfig {
     /// All fields that cannot be used.
     pub fn validate(&self) -> Vec<FieldError> {
         let mut check = Checker::default();
-        check.unsupported(self.vhost_user, "vhost_user");
-        check.unsupported(self.vhost_socket.is_some(), "vhost_socket");
+        self.check_vhost_user(&mut check);
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.unsupported(self.rate_limit_group.is_some(), "rate_limit_group");
         check.unsupported(self.queue_affinity.as_ref().is_some_and(|a| !a.is_empty()), "queue_affinity");
@@ -196,6 +195,30 @@ impl DiskConfig {
             check.refuse(serial.len() > SERIAL_LEN, "serial", reason);
         }
         check.0
+    }
+
+    /// What another process decides.
+    fn check_vhost_user(&self, check: &mut Checker) {
+        let socket = self.vhost_socket.as_deref().unwrap_or_default();
+        if !self.vhost_user {
+            check.refuse(self.vhost_socket.is_some(), "vhost_socket", "is of no use without `vhost_user`");
+            return;
+        }
+        check.refuse(socket.is_empty(), "vhost_socket", "is missing: name the socket of the back end");
+        let of_back_end = [
+            ("path", self.path.is_some()),
+            ("node", self.node.is_some()),
+            ("direct", self.direct),
+            ("serial", self.serial.is_some()),
+            ("backing_files", self.backing_files),
+            ("image_type", self.image_type.is_some()),
+            ("lock_granularity", self.lock_granularity != LockGranularity::default()),
+            ("rerror", self.rerror.is_some()),
+            ("werror", self.werror.is_some()),
+        ];
+        for (field, given) in of_back_end {
+            check.refuse(given, field, "does not go with `vhost_user`: it is the back end's affair");
+        }
     }
 
     /// What a node says by its own options.

@@ -1,5 +1,6 @@
 //! The virtio block device (virtio 1.2 section 5.2).
 
+pub mod back_end;
 pub mod config;
 mod handler;
 pub mod policy;

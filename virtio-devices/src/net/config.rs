@@ -131,12 +131,33 @@ impl NetConfig {
         self.num_queues / 2
     }
 
+    /// What another process decides.
+    fn check_vhost_user(&self, check: &mut Checker) {
+        let server = self.vhost_mode != VhostMode::Client;
+        if !self.vhost_user {
+            let idle = "is of no use without `vhost_user`";
+            check.refuse(self.vhost_socket.is_some(), "vhost_socket", idle);
+            check.refuse(server, "vhost_mode", idle);
+            return;
+        }
+        let named = self.vhost_socket.as_deref().is_some_and(|socket| !socket.is_empty());
+        check.refuse(!named, "vhost_socket", "is missing: name the socket");
+        let of_back_end = [
+            ("tap", self.tap.is_some()),
+            ("ip", self.ip.is_some()),
+            ("mask", self.mask.is_some()),
+            ("host_mac", self.host_mac.is_some()),
+            ("fds", self.fds.is_some()),
+        ];
+        for (field, given) in of_back_end {
+            check.refuse(given, field, "does not go with `vhost_user`: the interface is the back end's");
+        }
+    }
+
     /// All fields that cannot be used.
     pub fn validate(&self) -> Vec<FieldError> {
         let mut check = Checker::default();
-        check.unsupported(self.vhost_user, "vhost_user");
-        check.unsupported(self.vhost_socket.is_some(), "vhost_socket");
-        check.unsupported(self.vhost_mode != VhostMode::Client, "vhost_mode");
+        self.check_vhost_user(&mut check);
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
         check.queue_size(self.queue_size);

@@ -3,7 +3,7 @@
 use holdfast_net::MacAddr;
 
 use super::{Shared, bit, offloads};
-use crate::queue::{Chain, QueueError, Reader, VirtQueue};
+use crate::queue::{Chain, HandlerError, QueueError, Reader, VirtQueue};
 
 const CLASS_RX: u8 = 0;
 const CLASS_MAC: u8 = 1;
@@ -22,16 +22,32 @@ const RX_COMMANDS: std::ops::RangeInclusive<u8> = 0..=5;
 const OK: u8 = 0;
 const ERROR: u8 = 1;
 
+/// Serves the commands that wait.
+pub(super) fn serve_all(shared: &Shared, queue: &mut VirtQueue, features: u64) -> Result<(), HandlerError> {
+    let mut budget = queue.size();
+    loop {
+        while budget != 0
+            && let Some(chain) = queue.pop()?
+        {
+            let written = serve(shared, queue, &chain, features)?;
+            queue.push(chain.head, written)?;
+            budget -= 1;
+        }
+        if budget == 0 {
+            queue.kick_again();
+            return Ok(());
+        }
+        if !queue.enable_kicks()? {
+            return Ok(());
+        }
+    }
+}
+
 /// Carries out the command in `chain` and writes its acknowledgement; returns the bytes written.
 ///
 /// # Errors
 /// [`QueueError::Short`] if there is no room for the acknowledgement.
-pub(super) fn serve(
-    shared: &Shared,
-    queue: &VirtQueue,
-    chain: &Chain,
-    features: u64,
-) -> Result<u32, QueueError> {
+fn serve(shared: &Shared, queue: &VirtQueue, chain: &Chain, features: u64) -> Result<u32, QueueError> {
     let mut reader = queue.reader(chain);
     // A command that is cut off is answered like any other wrong one.
     let ack = match command(shared, &mut reader, features) {

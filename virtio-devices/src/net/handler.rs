@@ -141,23 +141,7 @@ impl PairHandler {
     fn control(&mut self) -> Result<(), HandlerError> {
         let Some(live) = &mut self.live else { return Ok(()) };
         let Some(queue) = &mut live.control else { return Ok(()) };
-        let mut budget = queue.size();
-        loop {
-            while budget != 0
-                && let Some(chain) = queue.pop()?
-            {
-                let written = control::serve(&self.shared, queue, &chain, live.features)?;
-                queue.push(chain.head, written)?;
-                budget -= 1;
-            }
-            if budget == 0 {
-                queue.kick_again();
-                break;
-            }
-            if !queue.enable_kicks()? {
-                break;
-            }
-        }
+        control::serve_all(&self.shared, queue, live.features)?;
         if queue.wants_interrupt()? {
             live.interrupt.queue(queue.index());
         }

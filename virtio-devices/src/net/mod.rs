@@ -1,8 +1,10 @@
 //! The virtio network device (virtio 1.2 section 5.1).
 
 mod announce;
+pub mod back_end;
 pub mod config;
 mod control;
+pub(crate) mod front_end;
 mod handler;
 #[cfg(test)]
 mod tests;
@@ -53,7 +55,7 @@ pub(crate) mod bit {
     pub(crate) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_UFO;
 }
 
-const CONTROL_SIZE: u16 = 64;
+pub(crate) const CONTROL_SIZE: u16 = 64;
 
 /// What may arrive unfinished, by the guest's feature bits.
 pub(crate) fn offloads(features: u64) -> Offloads {
@@ -78,6 +80,13 @@ pub(crate) struct NetState {
     /// The driver is asked to announce itself (VIRTIO_NET_S_ANNOUNCE) and has not acknowledged it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) announce: bool,
+}
+
+impl NetState {
+    /// As it is after a reset.
+    fn fresh(mac: MacAddr) -> Self {
+        Self { mac, pairs: 1, offloads: None, announce: false }
+    }
 }
 
 /// Frames and bytes so far.
@@ -112,6 +121,50 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+impl Shared {
+    /// `struct virtio_net_config`.
+    fn config_space(&self, mtu: Option<u16>) -> [u8; 12] {
+        const LINK_UP: u16 = 1;
+        const ANNOUNCE: u16 = 2;
+        let mut config = [0; 12];
+        let state = *self.state.lock();
+        let status = LINK_UP | if state.announce { ANNOUNCE } else { 0 };
+        config[..6].copy_from_slice(&state.mac.0);
+        config[6..8].copy_from_slice(&status.to_le_bytes());
+        config[8..10].copy_from_slice(&self.max_pairs.to_le_bytes());
+        config[10..12].copy_from_slice(&mtu.unwrap_or(0).to_le_bytes());
+        config
+    }
+
+    fn save(&self, kind: &'static str) -> Result<serde_json::Value, StateError> {
+        let state = *self.state.lock();
+        serde_json::to_value(state).map_err(|source| StateError::Parse { kind, source })
+    }
+
+    fn restore(&self, kind: &'static str, state: &serde_json::Value) -> Result<(), StateError> {
+        let state = NetState::deserialize(state).map_err(|source| StateError::Parse { kind, source })?;
+        if !(1..=self.max_pairs).contains(&state.pairs) {
+            let reason =
+                format!("{} queue pairs are in use, this device has {}", state.pairs, self.max_pairs);
+            return Err(StateError::Invalid { kind, reason });
+        }
+        *self.state.lock() = state;
+        Ok(())
+    }
+}
+
+/// The guest's MAC address.
+fn mac(id: &str, config: &NetConfig, context: &BuildContext) -> Result<MacAddr, BuildError> {
+    if let Some(mac) = config.mac {
+        return Ok(mac);
+    }
+    let mut bytes = [0; 6];
+    let what = "cannot make up a MAC address".to_owned();
+    let failed = |e| BuildError::Host { id: id.to_owned(), what, source: std::io::Error::other(e) };
+    context.random.fill(&mut bytes).map_err(failed)?;
+    Ok(MacAddr::local(bytes))
 }
 
 /// A virtio network device.
@@ -183,18 +236,10 @@ impl Net {
             return Err(BuildError::Config { id: id.to_owned(), reason });
         }
         let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
-        let mac = match config.mac {
-            Some(mac) => mac,
-            None => {
-                let mut bytes = [0; 6];
-                let filled = context.random.fill(&mut bytes);
-                filled.map_err(|e| host("cannot make up a MAC address", std::io::Error::other(e)))?;
-                MacAddr::local(bytes)
-            }
-        };
+        let mac = mac(id, config, context)?;
         let mtu = config.mtu.or_else(|| backend.mtu().filter(|mtu| *mtu != 1500 && *mtu >= 1280));
         let features = Self::offered(config, mtu, &*backend);
-        let state = Mutex::new(NetState { mac, pairs: 1, offloads: None, announce: false });
+        let state = Mutex::new(NetState::fresh(mac));
         let mut switched = Vec::new();
         for _ in 0..pairs {
             let fd =
@@ -281,16 +326,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        const LINK_UP: u16 = 1;
-        const ANNOUNCE: u16 = 2;
-        let mut config = [0; 12];
-        let state = *self.shared.state.lock();
-        let status = LINK_UP | if state.announce { ANNOUNCE } else { 0 };
-        config[..6].copy_from_slice(&state.mac.0);
-        config[6..8].copy_from_slice(&status.to_le_bytes());
-        config[8..10].copy_from_slice(&self.shared.max_pairs.to_le_bytes());
-        config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
-        read_bytes(&config, offset, data);
+        read_bytes(&self.shared.config_space(self.mtu), offset, data);
     }
 
     fn activate(&self, activation: Activation) {
@@ -323,25 +359,15 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&self) {
-        let mac = self.mac;
-        *self.shared.state.lock() = NetState { mac, pairs: 1, offloads: None, announce: false };
+        *self.shared.state.lock() = NetState::fresh(self.mac);
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        let state = *self.shared.state.lock();
-        serde_json::to_value(state).map_err(|source| StateError::Parse { kind: "virtio-net", source })
+        self.shared.save("virtio-net")
     }
 
     fn restore(&self, state: &serde_json::Value) -> Result<(), StateError> {
-        let kind = "virtio-net";
-        let state = NetState::deserialize(state).map_err(|source| StateError::Parse { kind, source })?;
-        if !(1..=self.shared.max_pairs).contains(&state.pairs) {
-            let reason =
-                format!("{} queue pairs are in use, this device has {}", state.pairs, self.shared.max_pairs);
-            return Err(StateError::Invalid { kind, reason });
-        }
-        *self.shared.state.lock() = state;
-        Ok(())
+        self.shared.restore("virtio-net", state)
     }
 
     fn counters(&self) -> BTreeMap<String, u64> {

@@ -7,3 +7,4 @@ pub mod mmio;
 pub mod pci;
 #[cfg(test)]
 mod pci_tests;
+pub mod vhost_user;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,11 +18,12 @@ use vhost::vhost_user::message::VhostTransferStateDirection;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::door::Door;
 use super::link::{Guard, Link, LinkError};
 use super::relay::{Bells, Parts, Relay};
 use super::ring::SharedRings;
 use crate::device::{VirtioDevice, feature, read_bytes};
-use crate::queue::VirtQueue;
+use crate::queue::{HandlerError, VirtQueue};
 use crate::worker::{Activation, Worker};
 
 /// Most bytes of a back end's own state.
@@ -37,6 +38,39 @@ pub(crate) enum ConfigSource {
     BackEnd(u32),
 }
 
+/// A queue that the back end does not see: the control queue of a network device.
+pub(crate) trait LocalQueue: Send + Sync + std::fmt::Debug {
+    /// Its number with these features.
+    fn number(&self, features: u64) -> u16;
+
+    /// Serves the chains that wait.
+    ///
+    /// # Errors
+    /// [`HandlerError`] if the driver breaks the rules.
+    fn serve(&self, queue: &mut VirtQueue, features: u64) -> Result<(), HandlerError>;
+
+    /// How many of the back end's queues it is to serve.
+    fn enabled(&self) -> u16;
+
+    /// Forgets what the driver has set.
+    fn reset(&self);
+
+    /// What the driver has set.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    fn save(&self) -> Result<serde_json::Value, StateError>;
+
+    /// Takes over what [`LocalQueue::save`] gave.
+    ///
+    /// # Errors
+    /// [`StateError`] if it does not fit.
+    fn restore(&self, state: &serde_json::Value) -> Result<(), StateError>;
+
+    /// Reads the config space.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+}
+
 /// What kind of device it is.
 #[derive(Debug, Clone)]
 pub(crate) struct Spec {
@@ -46,24 +80,78 @@ pub(crate) struct Spec {
     pub(crate) name: &'static str,
     /// Its virtio device type.
     pub(crate) device_type: u32,
-    /// Where the back end listens.
-    pub(crate) socket: PathBuf,
+    /// How connections to the back end come about.
+    pub(crate) door: Door,
     /// The size of each queue.
     pub(crate) queue_sizes: Vec<u16>,
     /// The features of the device that may be passed on from the back end.
     pub(crate) features: u64,
+    /// The features of the device that are not the back end's affair.
+    pub(crate) own_features: u64,
+    /// Features that the back end has to have, and what it cannot do without them.
+    pub(crate) required: Vec<(u64, &'static str)>,
     /// Its config space.
     pub(crate) config: ConfigSource,
+    /// What the guest is shown of the back end's config space.
+    pub(crate) adapt: fn(&Spec, &mut [u8]),
+    /// The queue that is served here, if there is one: the last of `queue_sizes`.
+    pub(crate) local: Option<Arc<dyn LocalQueue>>,
     /// Whether the requests of a queue come to an end by themselves (a receive queue's do not).
     pub(crate) settles: fn(u16) -> bool,
     /// Whether the back end has state of its own, without which the guest cannot go on elsewhere.
     pub(crate) stateful: bool,
 }
 
+impl Spec {
+    /// A device of a type, with nothing but the back end's queues.
+    pub(crate) fn new(id: &str, name: &'static str, device_type: u32, door: Door) -> Self {
+        Self {
+            id: id.to_owned(),
+            name,
+            device_type,
+            door,
+            queue_sizes: Vec::new(),
+            features: 0,
+            own_features: 0,
+            required: Vec::new(),
+            config: ConfigSource::Fixed(Vec::new()),
+            adapt: |_, _| {},
+            local: None,
+            settles: |_| true,
+            stateful: false,
+        }
+    }
+
+    /// The number of queues that the back end serves.
+    pub(super) fn back_end_queues(&self) -> usize {
+        self.queue_sizes.len().saturating_sub(usize::from(self.local.is_some()))
+    }
+
+    /// Connects to the back end.
+    pub(super) fn connect(&self, guard: &Guard) -> Result<(Link, UnixStream), LinkError> {
+        let listen = matches!(self.config, ConfigSource::BackEnd(_));
+        Link::connect(&self.door, self.back_end_queues(), listen, guard)
+    }
+
+    /// What the guest is to see of the back end's config space; nothing if there is none.
+    pub(super) fn read_config(&self, link: &mut Link) -> Result<Option<Vec<u8>>, LinkError> {
+        match &self.config {
+            ConfigSource::BackEnd(len) if *len != 0 && link.has_config() => {
+                let mut bytes = link.config(*len)?;
+                (self.adapt)(self, &mut bytes);
+                Ok(Some(bytes))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
 /// What the worker and the device share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) link: Mutex<Option<Link>>,
+    /// The config space as it was last read.
+    pub(super) config: Mutex<Vec<u8>>,
     /// The heads of the chains that a back end had when it was left, for each queue.
     pub(super) in_flight: Mutex<BTreeMap<u16, Vec<u16>>>,
     pub(super) clock: Arc<VmClock>,
@@ -76,8 +164,6 @@ pub(super) struct Shared {
 pub(crate) struct VhostUser {
     spec: Arc<Spec>,
     features: u64,
-    /// The config space as it was last read.
-    config: Mutex<Vec<u8>>,
     shared: Arc<Shared>,
     worker: Worker,
 }
@@ -90,6 +176,9 @@ struct State {
     /// The back end's own state, base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     back_end: Option<String>,
+    /// What the driver has set through the queue that is served here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    local: Option<serde_json::Value>,
 }
 
 impl VhostUser {
@@ -114,17 +203,18 @@ impl VhostUser {
             }
         }
         let guard = Guard::start(&id, &*context.spawner).map_err(|e| host("cannot start a thread", e))?;
-        let queues = spec.queue_sizes.len();
-        let (mut link, socket) = Link::connect(&spec.socket, queues, &guard).map_err(link_error)?;
+        spec.door.wait().map_err(|source| host("no back end has connected", source))?;
+        let (mut link, socket) = spec.connect(&guard).map_err(link_error)?;
+        if let Some((_, what)) = spec.required.iter().find(|(bit, _)| link.features() & bit == 0) {
+            let reason = format!("the vhost-user back end {what}");
+            return Err(BuildError::Config { id: id.clone(), reason });
+        }
         // What the queues offer is ours, except indirect tables: a chain must fit the back end's ring.
         let queues = feature::QUEUES & !feature::INDIRECT_DESC;
-        let features = link.features() & spec.features | queues;
+        let features = link.features() & spec.features | spec.own_features | queues;
         let config = match &spec.config {
             ConfigSource::Fixed(bytes) => bytes.clone(),
-            ConfigSource::BackEnd(len) if *len != 0 && link.has_config() => {
-                link.config(*len).map_err(link_error)?
-            }
-            ConfigSource::BackEnd(_) => Vec::new(),
+            ConfigSource::BackEnd(_) => spec.read_config(&mut link).map_err(link_error)?.unwrap_or_default(),
         };
         let eventfd =
             || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| host("cannot make an eventfd", e));
@@ -135,6 +225,7 @@ impl VhostUser {
         let rings = SharedRings::new(spec.queue_sizes.len()).map_err(|e| host("cannot make its rings", e))?;
         let shared = Arc::new(Shared {
             link: Mutex::new(Some(link)),
+            config: Mutex::new(config),
             in_flight: Mutex::default(),
             clock: Arc::clone(&context.clock),
             requests: AtomicU64::new(0),
@@ -162,7 +253,7 @@ impl VhostUser {
         let relay = Relay::new(parts).map_err(|e| host("cannot watch the back end", e))?;
         let worker = Worker::start(&spec.id, Role::BackEnd, &*context.spawner, Box::new(relay))
             .map_err(|e| host("cannot start its thread", e))?;
-        Ok(Arc::new(Self { spec, features, config: Mutex::new(config), shared, worker }))
+        Ok(Arc::new(Self { spec, features, shared, worker }))
     }
 
     fn invalid(&self, reason: impl Into<String>) -> StateError {
@@ -225,7 +316,10 @@ impl VirtioDevice for VhostUser {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_bytes(&self.config.lock(), offset, data);
+        match &self.spec.local {
+            Some(local) => local.read_config(offset, data),
+            None => read_bytes(&self.shared.config.lock(), offset, data),
+        }
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {
@@ -237,8 +331,8 @@ impl VirtioDevice for VhostUser {
             return;
         }
         // The back end says what the config space looks like afterwards.
-        match link.set_config(at, data).and_then(|()| link.config(len)) {
-            Ok(bytes) => *self.config.lock() = bytes,
+        match link.set_config(at, data).and_then(|()| self.spec.read_config(&mut link)) {
+            Ok(bytes) => *self.shared.config.lock() = bytes.unwrap_or_default(),
             Err(error) => tracing::warn!(id = self.spec.id, %error, "the back end takes no config write"),
         }
     }
@@ -253,11 +347,15 @@ impl VirtioDevice for VhostUser {
 
     fn reset(&self) {
         self.shared.in_flight.lock().clear();
+        if let Some(local) = &self.spec.local {
+            local.reset();
+        }
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
         let back_end = if self.spec.stateful { Some(self.save_back_end()?) } else { None };
-        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end };
+        let local = self.spec.local.as_ref().map(|local| local.save()).transpose()?;
+        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end, local };
         serde_json::to_value(state).map_err(|e| self.invalid(e.to_string()))
     }
 
@@ -271,6 +369,9 @@ impl VirtioDevice for VhostUser {
             (Some(text), true) => self.load_back_end(text)?,
             (None, false) => {}
             _ => return Err(self.invalid("the back end's own state is missing or not expected")),
+        }
+        if let (Some(local), Some(state)) = (&self.spec.local, &state.local) {
+            local.restore(state)?;
         }
         *self.shared.in_flight.lock() = state.in_flight;
         Ok(())

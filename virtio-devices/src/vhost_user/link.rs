@@ -1,7 +1,7 @@
 //! The connection to a back end and what is agreed on it.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::door::Door;
+use super::news::News;
 use super::ring::{RelayRing, SharedRings};
 use crate::device::feature;
 
@@ -75,7 +77,7 @@ impl Guard {
     }
 
     /// Makes `call`, which waits for answers on `stream`.
-    fn during<T>(&self, stream: &UnixStream, call: impl FnOnce() -> T) -> Result<T, LinkError> {
+    pub(super) fn during<T>(&self, stream: &UnixStream, call: impl FnOnce() -> T) -> Result<T, LinkError> {
         let gone = |source| LinkError::Protocol { what: "its socket", source: host_error(source) };
         let watched = stream.try_clone().map_err(gone)?;
         let sender = self.0.lock();
@@ -91,6 +93,7 @@ impl Guard {
 #[derive(Clone)]
 pub(super) struct Link {
     frontend: Frontend,
+    news: Option<News>,
     stream: Arc<UnixStream>,
     guard: Guard,
     /// Those of the device, its queues and of vhost-user itself.
@@ -105,11 +108,11 @@ impl std::fmt::Debug for Link {
 }
 
 /// An error of the host in the library's terms.
-fn host_error(source: io::Error) -> vhost::Error {
+pub(super) fn host_error(source: io::Error) -> vhost::Error {
     vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::ReqHandlerError(source))
 }
 
-fn failed<T>(what: &'static str, result: Result<T, vhost::Error>) -> Result<T, LinkError> {
+pub(super) fn failed<T>(what: &'static str, result: Result<T, vhost::Error>) -> Result<T, LinkError> {
     result.map_err(|source| LinkError::Protocol { what, source })
 }
 
@@ -123,22 +126,29 @@ pub(super) fn has_ended(socket: &UnixStream) -> bool {
 }
 
 impl Link {
-    /// Connects to the back end at `path` for `queues` queues. The stream is for watching only.
+    /// Connects to the back end for `queues` queues. The stream is for watching only. `listen`: what the back end has
+    /// to say of its config space is of interest.
     pub(super) fn connect(
-        path: &PathBuf,
+        door: &Door,
         queues: usize,
+        listen: bool,
         guard: &Guard,
     ) -> Result<(Self, UnixStream), LinkError> {
-        let connect = |source| LinkError::Connect { path: path.clone(), source };
-        let stream = UnixStream::connect(path).map_err(connect)?;
+        let connect = |source| LinkError::Connect { path: door.path().clone(), source };
+        let stream = door.open().map_err(connect)?;
         let watched = stream.try_clone().map_err(connect)?;
         let kept = Arc::new(stream.try_clone().map_err(connect)?);
         let frontend = Frontend::from_stream(stream, queues as u64);
-        let (features, protocol) = guard.during(&kept, || Self::negotiate(&frontend, queues))??;
-        Ok((Self { frontend, stream: kept, guard: guard.clone(), features, protocol }, watched))
+        let (features, protocol, news) =
+            guard.during(&kept, || Self::negotiate(&frontend, queues, listen))??;
+        Ok((Self { frontend, news, stream: kept, guard: guard.clone(), features, protocol }, watched))
     }
 
-    fn negotiate(frontend: &Frontend, queues: usize) -> Result<(u64, VhostUserProtocolFeatures), LinkError> {
+    fn negotiate(
+        frontend: &Frontend,
+        queues: usize,
+        listen: bool,
+    ) -> Result<(u64, VhostUserProtocolFeatures, Option<News>), LinkError> {
         let mut frontend = frontend.clone();
         failed("SET_OWNER", frontend.set_owner())?;
         let features = failed("GET_FEATURES", frontend.get_features())?;
@@ -147,10 +157,13 @@ impl Link {
         }
         let mut protocol = VhostUserProtocolFeatures::empty();
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
-            let known = VhostUserProtocolFeatures::MQ
+            let mut known = VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::DEVICE_STATE;
+            if listen {
+                known |= VhostUserProtocolFeatures::BACKEND_REQ;
+            }
             protocol = failed("GET_PROTOCOL_FEATURES", frontend.get_protocol_features())? & known;
             failed("SET_PROTOCOL_FEATURES", frontend.set_protocol_features(protocol))?;
         }
@@ -163,7 +176,27 @@ impl Link {
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        Ok((features, protocol))
+        let channel = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG;
+        let news = match protocol.contains(channel) {
+            true => Some(News::open(&mut frontend, protocol.contains(VhostUserProtocolFeatures::REPLY_ACK))?),
+            false => None,
+        };
+        Ok((features, protocol, news))
+    }
+
+    /// Becomes readable when the back end has something to say.
+    pub(super) fn news_fd(&self) -> Option<RawFd> {
+        self.news.as_ref().map(News::fd)
+    }
+
+    /// Hears what the back end has to say. True: its config space is another one.
+    pub(super) fn hear(&self) -> Result<bool, LinkError> {
+        self.news.as_ref().map_or(Ok(false), |news| news.hear(&self.guard))
+    }
+
+    /// Lets the back end serve a ring, or not.
+    pub(super) fn enable_ring(&mut self, queue: u16, on: bool) -> Result<(), LinkError> {
+        self.call(|f| failed("SET_VRING_ENABLE", f.set_vring_enable(usize::from(queue), on)))
     }
 
     /// Makes a call that the back end answers.
@@ -218,7 +251,8 @@ impl Link {
 
     /// Writes `data` at `offset` of the config space.
     pub(super) fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError> {
-        let flags = VhostUserConfigFlags::WRITABLE;
+        // What the driver writes; other flags are for migration.
+        let flags = VhostUserConfigFlags::empty();
         self.call(|f| failed("SET_CONFIG", f.set_config(offset, flags, data)))
     }
 
@@ -246,12 +280,12 @@ impl Link {
         self.call(|f| failed("SET_MEM_TABLE", f.set_mem_table(&regions)).map(|_| ()))
     }
 
-    /// Starts one ring.
+    /// Starts one ring, which the back end is to serve at once if it is `enabled`.
     pub(super) fn start_ring(
         &mut self,
         queue: u16,
         rings: &SharedRings,
-        ring: &RelayRing,
+        (ring, enabled): (&RelayRing, bool),
         (call, kick): (&EventFd, &EventFd),
     ) -> Result<(), LinkError> {
         let index = usize::from(queue);
@@ -273,7 +307,7 @@ impl Link {
             failed("SET_VRING_CALL", f.set_vring_call(index, call))?;
             failed("SET_VRING_KICK", f.set_vring_kick(index, kick))?;
             if enable {
-                failed("SET_VRING_ENABLE", f.set_vring_enable(index, true))?;
+                failed("SET_VRING_ENABLE", f.set_vring_enable(index, enabled))?;
             }
             Ok(())
         })

@@ -8,13 +8,18 @@
 //! it died are known too and are given to its successor.
 
 mod device;
+mod door;
 mod link;
+mod news;
 mod relay;
 mod ring;
 #[cfg(test)]
 mod tests;
 
+pub mod blk;
 pub mod fs;
 pub mod generic;
+pub mod net;
 
-pub(crate) use device::{ConfigSource, Spec, VhostUser};
+pub(crate) use device::{ConfigSource, LocalQueue, Spec, VhostUser};
+pub(crate) use door::Door;

@@ -23,6 +23,8 @@ const KICK: u64 = 0;
 const CALL: u64 = 1 << 32;
 const SOCKET: u64 = 2 << 32;
 const RETRY: u64 = 3 << 32;
+const NEWS: u64 = 4 << 32;
+const LOCAL: u64 = 5 << 32;
 /// Nanoseconds between attempts to reach a back end that is gone.
 const RETRY_AFTER: u64 = 100_000_000;
 /// Nanoseconds that requests under way may take when the device stops.
@@ -59,6 +61,8 @@ struct Lane {
 
 struct Live {
     lanes: Vec<Lane>,
+    /// The queue that the back end does not see.
+    local: Option<VirtQueue>,
     features: u64,
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
@@ -155,7 +159,8 @@ impl Relay {
     fn set_up(&mut self) -> Result<(), LinkErrorOr> {
         let Some(live) = &mut self.live else { return Ok(()) };
         let mut link = self.parts.shared.link.lock().clone().ok_or(LinkErrorOr::Link(LinkError::Rings))?;
-        link.set_up(live.features, &live.memory, &self.parts.rings)?;
+        let spec = &self.parts.spec;
+        link.set_up(live.features & !spec.own_features, &live.memory, &self.parts.rings)?;
         let mut left = self.parts.shared.in_flight.lock();
         for lane in &mut live.lanes {
             let number = lane.queue.index();
@@ -173,7 +178,9 @@ impl Relay {
             let number = lane.queue.index();
             let Some(bells) = self.parts.bells.get(usize::from(number)) else { continue };
             let _ = bells.call.read();
-            link.start_ring(number, &self.parts.rings, &lane.ring, (&bells.call, &bells.kick))?;
+            let enabled = spec.local.as_ref().is_none_or(|local| number < local.enabled());
+            let ring = (&lane.ring, enabled);
+            link.start_ring(number, &self.parts.rings, ring, (&bells.call, &bells.kick))?;
             let _ = bells.kick.write(1);
         }
         for lane in &mut live.lanes {
@@ -196,7 +203,11 @@ impl Relay {
         if let Some(socket) = self.socket.take() {
             watch.remove(socket.as_raw_fd());
         }
-        *self.parts.shared.link.lock() = None;
+        let link = self.parts.shared.link.lock().take();
+        if let Some(fd) = link.as_ref().and_then(Link::news_fd) {
+            watch.remove(fd);
+        }
+        drop(link);
         if let Some(live) = &mut self.live {
             let mut left = self.parts.shared.in_flight.lock();
             for lane in &mut live.lanes {
@@ -216,9 +227,11 @@ impl Relay {
     }
 
     fn connect(&mut self, watch: &Watch) -> Result<(), LinkErrorOr> {
-        let spec = &self.parts.spec;
-        let (link, socket) = Link::connect(&spec.socket, spec.queue_sizes.len(), &self.parts.guard)?;
+        let (link, socket) = self.parts.spec.connect(&self.parts.guard)?;
         watch.add(socket.as_raw_fd(), SOCKET)?;
+        if let Some(fd) = link.news_fd() {
+            watch.add(fd, NEWS)?;
+        }
         self.socket = Some(socket);
         *self.parts.shared.link.lock() = Some(link);
         Ok(())
@@ -246,7 +259,9 @@ impl Relay {
             Ok(()) => {
                 tracing::info!(id = self.parts.spec.id, "a vhost-user back end is there again");
                 self.parts.shared.reconnects.fetch_add(1, Ordering::Relaxed);
-                self.reach(watch)
+                self.reach(watch)?;
+                self.look_at_config(watch);
+                Ok(())
             }
             Err(LinkErrorOr::Link(LinkError::Connect { .. })) => {
                 self.retry_later();
@@ -263,13 +278,68 @@ impl Relay {
     /// The socket is readable, which the protocol never makes it by itself: it has ended, or the other side is mad.
     fn socket_event(&mut self, watch: &Watch) {
         let ended = LinkError::Connect {
-            path: self.parts.spec.socket.clone(),
+            path: self.parts.spec.door.path().clone(),
             source: io::ErrorKind::ConnectionReset.into(),
         };
         let gone = self.socket.as_ref().is_some_and(super::link::has_ended);
         if gone {
             self.lost(watch, &ended);
         }
+    }
+
+    /// The back end has something to say.
+    fn news(&mut self, watch: &Watch) {
+        let link = self.parts.shared.link.lock().clone();
+        match link.map_or(Ok(false), |link| link.hear()) {
+            Ok(true) => self.look_at_config(watch),
+            Ok(false) => {}
+            Err(error) => self.lost(watch, &error),
+        }
+    }
+
+    /// Tells the driver if the back end's config space is another one.
+    fn look_at_config(&mut self, watch: &Watch) {
+        let link = self.parts.shared.link.lock().clone();
+        let Some(mut link) = link else { return };
+        match self.parts.spec.read_config(&mut link) {
+            Ok(Some(bytes)) => {
+                let changed = {
+                    let mut config = self.parts.shared.config.lock();
+                    let changed = *config != bytes;
+                    *config = bytes;
+                    changed
+                };
+                if let (true, Some(live)) = (changed, &self.live) {
+                    live.interrupt.config_changed();
+                }
+            }
+            Ok(None) => {}
+            Err(error) => self.lost(watch, &error),
+        }
+    }
+
+    /// Serves the queue that the back end does not see.
+    fn serve_local(&mut self, watch: &Watch) -> Result<(), HandlerError> {
+        let (Some(local), Some(live)) = (&self.parts.spec.local, &mut self.live) else { return Ok(()) };
+        let Some(queue) = &mut live.local else { return Ok(()) };
+        let before = local.enabled();
+        local.serve(queue, live.features)?;
+        if queue.wants_interrupt()? {
+            live.interrupt.queue(queue.index());
+        }
+        let now = local.enabled();
+        let link = self.parts.shared.link.lock().clone();
+        let Some(mut link) = link.filter(|_| now != before) else { return Ok(()) };
+        let mut result = Ok(());
+        for number in live.lanes.iter().map(|lane| lane.queue.index()) {
+            if (number < before) != (number < now) {
+                result = result.and(link.enable_ring(number, number < now));
+            }
+        }
+        if let Err(error) = result {
+            self.lost(watch, &error);
+        }
+        Ok(())
     }
 
     fn with_lane(
@@ -336,9 +406,15 @@ impl From<HandlerError> for LinkErrorOr {
 impl Handler for Relay {
     fn start(&mut self, activation: Activation, watch: &Watch) -> Result<(), HandlerError> {
         let Activation { queues, features, memory, interrupt } = activation;
-        let mut lanes = Vec::new();
+        let (mut lanes, mut local) = (Vec::new(), None);
+        let local_number = self.parts.spec.local.as_ref().map(|local| local.number(features));
         for queue in queues {
             let (number, size) = (queue.index(), queue.max_size());
+            if Some(number) == local_number {
+                watch.add(queue.kick().as_raw_fd(), LOCAL)?;
+                local = Some(queue);
+                continue;
+            }
             watch.add(queue.kick().as_raw_fd(), KICK + u64::from(number))?;
             let ring = RelayRing::new(&self.parts.rings, number, size)?;
             lanes.push(Lane { queue, ring });
@@ -350,8 +426,12 @@ impl Handler for Relay {
         if let Some(socket) = &self.socket {
             watch.add(socket.as_raw_fd(), SOCKET)?;
         }
-        self.live = Some(Live { lanes, features, memory, interrupt });
-        self.reach(watch)
+        if let Some(fd) = self.parts.shared.link.lock().as_ref().and_then(Link::news_fd) {
+            watch.add(fd, NEWS)?;
+        }
+        self.live = Some(Live { lanes, local, features, memory, interrupt });
+        self.reach(watch)?;
+        self.serve_local(watch)
     }
 
     fn event(&mut self, token: u64, watch: &Watch) -> Result<(), HandlerError> {
@@ -367,6 +447,11 @@ impl Handler for Relay {
                 self.socket_event(watch);
                 Ok(())
             }
+            NEWS => {
+                self.news(watch);
+                Ok(())
+            }
+            LOCAL => self.serve_local(watch),
             _ => self.retry(watch),
         }
     }
@@ -388,6 +473,9 @@ impl Handler for Relay {
         if let Some(socket) = &self.socket {
             watch.remove(socket.as_raw_fd());
         }
+        if let Some(fd) = self.parts.shared.link.lock().as_ref().and_then(Link::news_fd) {
+            watch.remove(fd);
+        }
         for bells in &self.parts.bells {
             watch.remove(bells.call.as_raw_fd());
         }
@@ -395,6 +483,10 @@ impl Handler for Relay {
         let Some(mut live) = self.live.take() else { return Vec::new() };
         let mut left = self.parts.shared.in_flight.lock();
         let mut queues = Vec::new();
+        if let Some(queue) = live.local.take() {
+            watch.remove(queue.kick().as_raw_fd());
+            queues.push(queue);
+        }
         for mut lane in live.lanes.drain(..) {
             watch.remove(lane.queue.kick().as_raw_fd());
             if self.socket.is_some() {

@@ -9,21 +9,20 @@ use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 
 use holdfast_device::BuildContext;
-use holdfast_memory::{GuestMemory, Tracked};
+use holdfast_memory::Tracked;
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{ShutdownHandle, VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::QueueOwnedT;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
-    GuestMemoryMmap,
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
 };
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::generic::{self, config::GenericVhostUserConfig};
 use crate::device::{VirtioDevice, feature};
-use crate::testing::{DATA, RAM, RAM_SIZE, Rig, WRITE, context};
+use crate::testing::{DATA, RAM, RAM_SIZE, Rig, WRITE, context, shared_context};
 
 const TYPE: u32 = 40;
 /// A feature of the device.
@@ -162,16 +161,6 @@ impl BackEnd {
         }
         self.thread.join().expect("ends");
     }
-}
-
-fn shared_context() -> BuildContext {
-    let mut context = context();
-    let file = tempfile::tempfile().expect("file");
-    file.set_len(RAM_SIZE as u64).expect("room");
-    let ranges = [(GuestAddress(RAM), RAM_SIZE, Some(FileOffset::new(file, 0)))];
-    context.memory = GuestMemory::from_ranges_with_files(ranges).expect("RAM");
-    context.clock.resume();
-    context
 }
 
 fn config(socket: PathBuf) -> GenericVhostUserConfig {

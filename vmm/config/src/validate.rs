@@ -146,7 +146,10 @@ impl VmConfig {
         for (i, device) in self.generic_vhost_user().iter().enumerate() {
             note(&format!("generic_vhost_user[{i}]"), device.validate(), problems);
         }
-        let served = !self.fs().is_empty() || !self.generic_vhost_user().is_empty();
+        let served = !self.fs().is_empty()
+            || !self.generic_vhost_user().is_empty()
+            || self.disks().iter().any(|disk| disk.vhost_user)
+            || self.net().iter().any(|net| net.vhost_user);
         if served && !self.memory.shared {
             problems.add(
                 "memory.shared",

@@ -241,8 +241,9 @@ const SOCKETS: &[Permit] = &[
     Any(libc::SYS_accept),
 ];
 
-/// Looking for a peer.
-const CONNECT: &[Permit] = &[Any(libc::SYS_socket), Any(libc::SYS_connect)];
+/// Looking for a peer, and a second channel to it.
+const CONNECT: &[Permit] =
+    &[Any(libc::SYS_socket), Any(libc::SYS_connect), Any(libc::SYS_socketpair)];
 
 /// Who this is.
 const IDENTITY: &[Permit] = &[

@@ -93,7 +93,12 @@ impl Storage {
 
     /// A graph without nodes that tells nobody anything.
     pub fn detached(spawner: Arc<dyn Spawner>) -> Arc<Self> {
-        Self::new(Arc::default(), spawner, Arc::new(Nobody))
+        Self::unheard(Arc::default(), spawner)
+    }
+
+    /// A graph without nodes, which may use `objects`, and tells nobody anything.
+    pub fn unheard(objects: Arc<Objects>, spawner: Arc<dyn Spawner>) -> Arc<Self> {
+        Self::new(objects, spawner, Arc::new(Nobody))
     }
 
     /// The nodes.

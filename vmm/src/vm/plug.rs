@@ -51,6 +51,10 @@ impl<'a> Plugs<'a> {
         if let Some(problem) = config.validate().into_iter().next() {
             return Err(BuildError::Config { id, reason: problem.to_string() }.into());
         }
+        if config.vhost_user {
+            let args = arguments(config.id.as_ref(), config)?;
+            return self.named("vhost-user-blk", args, slot, config.pci_device_id);
+        }
         let parts = storage.disk_parts(&id, config).map_err(wrong)?;
         let disk = Blk::of(&id, config, parts, self.build)?;
         // The VM keeps it by its own type as well: it is resized and throttled while it runs.
@@ -66,7 +70,8 @@ impl<'a> Plugs<'a> {
         slot: VirtioSlot,
     ) -> Result<(), VmError> {
         let args = BuildArgs { fds, ..arguments(config.id.as_ref(), config)? };
-        self.named("virtio-net", args, slot, config.pci_device_id)
+        let kind = if config.vhost_user { "vhost-user-net" } else { "virtio-net" };
+        self.named(kind, args, slot, config.pci_device_id)
     }
 
     pub(super) fn console(

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use holdfast_device::{BuildContext, BuildError};
 
-use super::{ConfigSource, Spec, VhostUser};
+use super::{ConfigSource, Door, Spec, VhostUser};
 use crate::device::{VirtioDevice, kind};
 use config::{FsConfig, TAG_LEN};
 
@@ -27,16 +27,11 @@ pub fn build(
     }
     space.extend(u32::from(config.num_queues).to_le_bytes());
     let spec = Spec {
-        id: id.to_owned(),
-        name: "vhost-user-fs",
-        device_type: kind::FS,
-        socket: config.socket.clone(),
         // One more for urgent requests (section 5.11.2).
         queue_sizes: vec![config.queue_size; usize::from(config.num_queues) + 1],
-        features: 0,
         config: ConfigSource::Fixed(space),
-        settles: |_| true,
         stateful: true,
+        ..Spec::new(id, "vhost-user-fs", kind::FS, Door::Connect(config.socket.clone()))
     };
     Ok(VhostUser::build(spec, context)?)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use holdfast_device::{BuildContext, BuildError};
 
-use super::{ConfigSource, Spec, VhostUser};
+use super::{ConfigSource, Door, Spec, VhostUser};
 use crate::device::VirtioDevice;
 use config::GenericVhostUserConfig;
 
@@ -26,16 +26,12 @@ pub fn build(
 ) -> Result<Arc<dyn VirtioDevice>, BuildError> {
     crate::registry::check(id, config.validate())?;
     let spec = Spec {
-        id: id.to_owned(),
-        name: "vhost-user-generic",
-        device_type: config.device_type,
-        socket: config.socket.clone(),
         queue_sizes: config.queue_sizes.clone(),
         features: DEVICE_FEATURES,
         config: ConfigSource::BackEnd(CONFIG_LEN),
         // Which of its requests end by themselves is not known: what is under way is given to the back end again.
         settles: |_| false,
-        stateful: false,
+        ..Spec::new(id, "vhost-user-generic", config.device_type, Door::Connect(config.socket.clone()))
     };
     Ok(VhostUser::build(spec, context)?)
 }
