@@ -108,16 +108,14 @@ impl BackEnd {
         Self::start(command.args(options), socket)
     }
 
-    /// QEMU's storage daemon, which has QMP at `qmp`.
-    fn daemon(image: &Path, socket: &Path, qmp: &Path) -> Self {
+    /// QEMU's storage daemon.
+    fn daemon(image: &Path, socket: &Path) -> Self {
         let mut command = Command::new("qemu-storage-daemon");
         let file = format!("driver=file,node-name=file,filename={}", image.display());
         command.args(["--blockdev", &file, "--blockdev", "driver=raw,node-name=disk,file=file"]);
         let at = format!("addr.type=unix,addr.path={}", socket.display());
         let export = format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,{at}");
         command.args(["--export", &export]);
-        let monitor = format!("socket,id=m,server=on,wait=off,path={}", qmp.display());
-        command.args(["--chardev", &monitor, "--monitor", "chardev=m"]);
         Self::start(&mut command, socket)
     }
 }
@@ -184,7 +182,7 @@ fn shared_ram(args: &mut [String]) {
 }
 
 /// A guest whose disk is killed again and again while it writes; `start` starts the back end.
-fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: &dyn Fn()) {
+fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: Option<&dyn Fn()>) {
     let mut back_end = start();
     let mut args = riscv64_args(2, "");
     shared_ram(&mut args);
@@ -202,8 +200,10 @@ fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: &dyn F
     assert!(sums.lines().any(|line| line.trim() == "1"), "{sums}");
     let bytes = std::fs::read(image).expect("the image");
     assert!(bytes[..40 << 20].chunks(1 << 20).all(|part| *part == bytes[..1 << 20]), "all parts are alike");
-    grow();
-    guest.wait_for("/sys/block/vda/size", Some("196608"));
+    if let Some(grow) = grow {
+        grow();
+        guest.wait_for("/sys/block/vda/size", Some("196608"));
+    }
     guest.power_off();
 }
 
@@ -214,15 +214,12 @@ fn empty_image(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_disk_of_qemu_s_daemon_that_is_killed_comes_again_and_grows() {
+fn a_disk_of_qemus_daemon_that_is_killed_comes_again() {
     let dir = tempfile::tempdir().expect("directory");
-    let (image, socket, qmp) = (empty_image(dir.path()), dir.path().join("s"), dir.path().join("qmp"));
-    let start = || BackEnd::daemon(&image, &socket, &qmp);
-    let grow = || {
-        let mut monitor = holdfast_tests::qmp::Qmp::connect(&qmp);
-        monitor.ok("block_resize", serde_json::json!({ "node-name": "disk", "size": 96 << 20 }));
-    };
-    killed(&image, &socket, &start, &grow);
+    let (image, socket) = (empty_image(dir.path()), dir.path().join("s"));
+    let start = || BackEnd::daemon(&image, &socket);
+    // Before QEMU 8.1 it says nothing of new sizes.
+    killed(&image, &socket, &start, None);
 }
 
 #[test]
@@ -236,8 +233,12 @@ fn a_disk_of_ours_that_is_killed_comes_again_and_grows() {
         back_end
     };
     let grow = || {
-        std::fs::File::options().write(true).open(&image).and_then(|file| file.set_len(96 << 20)).expect("grows");
+        std::fs::File::options()
+            .write(true)
+            .open(&image)
+            .and_then(|file| file.set_len(96 << 20))
+            .expect("grows");
         run(Command::new("kill").args(["-HUP", &last.get().to_string()]));
     };
-    killed(&image, &socket, &start, &grow);
+    killed(&image, &socket, &start, Some(&grow));
 }
