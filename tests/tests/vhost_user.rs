@@ -166,12 +166,15 @@ fn a_tap_of_ours_serves_our_card() {
     let (peer, socket) = (NetPeer::new(dir.path(), 300_000), dir.path().join("s"));
     let keys = format!("socket={},tap={TAP},ip=192.168.77.1,mask=255.255.255.0,mtu=1400", socket.display());
     let _back_end = BackEnd::start(Command::new(holdfast()).args(["net-backend", &keys]), &socket);
-    let served = peer.serve();
     let mut args = riscv64_args(1, "net");
     shared_ram(&mut args);
     let net = format!("vhost_user=on,socket={},mac=52:54:00:12:34:56,mtu=1400", socket.display());
     args.extend(["--net".to_owned(), net]);
-    let output = finished(&mut Program::run(&args));
+    let mut vm = Program::run(&args);
+    // The tap is there before the card is.
+    vm.wait_for("OpenSBI", BOOT);
+    let served = peer.serve();
+    let output = finished(&mut vm);
     served.join().expect("served");
     peer.check(&output);
 }
