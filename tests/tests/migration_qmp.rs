@@ -1,8 +1,10 @@
 //! Migration as QMP drives it: parameters, capabilities, states, events, post-copy and its recovery.
 
 use std::path::Path;
+use std::process::Command;
 
 use holdfast_tests::Program;
+use holdfast_tests::devices::run;
 use holdfast_tests::http::Api;
 use holdfast_tests::migration::{Console, LIMIT, config};
 use holdfast_tests::qmp::Qmp;
@@ -173,6 +175,49 @@ fn what_differs_is_named_before_the_guest_stops() {
 }
 
 #[test]
+fn disks_go_along_to_other_storage() {
+    let dir = tempfile::tempdir().expect("directory");
+    let at = |name: &str| dir.path().join(name);
+    std::fs::create_dir(at("there")).expect("directory");
+    for (name, format) in [("raw", "raw"), ("qcow2", "qcow2")] {
+        run(Command::new("qemu-img").args(["create", "-q", "-f", format]).arg(at(name)).arg("64M"));
+    }
+    let console = Console(at("console"));
+    let mut first = vmm(dir.path(), "a", &[]);
+    let api = Api::connect(&at("a"));
+    let mut config = config(&console.0, "mover");
+    config["disks"] = json!([{ "path": at("raw"), "image_type": "Raw" }, { "path": at("qcow2") }]);
+    api.put("vm.create", &config);
+    api.put("vm.boot", &Value::Null);
+    let disks = ["vda", "vdb"];
+    console.disks_go_on(&disks, 1);
+    let uri = format!("unix:{}", at("m").display());
+    let serial = console.0.display().to_string();
+    // Its images are not there yet.
+    let disk = [
+        format!("path={},image_type=raw", at("there/raw").display()),
+        format!("path={}", at("there/qcow2").display()),
+    ];
+    let mut options = vec!["--incoming".to_owned(), uri.clone()];
+    options.extend(like_the_source(&serial, &[]));
+    options.extend(["--disk".to_owned(), disk[0].clone(), disk[1].clone()]);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut second = vmm(dir.path(), "b", &options);
+    first.qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0, "downtime-limit": 2000 }));
+    first.qmp.ok("migrate", json!({ "uri": uri, "blk": true }));
+    first.qmp.until("query-migrate", "status", "completed");
+    second.qmp.until("query-status", "status", "running");
+    drop(first);
+    for name in ["raw", "qcow2"] {
+        std::fs::remove_file(at(name)).expect("nobody needs it");
+    }
+    console.disks_go_on(&disks, 2);
+    assert!(console.text().contains("SUM GOOD"));
+    drop(second);
+    run(Command::new("qemu-img").args(["check", "-q"]).arg(at("there/qcow2")));
+}
+
+#[test]
 fn pages_follow_the_guest_even_when_the_connection_breaks() {
     let dir = tempfile::tempdir().expect("directory");
     let (mut first, console) = source(dir.path(), "mover");
@@ -207,4 +252,65 @@ fn pages_follow_the_guest_even_when_the_connection_breaks() {
     // Without the source nothing is missing.
     console.goes_on(5);
     assert!(console.text().contains("SUM GOOD"));
+}
+
+#[test]
+fn streams_of_released_versions_are_taken() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let mut played = 0;
+    for version in std::fs::read_dir(golden).expect("the golden files").flatten() {
+        let Ok(stream) = std::fs::read(version.path().join("stream")) else { continue };
+        played += 1;
+        let dir = tempfile::tempdir().expect("directory");
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        std::fs::write(at("firmware"), b"never read").expect("file");
+        let (serial, uri) = (format!("file={}", at("console")), format!("unix:{}", at("m")));
+        let (firmware, mut second);
+        firmware = at("firmware");
+        second = vmm(
+            dir.path(),
+            "b",
+            &[
+                ["--arch", "riscv64"],
+                ["--accel", "tcg"],
+                ["--cpus", "boot=1"],
+                ["--memory", "size=16M"],
+                ["--firmware", &firmware],
+                ["--serial", &serial],
+                ["--console", "off"],
+                ["--incoming", &uri],
+            ]
+            .concat(),
+        );
+        let deadline = std::time::Instant::now() + LIMIT;
+        let mut socket = loop {
+            match std::os::unix::net::UnixStream::connect(at("m")) {
+                Ok(socket) => break socket,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "it does not listen: {error}"),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        };
+        let mut answers = socket.try_clone().expect("descriptor");
+        // What it answers is read to its end, so that it never waits.
+        let heard = std::thread::spawn(move || std::io::copy(&mut answers, &mut std::io::sink()));
+        std::io::Write::write_all(&mut socket, &stream).expect("it reads");
+        second.qmp.until("query-status", "status", "running");
+        heard.join().expect("the thread").expect("answers");
+        // The guest counts on from where it was, in hexadecimal.
+        let counts = || -> Vec<u64> {
+            let text = std::fs::read_to_string(at("console")).unwrap_or_default();
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            // The first line may have begun in the old process.
+            let lines = whole.lines().skip(1).map(|l| l.trim().strip_prefix('T').expect("a count"));
+            lines.map(|hex| u64::from_str_radix(hex, 16).expect("a number")).collect()
+        };
+        while counts().len() < 3 {
+            assert!(std::time::Instant::now() < deadline, "the guest does not count");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let counts = counts();
+        assert!(counts[0] > 2, "the guest began anew: {counts:?}");
+        assert!(counts.windows(2).all(|w| w[1] == w[0] + 1), "{counts:?}");
+    }
+    assert!(played > 0, "there is no golden stream");
 }

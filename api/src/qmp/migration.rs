@@ -24,6 +24,9 @@ pub(super) struct Migrate {
     /// Nothing: it never waits.
     #[serde(default)]
     detach: Option<bool>,
+    /// The contents of writable disks go along: the destination has other storage.
+    #[serde(default)]
+    blk: Option<bool>,
     /// Go on with a post-copy migration whose connection was lost.
     #[serde(default)]
     resume: Option<bool>,
@@ -77,7 +80,7 @@ pub(super) async fn migrate(handle: ControlHandle, arguments: Migrate) -> Reply<
     // As QEMU documents it: it has no meaning in this protocol.
     let _ = arguments.detach;
     let uri = address(arguments.uri, arguments.channels.as_ref())?;
-    call(&handle, ops::Migrate(uri, arguments.resume.unwrap_or(false))).await?;
+    call(&handle, ops::Migrate(uri, arguments.resume.unwrap_or(false), arguments.blk.unwrap_or(false))).await?;
     Ok(Empty {})
 }
 

@@ -184,6 +184,11 @@ impl BlkHandler {
             failed: None,
             sync: writes && !(live.flush && self.shared.writeback.load(Ordering::Relaxed)),
         };
+        if matches!(op, Op::Write | Op::WriteZeroes { .. } | Op::Discard)
+            && let Some(log) = self.shared.log.read().as_ref()
+        {
+            ranges.iter().for_each(|r| log.mark(r.offset, r.len));
+        }
         let id = self.keep(pending);
         for Range { offset, len, unmap } in ranges {
             let op = if let Op::WriteZeroes { .. } = op { Op::WriteZeroes { unmap } } else { op };

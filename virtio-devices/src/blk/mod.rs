@@ -3,6 +3,7 @@
 pub mod back_end;
 pub mod config;
 mod handler;
+pub mod log;
 pub mod policy;
 mod request;
 pub mod stats;
@@ -71,6 +72,8 @@ pub(crate) struct Shared {
     pub(crate) throttle: RwLock<Option<Arc<ThrottleGroup>>>,
     /// Queue and head of requests that failed and wait for the VM to go on.
     pub(crate) stalled: Mutex<Vec<(u16, u16)>>,
+    /// Where writes are noted, while somebody copies the disk.
+    pub(crate) log: RwLock<Option<Arc<log::WriteLog>>>,
     /// The last of them failed because the host had no room.
     pub(crate) nospace: AtomicBool,
 }
@@ -238,6 +241,7 @@ impl Blk {
             events: parts.events,
             throttle: RwLock::default(),
             stalled: Mutex::default(),
+            log: RwLock::default(),
             nospace: AtomicBool::new(false),
         });
         let mut workers = Vec::new();
@@ -296,6 +300,11 @@ impl Blk {
     /// Lets requests keep to the rates of a group, or to none.
     pub fn set_throttle(&self, group: Option<Arc<ThrottleGroup>>) {
         *self.shared.throttle.write() = group;
+    }
+
+    /// Notes all that is written from now on, or no more.
+    pub fn log_writes(&self, log: Option<Arc<log::WriteLog>>) {
+        *self.shared.log.write() = log;
     }
 
     /// The group whose rates requests keep to.

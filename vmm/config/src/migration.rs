@@ -81,6 +81,9 @@ pub struct SendMigrationData {
     /// Slow vCPUs that write faster than RAM can be sent.
     #[serde(default)]
     pub auto_converge: bool,
+    /// The contents of writable disks go along: the destination has other storage. Images (raw, qcow2) that are not there are made.
+    #[serde(default)]
+    pub mirror_disks: bool,
     /// RAM bypasses the page cache on its way into a file (`file:` only).
     #[serde(default)]
     pub direct_io: bool,

@@ -149,6 +149,10 @@ kinds! {
     Request = 13, TEXT;
     /// Target: all pages are there.
     Complete = 14, 0;
+    /// Source: bytes of a disk; the argument is their offset, the payload the disk's number in the plan (4 bytes) and the bytes.
+    Disk = 15, MAX_RAM + 4;
+    /// Source: zeroes of a disk; the argument is their offset, the payload the disk's number (4 bytes) and their length (8 bytes).
+    DiskZero = 16, 12;
 }
 
 /// A frame's header.

@@ -19,6 +19,7 @@
 pub mod address;
 mod checksum;
 mod control;
+mod disks;
 pub mod frame;
 mod lanes;
 pub mod mapped;
@@ -32,7 +33,7 @@ pub mod uffd;
 
 pub use address::Address;
 pub use control::{Control, Parameters, Phase, Statistics, TimeoutStrategy};
-pub use plan::Plan;
+pub use plan::{MirroredDisk, Plan};
 pub use postcopy::Arriving;
 pub use source::{Outcome, SendTo, Source, send};
 pub use stream::{Listener, Stream, Tls};

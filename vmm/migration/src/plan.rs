@@ -3,6 +3,17 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// A disk whose contents go along.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MirroredDisk {
+    /// The disk's id.
+    pub id: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Format of the image: `raw`, `qcow2`.
+    pub format: String,
+}
+
 /// The source's VM as the target needs to know it before the guest stops.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Plan {
@@ -36,6 +47,9 @@ pub struct Plan {
     /// Pages may come after the guest runs at the target.
     #[serde(default)]
     pub postcopy: bool,
+    /// Disks whose contents go along, because the target has other storage.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirror: Vec<MirroredDisk>,
     /// Connections that carry RAM, the first one included.
     pub connections: u32,
 }

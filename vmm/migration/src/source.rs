@@ -14,12 +14,13 @@ use holdfast_threads::Spawner;
 use parking_lot::Mutex;
 
 use crate::control::{Control, Phase, TimeoutStrategy};
+use crate::disks::DiskSender;
 use crate::frame::{self, Header, Kind, Preamble, Role};
 use crate::lanes::{Connection, Encoder, Lanes, Limiter, Sink};
 use crate::mapped::MappedFile;
 use crate::pages::{self, PageSet, Run};
 use crate::postcopy::Pusher;
-use crate::{Address, MAX_CONNECTIONS, MigrationError, Plan, Stream, Tls};
+use crate::{Address, MAX_CONNECTIONS, MigrationError, MirroredDisk, Plan, Stream, Tls};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -38,6 +39,14 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// Why this VM cannot migrate.
     fn plan(&self) -> Result<Plan, Failure>;
+
+    /// The disks whose contents go along.
+    ///
+    /// # Errors
+    /// Naming the one that cannot.
+    fn mirror(&self) -> Result<Vec<MirroredDisk>, Failure> {
+        Ok(Vec::new())
+    }
 
     /// The descriptors of its RAM, by range, for a target on the same host.
     ///
@@ -62,6 +71,30 @@ pub trait Source: Send + Sync {
 
     /// Lets vCPUs stand for this many percent of the time from now on.
     fn throttle(&self, percent: u8);
+
+    /// Notes what is written to the mirrored disks from now on, or no more.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn log_disks(&self, _on: bool) -> Result<(), Failure> {
+        Err("there are no disks to mirror".into())
+    }
+
+    /// What was written to mirrored disk number `disk` since it was last asked, and has reached it: offsets and lengths in bytes.
+    ///
+    /// # Errors
+    /// If it cannot be told.
+    fn take_written(&self, _disk: usize) -> Result<Vec<(u64, u64)>, Failure> {
+        Err("there are no disks to mirror".into())
+    }
+
+    /// Reads a mirrored disk.
+    ///
+    /// # Errors
+    /// The disk's.
+    fn read_disk(&self, _disk: usize, _offset: u64, _to: &mut [u8]) -> Result<(), Failure> {
+        Err("there are no disks to mirror".into())
+    }
 
     /// Stops the guest.
     ///
@@ -120,6 +153,8 @@ pub struct SendTo {
     pub local: bool,
     /// The guest may go over before its RAM has.
     pub postcopy: bool,
+    /// Disks go along: the target has other storage.
+    pub mirror: bool,
     /// RAM bypasses the page cache on its way into a file.
     pub direct: bool,
     /// Distinguishes this migration from others.
@@ -147,6 +182,7 @@ pub fn send(
         stopped: false,
         given_up: false,
         logging: false,
+        mirroring: false,
         behind: None,
     };
     let result = sender.run();
@@ -164,6 +200,7 @@ struct Sender<'a> {
     stopped: bool,
     given_up: bool,
     logging: bool,
+    mirroring: bool,
     /// Pages that follow the guest.
     behind: Option<PageSet>,
 }
@@ -214,8 +251,9 @@ impl Sender<'_> {
             let text = format!("connections={} is not from 1 to {MAX_CONNECTIONS}", self.to.connections);
             return Err(MigrationError::Address { address: self.to.address.to_string(), reason: text });
         }
-        if self.to.local && (self.to.connections > 1 || self.to.postcopy) {
-            let reason = "a local migration has one connection and no post-copy".to_owned();
+        if self.to.local && (self.to.connections > 1 || self.to.postcopy || self.to.mirror) {
+            let reason =
+                "a local migration has one connection, no post-copy and no mirrored disks".to_owned();
             return Err(MigrationError::Address { address: self.to.address.to_string(), reason });
         }
         let total: u64 = self.ranges().iter().map(|r| r.1).sum();
@@ -227,6 +265,9 @@ impl Sender<'_> {
         plan.local = self.to.local;
         plan.connections = self.to.connections;
         plan.postcopy = self.to.postcopy;
+        if self.to.mirror {
+            plan.mirror = self.source.mirror().map_err(vm("the disks cannot go along"))?;
+        }
         let files = if self.to.local {
             self.source.ram_files().map_err(vm("this VM cannot migrate locally"))?
         } else {
@@ -294,15 +335,21 @@ impl Sender<'_> {
     fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
         let mut left = PageSet::empty(&self.ranges());
         let mut encoder = self.encoder();
+        let (source, control, limiter) = (self.source, self.control, Arc::clone(&self.limiter));
+        let disks = DiskSender { source, control, limiter: &limiter, disks: &plan.mirror };
+        self.mirroring = !plan.mirror.is_empty();
+        disks.begin(main)?;
         if self.to.local {
             self.enter(Phase::Active);
         } else {
             left = self.begin()?;
             self.converge(&mut left, &mut |run| encoder.send(run, main))?;
         }
+        disks.pass(main)?;
         self.wait_for_leave()?;
         let began = host_monotonic();
         self.stop()?;
+        disks.pass(main)?;
         if !self.to.local {
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
             left.take_dirty(&self.memory);
@@ -333,8 +380,8 @@ impl Sender<'_> {
             let reason = format!("{what} does not go with a file");
             Err(MigrationError::Address { address: self.to.address.to_string(), reason })
         };
-        if self.to.postcopy || self.to.local || self.to.tls.is_some() {
-            return refused("post-copy, local or TLS");
+        if self.to.postcopy || self.to.local || self.to.mirror || self.to.tls.is_some() {
+            return refused("post-copy, local, TLS or mirrored disks");
         }
         if self.control.parameters().zstd.is_some() {
             return refused("compression");
@@ -530,7 +577,13 @@ impl Sender<'_> {
             self.control.break_connections();
         }
         self.lanes = Lanes::none();
+        self.control.forget_connections();
         self.source.throttle(0);
+        if self.mirroring
+            && let Err(error) = self.source.log_disks(false)
+        {
+            tracing::warn!(error, "the log of writes to disks cannot be ended");
+        }
         if self.logging {
             self.source.stop_log();
             pages::log_writes(&self.memory, false);

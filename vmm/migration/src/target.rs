@@ -12,6 +12,7 @@ use holdfast_threads::{Role as ThreadRole, Spawner};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::control::{Control, Phase};
+use crate::disks;
 use crate::frame::{self, Header, Kind, Role};
 use crate::pages::{decode_runs, is_zero};
 use crate::postcopy::{Arrivals, Arriving};
@@ -30,6 +31,30 @@ pub trait Target {
     /// # Errors
     /// Naming what differs.
     fn build(&mut self, plan: &Plan, files: Vec<OwnedFd>) -> Result<GuestMemory, Failure>;
+
+    /// Writes to mirrored disk number `disk` of the plan; the range is within it.
+    ///
+    /// # Errors
+    /// The disk's.
+    fn write_disk(&mut self, _disk: usize, _offset: u64, _data: &[u8]) -> Result<(), Failure> {
+        Err("there are no disks".into())
+    }
+
+    /// Makes a range of such a disk read as zeroes.
+    ///
+    /// # Errors
+    /// The disk's.
+    fn zero_disk(&mut self, _disk: usize, _offset: u64, _len: u64) -> Result<(), Failure> {
+        Err("there are no disks".into())
+    }
+
+    /// Makes what was written to such disks durable.
+    ///
+    /// # Errors
+    /// A disk's.
+    fn flush_disks(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
 
     /// Takes over everything but RAM.
     ///
@@ -77,6 +102,7 @@ pub fn receive(
             Phase::Failed
         }
     };
+    control.forget_connections();
     control.enter(phase);
     target.entered(phase);
     result
@@ -140,7 +166,7 @@ impl Session<'_> {
         frame::write(main, Kind::Accept, 0, &[]).map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
         let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
-        self.fill(main, &memory)?;
+        self.fill(main, &memory, target, &plan)?;
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
             lane.recv().map_err(|_| gone())??;
@@ -189,7 +215,10 @@ impl Session<'_> {
             let (done, result) = channel();
             let (memory, control) = (memory.clone(), Arc::clone(self.control));
             let body = move || {
-                let filled = Filler { memory: &memory, control: &control }.until_end(&mut stream);
+                let filled = Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
+                    let text = format!("a {:?} section on a connection for RAM", header.kind);
+                    Err(MigrationError::Protocol(text))
+                });
                 if filled.is_err() {
                     // The first connection's thread is not to wait for what no longer comes.
                     control.break_connections();
@@ -205,8 +234,16 @@ impl Session<'_> {
         Ok(all)
     }
 
-    fn fill(&self, main: &mut Stream, memory: &GuestMemory) -> Result<(), MigrationError> {
-        Filler { memory, control: self.control }.until_end(main)
+    fn fill(
+        &self,
+        main: &mut Stream,
+        memory: &GuestMemory,
+        target: &mut dyn Target,
+        plan: &Plan,
+    ) -> Result<(), MigrationError> {
+        let mut disks = |header: &Header, payload: &[u8]| disks::put(target, &plan.mirror, header, payload);
+        Filler { memory, control: self.control }.until_end(main, &mut disks)?;
+        target.flush_disks().map_err(vm("the disks cannot be flushed"))
     }
 }
 
@@ -251,8 +288,12 @@ pub(crate) struct Filler<'a> {
 }
 
 impl Filler<'_> {
-    /// Takes frames until an `End`.
-    fn until_end(&self, stream: &mut Stream) -> Result<(), MigrationError> {
+    /// Takes frames until an `End`; `disks` gets those of disks.
+    fn until_end(
+        &self,
+        stream: &mut Stream,
+        disks: &mut dyn FnMut(&Header, &[u8]) -> Result<(), MigrationError>,
+    ) -> Result<(), MigrationError> {
         let mut payload = Vec::new();
         loop {
             let header =
@@ -264,6 +305,7 @@ impl Filler<'_> {
                     let reason = String::from_utf8_lossy(&payload).into_owned();
                     return Err(MigrationError::Refused { side: "source", reason });
                 }
+                Kind::Disk | Kind::DiskZero => disks(&header, &payload)?,
                 _ => self.put(&header, &payload)?,
             }
         }

@@ -203,6 +203,7 @@ fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
         tls: None,
         connections: 1,
         local: false,
+        mirror: false,
         direct: false,
         postcopy: false,
         session: [3; 16],

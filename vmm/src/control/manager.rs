@@ -114,7 +114,7 @@ pub trait VmManager {
     ///
     /// # Errors
     /// If it cannot begin.
-    fn migrate(&mut self, _uri: String, _resume: bool) -> Result<(), ControlError> {
+    fn migrate(&mut self, _uri: String, _resume: bool, _blk: bool) -> Result<(), ControlError> {
         Err(ControlError::unsupported("migration"))
     }
     /// Begins to wait for a VM from elsewhere.

@@ -127,8 +127,9 @@ quick! {
     QueryChardev -> Vec<ChardevInfo> = chardevs;
     /// The PCI buses.
     QueryPci -> Vec<PciInfo> = pci;
-    /// Begins to move the VM to a URI; `true` goes on with a migration that was interrupted.
-    Migrate(uri: String, resume: bool) -> () = migrate;
+    /// Begins to move the VM to a URI. The first `true` goes on with a migration that was interrupted, the second one takes the contents of
+    /// disks along.
+    Migrate(uri: String, resume: bool, blk: bool) -> () = migrate;
     /// Begins to wait for a VM at a URI, or for being told where (`None`); `true` ends the process if none comes.
     MigrateIncoming(uri: Option<String>, exit: bool) -> () = migrate_incoming;
     /// Cancels the migration, if one is under way.

@@ -310,6 +310,10 @@ impl Manager {
         }
     }
 
+    fn runs(&self) -> bool {
+        matches!(self.stage, Stage::Built { run: Run::Running, .. })
+    }
+
     fn set_run(&mut self, to: Run) {
         if let Stage::Built { run, .. } = &mut self.stage {
             *run = to;

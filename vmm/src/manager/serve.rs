@@ -284,8 +284,8 @@ impl VmManager for Manager {
         self.start_receive(&data, reply);
     }
 
-    fn migrate(&mut self, uri: String, resume: bool) -> Result<(), ControlError> {
-        self.migrate_to(&uri, resume)
+    fn migrate(&mut self, uri: String, resume: bool, blk: bool) -> Result<(), ControlError> {
+        self.migrate_to(&uri, resume, blk)
     }
 
     fn migrate_incoming(&mut self, uri: Option<String>, exit: bool) -> Result<(), ControlError> {

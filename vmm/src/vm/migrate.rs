@@ -37,6 +37,7 @@ impl Vm {
             running,
             local: false,
             postcopy: false,
+            mirror: Vec::new(),
             connections: 1,
         })
     }

@@ -4,19 +4,22 @@ use std::error::Error;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
+use holdfast_block::BlockNode;
+use holdfast_block::nodes::NamedNode;
 use holdfast_config::VmConfig;
 use holdfast_memory::GuestMemory;
 use holdfast_migration::mapped::Mapped;
-use holdfast_migration::{Control, MigrationError, Phase, Plan, Source, Target};
+use holdfast_migration::{Control, MigrationError, MirroredDisk, Phase, Plan, Source, Target};
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 
 use super::super::{Manager, Message, Run, Wire};
+use super::disks::{self, Leaving};
 use super::settings::status;
 use crate::confine;
 use crate::control::{Event, EventBus};
@@ -42,6 +45,8 @@ pub(super) struct Link {
     /// Percent of the time that vCPUs stand.
     throttle: Arc<AtomicU8>,
     throttling: AtomicBool,
+    /// Disks that go along.
+    disks: OnceLock<Vec<Arc<Leaving>>>,
 }
 
 impl Link {
@@ -55,6 +60,7 @@ impl Link {
             events: None,
             throttle: Arc::default(),
             throttling: AtomicBool::new(false),
+            disks: OnceLock::new(),
         }
     }
 
@@ -120,6 +126,27 @@ impl Source for Link {
         }
     }
 
+    fn mirror(&self) -> Result<Vec<MirroredDisk>, Failure> {
+        let disks = disks::leaving(&self.vm)?;
+        Ok(self.disks.get_or_init(|| disks).iter().map(|disk| disk.describe()).collect())
+    }
+
+    fn log_disks(&self, on: bool) -> Result<(), Failure> {
+        self.disks.get().into_iter().flatten().for_each(|disk| disk.log(on));
+        Ok(())
+    }
+
+    fn take_written(&self, disk: usize) -> Result<Vec<(u64, u64)>, Failure> {
+        let disk = self.disks.get().and_then(|all| all.get(disk)).ok_or("there is no such disk")?;
+        let disk = Arc::clone(disk);
+        // There nobody stops or resets the guest meanwhile.
+        self.ask(move |manager| disk.take_written(manager.runs()))
+    }
+
+    fn read_disk(&self, disk: usize, offset: u64, to: &mut [u8]) -> Result<(), Failure> {
+        self.disks.get().and_then(|all| all.get(disk)).ok_or("there is no such disk")?.read(offset, to)
+    }
+
     fn stop(&self) -> Result<(), Failure> {
         if !self.running {
             return Ok(());
@@ -181,6 +208,8 @@ pub(super) struct Newcomer {
     pub(super) running: bool,
     /// RAM out of a file comes as the guest touches it.
     pub(super) demand: bool,
+    /// Disks that come along.
+    pub(super) disks: Vec<Arc<NamedNode>>,
 }
 
 impl Newcomer {
@@ -249,15 +278,33 @@ impl Target for Newcomer {
         }
         config.validate_for_boot()?;
         confine::check(&self.sandbox, &config, None)?;
+        if !plan.mirror.is_empty() {
+            // These images are nobody else's.
+            disks::make_images(&config, &plan.mirror, &host.spawner)?;
+            host.storage.nodes().activate()?;
+        }
         confine::limit_paths(&self.sandbox, &config, None)?;
         host.incoming = true;
         host.ram_files = files.into_iter().map(Into::into).collect();
         let vm = Vm::build(config, host)?;
         vm.check_plan(plan)?;
+        self.disks = disks::arriving(&vm, &plan.mirror)?;
         self.running = plan.running;
         let memory = vm.memory().clone();
         self.vm = Some(vm);
         Ok(memory)
+    }
+
+    fn write_disk(&mut self, disk: usize, offset: u64, data: &[u8]) -> Result<(), Failure> {
+        Ok(self.disks.get(disk).ok_or("there is no such disk")?.write_at(offset, data)?)
+    }
+
+    fn zero_disk(&mut self, disk: usize, offset: u64, len: u64) -> Result<(), Failure> {
+        Ok(self.disks.get(disk).ok_or("there is no such disk")?.write_zeroes(offset, len, true)?)
+    }
+
+    fn flush_disks(&mut self) -> Result<(), Failure> {
+        Ok(self.disks.iter().try_for_each(|disk| disk.flush())?)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {

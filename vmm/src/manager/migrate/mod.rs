@@ -1,6 +1,7 @@
 //! Migration: the manager's part, and the VM as the two ends of a migration see it.
 
 mod announce;
+mod disks;
 mod ends;
 mod settings;
 
@@ -120,7 +121,8 @@ fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
     };
     let session = uuid::Uuid::new_v4().into_bytes();
     let (connections, local, direct) = (data.connections, data.local, data.direct_io);
-    let to = SendTo { address, tls, connections, local, postcopy, direct, session };
+    let mirror = data.mirror_disks;
+    let to = SendTo { address, tls, connections, local, postcopy, mirror, direct, session };
     Ok(Start { to, parameters, exit: !data.preserve_source, at_once: postcopy })
 }
 
@@ -133,8 +135,17 @@ pub(super) fn unpack(
 ) -> Result<Vm, MigrationError> {
     let spawner = Arc::clone(&host.spawner);
     let (host, sandbox) = (Some(host), Arc::clone(sandbox));
-    let mut newcomer =
-        Newcomer { config: None, host, accel, sandbox, events: None, vm: None, running: false, demand };
+    let mut newcomer = Newcomer {
+        config: None,
+        host,
+        accel,
+        sandbox,
+        events: None,
+        vm: None,
+        running: false,
+        demand,
+        disks: Vec::new(),
+    };
     newcomer.unpack(path, &spawner)?;
     newcomer.vm.take().ok_or_else(|| MigrationError::Protocol("there is no VM".into()))
 }
@@ -313,6 +324,7 @@ impl Manager {
             vm: None,
             running: false,
             demand: true,
+            disks: Vec::new(),
         };
         let spawner = Arc::clone(&self.spawner);
         let watched = Arc::clone(&control);

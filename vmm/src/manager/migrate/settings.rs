@@ -293,7 +293,12 @@ impl Manager {
     }
 
     /// `migrate`.
-    pub(in super::super) fn migrate_to(&mut self, uri: &str, resume: bool) -> Result<(), ControlError> {
+    pub(in super::super) fn migrate_to(
+        &mut self,
+        uri: &str,
+        resume: bool,
+        blk: bool,
+    ) -> Result<(), ControlError> {
         if resume {
             return match &self.migration.control {
                 Some(control) if self.job == Some(SEND) && control.phase() == Phase::PostcopyPaused => {
@@ -320,6 +325,7 @@ impl Manager {
             connections: if settings.multifd { settings.channels } else { 1 },
             local: false,
             direct: settings.direct,
+            mirror: blk,
             postcopy: settings.postcopy,
             session: uuid::Uuid::new_v4().into_bytes(),
         };
