@@ -145,7 +145,7 @@ fn what_differs_is_named_before_the_guest_stops() {
         (["--cpus", "boot=3"].as_slice(), "the number of vCPUs is 2 at the source, 3 here"),
         (&["--memory", "size=512M"], "RAM is 0x10000000 bytes at 0x80000000 at the source, 0x20000000"),
         (&["--rng", "src=/dev/zero,id=extra"], "device `extra` (virtio-rng) is not at the source"),
-        (hotplug, "is not at the source"),
+        (hotplug, "is not here"),
     ]
     .into_iter()
     .enumerate()
@@ -272,6 +272,7 @@ fn streams_of_released_versions_are_taken() {
             "b",
             &[
                 ["--arch", "riscv64"],
+                ["--machine", "virt,hotplug_ports=0"],
                 ["--accel", "tcg"],
                 ["--cpus", "boot=1"],
                 ["--memory", "size=16M"],

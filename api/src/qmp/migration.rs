@@ -80,7 +80,8 @@ pub(super) async fn migrate(handle: ControlHandle, arguments: Migrate) -> Reply<
     // As QEMU documents it: it has no meaning in this protocol.
     let _ = arguments.detach;
     let uri = address(arguments.uri, arguments.channels.as_ref())?;
-    call(&handle, ops::Migrate(uri, arguments.resume.unwrap_or(false), arguments.blk.unwrap_or(false))).await?;
+    call(&handle, ops::Migrate(uri, arguments.resume.unwrap_or(false), arguments.blk.unwrap_or(false)))
+        .await?;
     Ok(Empty {})
 }
 

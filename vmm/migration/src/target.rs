@@ -215,10 +215,11 @@ impl Session<'_> {
             let (done, result) = channel();
             let (memory, control) = (memory.clone(), Arc::clone(self.control));
             let body = move || {
-                let filled = Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
-                    let text = format!("a {:?} section on a connection for RAM", header.kind);
-                    Err(MigrationError::Protocol(text))
-                });
+                let filled =
+                    Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
+                        let text = format!("a {:?} section on a connection for RAM", header.kind);
+                        Err(MigrationError::Protocol(text))
+                    });
                 if filled.is_err() {
                     // The first connection's thread is not to wait for what no longer comes.
                     control.break_connections();

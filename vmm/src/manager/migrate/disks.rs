@@ -76,7 +76,9 @@ pub(super) fn make_images(
 ) -> Result<(), Failure> {
     for MirroredDisk { id, size, format } in disks {
         let of_disk = config.disks().iter().find(|d| d.id.as_deref() == Some(id));
-        let Some(path) = of_disk.and_then(|d| d.path.as_deref()).filter(|path| !path.exists()) else { continue };
+        let Some(path) = of_disk.and_then(|d| d.path.as_deref()).filter(|path| !path.exists()) else {
+            continue;
+        };
         make_image(path, *size, format, spawner)?;
     }
     Ok(())
@@ -94,7 +96,10 @@ fn make_image(path: &Path, size: u64, format: &str, spawner: &Arc<dyn Spawner>) 
             qcow2::create(file, None, &qcow2::CreateOptions::new(size), None)?;
             Ok(())
         }
-        other => Err(format!("`{}` is not there, and images of the format `{other}` are not made", path.display()).into()),
+        other => {
+            Err(format!("`{}` is not there, and images of the format `{other}` are not made", path.display())
+                .into())
+        }
     }
 }
 
@@ -103,7 +108,8 @@ pub(super) fn arriving(vm: &Vm, disks: &[MirroredDisk]) -> Result<Vec<Arc<NamedN
     let all = vm.disks();
     let mut nodes = Vec::new();
     for MirroredDisk { id, size, .. } in disks {
-        let disk = all.iter().find(|d| d.id() == id).ok_or_else(|| format!("there is no disk `{id}` here"))?;
+        let disk =
+            all.iter().find(|d| d.id() == id).ok_or_else(|| format!("there is no disk `{id}` here"))?;
         let here = disk.backend().geometry().size;
         if here != *size {
             return Err(format!("disk `{id}` has {size} bytes at the source, {here} here").into());
