@@ -31,6 +31,8 @@ pub struct Builder {
     extended: [(u32, u32); 8],
     /// Zero extensions likewise.
     extended_u: [(u32, u32); 8],
+    /// Truncations likewise.
+    truncated: [(u32, u32); 8],
 }
 
 /// Entries of the table of sums and shifts.
@@ -69,6 +71,7 @@ impl Builder {
         self.known.fill((u32::MAX, 0));
         self.extended = [(u32::MAX, 0); 8];
         self.extended_u = [(u32::MAX, 0); 8];
+        self.truncated = [(u32::MAX, 0); 8];
         self.computed = [Computed::default(); COMPUTED];
         self.block = 0;
     }
@@ -288,10 +291,16 @@ impl Builder {
         self.rotation(op, a, b)
     }
 
+    /// Whether two values are known to be equal.
+    fn same(&self, a: u32, b: u32) -> bool {
+        let (x, y) = (self.region.def(Val(a)), self.region.def(Val(b)));
+        a == b || x.op == Op::Trunc && y.op == Op::Trunc && x.a == y.a
+    }
+
     fn rotation(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
         let (x, y) = (*self.region.def(a), *self.region.def(b));
         let (left, right) = if x.op == Op::Shl { (x, y) } else { (y, x) };
-        if op == Op::And || left.op != Op::Shl || right.op != Op::ShrU || left.a != right.a {
+        if op == Op::And || left.op != Op::Shl || right.op != Op::ShrU || !self.same(left.a, right.a) {
             return None;
         }
         let (n, m) = (self.as_const(Val(left.b))?, self.as_const(Val(right.b))?);
@@ -364,10 +373,21 @@ impl Builder {
     pub fn trunc(&mut self, a: Val) -> Val {
         let d = *self.region.def(a);
         match d.op {
-            Op::Const => self.constant(Type::I32, d.imm()),
-            Op::SExt | Op::ZExt => Val(d.a),
-            _ => self.push_op(Op::Trunc, Type::I32, 0, (a.0, 0, 0)),
+            Op::Const => return self.constant(Type::I32, d.imm()),
+            Op::SExt | Op::ZExt => return Val(d.a),
+            _ => {}
         }
+        // The same low half again.
+        let n = a.index() % self.truncated.len().max(1);
+        match self.truncated.get(n) {
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
+            _ => {}
+        }
+        let v = self.push_op(Op::Trunc, Type::I32, 0, (a.0, 0, 0));
+        if let Some(t) = self.truncated.get_mut(n) {
+            *t = (a.0, v.0);
+        }
+        v
     }
 
     /// Whether `a cc b`, if that is known now: a branch on it would fold.

@@ -207,6 +207,16 @@ impl Op {
     /// Whether dropping it is wrong even when its result is unused. Floating-point arithmetic raises flags.
     #[inline]
     pub const fn has_effect(self) -> bool {
+        TRAITS[self as usize] & EFFECT != 0
+    }
+
+    /// How many of `a`, `b`, `c` are values, as a bit mask (bit 0 is `a`). Call arguments are not counted.
+    #[inline]
+    pub const fn operands(self) -> u8 {
+        TRAITS[self as usize] & OPERANDS
+    }
+
+    const fn effect(self) -> bool {
         match self {
             Op::Load | Op::Store | Op::AtomicRmw | Op::AtomicCas | Op::Fence | Op::Call | Op::SetSlot => true,
             Op::FAdd | Op::FSub | Op::FMul | Op::FDiv | Op::FSqrt | Op::FMulAdd | Op::FMin | Op::FMax => true,
@@ -216,9 +226,7 @@ impl Op {
         }
     }
 
-    /// How many of `a`, `b`, `c` are values, as a bit mask (bit 0 is `a`). Call arguments are not counted.
-    #[inline]
-    pub const fn operands(self) -> u8 {
+    const fn value_operands(self) -> u8 {
         match self {
             Op::SetSlot | Op::ExitReg => 0b010,
             Op::SetCond | Op::Store | Op::AtomicRmw | Op::BrCond => 0b011,
@@ -236,6 +244,115 @@ impl Op {
         }
     }
 }
+
+/// Every operation, by rising discriminant.
+const ALL: [Op; 82] = {
+    use Op::*;
+    [
+        Nop,
+        InsnStart,
+        Const,
+        GetSlot,
+        SetSlot,
+        Add,
+        Sub,
+        And,
+        Or,
+        Xor,
+        Andn,
+        Shl,
+        ShrU,
+        ShrS,
+        RotL,
+        RotR,
+        Mul,
+        MulHS,
+        MulHU,
+        MulHSU,
+        DivS,
+        DivU,
+        RemS,
+        RemU,
+        MinS,
+        MaxS,
+        MinU,
+        MaxU,
+        Neg,
+        Not,
+        Clz,
+        Ctz,
+        Popcnt,
+        Bswap,
+        Ext8S,
+        Ext16S,
+        Ext8U,
+        Ext16U,
+        SExt,
+        ZExt,
+        Trunc,
+        SetCond,
+        Select,
+        Load,
+        Store,
+        AtomicRmw,
+        AtomicCas,
+        Fence,
+        FAdd,
+        FSub,
+        FMul,
+        FDiv,
+        FSqrt,
+        FMulAdd,
+        FMin,
+        FMax,
+        FSgnj,
+        FSgnjn,
+        FSgnjx,
+        FCmp,
+        FClass,
+        FCvtFF,
+        FCvtToS,
+        FCvtToU,
+        FCvtFromS,
+        FCvtFromU,
+        FMoveToInt,
+        FMoveFromInt,
+        FUnbox,
+        FBox,
+        Call,
+        Vec,
+        VecFp,
+        Host,
+        Label,
+        Br,
+        BrCond,
+        GotoPc,
+        GotoReg,
+        Exit,
+        ExitReg,
+        ExitAsIs,
+    ]
+};
+
+// None is missing.
+const _: () = assert!(ALL.len() == Op::ExitAsIs as usize + 1 && ALL[ALL.len() - 1] as usize == ALL.len() - 1);
+
+/// In [`TRAITS`]: the operands that are values.
+const OPERANDS: u8 = 7;
+/// In [`TRAITS`]: it is not to be dropped.
+const EFFECT: u8 = 8;
+
+/// What the passes ask of each instruction again and again, by discriminant.
+const TRAITS: [u8; 256] = {
+    let mut traits = [0; 256];
+    let mut n = 0;
+    while n < ALL.len() {
+        let effect = if ALL[n].effect() { EFFECT } else { 0 };
+        traits[ALL[n] as usize] = ALL[n].value_operands() | effect;
+        n += 1;
+    }
+    traits
+};
 
 /// One instruction, 16 bytes. What the fields mean depends on [`Op`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -180,6 +180,14 @@ impl CodeCache {
         unsafe { std::slice::from_raw_parts_mut(self.rw.add(offset.min(self.len)), len) }
     }
 
+    /// Has the pages of a part that is about to be written mapped at once: one by one, as they are written, each would be an
+    /// exception.
+    pub(crate) fn prepare(&self, offset: usize, len: usize) {
+        let len = len.min(self.len.saturating_sub(offset));
+        // SAFETY: advice on our own mapping, in bounds; where the kernel does not know it, pages come one by one.
+        unsafe { libc::madvise(self.rw.add(offset.min(self.len)).cast(), len, libc::MADV_POPULATE_WRITE) };
+    }
+
     /// Looks for an empty segment. `passed` is the epoch that every vCPU has passed.
     pub fn acquire(&self, passed: u64) -> Acquired {
         let mut s = self.state.lock();

@@ -12,7 +12,7 @@ use holdfast_tcg_x64::{CodegenError, NativeRunner, Stubs, Target, Translator};
 use crate::cache::{Acquired, CodeCache, SegmentId};
 use crate::guest::Guest;
 use crate::slow::slow_paths;
-use crate::table::{Body, HostCode, Region};
+use crate::table::{Body, HostCode, Link, Region};
 use crate::vcpu::VcpuCore;
 use crate::vm::{Engine, RuntimeError};
 
@@ -68,13 +68,18 @@ impl EngineKind {
             }
             Self::Host(stubs) => Kind::Host(Box::new((translator(&**guest)?, Stubs::clone(stubs)))),
         };
-        Ok(VcpuEngine { builder: Builder::new(guest.helpers()), kind, segment: None, limit: u32::MAX })
+        Ok(VcpuEngine { builder: None, kind, segment: None, limit: u32::MAX, prepared: 0 })
     }
 }
 
 fn translator(guest: &dyn Guest) -> Result<Translator, RuntimeError> {
     Translator::new(guest.spec().ir, guest.helpers().clone(), slow_paths()).map_err(RuntimeError::Codegen)
 }
+
+/// Bytes of the code cache whose pages are asked for at once.
+const PREPARED: usize = 64 << 10;
+/// Host code of few regions is longer.
+const LARGE_REGION: usize = 4 << 10;
 
 enum Kind {
     Interpreter(Interpreter, Arc<dyn Guest>),
@@ -83,12 +88,15 @@ enum Kind {
 
 /// A vCPU's part of an engine.
 pub struct VcpuEngine {
-    builder: Builder,
+    /// Away while a region is built.
+    builder: Option<Box<Builder>>,
     kind: Kind,
     /// The segment being filled and the bytes used of it.
     segment: Option<(SegmentId, usize)>,
     /// Instructions that the next region may have at most.
     limit: u32,
+    /// Where the part of the segment ends whose pages are there.
+    prepared: usize,
 }
 
 impl fmt::Debug for VcpuEngine {
@@ -99,13 +107,13 @@ impl fmt::Debug for VcpuEngine {
 
 impl VcpuEngine {
     /// The builder, for one region.
-    pub fn take_builder(&mut self) -> Builder {
-        std::mem::take(&mut self.builder)
+    pub fn take_builder(&mut self, guest: &dyn Guest) -> Box<Builder> {
+        self.builder.take().unwrap_or_else(|| Box::new(Builder::new(guest.helpers())))
     }
 
     /// The builder back.
-    pub fn return_builder(&mut self, builder: Builder) {
-        self.builder = builder;
+    pub fn return_builder(&mut self, builder: Box<Builder>) {
+        self.builder = Some(builder);
     }
 
     /// Instructions that the next region may have at most.
@@ -159,20 +167,30 @@ impl VcpuCore {
         loop {
             let (segment, used) = match self.engine.segment {
                 Some(mine) => mine,
-                None => (self.take_segment(cache), 0),
+                None => {
+                    let segment = self.take_segment(cache);
+                    self.engine.prepared = cache.start_of(segment);
+                    (segment, 0)
+                }
             };
             self.engine.segment = Some((segment, used));
             let Kind::Host(host) = &mut self.engine.kind else { return Ok(None) };
             let (translator, stubs) = &mut **host;
             let offset = cache.start_of(segment) + used;
+            let end = cache.start_of(segment) + cache.segment_len();
+            if self.engine.prepared < end.min(offset + LARGE_REGION) {
+                let from = self.engine.prepared;
+                self.engine.prepared = end.min(from + PREPARED);
+                cache.prepare(from, self.engine.prepared - from);
+            }
             let out = cache.writable(offset, cache.segment_len() - used);
             let entry = cache.exec_addr(offset).expose_provenance() as u64;
             let insns = builder.region().guest_insns;
             let target = Target { out, exec: entry, region_id: id };
             match translator.compile(stubs, builder.region(), target) {
                 Ok(made) => {
-                    let code =
-                        HostCode { entry, offset, len: made.len as u32, segment, links: made.links.into() };
+                    let links = made.links.iter().map(Link::new).collect();
+                    let code = HostCode { entry, offset, len: made.len as u32, segment, links };
                     self.engine.segment = Some((segment, used + made.len.next_multiple_of(16)));
                     self.engine.limit = u32::MAX;
                     return Ok(Some(Body::Host(code)));

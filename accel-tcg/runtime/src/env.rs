@@ -152,6 +152,15 @@ impl EnvBox {
         unsafe { (AtomicU64::from_ptr(&raw mut (*entry).tag), AtomicU64::from_ptr(&raw mut (*entry).addend)) }
     }
 
+    /// The write entries of an MMU index (modulo their number): tag and addend.
+    pub fn write_entries(&self, mmu_idx: u8) -> &[[AtomicU64; 2]; layout::TLB_ENTRIES] {
+        const { assert!(size_of::<TlbEntry>() == 16) };
+        let base = layout::offset::tlb_write(mmu_idx as usize % layout::MMU_MODES);
+        // SAFETY: the array is in the tables, an entry is two words, and outside translated code they are only ever accessed
+        // as atomics.
+        unsafe { &*self.ptr().wrapping_offset(base as isize).cast() }
+    }
+
     /// Sets the mapping id that a code page has.
     #[inline]
     pub fn set_page_id(&self, index: usize, value: u32) {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_ir::env::MAX_MAPPING_ID;
@@ -13,7 +13,7 @@ use crate::cache::{CodeCache, SegmentId};
 use crate::epoch::Epochs;
 use crate::hash::Map;
 use crate::phys::PhysMemory;
-use crate::table::{GRANULE, Key, Region, Table};
+use crate::table::{GRANULE, Key, Link, NO_LINK, Region, Table};
 
 /// No region.
 const NONE: u32 = u32::MAX;
@@ -30,13 +30,15 @@ pub struct Killed {
 /// Tells the vCPUs which regions are no more. Called with the data base locked.
 pub type Post<'a> = &'a dyn Fn(&[Killed]);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Slot {
     region: Option<Arc<Region>>,
-    /// Target of each link, or [`NONE`].
-    out: Vec<u32>,
-    /// (region, link) that jumps here.
-    incoming: Vec<(u32, u32)>,
+    /// The first link that jumps here, as [`Link::next`].
+    incoming: u64,
+}
+
+impl Slot {
+    const EMPTY: Self = Self { region: None, incoming: NO_LINK };
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +112,8 @@ pub struct RegionCounts {
 pub struct Regions {
     table: Table,
     db: Mutex<Db>,
+    /// Mapping ids given out, as the data base last had them.
+    ids: AtomicU32,
     /// Safe points of the vCPUs.
     pub epochs: Epochs,
     /// Where host code lives; `None` when everything is interpreted.
@@ -119,7 +123,13 @@ pub struct Regions {
 impl Regions {
     /// Empty, for `vcpus` vCPUs.
     pub fn new(vcpus: usize, cache: Option<CodeCache>) -> Self {
-        Self { table: Table::new(), db: Mutex::default(), epochs: Epochs::new(vcpus), cache }
+        Self {
+            table: Table::new(),
+            db: Mutex::default(),
+            ids: AtomicU32::new(0),
+            epochs: Epochs::new(vcpus),
+            cache,
+        }
     }
 
     /// The region for `key`.
@@ -184,12 +194,12 @@ impl Regions {
         {
             db.limbo.pop_front();
             if let Some(slot) = db.slots.get_mut(id as usize) {
-                *slot = Slot::default();
+                *slot = Slot::EMPTY;
             }
             db.free.push(id);
         }
         db.free.pop().unwrap_or_else(|| {
-            db.slots.push(Slot::default());
+            db.slots.push(Slot::EMPTY);
             db.slots.len() as u32 - 1
         })
     }
@@ -219,10 +229,10 @@ impl Regions {
         if let Some(code) = region.host() {
             db.segments.entry(code.segment).or_default().push(id);
         }
-        let links = region.host().map_or(0, |c| c.links.len());
         if let Some(slot) = db.slots.get_mut(id as usize) {
-            *slot = Slot { region: Some(Arc::clone(&region)), out: vec![NONE; links], incoming: Vec::new() };
+            *slot = Slot { region: Some(Arc::clone(&region)), incoming: NO_LINK };
         }
+        self.ids.store(db.ids.len() as u32, Ordering::Relaxed);
         db.live += 1;
         self.table.insert(&region);
         Some(region)
@@ -237,9 +247,10 @@ impl Regions {
         }
         let Some(from) = db.slots.get(source as usize).and_then(|s| s.region.clone()) else { return false };
         let (Some(code), Some(to)) = (from.host(), target.host()) else { return false };
-        let Some(site) = code.links.get(index as usize).filter(|s| s.target_pc == target.key.pc) else {
+        let Some(link) = code.links.get(index as usize).filter(|l| l.site.target_pc == target.key.pc) else {
             return false;
         };
+        let site = &link.site;
         // A link to a region that needs two pages would not notice that the second one is mapped elsewhere.
         let dead = from.dead.load(Ordering::Relaxed);
         if dead || from.key.mode != target.key.mode {
@@ -257,14 +268,13 @@ impl Regions {
         if !cache.link(site, code.offset, distance, target.page_id) {
             return false;
         }
-        let old = db.slots.get_mut(source as usize).and_then(|s| s.out.get_mut(index as usize));
-        if let Some(old) = old.map(|o| std::mem::replace(o, target.id))
-            && old != target.id
-            && let Some(slot) = db.slots.get_mut(target.id as usize)
-        {
-            slot.incoming.push((source, index));
-            if let Some(slot) = db.slots.get_mut(old as usize) {
-                slot.incoming.retain(|i| *i != (source, index));
+        let old = link.to.load(Ordering::Relaxed);
+        if old != target.id {
+            let me = link_id(source, index);
+            take_off(db, old, me);
+            if let Some(slot) = db.slots.get_mut(target.id as usize) {
+                link.to.store(target.id, Ordering::Relaxed);
+                link.next.store(std::mem::replace(&mut slot.incoming, me), Ordering::Relaxed);
             }
         }
         true
@@ -354,6 +364,7 @@ impl Regions {
             forget_page_if_empty(db, phys, page);
         }
         db.ids.clear();
+        self.ids.store(0, Ordering::Relaxed);
         self.bury(db, &killed, post);
     }
 
@@ -365,22 +376,17 @@ impl Regions {
         };
         region.dead.store(true, Ordering::SeqCst);
         self.table.remove(&region);
-        let (out, incoming) = (std::mem::take(&mut slot.out), std::mem::take(&mut slot.incoming));
-        for (source, index) in incoming {
-            let Some(from) = db.slots.get_mut(source as usize) else { continue };
-            if let Some(target) = from.out.get_mut(index as usize) {
-                *target = NONE;
-            }
-            if let (Some(cache), Some(code)) = (&self.cache, from.region.as_ref().and_then(|r| r.host()))
-                && let Some(site) = code.links.get(index as usize)
-            {
-                cache.unlink(site, code.offset);
+        let mut at = std::mem::replace(&mut slot.incoming, NO_LINK);
+        while let Some((link, offset)) = link_of(db, at) {
+            at = link.next.swap(NO_LINK, Ordering::Relaxed);
+            link.to.store(NONE, Ordering::Relaxed);
+            if let Some(cache) = &self.cache {
+                cache.unlink(&link.site, offset);
             }
         }
-        for target in out {
-            if let Some(to) = db.slots.get_mut(target as usize) {
-                to.incoming.retain(|(source, _)| *source != id);
-            }
+        for (index, link) in region.host().iter().flat_map(|c| c.links.iter()).enumerate() {
+            let target = link.to.swap(NONE, Ordering::Relaxed);
+            take_off(db, target, link_id(id, index as u32));
         }
         for (page, _) in region.pages() {
             if let Some(info) = db.pages.get_mut(&page) {
@@ -414,8 +420,9 @@ impl Regions {
             let Some(region) = slot.region.as_ref().filter(|r| !r.dead.load(Ordering::Relaxed)) else {
                 continue;
             };
-            c.links += slot.out.len() as u64;
-            c.linked += slot.out.iter().filter(|t| **t != NONE).count() as u64;
+            let links = region.host().map_or(&[][..], |code| &code.links);
+            c.links += links.len() as u64;
+            c.linked += links.iter().filter(|l| l.to.load(Ordering::Relaxed) != NONE).count() as u64;
             c.guest_bytes += u64::from(region.guest_len);
             c.insns += u64::from(region.insns);
             c.host_bytes += region.host().map_or(0, |h| u64::from(h.len));
@@ -425,7 +432,41 @@ impl Regions {
 
     /// True when mapping ids have run out: everything has to be taken out once.
     pub fn ids_exhausted(&self) -> bool {
-        self.db.lock().ids.len() as u64 >= u64::from(MAX_MAPPING_ID) - 1
+        self.ids.load(Ordering::Relaxed) >= MAX_MAPPING_ID - 1
+    }
+}
+
+/// Link `index` of region `source` as [`Link::next`] names it.
+fn link_id(source: u32, index: u32) -> u64 {
+    u64::from(source) << 32 | u64::from(index)
+}
+
+/// The link of that name, and where its region's code is.
+fn link_of(db: &Db, id: u64) -> Option<(&Link, usize)> {
+    let code = db.slots.get((id >> 32) as usize)?.region.as_ref()?.host()?;
+    Some((code.links.get(id as u32 as usize)?, code.offset))
+}
+
+/// Takes link `id` off the list of those that jump to region `target`.
+fn take_off(db: &mut Db, target: u32, id: u64) {
+    let Some((me, _)) = link_of(db, id) else { return };
+    let Some(first) = db.slots.get(target as usize).map(|slot| slot.incoming) else { return };
+    let next = me.next.load(Ordering::Relaxed);
+    if first == id {
+        me.next.store(NO_LINK, Ordering::Relaxed);
+        if let Some(slot) = db.slots.get_mut(target as usize) {
+            slot.incoming = next;
+        }
+        return;
+    }
+    let mut at = first;
+    while let Some((link, _)) = link_of(db, at) {
+        at = link.next.load(Ordering::Relaxed);
+        if at == id {
+            link.next.store(next, Ordering::Relaxed);
+            me.next.store(NO_LINK, Ordering::Relaxed);
+            return;
+        }
     }
 }
 

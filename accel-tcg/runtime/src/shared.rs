@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use holdfast_tcg_ir::env::{MMU_MODES, TLB_ENTRIES, TLB_SLOW};
+use holdfast_tcg_ir::env::{MMU_MODES, TLB_SLOW};
 
 use crate::env::EnvBox;
 use crate::guest::Flush;
@@ -194,13 +194,11 @@ impl VcpuShared {
         let _clearing = self.tlb_lock.lock();
         let used = self.tlb_used.load(Ordering::Relaxed);
         for idx in (0..MMU_MODES as u8).filter(|i| used >> i & 1 != 0) {
-            for n in 0..TLB_ENTRIES {
-                let (tag, addend) = self.env.tlb(idx, true, n);
+            // All of them are looked at for each page that code is found in, so what nearly none passes comes first.
+            for [tag, addend] in self.env.write_entries(idx) {
                 let t = tag.load(Ordering::Relaxed);
-                if t != 0
-                    && t & TLB_SLOW == 0
-                    && (t & !0xfff).wrapping_add(addend.load(Ordering::Relaxed)) == host
-                {
+                let leads_there = (t & !0xfff).wrapping_add(addend.load(Ordering::Relaxed)) == host;
+                if leads_there && t != 0 && t & TLB_SLOW == 0 {
                     tag.store(0, Ordering::SeqCst);
                     cleared = true;
                 }

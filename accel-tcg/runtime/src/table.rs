@@ -2,7 +2,7 @@
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use holdfast_tcg_ir as ir;
 use holdfast_tcg_x64::LinkSite;
@@ -53,7 +53,29 @@ pub struct HostCode {
     /// The segment it lies in.
     pub segment: SegmentId,
     /// Direct jumps.
-    pub links: Box<[LinkSite]>,
+    pub links: Box<[Link]>,
+}
+
+/// No link: see [`Link::next`].
+pub const NO_LINK: u64 = u64::MAX;
+
+/// A direct jump of a region, and where it is linked to. What changes is changed under the lock of the region data base.
+#[derive(Debug)]
+pub struct Link {
+    /// The jump.
+    pub site: LinkSite,
+    /// Number of the region that it goes to, or `u32::MAX`.
+    pub to: AtomicU32,
+    /// The next of the links to the same region: number of the region it is in and, in the lower half, its index there; or
+    /// [`NO_LINK`].
+    pub next: AtomicU64,
+}
+
+impl Link {
+    /// A jump that is not linked.
+    pub fn new(site: &LinkSite) -> Self {
+        Self { site: *site, to: AtomicU32::new(u32::MAX), next: AtomicU64::new(NO_LINK) }
+    }
 }
 
 /// A translated region. Immutable once published, but for what is atomic.

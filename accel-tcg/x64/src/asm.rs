@@ -116,10 +116,10 @@ impl Asm {
     }
 
     /// Overwrites the 32-bit field at `at`.
+    #[inline]
     pub fn patch32(&mut self, at: usize, x: u32) {
-        for (n, y) in x.to_le_bytes().into_iter().enumerate() {
-            self.buf[(at + n) & (BUFFER - 1)] = y;
-        }
+        let at = at & (BUFFER - 1);
+        self.buf[at..at + 4].copy_from_slice(&x.to_le_bytes());
     }
 
     /// Makes the rel32 at `at` reach `target` (an offset).
@@ -145,7 +145,7 @@ impl Asm {
         let base = m.base & 7;
         let (md, disp_len) = if m.disp == 0 && base != 5 {
             (0, 0)
-        } else if i8::try_from(m.disp).is_ok() {
+        } else if m.disp == i32::from(m.disp as i8) {
             (0x40, 1)
         } else {
             (0x80, 4)

@@ -129,8 +129,19 @@ impl Alloc {
     }
 }
 
+/// The registers of pins, as a mask.
+const PINS: u32 = {
+    let (mut mask, mut n) = (0, 0);
+    while n < PIN_REGS.len() {
+        mask |= 1 << PIN_REGS[n].0;
+        n += 1;
+    }
+    mask
+};
+
+#[inline]
 fn is_pin(reg: u8) -> bool {
-    PIN_REGS.iter().any(|r| r.0 == reg)
+    reg < 16 && PINS >> reg & 1 != 0
 }
 
 /// The bits of a spilled value in [`Alloc::spills`].
@@ -158,11 +169,13 @@ impl Cx<'_> {
     }
 
     /// Whether `v` is used after the current instruction.
+    #[inline]
     pub(crate) fn lives_on(&self, v: Val) -> bool {
         self.st.an.last_use(self.st.an.root(v)) > self.at
     }
 
     /// The general register that holds `v` now.
+    #[inline]
     pub(crate) fn reg_of(&self, v: Val) -> Option<Reg> {
         let p = self.st.al.places[self.st.an.root(v).index()];
         (p.reg < 16).then_some(Reg(p.reg))
@@ -475,15 +488,17 @@ impl Cx<'_> {
     }
 
     /// Frees everything of root `v`.
+    #[inline]
     pub(crate) fn drop_value(&mut self, v: Val) {
-        let p = self.st.al.places[v.index()];
-        if p.reg != NONE && !is_pin(p.reg) {
-            self.st.al.occ[usize::from(p.reg)] = NO_VALUE;
-            self.st.al.places[v.index()].reg = NONE;
+        let al = &mut self.st.al;
+        let Some(p) = al.places.get_mut(v.index()) else { return };
+        if p.reg < 32 && !is_pin(p.reg) {
+            al.occ[usize::from(p.reg & 31)] = NO_VALUE;
+            p.reg = NONE;
         }
         if p.spill != NONE {
-            self.st.al.spills &= !spill_bits(p.spill, self.r.ty(v) == Type::V128);
-            self.st.al.places[v.index()].spill = NONE;
+            al.spills &= !spill_bits(p.spill, self.r.ty(v) == Type::V128);
+            p.spill = NONE;
         }
     }
 

@@ -55,9 +55,18 @@ struct Info {
     flags: u8,
 }
 
+impl Info {
+    /// Nothing is known of instruction `at`.
+    fn new(at: u32) -> Self {
+        Self { root: at, last: 0, access: 0, next: 0, dies: NO_VALUE, also: NO_VALUE, flags: 0 }
+    }
+}
+
 /// Results of the pass, indexed by instruction.
 pub(crate) struct Analysis {
     info: Vec<Info>,
+    /// What `info` begins as, as long as was ever needed.
+    fresh: Vec<Info>,
     /// The next instruction that ends what probes may share.
     barrier: u32,
     /// Slot offsets that are overwritten before anything can see them, direct mapped, and the epoch of each entry.
@@ -68,7 +77,13 @@ pub(crate) struct Analysis {
 
 impl Default for Analysis {
     fn default() -> Self {
-        Self { info: Vec::new(), barrier: 0, overwritten: [(0, 0); SLOT_INDEXES], epoch: 0 }
+        Self {
+            info: Vec::new(),
+            fresh: Vec::new(),
+            barrier: 0,
+            overwritten: [(0, 0); SLOT_INDEXES],
+            epoch: 0,
+        }
     }
 }
 
@@ -89,23 +104,28 @@ impl Analysis {
     }
 
     fn roots(&mut self, r: &Region) {
+        while self.fresh.len() < r.insts.len() {
+            self.fresh.push(Info::new(self.fresh.len() as u32));
+        }
         self.info.clear();
-        self.info.reserve(r.insts.len());
+        self.info.extend_from_slice(self.fresh.get(..r.insts.len()).unwrap_or_default());
         for (at, i) in r.insts.iter().enumerate() {
-            let of = |v: u32| self.info.get(v as usize).map_or(v, |d| d.root);
-            let root = match i.op {
-                Op::Trunc => of(i.a),
-                // Everything that makes a 32-bit value zeroes the upper half, but for truncations.
-                Op::ZExt if of(i.a) == i.a => i.a,
-                _ => at as u32,
-            };
-            let flags = if root == at as u32 { 0 } else { ALIAS };
-            let (dies, also) = (NO_VALUE, NO_VALUE);
-            self.info.push(Info { root, last: 0, access: 0, next: 0, dies, also, flags });
+            if i.op != Op::Trunc && i.op != Op::ZExt {
+                continue;
+            }
+            let of = self.info.get(i.a as usize).map_or(i.a, |d| d.root);
+            // Everything that makes a 32-bit value zeroes the upper half, but for truncations.
+            if i.op == Op::Trunc || of == i.a {
+                let info = &mut self.info[at];
+                (info.root, info.flags) = (of, ALIAS);
+            }
         }
     }
 
     fn backward(&mut self, r: &Region, at: usize, i: &Inst) {
+        if i.op == Op::InsnStart {
+            return;
+        }
         let info = &mut self.info[at];
         if info.flags & ALIAS != 0 {
             return;
@@ -115,7 +135,7 @@ impl Analysis {
             return;
         }
         match i.op {
-            Op::Const | Op::InsnStart => return,
+            Op::Const => return,
             Op::SetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if *o == (i.a, self.epoch) {
@@ -160,10 +180,14 @@ impl Analysis {
             return;
         }
         let mask = i.op.operands();
-        for (n, v) in [i.a, i.b, i.c].into_iter().enumerate() {
-            if mask >> n & 1 != 0 {
-                self.mark(Val(v), at);
-            }
+        if mask & 1 != 0 {
+            self.mark(Val(i.a), at);
+        }
+        if mask & 2 != 0 {
+            self.mark(Val(i.b), at);
+        }
+        if mask & 4 != 0 {
+            self.mark(Val(i.c), at);
         }
         if i.op == Op::Call {
             for &v in r.call_args(i) {

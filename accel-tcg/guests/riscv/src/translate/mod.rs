@@ -12,6 +12,8 @@ mod mem;
 mod scan;
 mod sys;
 
+use std::cell::Cell;
+
 use holdfast_tcg_ir::{Builder, Cond, JumpHint, Label, Slot, Val, env::exit};
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest, Translated};
 
@@ -37,6 +39,19 @@ const MSTATUS: Slot = Slot::i64(std::mem::offset_of!(Hart, mstatus));
 /// Slots that stay in host registers, by heat in compiled code: a0, a5, a4, sp, s0, a1, a3, a2.
 pub(crate) const PINS: &[Slot] =
     &[x_slot(10), x_slot(15), x_slot(14), x_slot(2), x_slot(8), x_slot(11), x_slot(13), x_slot(12)];
+
+/// What is used again from region to region.
+#[derive(Default)]
+struct Buffers {
+    lines: Vec<Line>,
+    targets: Vec<u64>,
+    labels: Vec<Option<Label>>,
+    leaving: Vec<(Label, u64)>,
+}
+
+thread_local! {
+    static BUFFERS: Cell<Buffers> = Cell::default();
+}
 
 /// The state of translating one region.
 pub(crate) struct Translator<'a> {
@@ -67,7 +82,15 @@ pub(crate) fn region(
     builder: &mut Builder,
     ids: &Ids,
 ) -> Result<Translated, Fault> {
-    let scan = scan::run(request, code)?;
+    let mut buffers = BUFFERS.take();
+    let lines = std::mem::take(&mut buffers.lines);
+    let scan = match scan::run(request, code, (lines, &mut buffers.targets)) {
+        Ok(scan) => scan,
+        Err(fault) => {
+            BUFFERS.set(buffers);
+            return Err(fault);
+        }
+    };
     let mut t = Translator {
         b: builder,
         ids,
@@ -77,19 +100,24 @@ pub(crate) fn region(
         next: request.pc,
         raw: 0,
         fp_dirty: false,
-        labels: Vec::new(),
-        leaving: Vec::new(),
+        labels: std::mem::take(&mut buffers.labels),
+        leaving: std::mem::take(&mut buffers.leaving),
         scan: &scan,
     };
     t.run();
-    Ok(Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end })
+    (buffers.labels, buffers.leaving) = (t.labels, t.leaving);
+    let made = Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end };
+    buffers.lines = scan.lines;
+    BUFFERS.set(buffers);
+    Ok(made)
 }
 
 impl Translator<'_> {
     fn run(&mut self) {
         let scan = self.scan;
-        self.labels =
-            scan.lines.iter().map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc))).collect();
+        self.labels.clear();
+        let label = |l: &Line| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc));
+        self.labels.extend(scan.lines.iter().map(label));
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {
                 self.b.bind(label);
@@ -103,10 +131,12 @@ impl Translator<'_> {
             let end = self.next;
             if scan.end_indirect { self.goto_lookup(end) } else { self.goto(end) }
         }
-        for (label, target) in std::mem::take(&mut self.leaving) {
+        let mut leaving = std::mem::take(&mut self.leaving);
+        for (label, target) in leaving.drain(..) {
             self.b.bind(label);
             self.goto(target);
         }
+        self.leaving = leaving;
     }
 
     fn line(&mut self, line: &Line) {

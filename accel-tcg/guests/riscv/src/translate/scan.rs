@@ -22,6 +22,8 @@ pub(crate) struct Line {
     pub len: u8,
     /// Some branch of the region goes here.
     pub target: bool,
+    /// A basic block ends with it.
+    pub ends: bool,
 }
 
 /// The instructions of a region, by rising pc.
@@ -43,7 +45,7 @@ impl Scan {
     /// How many basic blocks there are.
     pub fn blocks(&self) -> u32 {
         let follows = self.lines.iter().skip(1).zip(&self.lines);
-        1 + follows.filter(|(line, before)| line.target || !matches!(flow(before), Flow::Next)).count() as u32
+        1 + follows.filter(|(line, before)| line.target || before.ends).count() as u32
     }
 }
 
@@ -82,23 +84,35 @@ fn flow(line: &Line) -> Flow {
 fn read(code: &mut CodeReader<'_, '_>, pc: u64, first: bool) -> Result<Option<Line>, Fault> {
     let low = code.u16(pc)?;
     if is_compressed(low) {
-        return Ok(Some(Line { pc, insn: decode16(low), raw: u32::from(low), len: 2, target: false }));
+        return Ok(Some(Line {
+            pc,
+            insn: decode16(low),
+            raw: u32::from(low),
+            len: 2,
+            target: false,
+            ends: false,
+        }));
     }
     if !first && pc & PAGE == PAGE - 1 {
         return Ok(None);
     }
     let raw = u32::from(low) | u32::from(code.u16(pc.wrapping_add(2))?) << 16;
-    Ok(Some(Line { pc, insn: decode32(raw), raw, len: 4, target: false }))
+    Ok(Some(Line { pc, insn: decode32(raw), raw, len: 4, target: false, ends: false }))
 }
 
-/// Collects the region at `request.pc`.
+/// Collects the region at `request.pc`, in buffers that may have been used before.
 ///
 /// # Errors
 /// The fault of fetching the first instruction.
-pub(crate) fn run(request: &TranslateRequest, code: &mut CodeReader<'_, '_>) -> Result<Scan, Fault> {
+pub(crate) fn run(
+    request: &TranslateRequest,
+    code: &mut CodeReader<'_, '_>,
+    (mut lines, targets): (Vec<Line>, &mut Vec<u64>),
+) -> Result<Scan, Fault> {
     let limit = request.max_insns.clamp(1, MAX_INSNS) as usize;
-    let mut scan = Scan { lines: Vec::with_capacity(limit.min(32)), end: request.pc, end_indirect: false };
-    let mut targets: Vec<u64> = Vec::new();
+    lines.clear();
+    targets.clear();
+    let mut scan = Scan { lines, end: request.pc, end_indirect: false };
     let mut pc = request.pc;
     loop {
         let first = scan.lines.is_empty();
@@ -115,12 +129,13 @@ pub(crate) fn run(request: &TranslateRequest, code: &mut CodeReader<'_, '_>) -> 
             Err(_) => break,
         };
         let next = pc.wrapping_add(u64::from(line.len));
-        scan.lines.push(line);
+        let flow = flow(&line);
+        scan.lines.push(Line { ends: !matches!(flow, Flow::Next), ..line });
         scan.end = next;
         if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 {
             break; // it ran into the next page: alone
         }
-        pc = match flow(&line) {
+        pc = match flow {
             Flow::Next => next,
             Flow::Branch(to) => {
                 targets.push(to);
@@ -138,7 +153,7 @@ pub(crate) fn run(request: &TranslateRequest, code: &mut CodeReader<'_, '_>) -> 
             }
         };
     }
-    for target in targets {
+    for target in targets.drain(..) {
         if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
             line.target = true;
         }

@@ -24,6 +24,8 @@ mod sys;
 mod vec;
 mod x87;
 
+use std::cell::Cell;
+
 use holdfast_tcg_ir::{Builder, Cond, HelperId, JumpHint, Label, Slot, Val, env::exit};
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest, Translated};
 use iced_x86::Instruction;
@@ -48,6 +50,19 @@ pub(crate) const PINS: &[Slot] = &[
     slot::gpr(3),
     slot::gpr(5),
 ];
+
+/// What is used again from region to region.
+#[derive(Default)]
+struct Buffers {
+    scan: scan::Buffers,
+    labels: Vec<Option<Label>>,
+    leaving: Vec<(Label, u64)>,
+    traps: Vec<Trap>,
+}
+
+thread_local! {
+    static BUFFERS: Cell<Buffers> = Cell::default();
+}
 
 /// An exception that translated code found by a comparison: raised out of line.
 struct Trap {
@@ -96,7 +111,15 @@ pub(crate) fn region(
     ids: &Ids,
 ) -> Result<Translated, Fault> {
     let key = Key::from_bits_truncate(request.key);
-    let scan = scan::run(request, key, code)?;
+    let mut buffers = BUFFERS.take();
+    let scan = scan::run(request, key, code, &mut buffers.scan);
+    let scan = match scan {
+        Ok(scan) => scan,
+        Err(fault) => {
+            BUFFERS.set(buffers);
+            return Err(fault);
+        }
+    };
     let mut t = Translator {
         b: builder,
         ids,
@@ -108,21 +131,26 @@ pub(crate) fn region(
         cc: Cc::default(),
         live: 0,
         live_there: STATUS,
-        labels: Vec::new(),
-        leaving: Vec::new(),
-        traps: Vec::new(),
+        labels: std::mem::take(&mut buffers.labels),
+        leaving: std::mem::take(&mut buffers.leaving),
+        traps: std::mem::take(&mut buffers.traps),
         crossing: Vec::new(),
         scan: &scan,
     };
     t.run();
-    Ok(Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end })
+    (buffers.labels, buffers.leaving, buffers.traps) = (t.labels, t.leaving, t.traps);
+    let made = Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end };
+    buffers.scan.recycle(scan);
+    BUFFERS.set(buffers);
+    Ok(made)
 }
 
 impl Translator<'_> {
     fn run(&mut self) {
         let scan = self.scan;
-        self.labels =
-            scan.lines.iter().map(|l| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc))).collect();
+        self.labels.clear();
+        let label = |l: &Line| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc));
+        self.labels.extend(scan.lines.iter().map(label));
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {
                 if !self.b.terminated() && line.live_before != 0 {
@@ -142,17 +170,21 @@ impl Translator<'_> {
             }
             if scan.end_indirect { self.goto_lookup(end) } else { self.goto(end) }
         }
-        for (label, target) in std::mem::take(&mut self.leaving) {
+        let mut leaving = std::mem::take(&mut self.leaving);
+        for (label, target) in leaving.drain(..) {
             self.b.bind(label);
             self.cc = Cc::default();
             self.goto(target);
         }
-        for trap in std::mem::take(&mut self.traps) {
+        self.leaving = leaving;
+        let mut traps = std::mem::take(&mut self.traps);
+        for trap in traps.drain(..) {
             self.b.bind(trap.label);
             self.cc = Cc::default();
             self.pc = trap.pc;
             self.raise_now(trap.vector, trap.code);
         }
+        self.traps = traps;
         for store in std::mem::take(&mut self.crossing) {
             self.b.bind(store.label);
             self.cc = Cc::default();

@@ -108,6 +108,22 @@ fn flow(insn: &Instruction, key: Key) -> Flow {
     }
 }
 
+/// Buffers that are used again from region to region.
+#[derive(Debug, Default)]
+pub(crate) struct Buffers {
+    lines: Vec<Line>,
+    bytes: Vec<u8>,
+    other: Vec<u8>,
+    targets: Vec<u64>,
+}
+
+impl Buffers {
+    /// Takes back what [`run`] gave.
+    pub fn recycle(&mut self, scan: Scan) {
+        self.lines = scan.lines;
+    }
+}
+
 /// Reads bytes of one page (and of the next, for an instruction that runs into it) as they are wanted.
 struct Bytes {
     start: u64,
@@ -116,7 +132,23 @@ struct Bytes {
     one_page: bool,
 }
 
+/// Why no more instructions were decoded.
+enum End {
+    /// They were not wanted.
+    Stopped,
+    /// The next one runs into the next page and is not the first.
+    Page,
+    /// Fetching its bytes faults.
+    Fault(Fault),
+}
+
 impl Bytes {
+    /// Nothing yet, from `start` on.
+    fn new(start: u64, mut buffer: Vec<u8>, one_page: bool) -> Self {
+        buffer.clear();
+        Self { start, buffer, one_page }
+    }
+
     /// Reads up to the end of the granule behind what there is.
     fn more(&mut self, code: &mut CodeReader<'_, '_>) -> Result<(), Fault> {
         let len = self.buffer.len();
@@ -134,55 +166,74 @@ impl Bytes {
         pc.wrapping_sub(self.start) < self.buffer.len() as u64
     }
 
-    /// Decodes the instruction at `pc`. `Ok(None)`: it runs into the next page and is not the first.
-    fn decode(&mut self, code: &mut CodeReader<'_, '_>, pc: u64, key: Key) -> Result<Option<Line>, Fault> {
+    /// Decodes instructions from `pc` on, and where `each` says after each, until it says `None`.
+    fn lines(
+        &mut self,
+        code: &mut CodeReader<'_, '_>,
+        mut pc: u64,
+        key: Key,
+        mut each: impl FnMut(&mut CodeReader<'_, '_>, Line) -> Option<u64>,
+    ) -> End {
         let bits = match key.code_size() {
             CodeSize::Bits16 => 16,
             CodeSize::Bits32 => 32,
             CodeSize::Bits64 => 64,
         };
-        let from = pc.wrapping_sub(self.start) as usize;
-        while self.buffer.len() <= from {
-            self.more(code)?;
-        }
-        let mut line = Line {
-            pc,
-            insn: Instruction::default(),
-            len: 0,
-            too_long: false,
-            target: false,
-            faults: true,
-            live: 0,
-            live_before: 0,
-            live_there: STATUS,
-            flow: Flow::Away,
-            read: 0,
-            changed: 0,
-        };
+        let mut insn = Instruction::default();
         loop {
-            let bytes = self.buffer.get(from..).unwrap_or(&[]);
-            let mut decoder = Decoder::with_ip(bits, bytes, pc, key.decoder_options());
-            decoder.decode_out(&mut line.insn);
-            let used = decoder.position();
-            if decoder.last_error() != DecoderError::NoMoreBytes {
-                line.len = used.clamp(1, MAX_LEN) as u8;
-                // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
-                line.too_long = line.insn.is_invalid() && used >= MAX_LEN;
-                break;
+            while !self.has(pc) {
+                if let Err(fault) = self.more(code) {
+                    return End::Fault(fault);
+                }
             }
-            let end = self.start.wrapping_add(self.buffer.len() as u64);
-            if (from != 0 || self.one_page) && end & PAGE == 0 {
-                return Ok(None);
+            let mut decoder = Decoder::with_ip(bits, &self.buffer, self.start, key.decoder_options());
+            // One decoder for all that has been read: making one costs more than decoding an instruction.
+            loop {
+                let from = pc.wrapping_sub(self.start) as usize;
+                if decoder.set_position(from).is_err() || from >= self.buffer.len() {
+                    break;
+                }
+                decoder.set_ip(pc);
+                decoder.decode_out(&mut insn);
+                if decoder.last_error() == DecoderError::NoMoreBytes {
+                    let end = self.start.wrapping_add(self.buffer.len() as u64);
+                    if (from != 0 || self.one_page) && end & PAGE == 0 {
+                        return End::Page;
+                    }
+                    if let Err(fault) = self.more(code) {
+                        return End::Fault(fault);
+                    }
+                    break;
+                }
+                match each(code, line(pc, insn, decoder.position() - from, key)) {
+                    Some(next) => pc = next,
+                    None => return End::Stopped,
+                }
             }
-            self.more(code)?;
         }
-        line.flow = flow(&line.insn, key);
-        line.read = line.insn.rflags_read() & STATUS;
-        line.changed = line.insn.rflags_modified() & STATUS;
-        if line.changed != 0 && counted(&line.insn) {
-            line.changed = 0;
-        }
-        Ok(Some(line))
+    }
+}
+
+/// The line of an instruction at `pc` for which the decoder read `used` bytes.
+fn line(pc: u64, insn: Instruction, used: usize, key: Key) -> Line {
+    let flow = flow(&insn, key);
+    let read = insn.rflags_read() & STATUS;
+    let changed = insn.rflags_modified() & STATUS;
+    let changed = if changed != 0 && counted(&insn) { 0 } else { changed };
+    Line {
+        pc,
+        insn,
+        len: used.clamp(1, MAX_LEN) as u8,
+        // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
+        too_long: used >= MAX_LEN && insn.is_invalid(),
+        target: false,
+        faults: true,
+        live: 0,
+        live_before: 0,
+        live_there: STATUS,
+        flow,
+        read,
+        changed,
     }
 }
 
@@ -194,72 +245,64 @@ pub(crate) fn run(
     request: &TranslateRequest,
     key: Key,
     code: &mut CodeReader<'_, '_>,
+    buffers: &mut Buffers,
 ) -> Result<Scan, Fault> {
     let single = key.intersects(Key::SINGLE);
     let limit = if single { 1 } else { request.max_insns.clamp(1, MAX_INSNS) as usize };
-    let mut scan = Scan {
-        lines: Vec::with_capacity(limit.min(24)),
-        end: request.pc,
-        end_indirect: false,
-        live_end: STATUS,
-    };
-    let mut bytes =
-        Bytes { start: request.pc, buffer: Vec::with_capacity(2 * GRANULE as usize), one_page: false };
-    let mut targets: Vec<u64> = Vec::new();
-    let mut pc = request.pc;
-    loop {
-        let first = scan.lines.is_empty();
-        if !first && ((pc ^ request.pc) & !PAGE != 0 || code.is_break(pc) || scan.lines.len() >= limit) {
-            break;
-        }
-        let mut line = match bytes.decode(code, pc, key) {
-            Ok(Some(line)) => line,
-            Ok(None) => {
-                scan.end_indirect = true;
-                break;
-            }
-            Err(fault) if first => return Err(fault),
-            Err(_) => break,
-        };
-        let next = pc.wrapping_add(u64::from(line.len));
+    let mut lines = std::mem::take(&mut buffers.lines);
+    lines.clear();
+    let mut scan = Scan { lines, end: request.pc, end_indirect: false, live_end: STATUS };
+    let mut bytes = Bytes::new(request.pc, std::mem::take(&mut buffers.bytes), false);
+    let targets = &mut buffers.targets;
+    targets.clear();
+    let end = bytes.lines(code, request.pc, key, |code, mut line| {
         line.faults = can_fault(&line.insn, key);
+        let next = line.pc.wrapping_add(u64::from(line.len));
         scan.lines.push(line);
         scan.end = next;
         if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || line.insn.is_invalid() {
-            break; // it ran into the next page: alone
+            return None; // it ran into the next page: alone
         }
-        pc = match line.flow {
-            Flow::Next | Flow::Fork => next,
-            Flow::Branch(to) => {
-                targets.push(to);
-                next
-            }
-            Flow::Stop => break,
-            Flow::Jump(to) if to > next && to - next <= MAX_SKIP => {
-                // Into the middle of a loop, or past the other side of a conditional: what is skipped is likely jumped to
-                // later in the region. If it is not, it is left out.
-                targets.push(to);
-                next
-            }
-            ended => {
-                if let Flow::Jump(to) = ended {
-                    targets.push(to);
-                }
-                match targets.iter().copied().filter(|t| *t >= next && *t - next <= MAX_GAP).min() {
-                    Some(target) => target,
-                    None => break,
-                }
-            }
-        };
+        follow(&line, next, targets)
+            .filter(|pc| (pc ^ request.pc) & !PAGE == 0 && scan.lines.len() < limit && !code.is_break(*pc))
+    });
+    match end {
+        End::Fault(fault) if scan.lines.is_empty() => return Err(fault),
+        End::Page => scan.end_indirect = true,
+        End::Stopped | End::Fault(_) => {}
     }
-    for target in targets {
+    for target in targets.drain(..) {
         if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
             line.target = true;
         }
     }
-    look_ahead(&mut scan, key, code, &mut bytes);
+    let mut other = Bytes::new(0, std::mem::take(&mut buffers.other), true);
+    look_ahead(&mut scan, key, code, (&mut bytes, &mut other));
+    (buffers.bytes, buffers.other) = (bytes.buffer, other.buffer);
     liveness(&mut scan);
     Ok(scan)
+}
+
+/// Where the region goes on behind `line`, if it does: at `next` or a little further on. Notes where the line jumps to.
+fn follow(line: &Line, next: u64, targets: &mut Vec<u64>) -> Option<u64> {
+    match line.flow {
+        Flow::Next | Flow::Fork => return Some(next),
+        Flow::Branch(to) => {
+            targets.push(to);
+            return Some(next);
+        }
+        Flow::Stop => return None,
+        Flow::Jump(to) => {
+            targets.push(to);
+            if to > next && to - next <= MAX_SKIP {
+                // Into the middle of a loop, or past the other side of a conditional: what is skipped is likely jumped to
+                // later in the region. If it is not, it is left out.
+                return Some(next);
+            }
+        }
+        Flow::Away => {}
+    }
+    targets.iter().copied().filter(|t| *t >= next && *t - next <= MAX_GAP).min()
 }
 
 /// How many instructions are looked at behind a way out.
@@ -267,11 +310,15 @@ const AHEAD: usize = 4;
 
 /// Finds out for direct jumps and calls out of the region, to the same page, which status flags are live there. What is
 /// read becomes part of the region, so a change of it is noticed.
-fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) {
+fn look_ahead(
+    scan: &mut Scan,
+    key: Key,
+    code: &mut CodeReader<'_, '_>,
+    (bytes, other): (&mut Bytes, &mut Bytes),
+) {
     if scan.lines.len() < 2 {
         return;
     }
-    let mut other = Bytes { start: 0, buffer: Vec::new(), one_page: true };
     let mut live_at = |to: u64| {
         // What is read becomes part of the region, so nothing is read up to there.
         if bytes.has(to) {
@@ -281,7 +328,7 @@ fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>, bytes: &
             other.buffer.clear();
             other.start = to;
         }
-        live_at(to, key, code, &mut other)
+        live_at(to, key, code, other)
     };
     for i in 0..scan.lines.len() {
         let Some(line) = scan.lines.get(i) else { continue };
@@ -308,22 +355,20 @@ fn look_ahead(scan: &mut Scan, key: Key, code: &mut CodeReader<'_, '_>, bytes: &
 
 /// The status flags that the code at `pc` may read before it sets them.
 fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) -> u32 {
-    let (mut read, mut changed, mut at) = (0, 0, pc);
-    for _ in 0..AHEAD {
-        let line = match bytes.decode(code, at, key) {
-            Ok(Some(line)) if !line.insn.is_invalid() => line,
-            _ => break,
-        };
-        at = at.wrapping_add(u64::from(line.len));
+    let (mut read, mut changed, mut left) = (0, 0, AHEAD);
+    bytes.lines(code, pc, key, |_, line| {
+        if line.insn.is_invalid() {
+            return None;
+        }
+        let next = line.pc.wrapping_add(u64::from(line.len));
         read |= line.read & !changed;
-        if line.flow != Flow::Next || (at ^ pc) & !PAGE != 0 {
-            break;
+        if line.flow != Flow::Next || (next ^ pc) & !PAGE != 0 {
+            return None;
         }
         changed |= line.changed;
-        if changed == STATUS {
-            break;
-        }
-    }
+        left -= 1;
+        (changed != STATUS && left > 0).then_some(next)
+    });
     (read | !changed) & STATUS
 }
 
