@@ -272,10 +272,7 @@ impl Regions {
         if old != target.id {
             let me = link_id(source, index);
             take_off(db, old, me);
-            if let Some(slot) = db.slots.get_mut(target.id as usize) {
-                link.to.store(target.id, Ordering::Relaxed);
-                link.next.store(std::mem::replace(&mut slot.incoming, me), Ordering::Relaxed);
-            }
+            put_on(db, target.id, me);
         }
         true
     }
@@ -379,6 +376,7 @@ impl Regions {
         let mut at = std::mem::replace(&mut slot.incoming, NO_LINK);
         while let Some((link, offset)) = link_of(db, at) {
             at = link.next.swap(NO_LINK, Ordering::Relaxed);
+            link.before.store(NO_LINK, Ordering::Relaxed);
             link.to.store(NONE, Ordering::Relaxed);
             if let Some(cache) = &self.cache {
                 cache.unlink(&link.site, offset);
@@ -447,26 +445,34 @@ fn link_of(db: &Db, id: u64) -> Option<(&Link, usize)> {
     Some((code.links.get(id as u32 as usize)?, code.offset))
 }
 
-/// Takes link `id` off the list of those that jump to region `target`.
+/// Takes link `id` off the list of those that jump to region `target`, where it is if that is a region.
 fn take_off(db: &mut Db, target: u32, id: u64) {
-    let Some((me, _)) = link_of(db, id) else { return };
-    let Some(first) = db.slots.get(target as usize).map(|slot| slot.incoming) else { return };
-    let next = me.next.load(Ordering::Relaxed);
-    if first == id {
-        me.next.store(NO_LINK, Ordering::Relaxed);
-        if let Some(slot) = db.slots.get_mut(target as usize) {
-            slot.incoming = next;
-        }
+    if target == NONE {
         return;
     }
-    let mut at = first;
-    while let Some((link, _)) = link_of(db, at) {
-        at = link.next.load(Ordering::Relaxed);
-        if at == id {
-            link.next.store(next, Ordering::Relaxed);
-            me.next.store(NO_LINK, Ordering::Relaxed);
-            return;
-        }
+    let Some((me, _)) = link_of(db, id) else { return };
+    let next = me.next.swap(NO_LINK, Ordering::Relaxed);
+    let before = me.before.swap(NO_LINK, Ordering::Relaxed);
+    if let Some((link, _)) = link_of(db, next) {
+        link.before.store(before, Ordering::Relaxed);
+    }
+    if let Some((link, _)) = link_of(db, before) {
+        link.next.store(next, Ordering::Relaxed);
+    } else if let Some(slot) = db.slots.get_mut(target as usize) {
+        slot.incoming = next;
+    }
+}
+
+/// Puts link `id`, which is on no list, on that of those that jump to region `target`.
+fn put_on(db: &mut Db, target: u32, id: u64) {
+    let Some(slot) = db.slots.get_mut(target as usize) else { return };
+    let next = std::mem::replace(&mut slot.incoming, id);
+    if let Some((link, _)) = link_of(db, next) {
+        link.before.store(id, Ordering::Relaxed);
+    }
+    if let Some((me, _)) = link_of(db, id) {
+        me.to.store(target, Ordering::Relaxed);
+        me.next.store(next, Ordering::Relaxed);
     }
 }
 

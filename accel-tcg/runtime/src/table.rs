@@ -69,12 +69,19 @@ pub struct Link {
     /// The next of the links to the same region: number of the region it is in and, in the lower half, its index there; or
     /// [`NO_LINK`].
     pub next: AtomicU64,
+    /// The one before it, or [`NO_LINK`].
+    pub before: AtomicU64,
 }
 
 impl Link {
     /// A jump that is not linked.
     pub fn new(site: &LinkSite) -> Self {
-        Self { site: *site, to: AtomicU32::new(u32::MAX), next: AtomicU64::new(NO_LINK) }
+        Self {
+            site: *site,
+            to: AtomicU32::new(u32::MAX),
+            next: AtomicU64::new(NO_LINK),
+            before: AtomicU64::new(NO_LINK),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
-use holdfast_clock::thread_cpu_time;
+use holdfast_clock::host_monotonic;
 use holdfast_memory::PAGE_SIZE;
 
 use crate::code::{CodeReader, CodeSource};
@@ -21,16 +21,20 @@ use crate::wait;
 /// Guest instructions in one region at most.
 const MAX_INSNS: u32 = 64;
 
-/// The CPU time of one in so many translations is taken.
+/// The time of one in so many translations is taken. Not by the thread's CPU time: to ask for that is a system call, after which
+/// the host's branch predictors and caches have to learn the translator anew, so what is measured takes half as long again.
 const TIMED: u32 = 8;
 
-/// What [`thread_cpu_time`] itself takes, in nanoseconds: a system call, as dear as a tenth of a translation.
+/// A translation that took longer, in nanoseconds, is not counted: meanwhile the thread was not on its processor.
+const INTERRUPTED: u64 = 1_000_000;
+
+/// What reading the clock itself takes, in nanoseconds.
 fn clock_cost() -> u64 {
     const TIMES: u64 = 32;
     static COST: OnceLock<u64> = OnceLock::new();
     *COST.get_or_init(|| {
-        let started = thread_cpu_time();
-        let ended = (0..TIMES).fold(started, |_, _| thread_cpu_time());
+        let started = host_monotonic();
+        let ended = (0..TIMES).fold(started, |_, _| host_monotonic());
         ended.saturating_sub(started) / TIMES
     })
 }
@@ -115,7 +119,7 @@ impl VcpuCore {
     /// Translates the code at `key` and publishes it. `None` if it has to be tried again.
     pub(crate) fn translate(&mut self, key: Key) -> Result<Option<*const Region>, Fault> {
         self.translations = self.translations.wrapping_add(1);
-        let started = self.translations.is_multiple_of(TIMED).then(thread_cpu_time);
+        let started = self.translations.is_multiple_of(TIMED).then(host_monotonic);
         let vm = Arc::clone(&self.vm);
         if vm.regions.ids_exhausted() {
             vm.forget_all();
@@ -139,9 +143,11 @@ impl VcpuCore {
         }
         // Waiting for others is no translation.
         if let Some(started) = started.filter(|_| !self.away) {
-            vm.counts.timed.fetch_add(1, Ordering::Relaxed);
-            let took = thread_cpu_time().saturating_sub(started);
-            vm.counts.timed_ns.fetch_add(took.saturating_sub(clock_cost()), Ordering::Relaxed);
+            let took = host_monotonic().saturating_sub(started);
+            if took < INTERRUPTED {
+                vm.counts.timed.fetch_add(1, Ordering::Relaxed);
+                vm.counts.timed_ns.fetch_add(took.saturating_sub(clock_cost()), Ordering::Relaxed);
+            }
         }
         match region? {
             Some(region) => {

@@ -108,6 +108,12 @@ impl Asm {
         self.put(u64::from(x), 4);
     }
 
+    /// The low `len` (at most 8) bytes of `x`.
+    #[inline]
+    pub fn data(&mut self, x: u64, len: usize) {
+        self.put(x, len);
+    }
+
     /// Raw bytes (constants behind the code).
     pub fn raw(&mut self, bytes: &[u8]) {
         for &x in bytes {

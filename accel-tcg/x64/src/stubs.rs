@@ -59,6 +59,54 @@ const POOL: [u64; 7] = [
     0xffff_ffff_0000_0000,
 ];
 
+/// What follows the call of a brief slow path, which returns elsewhere. Cold paths take half of all translated code, so they are
+/// data where they can.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Brief {
+    /// Guest pc.
+    pub(crate) pc: u64,
+    /// To be added to the base register.
+    pub(crate) disp: i32,
+    /// Where to go on: bytes from the start of this.
+    pub(crate) back: i32,
+    /// As the slow paths take it.
+    pub(crate) desc: u16,
+    /// Number of the register with the address.
+    pub(crate) base: u8,
+    /// Number of the register that is stored or loaded to, or [`Brief::IMM`].
+    pub(crate) reg: u8,
+    /// What is stored if that is said.
+    pub(crate) imm: i32,
+    /// Temporaries that become 0 first, as a mask.
+    pub(crate) zeroed: u8,
+    /// Whether 64 bits are loaded.
+    pub(crate) wide: bool,
+}
+
+impl Brief {
+    /// In place of a register: the immediate.
+    pub(crate) const IMM: u8 = 4;
+    const DISP: i32 = 8;
+    const BACK: i32 = 12;
+    const DESC: i32 = 16;
+    const BASE: i32 = 18;
+    const REG: i32 = 19;
+    const IMM_AT: i32 = 20;
+    const ZEROED: i32 = 24;
+    const WIDE: i32 = 25;
+
+    /// The bytes, as words.
+    pub(crate) fn words(&self) -> [u64; 4] {
+        let place = u64::from(self.disp as u32) | u64::from(self.back as u32) << 32;
+        let access = u64::from(self.desc) | u64::from(self.base) << 16 | u64::from(self.reg) << 24;
+        let access = access | u64::from(self.imm as u32) << 32;
+        [self.pc, place, access, u64::from(self.zeroed) | u64::from(self.wide) << 8]
+    }
+
+    /// Bytes of the last word that count.
+    pub(crate) const LAST: usize = 2;
+}
+
 /// Addresses (in the executable mapping) of the shared routines.
 #[derive(Clone, Debug)]
 pub struct Stubs {
@@ -72,6 +120,10 @@ pub struct Stubs {
     /// rax: guest pc. Stores it, polls for exits, asks the lookup function and jumps.
     pub(crate) lookup_miss: u64,
     slow: [u64; 8],
+    /// As `slow` for loads and stores of integers: what they need is behind the call, see [`Brief`].
+    brief: [u64; 4],
+    /// Asks for the link that is behind the call: 8 bytes for the exit's argument, 8 for the guest pc.
+    pub(crate) link: u64,
     calls: [u64; 32],
     /// Performs the softfp request in scratch 1 on scratch 0, result there; keeps all registers.
     pub(crate) soft: u64,
@@ -93,6 +145,10 @@ impl Stubs {
 
     pub(crate) fn slow(&self, kind: Slow, keep_xmm: bool) -> u64 {
         self.slow[kind as usize * 2 + usize::from(keep_xmm)]
+    }
+
+    pub(crate) fn brief(&self, kind: Slow, keep_xmm: bool) -> u64 {
+        self.brief[kind as usize % 2 * 2 + usize::from(keep_xmm)]
     }
 
     pub(crate) fn call(&self, e: Effects) -> u64 {
@@ -318,6 +374,85 @@ impl Gen<'_> {
         self.jump_exit(exit_at);
     }
 
+    /// As [`Gen::slow`], which is at `slow_at`, with a [`Brief`] at the return address.
+    fn brief(&mut self, kind: Slow, slow_at: usize) {
+        let scratch = |n: i32| Mem::env(offset::SCRATCH + 8 * n);
+        let (rax, rcx, rsi, rsp) = (Reg::RAX, Reg::RCX, Reg::RSI, Reg::RSP);
+        let data = |at: i32| Mem::base(rsi, at);
+        // Register n is at [rsp + 8 * n].
+        let saved = |n: u8| Mem::base(rsp, 8 * i32::from(n));
+        let numbered = Mem::index(rsp, rcx, 3, 0);
+        let ret = Mem::base(rsp, 128);
+        for n in (0..16).rev() {
+            self.a.push(Reg(n));
+        }
+        let a = &mut *self.a;
+        a.mov(true, rsi, ret);
+        a.movzx(0, rcx, data(Brief::BASE));
+        a.mov(true, rax, numbered);
+        a.movsx(2, true, rcx, data(Brief::DISP));
+        a.alu(Alu::Add, true, rax, rcx);
+        a.store(3, scratch(0), rax);
+        if kind == Slow::Store {
+            a.movsx(2, true, rax, data(Brief::IMM_AT));
+            a.store(3, saved(Brief::IMM), rax);
+            a.movzx(0, rcx, data(Brief::REG));
+            a.mov(true, rax, numbered);
+            a.store(3, scratch(1), rax);
+        }
+        a.movzx(1, rax, data(Brief::DESC));
+        a.store(2, scratch(2), rax);
+        a.mov(true, rax, data(0));
+        a.store(3, Mem::env(offset::PC), rax);
+        // For the alignment of the stack.
+        a.push(rsi);
+        let at = a.call();
+        a.patch_rel(at, slow_at);
+        a.pop(rsi);
+        // All but the temporaries may have changed.
+        for n in [3, 8, 9, 10, 11, 12, 13, 14, 15] {
+            a.store(3, saved(n), Reg(n));
+        }
+        a.movzx(0, rcx, data(Brief::ZEROED));
+        for t in TEMPS {
+            a.test_imm(false, rcx, 1 << t.0);
+            let skip = a.jcc_short(Cc::E);
+            a.store_imm(3, saved(t.0), 0);
+            a.patch_short(skip);
+        }
+        if kind == Slow::Load {
+            a.mov(true, rax, scratch(0));
+            a.movzx(0, rcx, data(Brief::WIDE));
+            a.test(false, rcx, rcx);
+            let skip = a.jcc_short(Cc::Ne);
+            a.mov(false, rax, rax);
+            a.patch_short(skip);
+            a.movzx(0, rcx, data(Brief::REG));
+            a.store(3, numbered, rax);
+        }
+        a.movsx(2, true, rax, data(Brief::BACK));
+        a.alu(Alu::Add, true, rax, rsi);
+        a.store(3, ret, rax);
+        for n in 0..16 {
+            match n {
+                4 | 5 => a.lea(true, rsp, Mem::base(rsp, 8)),
+                _ => a.pop(Reg(n)),
+            }
+        }
+        a.ret();
+    }
+
+    /// Leaves with a link request.
+    fn link(&mut self, exit_at: usize) {
+        self.a.pop(Reg::RCX);
+        self.a.mov(true, Reg::RAX, Mem::base(Reg::RCX, 0));
+        self.a.store(3, Mem::env(offset::EXIT_ARG), Reg::RAX);
+        self.a.mov(true, Reg::RAX, Mem::base(Reg::RCX, 8));
+        self.a.store(3, Mem::env(offset::PC), Reg::RAX);
+        self.a.mov_imm(Reg::RAX, u64::from(exit::LINK));
+        self.jump_exit(exit_at);
+    }
+
     fn push_all(&mut self) {
         for r in TEMPS {
             self.a.push(r);
@@ -452,8 +587,11 @@ pub(crate) fn generate(
         g.a.patch_rel(m, (lookup_miss - exec) as usize);
     }
     g.lookup_miss(exit_at, slow.lookup);
+    let link = addr(&mut g);
+    g.link(exit_at);
+    let (slow_at, brief, calls) = ([0; 8], [0; 4], [0; 32]);
     let mut s =
-        Stubs { len: 0, enter, exit, lookup, lookup_miss, slow: [0; 8], calls: [0; 32], soft: 0, pool };
+        Stubs { len: 0, enter, exit, lookup, lookup_miss, slow: slow_at, brief, link, calls, soft: 0, pool };
     let kinds = [
         (Slow::Load, slow.load as usize),
         (Slow::Store, slow.store as usize),
@@ -464,6 +602,12 @@ pub(crate) fn generate(
         for keep in [false, true] {
             s.slow[kind as usize * 2 + usize::from(keep)] = addr(&mut g);
             g.slow(kind, keep, f as u64, exit_at);
+        }
+    }
+    for kind in [Slow::Load, Slow::Store] {
+        for keep in [false, true] {
+            s.brief[kind as usize % 2 * 2 + usize::from(keep)] = addr(&mut g);
+            g.brief(kind, (s.slow(kind, keep) - exec) as usize);
         }
     }
     for bits in 0..32u16 {

@@ -261,10 +261,11 @@ impl Analysis {
         }
     }
 
-    /// The first of the values whose last use the instruction is.
+    /// The first of the values whose last use the instruction is, and whether nobody reads its own.
     #[inline]
-    pub(crate) fn dying(&self, at: u32) -> Option<Val> {
-        self.info.get(at as usize).map(|i| Val(i.dies)).filter(|v| v.0 != NO_VALUE)
+    pub(crate) fn ends(&self, at: u32) -> (Option<Val>, bool) {
+        let Some(info) = self.info.get(at as usize) else { return (None, false) };
+        ((info.dies != NO_VALUE).then_some(Val(info.dies)), info.last == 0)
     }
 
     /// The next one of the values that `v` dies with.
@@ -288,6 +289,12 @@ impl Analysis {
     #[inline]
     pub(crate) fn is_dead(&self, at: u32) -> bool {
         self.info.get(at as usize).is_some_and(|i| i.flags & DEAD != 0)
+    }
+
+    /// Whether nothing is to be done for the instruction: it is dead, or another name of a value.
+    #[inline]
+    pub(crate) fn is_nothing(&self, at: u32) -> bool {
+        self.info.get(at as usize).is_none_or(|i| i.flags & (DEAD | ALIAS) != 0)
     }
 
     /// Makes the instruction dead: its work is done.

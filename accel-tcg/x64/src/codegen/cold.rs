@@ -2,8 +2,8 @@
 
 use super::Cx;
 use crate::asm::{Alu, Mem, Reg, Xmm};
-use crate::stubs::{Const, Slow, TEMPS};
-use holdfast_tcg_ir::env::{exit, offset};
+use crate::stubs::{Brief, Const, Slow, TEMPS};
+use holdfast_tcg_ir::env::offset;
 
 /// Bytes of guest code that few regions exceed.
 const LONGEST_REGION: u64 = 512;
@@ -109,8 +109,10 @@ impl Cx<'_> {
                     for j in std::mem::take(&mut jumps).into_iter().flatten() {
                         self.st.asm.patch_rel(j, here);
                     }
-                    self.cold_access_path(pc, &access);
-                    self.jump_back(back);
+                    if !self.brief_access(pc, &access, back) {
+                        self.cold_access_path(pc, &access);
+                        self.jump_back(back);
+                    }
                 }
                 Cold::Exit { from, code, pc } => {
                     self.st.asm.patch_rel(from, here);
@@ -212,6 +214,28 @@ impl Cx<'_> {
         }
     }
 
+    /// The cold path of a load or store of an integer, which is data but for a call. False if the access is no such.
+    fn brief_access(&mut self, pc: u64, c: &Access, back: usize) -> bool {
+        let (Base::Reg(base), Source::None) = (c.base, c.new) else { return false };
+        let (reg, imm, wide) = match (c.slow, c.value, c.dest) {
+            (Slow::Load, Source::None, Source::Gpr(d, w)) => (d.0, 0, w),
+            (Slow::Store, Source::Gpr(r, _), Source::None) => (r.0, 0, false),
+            (Slow::Store, Source::Imm(imm), Source::None) => (Brief::IMM, imm, false),
+            _ => return false,
+        };
+        let at = self.st.asm.call();
+        self.reach_stub(at, self.stubs.brief(c.slow, c.keep_xmm));
+        let back = (back as i32).wrapping_sub(self.st.asm.pos() as i32);
+        let (disp, desc, base, zeroed) = (c.disp, c.desc, base.0, c.pages as u8);
+        let brief = Brief { pc, disp, back, desc, base, reg, imm, zeroed, wide };
+        let [first, second, third, last] = brief.words();
+        for word in [first, second, third] {
+            self.st.asm.data(word, 8);
+        }
+        self.st.asm.data(last, Brief::LAST);
+        true
+    }
+
     fn cold_access_path(&mut self, pc: u64, c: &Access) {
         match c.base {
             Base::Reg(base) => {
@@ -254,10 +278,10 @@ impl Cx<'_> {
         if from != 0 {
             self.st.asm.patch_rel(from, here);
         }
-        let arg = u64::from(self.region_id) << 32 | n as u64;
-        self.st.asm.mov_imm(Reg::RAX, arg);
-        self.st.asm.store(3, Mem::env(offset::EXIT_ARG), Reg::RAX);
-        self.emit_exit(exit::LINK, site.target_pc);
+        let at = self.st.asm.call();
+        self.reach_stub(at, self.stubs.link);
+        self.st.asm.data(u64::from(self.region_id) << 32 | n as u64, 8);
+        self.st.asm.data(site.target_pc, 8);
         // What begins near the end of a page may run into the next one: then nothing is linked to it.
         let page = 1u64 << self.spec.page_bits;
         let near_end = site.target_pc % page >= page.saturating_sub(LONGEST_REGION);

@@ -217,8 +217,17 @@ impl Cx<'_> {
     fn body(&mut self) {
         let r = self.r;
         for (n, i) in r.insts.iter().enumerate() {
-            if self.st.an.is_dead(n as u32) {
+            if self.st.an.is_nothing(n as u32) {
                 continue;
+            }
+            match i.op {
+                Op::Nop | Op::Const => continue,
+                Op::InsnStart => {
+                    self.pc = i.imm();
+                    self.st.insns.push((self.st.asm.pos() as u32, self.pc));
+                    continue;
+                }
+                _ => {}
             }
             self.at = n as u32;
             if !self.st.asm.room() {
@@ -231,14 +240,10 @@ impl Cx<'_> {
 
     fn inst(&mut self, i: &Inst) {
         match i.op {
-            Op::Nop | Op::Const | Op::Trunc => {}
-            Op::InsnStart => {
-                self.pc = i.imm();
-                self.st.insns.push((self.st.asm.pos() as u32, self.pc));
-            }
+            // Those of the first line never get here.
+            Op::Nop | Op::Const | Op::InsnStart | Op::Trunc => {}
             Op::GetSlot => self.get_slot(i),
             Op::SetSlot => self.set_slot(i),
-            Op::ZExt if self.st.an.is_alias(self.at) => {}
             Op::Mul | Op::MulHS | Op::MulHU | Op::MulHSU => self.multiply(i),
             Op::DivS | Op::DivU | Op::RemS | Op::RemU => self.divide(i),
             Op::Shl | Op::ShrU | Op::ShrS | Op::RotL | Op::RotR => self.shift(i),
@@ -272,15 +277,13 @@ impl Cx<'_> {
     /// Frees what the current instruction used last.
     fn finish(&mut self) {
         self.st.al.locked = 0;
-        let mut dying = self.st.an.dying(self.at);
+        let (mut dying, unread) = self.st.an.ends(self.at);
         while let Some(v) = dying {
             self.drop_value(v);
             dying = self.st.an.dying_too(v);
         }
-        // A result that nobody reads.
-        let me = Val(self.at);
-        if self.st.an.last_use(me) == 0 {
-            self.drop_value(me);
+        if unread {
+            self.drop_value(Val(self.at));
         }
     }
 
