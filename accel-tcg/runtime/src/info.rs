@@ -45,11 +45,11 @@ impl TcgVm {
         line("guest bytes translated", guest_bytes.to_string());
         line("host bytes generated", host_bytes.to_string());
         line("expansion", format!("{:.1}", ratio(host_bytes, guest_bytes)));
-        line("translation per region", format!("{each:.2} us (mean of {timed} regions)"));
+        line("translation per region", format!("{each:.2} us of CPU time (mean of {timed} regions)"));
         let in_all = each * translated as f64;
-        line("translation per basic block", format!("{:.2} us", in_all / blocks.max(1) as f64));
-        line("translation per instruction", format!("{:.2} us", in_all / insns.max(1) as f64));
-        line("translation in all", format!("{:.0} ms", in_all / 1e3));
+        line("translation per basic block", format!("{:.2} us of CPU time", in_all / blocks.max(1) as f64));
+        line("translation per instruction", format!("{:.2} us of CPU time", in_all / insns.max(1) as f64));
+        line("translation in all", format!("{:.0} ms of CPU time", in_all / 1e3));
         line("regions live", format!("{} on {} pages", regions.live, regions.pages));
         line("region average guest size", format!("{:.1} bytes", ratio(regions.guest_bytes, regions.live)));
         line("region average insns", format!("{:.1}", ratio(regions.insns, regions.live)));

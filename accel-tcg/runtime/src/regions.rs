@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_ir::env::MAX_MAPPING_ID;
@@ -46,12 +46,37 @@ struct Page {
     regions: Vec<u32>,
     /// Union of the regions' granules; may hold bits of regions that are gone.
     granules: u64,
-    /// Granules written while something is being translated from the page.
-    written: u64,
+    /// Granules written while something is being translated from the page: the number of the write, and the granules. Few.
+    written: Vec<(u64, u64)>,
     /// Translations under way.
     busy: u32,
     /// Whether vCPUs can still write the page unnoticed.
     guard: Guard,
+}
+
+/// So many writes of a page are told apart.
+const WRITES: usize = 8;
+
+impl Page {
+    /// Notes write number `write` of `granules`.
+    fn note_write(&mut self, write: u64, granules: u64) {
+        if self.busy == 0 {
+            return;
+        }
+        self.written.push((write, granules));
+        // The two oldest count as the later one then: some translation may be made again for nothing.
+        if self.written.len() > WRITES {
+            let (_, oldest) = self.written.remove(0);
+            if let Some((_, next)) = self.written.first_mut() {
+                *next |= oldest;
+            }
+        }
+    }
+
+    /// The granules written after write number `since`.
+    fn written_since(&self, since: u64) -> u64 {
+        self.written.iter().filter(|(write, _)| *write > since).fold(0, |all, (_, granules)| all | granules)
+    }
 }
 
 /// Whether stores to a page with code are noticed.
@@ -114,6 +139,8 @@ pub struct Regions {
     db: Mutex<Db>,
     /// Mapping ids given out, as the data base last had them.
     ids: AtomicU32,
+    /// Writes of code so far.
+    writes: AtomicU64,
     /// Safe points of the vCPUs.
     pub epochs: Epochs,
     /// Where host code lives; `None` when everything is interpreted.
@@ -127,6 +154,7 @@ impl Regions {
             table: Table::new(),
             db: Mutex::default(),
             ids: AtomicU32::new(0),
+            writes: AtomicU64::new(0),
             epochs: Epochs::new(vcpus),
             cache,
         }
@@ -148,7 +176,7 @@ impl Regions {
         let mut db = self.db.lock();
         let info = db.pages.entry(page).or_default();
         if info.busy == 0 {
-            info.written = 0;
+            info.written.clear();
         }
         info.busy += 1;
         match info.guard {
@@ -209,10 +237,16 @@ impl Regions {
         self.db.lock().free.push(id);
     }
 
-    /// Publishes a region unless its bytes were written since [`Regions::begin_page`]: then it is dropped.
+    /// How many writes of code there were, for [`Region::since`]. To be asked after [`Regions::begin_page`] and before any byte
+    /// is read: what was written up to here is read.
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::SeqCst)
+    }
+
+    /// Publishes a region unless its bytes were written since [`Region::since`]: then it is dropped.
     pub fn publish(&self, mut region: Region) -> Option<Arc<Region>> {
         let db = &mut *self.db.lock();
-        let written = |page: &u64| db.pages.get(page).map_or(u64::MAX, |p| p.written);
+        let written = |page: &u64| db.pages.get(page).map_or(u64::MAX, |p| p.written_since(region.since));
         let stale = region.pages().any(|(page, granules)| written(&page) & granules != 0);
         if stale {
             db.free.push(region.id);
@@ -281,6 +315,7 @@ impl Regions {
     pub fn invalidate(&self, phys: &PhysMemory, gpa: u64, len: u64, post: Post<'_>) -> usize {
         let db = &mut *self.db.lock();
         let mut killed = Vec::new();
+        let write = self.writes.fetch_add(1, Ordering::SeqCst) + 1;
         let last = gpa.saturating_add(len.max(1) - 1);
         for page in gpa / PAGE_SIZE..=last / PAGE_SIZE {
             let first_byte = gpa.max(page * PAGE_SIZE) % PAGE_SIZE;
@@ -290,7 +325,7 @@ impl Regions {
                 forget_page_if_empty(db, phys, page);
                 continue;
             };
-            info.written |= touched;
+            info.note_write(write, touched);
             if info.granules & touched != 0 {
                 let hit: Vec<u32> = info.regions.clone();
                 for id in hit {
@@ -314,9 +349,10 @@ impl Regions {
     pub fn invalidate_code_at(&self, phys: &PhysMemory, pcs: &[u64], post: Post<'_>) {
         let db = &mut *self.db.lock();
         let mut killed = Vec::new();
+        let write = self.writes.fetch_add(1, Ordering::SeqCst) + 1;
         // What is being translated right now may have been built without them.
         for info in db.pages.values_mut().filter(|info| info.busy > 0) {
-            info.written = u64::MAX;
+            info.note_write(write, u64::MAX);
         }
         let holds =
             |r: &Region| pcs.iter().any(|pc| pc.wrapping_sub(r.key.pc) < u64::from(r.guest_len.max(1)));
@@ -531,6 +567,38 @@ mod tests {
         }
         assert!(!is_code(), "nothing came of it");
         assert_eq!(regions.begin_page(&phys, 1), Begin::Guard, "vCPUs may write it unnoticed again");
+    }
+
+    #[test]
+    fn a_write_makes_only_those_translations_void_that_began_before_it() {
+        let (regions, phys) = (Regions::new(2, None), phys());
+        let begin = || {
+            regions.begin_page(&phys, 1);
+            regions.writes()
+        };
+        let publish = |since: u64| {
+            let key = Key { phys: 0x1000, pc: 0x1000, mode: 0 };
+            let mut region = Region::new(regions.reserve_id(), key, Body::Ir(Box::default()));
+            region.granules[0] = 1;
+            region.since = since;
+            regions.publish(region).is_some()
+        };
+        let early = begin();
+        regions.invalidate(&phys, 0x1000, 8, &|_| {});
+        // The page is busy all the time, as when several vCPUs try again and again.
+        let late = begin();
+        assert!(!publish(early), "read before the write, perhaps");
+        assert!(publish(late));
+        for n in 0..20 {
+            regions.invalidate(&phys, 0x1000 + 64 * (n % 2), 8, &|_| {});
+        }
+        assert!(!publish(late));
+        let last = begin();
+        regions.invalidate(&phys, 0x1040, 8, &|_| {});
+        assert!(publish(last), "another granule");
+        for _ in 0..3 {
+            regions.end_page(&phys, 1);
+        }
     }
 
     #[test]

@@ -96,6 +96,8 @@ pub struct Region {
     pub second: u64,
     /// The 64-byte granules of the first and the second page that it was made from, a bit each.
     pub granules: [u64; 2],
+    /// How many writes of code there had been when it was begun.
+    pub since: u64,
     /// Mapping id of its page for guarded links.
     pub page_id: u32,
     /// Guest instructions.
@@ -121,6 +123,7 @@ impl Region {
             key,
             second: NO_PAGE,
             granules: [0; 2],
+            since: 0,
             page_id: 0,
             insns: 0,
             blocks: 0,

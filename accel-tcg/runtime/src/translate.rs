@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
-use holdfast_clock::host_monotonic;
+use holdfast_clock::{host_monotonic, thread_cpu_time};
 use holdfast_memory::PAGE_SIZE;
 
 use crate::code::{CodeReader, CodeSource};
@@ -21,12 +21,14 @@ use crate::wait;
 /// Guest instructions in one region at most.
 const MAX_INSNS: u32 = 64;
 
-/// The time of one in so many translations is taken. Not by the thread's CPU time: to ask for that is a system call, after which
-/// the host's branch predictors and caches have to learn the translator anew, so what is measured takes half as long again.
+/// The time of one in so many translations is taken. Its beginning is not taken from the thread's CPU time: to ask for that is a
+/// system call, after which the host's branch predictors and caches have to learn the translator anew. That the thread was on its
+/// processor all the while is asked at the end.
 const TIMED: u32 = 8;
 
-/// A translation that took longer, in nanoseconds, is not counted: meanwhile the thread was not on its processor.
-const INTERRUPTED: u64 = 1_000_000;
+/// A translation is not counted if the thread was off its processor for longer than this, in nanoseconds, since the last one was
+/// timed.
+const OFF_CPU: u64 = 2_000;
 
 /// What reading the clock itself takes, in nanoseconds.
 fn clock_cost() -> u64 {
@@ -59,6 +61,8 @@ struct Source<'a> {
     breakpoints: Arc<Vec<u64>>,
     first: SourcePage,
     second: Option<SourcePage>,
+    /// Writes of code before anything was read.
+    since: u64,
 }
 
 impl VcpuCore {
@@ -116,6 +120,19 @@ impl VcpuCore {
         vm.regions.epochs.enter(self.shared.index());
     }
 
+    /// Counts the time since `started` as that of a translation, if the thread was at it all the time.
+    fn count_time(&mut self, started: u64) {
+        let (ended, on_cpu) = (host_monotonic(), thread_cpu_time());
+        let (last_ended, last_on_cpu) = std::mem::replace(&mut self.timed, (ended, on_cpu));
+        let off = ended.saturating_sub(last_ended).saturating_sub(on_cpu.saturating_sub(last_on_cpu));
+        // Waiting for others is no translation.
+        if !self.away && last_ended != 0 && off < OFF_CPU {
+            let took = ended.saturating_sub(started).saturating_sub(clock_cost());
+            self.vm.counts.timed.fetch_add(1, Ordering::Relaxed);
+            self.vm.counts.timed_ns.fetch_add(took, Ordering::Relaxed);
+        }
+    }
+
     /// Translates the code at `key` and publishes it. `None` if it has to be tried again.
     pub(crate) fn translate(&mut self, key: Key) -> Result<Option<*const Region>, Fault> {
         self.translations = self.translations.wrapping_add(1);
@@ -128,12 +145,14 @@ impl VcpuCore {
         self.away = false;
         let phys = Arc::clone(&self.phys);
         let first = self.open_page(&phys, key.pc, key.phys)?;
+        let since = vm.regions.writes();
         let mut source = Source {
             phys: Arc::clone(&phys),
             breakpoints: Arc::clone(&vm.breakpoints.read()),
             core: self,
             first,
             second: None,
+            since,
         };
         let made = make(&mut source, key);
         let second = source.second;
@@ -142,12 +161,8 @@ impl VcpuCore {
             vm.regions.end_page(&phys, page.page);
         }
         // Waiting for others is no translation.
-        if let Some(started) = started.filter(|_| !self.away) {
-            let took = host_monotonic().saturating_sub(started);
-            if took < INTERRUPTED {
-                vm.counts.timed.fetch_add(1, Ordering::Relaxed);
-                vm.counts.timed_ns.fetch_add(took.saturating_sub(clock_cost()), Ordering::Relaxed);
-            }
+        if let Some(started) = started {
+            self.count_time(started);
         }
         match region? {
             Some(region) => {
@@ -196,6 +211,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
                     region.blocks = t.blocks;
                     region.guest_len = t.end.wrapping_sub(key.pc) as u32;
                     region.granules[0] = source.first.granules;
+                    region.since = source.since;
                     if let Some(second) = source.second {
                         region.second = second.page;
                         region.granules[1] = second.granules;

@@ -83,6 +83,8 @@ pub(crate) struct VcpuCore {
     pub away: bool,
     /// Translations begun.
     pub translations: u32,
+    /// When the last timed translation ended, and the thread's CPU time then, in nanoseconds.
+    pub(crate) timed: (u64, u64),
     /// Why no code could be made.
     pub failure: Option<RuntimeError>,
     pub model: CpuModel,
@@ -453,6 +455,7 @@ impl TcgVcpu {
             code_hit: false,
             away: false,
             translations: 0,
+            timed: (0, 0),
             failure: None,
             model: model.clone(),
             controller: vm.controllers.get(index as usize).cloned(),

@@ -172,7 +172,7 @@ impl Bytes {
         code: &mut CodeReader<'_, '_>,
         mut pc: u64,
         key: Key,
-        mut each: impl FnMut(&mut CodeReader<'_, '_>, Line) -> Option<u64>,
+        mut each: impl FnMut(&mut CodeReader<'_, '_>, &Instruction, Facts) -> Option<u64>,
     ) -> End {
         let bits = match key.code_size() {
             CodeSize::Bits16 => 16,
@@ -190,10 +190,15 @@ impl Bytes {
             // One decoder for all that has been read: making one costs more than decoding an instruction.
             loop {
                 let from = pc.wrapping_sub(self.start) as usize;
-                if decoder.set_position(from).is_err() || from >= self.buffer.len() {
+                if from >= self.buffer.len() {
                     break;
                 }
-                decoder.set_ip(pc);
+                if decoder.ip() != pc {
+                    if decoder.set_position(from).is_err() {
+                        break;
+                    }
+                    decoder.set_ip(pc);
+                }
                 decoder.decode_out(&mut insn);
                 if decoder.last_error() == DecoderError::NoMoreBytes {
                     let end = self.start.wrapping_add(self.buffer.len() as u64);
@@ -205,7 +210,7 @@ impl Bytes {
                     }
                     break;
                 }
-                match each(code, line(pc, insn, decoder.position() - from, key)) {
+                match each(code, &insn, facts(pc, &insn, decoder.position() - from, key)) {
                     Some(next) => pc = next,
                     None => return End::Stopped,
                 }
@@ -214,26 +219,44 @@ impl Bytes {
     }
 }
 
-/// The line of an instruction at `pc` for which the decoder read `used` bytes.
-fn line(pc: u64, insn: Instruction, used: usize, key: Key) -> Line {
-    let flow = flow(&insn, key);
+/// What is asked of every instruction, also of those that are only looked at.
+struct Facts {
+    pc: u64,
+    /// Behind it.
+    next: u64,
+    used: usize,
+    flow: Flow,
+    /// As in [`Line`].
+    read: u32,
+    changed: u32,
+}
+
+/// Those of an instruction at `pc` for which the decoder read `used` bytes.
+fn facts(pc: u64, insn: &Instruction, used: usize, key: Key) -> Facts {
+    let flow = flow(insn, key);
     let read = insn.rflags_read() & STATUS;
     let changed = insn.rflags_modified() & STATUS;
-    let changed = if changed != 0 && counted(&insn) { 0 } else { changed };
-    Line {
-        pc,
-        insn,
-        len: used.clamp(1, MAX_LEN) as u8,
-        // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
-        too_long: used >= MAX_LEN && insn.is_invalid(),
-        target: false,
-        faults: true,
-        live: 0,
-        live_before: 0,
-        live_there: STATUS,
-        flow,
-        read,
-        changed,
+    let changed = if changed != 0 && counted(insn) { 0 } else { changed };
+    Facts { pc, next: pc.wrapping_add(used.clamp(1, MAX_LEN) as u64), used, flow, read, changed }
+}
+
+impl Facts {
+    fn line(&self, insn: &Instruction, key: Key) -> Line {
+        Line {
+            pc: self.pc,
+            insn: *insn,
+            len: self.used.clamp(1, MAX_LEN) as u8,
+            // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
+            too_long: self.used >= MAX_LEN && insn.is_invalid(),
+            target: false,
+            faults: can_fault(insn, key),
+            live: 0,
+            live_before: 0,
+            live_there: STATUS,
+            flow: self.flow,
+            read: self.read,
+            changed: self.changed,
+        }
     }
 }
 
@@ -255,15 +278,13 @@ pub(crate) fn run(
     let mut bytes = Bytes::new(request.pc, std::mem::take(&mut buffers.bytes), false);
     let targets = &mut buffers.targets;
     targets.clear();
-    let end = bytes.lines(code, request.pc, key, |code, mut line| {
-        line.faults = can_fault(&line.insn, key);
-        let next = line.pc.wrapping_add(u64::from(line.len));
-        scan.lines.push(line);
-        scan.end = next;
-        if (next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || line.insn.is_invalid() {
+    let end = bytes.lines(code, request.pc, key, |code, insn, facts| {
+        scan.lines.push(facts.line(insn, key));
+        scan.end = facts.next;
+        if (facts.next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || insn.is_invalid() {
             return None; // it ran into the next page: alone
         }
-        follow(&line, next, targets)
+        follow(facts.flow, facts.next, targets)
             .filter(|pc| (pc ^ request.pc) & !PAGE == 0 && scan.lines.len() < limit && !code.is_break(*pc))
     });
     match end {
@@ -283,9 +304,9 @@ pub(crate) fn run(
     Ok(scan)
 }
 
-/// Where the region goes on behind `line`, if it does: at `next` or a little further on. Notes where the line jumps to.
-fn follow(line: &Line, next: u64, targets: &mut Vec<u64>) -> Option<u64> {
-    match line.flow {
+/// Where the region goes on behind an instruction, if it does: at `next` or a little further on. Notes where it jumps to.
+fn follow(flow: Flow, next: u64, targets: &mut Vec<u64>) -> Option<u64> {
+    match flow {
         Flow::Next | Flow::Fork => return Some(next),
         Flow::Branch(to) => {
             targets.push(to);
@@ -356,18 +377,17 @@ fn look_ahead(
 /// The status flags that the code at `pc` may read before it sets them.
 fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) -> u32 {
     let (mut read, mut changed, mut left) = (0, 0, AHEAD);
-    bytes.lines(code, pc, key, |_, line| {
-        if line.insn.is_invalid() {
+    bytes.lines(code, pc, key, |_, insn, facts| {
+        if insn.is_invalid() {
             return None;
         }
-        let next = line.pc.wrapping_add(u64::from(line.len));
-        read |= line.read & !changed;
-        if line.flow != Flow::Next || (next ^ pc) & !PAGE != 0 {
+        read |= facts.read & !changed;
+        if facts.flow != Flow::Next || (facts.next ^ pc) & !PAGE != 0 {
             return None;
         }
-        changed |= line.changed;
+        changed |= facts.changed;
         left -= 1;
-        (changed != STATUS && left > 0).then_some(next)
+        (changed != STATUS && left > 0).then_some(facts.next)
     });
     (read | !changed) & STATUS
 }
