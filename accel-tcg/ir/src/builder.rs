@@ -276,39 +276,6 @@ impl Builder {
         }
     }
 
-    /// `And`, `Or` and `Xor` of sign-extended `I32`s is the extension of the same on `I32`: as chains of 32-bit operations on
-    /// 64-bit registers are written, only what the last one gives is extended. Two shifts of one value that make a rotation
-    /// together are one.
-    fn narrow(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
-        if !matches!(op, Op::And | Op::Or | Op::Xor) {
-            return None;
-        }
-        let (x, y) = (*self.region.def(a), *self.region.def(b));
-        if x.op == Op::SExt && y.op == Op::SExt {
-            let v = self.binary(op, Val(x.a), Val(y.a));
-            return Some(self.sext(v));
-        }
-        self.rotation(op, a, b)
-    }
-
-    /// Whether two values are known to be equal.
-    fn same(&self, a: u32, b: u32) -> bool {
-        let (x, y) = (self.region.def(Val(a)), self.region.def(Val(b)));
-        a == b || x.op == Op::Trunc && y.op == Op::Trunc && x.a == y.a
-    }
-
-    fn rotation(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
-        let (x, y) = (*self.region.def(a), *self.region.def(b));
-        let (left, right) = if x.op == Op::Shl { (x, y) } else { (y, x) };
-        if op == Op::And || left.op != Op::Shl || right.op != Op::ShrU || !self.same(left.a, right.a) {
-            return None;
-        }
-        let (n, m) = (self.as_const(Val(left.b))?, self.as_const(Val(right.b))?);
-        let whole = u64::from(self.ty(a).bits());
-        (n != 0 && m != 0 && n.checked_add(m) == Some(whole))
-            .then(|| self.binary(Op::RotL, Val(left.a), Val(left.b)))
-    }
-
     /// Any two-operand integer instruction with a constant second operand.
     pub fn binary_imm(&mut self, op: Op, a: Val, imm: i64) -> Val {
         let c = self.constant(self.ty(a), imm as u64);

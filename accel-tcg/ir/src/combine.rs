@@ -1,6 +1,7 @@
-//! Operations that are made of others.
+//! Operations that are made of others, and others that are one.
 
 use crate::builder::Builder;
+use crate::op::Op;
 use crate::types::Val;
 
 impl Builder {
@@ -34,5 +35,38 @@ impl Builder {
         let down = self.shrui(bit, 7);
         let up = self.shli(bit, 1);
         self.sub(up, down)
+    }
+
+    /// `And`, `Or` and `Xor` of sign-extended `I32`s is the extension of the same on `I32`: as chains of 32-bit operations on
+    /// 64-bit registers are written, only what the last one gives is extended. Two shifts of one value that make a rotation
+    /// together are one.
+    pub(crate) fn narrow(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
+        if !matches!(op, Op::And | Op::Or | Op::Xor) {
+            return None;
+        }
+        let (x, y) = (*self.region().def(a), *self.region().def(b));
+        if x.op == Op::SExt && y.op == Op::SExt {
+            let v = self.binary(op, Val(x.a), Val(y.a));
+            return Some(self.sext(v));
+        }
+        self.rotation(op, a, b)
+    }
+
+    /// Whether two values are known to be equal.
+    fn same(&self, a: u32, b: u32) -> bool {
+        let (x, y) = (self.region().def(Val(a)), self.region().def(Val(b)));
+        a == b || x.op == Op::Trunc && y.op == Op::Trunc && x.a == y.a
+    }
+
+    fn rotation(&mut self, op: Op, a: Val, b: Val) -> Option<Val> {
+        let (x, y) = (*self.region().def(a), *self.region().def(b));
+        let (left, right) = if x.op == Op::Shl { (x, y) } else { (y, x) };
+        if op == Op::And || left.op != Op::Shl || right.op != Op::ShrU || !self.same(left.a, right.a) {
+            return None;
+        }
+        let (n, m) = (self.as_const(Val(left.b))?, self.as_const(Val(right.b))?);
+        let whole = u64::from(self.ty(a).bits());
+        (n != 0 && m != 0 && n.checked_add(m) == Some(whole))
+            .then(|| self.binary(Op::RotL, Val(left.a), Val(left.b)))
     }
 }

@@ -28,6 +28,7 @@ pub mod interp;
 pub mod op;
 mod print;
 pub mod region;
+mod traits;
 pub mod types;
 pub mod vec;
 pub mod verify;
