@@ -378,3 +378,108 @@ fn zeroes_are_found_in_writes_where_that_is_asked_for() {
         text(&out.stderr)
     );
 }
+
+/// Small numbers from a seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+
+    fn one<'a>(&mut self, of: &[&'a str]) -> &'a str {
+        of[self.below(of.len() as u64) as usize]
+    }
+}
+
+/// Creates `g.qcow2` with options, contents, snapshots and bitmaps that the numbers say. Returns how.
+fn generate(bed: &Bed, random: &mut Random) -> String {
+    let old = random.below(6) == 0;
+    let mut options =
+        vec![format!("cluster_size={}", random.one(&["512", "4k", "16k", "64k", "256k", "2M"]))];
+    let mut data_file = false;
+    if old {
+        options.push("compat=0.10".to_owned());
+    } else {
+        data_file = random.below(8) == 0;
+        if random.below(4) == 0 && !options[0].ends_with("512") && !options[0].ends_with("4k") {
+            options.push("extended_l2=on".to_owned());
+        }
+        let refcounts = if random.below(2) == 0 { "16" } else { random.one(&["1", "2", "8", "32", "64"]) };
+        options.push(format!("refcount_bits={refcounts}"));
+        options.push(format!("lazy_refcounts={}", random.one(&["on", "off"])));
+        options.push(format!("compression_type={}", random.one(&["zlib", "zstd"])));
+    }
+    let wide = !options.iter().any(|o| o == "refcount_bits=1");
+    let backed = !data_file && random.below(3) == 0;
+    if data_file {
+        options.push("data_file=g.data".to_owned());
+        options.push(format!("data_file_raw={}", random.one(&["on", "off"])));
+    } else if backed {
+        let format = random.one(&["raw", "qcow2"]);
+        options.push(format!("backing_file=base.{format},backing_fmt={format}"));
+    } else {
+        options.push(format!("preallocation={}", random.one(&["off", "off", "off", "metadata", "falloc"])));
+    }
+    let options = options.join(",");
+    let size = (random.below(6 << 20) + 600_000) / 512 * 512;
+    bed.ok(
+        random.below(2) == 0,
+        &["create", "-q", "-f", "qcow2", "-o", &options, "g.qcow2", &size.to_string()],
+    );
+    let mut done = format!("{options} {size}");
+    let mut io: Vec<String> = Vec::new();
+    for _ in 0..random.below(9) {
+        let at = random.below(size / 512) * 512;
+        let len = ((random.below(800) + 1) * 512).min(size - at);
+        let kinds = ["write -P 7", "write -P 0", "write -z", "write -zu", "discard", "write -P 9"];
+        io.push(format!("{} {at} {len}", random.one(if old { &kinds[..2] } else { &kinds })));
+    }
+    if !io.is_empty() {
+        done += &format!(" {io:?}");
+        let program = std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into());
+        let mut args = vec!["-f", "qcow2", "-d", "unmap"];
+        io.iter().for_each(|command| args.extend(["-c", command]));
+        let out = run(&program, bed.dir(), &[&args[..], &["g.qcow2"]].concat());
+        assert!(out.status.success(), "{done}: {}", text(&out.stderr));
+    }
+    if wide && !data_file && random.below(4) == 0 {
+        bed.ok(random.below(2) == 0, &["snapshot", "-c", "then", "g.qcow2"]);
+        done += " snapshot";
+    }
+    if !old && random.below(4) == 0 {
+        bed.ok(random.below(2) == 0, &["bitmap", "--add", "g.qcow2", "b"]);
+        done += " bitmap";
+    }
+    done
+}
+
+#[test]
+fn a_hundred_images_are_shown_alike() {
+    std::thread::scope(|s| {
+        for half in 0..2u64 {
+            s.spawn(move || {
+                let bed = Bed::new();
+                bed.data("base.raw", 1 << 20);
+                bed.ok(false, &["convert", "-O", "qcow2", "base.raw", "base.qcow2"]);
+                let mut random = Random(0x1dea + half);
+                for n in 0..50 {
+                    let how = generate(&bed, &mut random);
+                    println!("image {half}.{n}: {how}");
+                    for args in [
+                        vec!["info", "--output=json", "g.qcow2"],
+                        vec!["check", "--output=json", "g.qcow2"],
+                        vec!["map", "--output=json", "g.qcow2"],
+                        vec!["measure", "--output=json", "-O", random.one(&["qcow2", "raw"]), "g.qcow2"],
+                    ] {
+                        bed.same_json(&args);
+                    }
+                    for file in ["g.qcow2", "g.data"] {
+                        let _ = std::fs::remove_file(bed.dir().join(file));
+                    }
+                }
+            });
+        }
+    });
+}
