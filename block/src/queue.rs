@@ -82,6 +82,7 @@ impl Drop for Threads {
 }
 
 fn run(shared: &Shared) {
+    let mut memory = None;
     loop {
         let work = {
             let mut todo = shared.todo.lock();
@@ -96,7 +97,7 @@ fn run(shared: &Shared) {
             }
         };
         let Work { request, node, sink } = work;
-        let result = perform(&*node, &request);
+        let result = perform(&*node, &request, &mut memory);
         drop(node);
         sink.done.lock().push(Completion { id: request.id, result });
         // An eventfd can be written unless its counter is full, and then it is readable already.
@@ -104,10 +105,17 @@ fn run(shared: &Shared) {
     }
 }
 
-fn transfer(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
+/// A thread's buffer of at least `len` bytes. It is kept from request to request: new memory costs more than what is done with it.
+fn buffer_of(memory: &mut Option<AlignedBuffer>, len: usize) -> io::Result<&mut AlignedBuffer> {
+    if memory.as_ref().is_none_or(|buffer| buffer.len() < len) {
+        *memory = AlignedBuffer::new(len.next_power_of_two().max(ALIGN), ALIGN);
+    }
+    memory.as_mut().ok_or_else(|| os_error(libc::ENOMEM))
+}
+
+fn transfer(node: &dyn BlockNode, request: &Request, memory: &mut Option<AlignedBuffer>) -> io::Result<()> {
     let total: usize = request.buffers.iter().map(IoVec::len).sum();
-    let mut buffer =
-        AlignedBuffer::new(total.clamp(1, CHUNK), ALIGN).ok_or_else(|| os_error(libc::ENOMEM))?;
+    let buffer = buffer_of(memory, total.min(CHUNK))?;
     let mut at = 0;
     while at < total {
         let n = (total - at).min(CHUNK);
@@ -126,7 +134,7 @@ fn transfer(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
     Ok(())
 }
 
-fn perform(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
+fn perform(node: &dyn BlockNode, request: &Request, memory: &mut Option<AlignedBuffer>) -> io::Result<()> {
     let data = matches!(request.op, Op::Read | Op::Write);
     let len = if data { request.buffers.iter().map(|b| b.len() as u64).sum() } else { request.len };
     if request.op != Op::Flush {
@@ -139,7 +147,7 @@ fn perform(node: &dyn BlockNode, request: &Request) -> io::Result<()> {
         }
     }
     match request.op {
-        Op::Read | Op::Write => transfer(node, request),
+        Op::Read | Op::Write => transfer(node, request, memory),
         Op::Flush => node.flush(),
         Op::Discard => node.discard(request.offset, len),
         Op::WriteZeroes { unmap } => node.write_zeroes(request.offset, len, unmap),

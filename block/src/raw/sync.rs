@@ -102,6 +102,41 @@ impl RawImage {
         Ok(())
     }
 
+    /// Has the host copy bytes of another file, which it may do by sharing them. False if these two files it does not copy so;
+    /// then some of it may be copied.
+    ///
+    /// # Errors
+    /// The host's; `EROFS` if the image is not written.
+    pub fn copy_from(&self, offset: u64, from: &Self, from_offset: u64, len: u64) -> io::Result<bool> {
+        if self.options.readonly {
+            return Err(os_error(libc::EROFS));
+        }
+        let end = self.check(offset, len)?;
+        let (mut to_at, mut from_at) = (offset as i64, self.check(from_offset, 0)? as i64);
+        while (to_at as u64) < end {
+            let left = (end - to_at as u64) as usize;
+            let (from_fd, to_fd) = (from.file.as_raw_fd(), self.file.as_raw_fd());
+            // SAFETY: the two offsets are valid for the call, and both files are kept open.
+            let n = unsafe { libc::copy_file_range(from_fd, &mut from_at, to_fd, &mut to_at, left, 0) };
+            match n {
+                // The source ends, or the file system says nothing of it.
+                0 => return Ok(false),
+                1.. => self.grown(to_at as u64),
+                _ => {
+                    let error = io::Error::last_os_error();
+                    match error.raw_os_error() {
+                        Some(libc::EINTR) => {}
+                        Some(libc::EXDEV | libc::EBADF | libc::ETXTBSY) => return Ok(false),
+                        _ if unsupported(&error) => return Ok(false),
+                        _ => return Err(error),
+                    }
+                }
+            }
+        }
+        self.note_write(end);
+        Ok(true)
+    }
+
     fn zero_by_writing(&self, mut offset: u64, len: u64) -> io::Result<()> {
         let zeroes = vec![0; len.min(CHUNK) as usize];
         let end = offset + len;

@@ -52,11 +52,14 @@ pub(crate) struct Args {
     #[arg(short = 'T', default_value = "writeback")]
     source_cache: String,
     /// Shortest run of zeroes that is left out; 0 writes everything
-    #[arg(short = 'S', default_value = "4k")]
-    sparse: String,
+    #[arg(short = 'S')]
+    sparse: Option<String>,
     /// The source is this internal snapshot: an id or name, or `snapshot.id=`, `snapshot.name=`
     #[arg(short = 'l')]
     snapshot: Option<String>,
+    /// Have the host copy data without reading it, where it can
+    #[arg(short = 'C')]
+    offload: bool,
     /// Chunks at a time
     #[arg(short = 'm', default_value = "8")]
     workers: usize,
@@ -189,6 +192,13 @@ fn check(args: &Args) -> Result<()> {
     if args.unordered && args.compress {
         return refused("Out of order write and compress are mutually exclusive");
     }
+    if args.offload && (args.compress || args.sparse.is_some() || args.salvage) {
+        return refused(match (args.compress, args.salvage) {
+            (true, _) => "Cannot enable copy offloading when -c is used",
+            (_, true) => "Cannot use copy offloading in salvaging mode",
+            _ => "Cannot enable copy offloading when -S is used",
+        });
+    }
     if args.target_image_opts && !args.no_create {
         return refused("--target-image-opts requires use of -n flag");
     }
@@ -211,7 +221,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     };
     let sources = sources(args, names)?;
     let total: u64 = sources.iter().map(|s| s.size()).sum();
-    let sparse = size_argument(&args.sparse, "sparse size")?;
+    let sparse = size_argument(args.sparse.as_deref().unwrap_or("4k"), "sparse size")?;
     if sparse != 0 && (!sparse.is_multiple_of(512) || sparse > 16 << 20) {
         return refused(
             "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output).",
@@ -268,6 +278,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         workers: args.workers,
         unordered: args.unordered,
         salvage: args.salvage,
+        offload: args.offload,
     };
     copy(plan, Progress::new(args.progress && !args.quiet, total))?;
     if args.bitmaps {

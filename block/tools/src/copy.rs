@@ -3,9 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use holdfast_block::BlockNode;
-use holdfast_block::node::{is_zero, status_above};
+use holdfast_block::node::{Plan as Found, is_zero, status_above};
+use holdfast_block::raw::RawImage;
+use holdfast_block::{BlockNode, Op};
 use holdfast_threads::{PlainSpawner, Role, Spawner};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::common::{Progress, Result, failed};
@@ -42,6 +44,8 @@ pub(crate) struct Plan {
     pub(crate) unordered: bool,
     /// Sectors that cannot be read become zeroes.
     pub(crate) salvage: bool,
+    /// Have the host copy data where it can.
+    pub(crate) offload: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,8 +70,20 @@ struct Shared {
 
 struct Copier {
     plan: Plan,
+    /// The target's file if the host may copy to it, place by place.
+    offload: Option<Arc<RawImage>>,
+    /// The host does not copy between these files.
+    refused: AtomicBool,
     shared: Mutex<Shared>,
     turned: Condvar,
+}
+
+/// A chunk whose data is known.
+enum Ready {
+    /// It is at its place already.
+    Done,
+    /// It has to be written, perhaps as it was packed.
+    Store(Option<Vec<u8>>),
 }
 
 struct Chunk {
@@ -232,6 +248,36 @@ impl Copier {
         }
     }
 
+    /// Has the host copy a chunk. False if that cannot be done.
+    fn offloaded(&self, chunk: &Chunk) -> io::Result<bool> {
+        let Some(target) = self.offload.as_ref().filter(|_| chunk.kind == Kind::Data) else {
+            return Ok(false);
+        };
+        let Some((part, _)) = self.part(chunk.offset) else { return Ok(false) };
+        if self.refused.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let offset = chunk.offset - part.start;
+        let (extent, depth) = status_above(&*part.node, offset, chunk.len)?;
+        let mut node = Some(Arc::clone(&part.node));
+        for _ in 0..depth {
+            node = node.and_then(|n| n.backing());
+        }
+        let Some((node, file)) = node.and_then(|n| n.data_file().map(|f| (n, f))) else { return Ok(false) };
+        if extent.len < chunk.len || extent.compressed {
+            return Ok(false);
+        }
+        // The plan's guard keeps the data where it is meanwhile.
+        let Some(Found::File(place, _guard)) = node.plan(Op::Read, offset, chunk.len) else {
+            return Ok(false);
+        };
+        let copied = target.copy_from(chunk.offset, &file, place, chunk.len)?;
+        if !copied {
+            self.refused.store(true, Ordering::Relaxed);
+        }
+        Ok(copied)
+    }
+
     fn prepare(&self, chunk: &Chunk, buf: &mut Vec<u8>) -> io::Result<Option<Vec<u8>>> {
         if chunk.kind != Kind::Data {
             return Ok(None);
@@ -254,7 +300,11 @@ impl Copier {
     fn work(&self) {
         let mut buf = Vec::new();
         while let Some(chunk) = self.next() {
-            let ready = self.prepare(&chunk, &mut buf);
+            let ready = match self.offloaded(&chunk) {
+                Ok(true) => Ok(Ready::Done),
+                Ok(false) => self.prepare(&chunk, &mut buf).map(Ready::Store),
+                Err(error) => Err(error),
+            };
             let mut shared = self.lock();
             while !self.plan.unordered && shared.turn != chunk.ticket && shared.error.is_none() {
                 shared = self.turned.wait(shared).unwrap_or_else(PoisonError::into_inner);
@@ -264,7 +314,8 @@ impl Copier {
             }
             drop(shared);
             let done = match ready {
-                Ok(packed) => self.store(&chunk, &buf, packed).map_err(|e| ("writing", e)),
+                Ok(Ready::Done) => Ok(()),
+                Ok(Ready::Store(packed)) => self.store(&chunk, &buf, packed).map_err(|e| ("writing", e)),
                 Err(error) => Err(("reading", error)),
             };
             let mut shared = self.lock();
@@ -285,7 +336,10 @@ impl Copier {
 pub(crate) fn copy(plan: Plan, progress: Progress) -> Result<()> {
     let workers = plan.workers.max(1);
     let shared = Shared { cursor: 0, ticket: 0, turn: 0, error: None, progress, known: None };
-    let copier = Arc::new(Copier { plan, shared: Mutex::new(shared), turned: Condvar::new() });
+    let offload = plan.offload.then(|| Arc::clone(&plan.target).whole_file()).flatten();
+    let refused = AtomicBool::new(false);
+    let copier = Copier { plan, offload, refused, shared: Mutex::new(shared), turned: Condvar::new() };
+    let copier = Arc::new(copier);
     let mut threads = Vec::new();
     for n in 1..workers {
         let copier = Arc::clone(&copier);

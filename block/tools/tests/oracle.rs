@@ -483,3 +483,32 @@ fn a_hundred_images_are_shown_alike() {
         }
     });
 }
+
+#[test]
+fn the_host_copies_where_it_can() {
+    let bed = Bed::new();
+    bed.data("a.raw", 3 << 20);
+    bed.ok(false, &["convert", "-O", "qcow2", "a.raw", "base.qcow2"]);
+    bed.ok(false, &["convert", "-c", "-O", "qcow2", "a.raw", "packed.qcow2"]);
+    bed.ok(false, &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", "4M"]);
+    let program = std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into());
+    let writes =
+        ["-c", "write -P 3 1000k 300k", "-c", "write -z 0 64k", "-c", "write -P 4 3500k 5k", "top.qcow2"];
+    assert!(run(&program, bed.dir(), &writes).status.success());
+    for source in ["a.raw", "base.qcow2", "packed.qcow2", "top.qcow2"] {
+        for format in ["raw", "qcow2"] {
+            bed.ok(true, &["convert", "-C", "-O", format, source, "out"]);
+            bed.ok(false, &["compare", "-F", format, source, "out"]);
+        }
+    }
+    for args in [
+        &["convert", "-C", "-c", "-O", "qcow2", "a.raw", "out"][..],
+        &["convert", "-C", "-S", "4k", "-O", "raw", "a.raw", "out"],
+        &["convert", "-C", "--salvage", "-O", "raw", "a.raw", "out"],
+    ] {
+        let (ours, theirs) = (bed.ours(args), bed.theirs(args));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{args:?}");
+        let said = |out: &Output| text(&out.stderr).split_once(": ").map(|(_, said)| said.to_owned());
+        assert_eq!(said(&ours), said(&theirs), "{args:?}");
+    }
+}
