@@ -280,6 +280,56 @@ mod tests {
         assert!(close(passed(&group, 200, 3), 3000));
     }
 
+    /// Units that have passed at the end of each second, reads and writes by turns, when more wants to pass than may.
+    fn curve(group: &ThrottleGroup, bytes: u64, only: Option<bool>, unit: u64, seconds: u64) -> Vec<u64> {
+        let (mut now, mut done, mut turn, mut out) = (1_000_000_000, 0, false, Vec::new());
+        while (out.len() as u64) < seconds {
+            match group.admit(only.unwrap_or(turn), bytes, now) {
+                Ok(()) => {
+                    done += unit;
+                    turn = !turn;
+                }
+                Err(wait) => {
+                    now += wait;
+                    while now > (out.len() as u64 + 2) * 1_000_000_000 && (out.len() as u64) < seconds {
+                        out.push(done);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_rate_follows_its_curve_second_by_second() {
+        for (n, name) in NAMES.into_iter().enumerate() {
+            let only = [None, Some(false), Some(true)][n % 3];
+            for (average, max, length) in [(1000, 0, 1), (200, 1000, 1), (200, 1000, 4), (500, 5000, 10)] {
+                let (bytes, unit) = if n < 3 { (4096, 4096) } else { (512, 1) };
+                let keys = [name.to_owned(), format!("{name}-max"), format!("{name}-max-length")];
+                let set: Vec<(&str, u64)> = keys
+                    .iter()
+                    .map(String::as_str)
+                    .zip([average * unit, max * unit, length])
+                    .filter(|(_, value)| *value > 1)
+                    .collect();
+                let seen = curve(&group(&set), bytes, only, unit, 60);
+                for (at, seen) in seen.into_iter().enumerate() {
+                    let t = at as u64 + 1;
+                    // A burst of its rate until what it holds is used up, and the average from then on; without a burst a tenth of a
+                    // second's worth is ahead.
+                    let wanted = match (max, length) {
+                        (0, _) => average * t + average / 10,
+                        (max, 1) => max + average * t,
+                        (max, length) => (max * t + max / 10).min(max * length + average * t),
+                    } * unit;
+                    let off = seen.abs_diff(wanted) as f64 / wanted as f64;
+                    assert!(off <= 0.05, "{name} {average} {max} {length}: {seen} of {wanted} after {t} s");
+                }
+            }
+        }
+    }
+
     #[test]
     fn limits_that_do_not_fit_are_refused() {
         for set in [
