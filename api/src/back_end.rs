@@ -10,9 +10,9 @@ use holdfast_vmm::back_end::{BackEnd, BackEndError};
 use holdfast_vmm::confine;
 
 use crate::cli::BackEndOptions;
+use crate::logging;
 use crate::process::{block_signals, wait_for};
 use crate::serve::{OwnSocket, ServeError};
-use crate::logging;
 
 /// A back end that could not start.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +66,8 @@ pub fn run(options: &BackEndOptions) -> Result<(), ServiceError> {
         confine::limit_process(&sandbox, Some(&config.as_vm()), None, more, &directories)
             .map_err(ServiceError::Confine)?;
     }
-    let served = BackEnd::start(config, listener, objects, &sandbox.spawner()).map_err(ServiceError::Device)?;
+    let served =
+        BackEnd::start(config, listener, objects, &sandbox.spawner()).map_err(ServiceError::Device)?;
     sandbox.confine(Role::Api).map_err(ServiceError::Confine)?;
     while let Some(signal) = wait_for(&signals) {
         if signal != libc::SIGHUP {

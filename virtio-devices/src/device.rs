@@ -22,6 +22,8 @@ pub mod kind {
     pub const BALLOON: u32 = 5;
     /// Input: keyboards and the like.
     pub const INPUT: u32 = 18;
+    /// Sockets.
+    pub const VSOCK: u32 = 19;
     /// File system.
     pub const FS: u32 = 26;
 }

@@ -18,6 +18,7 @@ pub mod registry;
 pub mod rng;
 pub mod transport;
 pub mod vhost_user;
+pub mod vsock;
 pub mod worker;
 
 pub use config::FieldError;

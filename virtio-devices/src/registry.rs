@@ -40,82 +40,91 @@ pub struct VirtioDeviceModule {
     pub build: Build,
 }
 
+const ALL: &[VirtioDeviceModule] = &[
+    VirtioDeviceModule {
+        name: "virtio-blk",
+        aliases: &["virtio-blk-pci", "virtio-blk-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::blk::build(&args.id, &config, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "virtio-net",
+        aliases: &["virtio-net-pci", "virtio-net-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::net::build(&args.id, &config, args.fds, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "virtio-balloon",
+        aliases: &["virtio-balloon-pci", "virtio-balloon-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::balloon::build(&args.id, &config, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "virtio-rng",
+        aliases: &["virtio-rng-pci", "virtio-rng-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::rng::build(&args.id, &config, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "virtio-console",
+        aliases: &["virtio-serial", "virtio-serial-pci", "virtio-serial-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::console::build(&args.id, &config, args.ports, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "virtio-vsock",
+        aliases: &[],
+        build: |args, context| {
+            let config = parse(&args)?;
+            Ok(crate::vsock::build(&args.id, &config, context)?)
+        },
+    },
+    VirtioDeviceModule {
+        name: "vhost-user-fs",
+        aliases: &["vhost-user-fs-pci", "vhost-user-fs-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_user::fs::build(&args.id, &config, context)
+        },
+    },
+    VirtioDeviceModule {
+        name: "vhost-user-blk",
+        aliases: &["vhost-user-blk-pci"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_user::blk::build(&args.id, &config, context)
+        },
+    },
+    VirtioDeviceModule {
+        name: "vhost-user-net",
+        aliases: &[],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_user::net::build(&args.id, &config, context)
+        },
+    },
+    VirtioDeviceModule {
+        name: "vhost-user-generic",
+        aliases: &["vhost-user-device-pci", "vhost-user-device"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_user::generic::build(&args.id, &config, context)
+        },
+    },
+];
+
 /// All kinds of devices.
 pub fn registry() -> &'static [VirtioDeviceModule] {
-    const ALL: &[VirtioDeviceModule] = &[
-        VirtioDeviceModule {
-            name: "virtio-blk",
-            aliases: &["virtio-blk-pci", "virtio-blk-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                Ok(crate::blk::build(&args.id, &config, context)?)
-            },
-        },
-        VirtioDeviceModule {
-            name: "virtio-net",
-            aliases: &["virtio-net-pci", "virtio-net-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                Ok(crate::net::build(&args.id, &config, args.fds, context)?)
-            },
-        },
-        VirtioDeviceModule {
-            name: "virtio-balloon",
-            aliases: &["virtio-balloon-pci", "virtio-balloon-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                Ok(crate::balloon::build(&args.id, &config, context)?)
-            },
-        },
-        VirtioDeviceModule {
-            name: "virtio-rng",
-            aliases: &["virtio-rng-pci", "virtio-rng-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                Ok(crate::rng::build(&args.id, &config, context)?)
-            },
-        },
-        VirtioDeviceModule {
-            name: "virtio-console",
-            aliases: &["virtio-serial", "virtio-serial-pci", "virtio-serial-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                Ok(crate::console::build(&args.id, &config, args.ports, context)?)
-            },
-        },
-        VirtioDeviceModule {
-            name: "vhost-user-fs",
-            aliases: &["vhost-user-fs-pci", "vhost-user-fs-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                crate::vhost_user::fs::build(&args.id, &config, context)
-            },
-        },
-        VirtioDeviceModule {
-            name: "vhost-user-blk",
-            aliases: &["vhost-user-blk-pci"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                crate::vhost_user::blk::build(&args.id, &config, context)
-            },
-        },
-        VirtioDeviceModule {
-            name: "vhost-user-net",
-            aliases: &[],
-            build: |args, context| {
-                let config = parse(&args)?;
-                crate::vhost_user::net::build(&args.id, &config, context)
-            },
-        },
-        VirtioDeviceModule {
-            name: "vhost-user-generic",
-            aliases: &["vhost-user-device-pci", "vhost-user-device"],
-            build: |args, context| {
-                let config = parse(&args)?;
-                crate::vhost_user::generic::build(&args.id, &config, context)
-            },
-        },
-    ];
     ALL
 }
 

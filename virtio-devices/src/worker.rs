@@ -68,6 +68,16 @@ impl Watch {
         added.map_err(|source| HandlerError::Host { what: "cannot watch a file descriptor", source })
     }
 
+    /// As [`Watch::add`], and when `fd` becomes writable.
+    ///
+    /// # Errors
+    /// [`HandlerError::Host`].
+    pub fn add_both(&self, fd: RawFd, token: u64) -> Result<(), HandlerError> {
+        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        let added = self.0.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token));
+        added.map_err(|source| HandlerError::Host { what: "cannot watch a file descriptor", source })
+    }
+
     /// Undoes [`Watch::add`]. An `fd` that is not watched is ignored.
     pub fn remove(&self, fd: RawFd) {
         let _ = self.0.ctl(ControlOperation::Delete, fd, EpollEvent::default());

@@ -148,6 +148,9 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     for net in config.net().iter().filter(|net| net.vhost_user && net.vhost_mode == VhostMode::Server) {
         rules.made(Path::new(net.vhost_socket.as_deref().unwrap_or_default()));
     }
+    if let Some(vsock) = &config.vsock {
+        rules.made(&vsock.socket);
+    }
     for options in config.blockdevs() {
         for (path, write) in files_of(options) {
             rules.existing(&path, write);

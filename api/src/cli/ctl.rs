@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgMatches, Command};
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigrationData, RestoreConfig,
-    RestoredNet, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    RestoredNet, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
 };
 use holdfast_keyval::parse_size;
 use schemars::JsonSchema;
@@ -48,16 +48,8 @@ const PLAIN: &[(&str, &str, bool, &str)] = &[
 ];
 
 /// Verbs of `ch-remote` for features that Holdfast does not have.
-const UNSUPPORTED: &[&str] = &[
-    "add-device",
-    "add-pmem",
-    "add-user-device",
-    "add-vdpa",
-    "add-vsock",
-    "coredump",
-    "resize-disk",
-    "resize-zone",
-];
+const UNSUPPORTED: &[&str] =
+    &["add-device", "add-pmem", "add-user-device", "add-vdpa", "coredump", "resize-disk", "resize-zone"];
 
 /// `restore`'s keys: like the request's, but the network devices name their file descriptors.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -132,6 +124,11 @@ pub(super) fn command(verbose: bool) -> Command {
                 .about("Add a device of a vhost-user back end")
                 .arg(keys("The device", holdfast_keyval::keys::<GenericVhostUserConfig>)),
         )
+        .subcommand(
+            Command::new("add-vsock")
+                .about("Add sockets between the guest and the host")
+                .arg(keys("The sockets", holdfast_keyval::keys::<VsockConfig>)),
+        )
         .subcommand(Command::new("remove-device").about("Remove a device").arg(text("id", "Its identifier")))
         .subcommand(
             Command::new("resize")
@@ -204,6 +201,10 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
             let device: GenericVhostUserConfig =
                 read_keys("generic-vhost-user", argument("keys").unwrap_or_default())?;
             Ok(("vm.add-generic-vhost-user", json(&device)?, Vec::new()))
+        }
+        "add-vsock" => {
+            let vsock: VsockConfig = read_keys("vsock", argument("keys").unwrap_or_default())?;
+            Ok(("vm.add-vsock", json(&vsock)?, Vec::new()))
         }
         "remove-device" => {
             let device = VmRemoveDevice { id: argument("id").unwrap_or_default().to_owned() };

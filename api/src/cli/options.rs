@@ -135,6 +135,12 @@ pub(super) const OPTIONS: &[Opt] = &[
         DEVICES,
         "Device of any type by a vhost-user back end",
     ),
+    opt(
+        "vsock",
+        Shape::Keys(holdfast_keyval::keys::<config::VsockConfig>),
+        DEVICES,
+        "Sockets between the guest and the host, on UNIX sockets of the host",
+    ),
     opt("rng", Shape::Keys(holdfast_keyval::keys::<config::RngConfig>), DEVICES, "Entropy device"),
     opt("balloon", Shape::Keys(holdfast_keyval::keys::<config::BalloonConfig>), DEVICES, "Memory balloon"),
     opt(

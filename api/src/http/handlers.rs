@@ -178,6 +178,14 @@ pub(super) async fn add_generic_vhost_user(call: Call) -> Result<Answer, HttpErr
     }
 }
 
+pub(super) async fn add_vsock(call: Call) -> Result<Answer, HttpError> {
+    let vsock = call.read()?;
+    match call.perform(ops::AddVsock(vsock)).await? {
+        Some(device) => json(&device),
+        None => Ok(Answer::NoContent),
+    }
+}
+
 pub(super) async fn remove_device(call: Call) -> Result<Answer, HttpError> {
     let device = call.read()?;
     call.done(ops::RemoveDevice(device)).await

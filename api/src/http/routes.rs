@@ -6,7 +6,7 @@ use std::pin::Pin;
 use bytes::Bytes;
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
 };
 use holdfast_vmm::control::{ControlHandle, Counters, VmInfo};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -136,6 +136,8 @@ pub(super) static ROUTES: &[Route] = &[
     route!("vm.add-generic-vhost-user", "Add a device of a vhost-user back end",
         "The generic vhost-user device could not be added to the VM", handlers::add_generic_vhost_user, ADD,
         body: Some(schema::<GenericVhostUserConfig>), reply: Some(schema::<PciDeviceInfo>)),
+    route!("vm.add-vsock", "Add sockets between guest and host", "The vsock device could not be added to the VM",
+        handlers::add_vsock, ADD, body: Some(schema::<VsockConfig>), reply: Some(schema::<PciDeviceInfo>)),
     route!("vm.remove-device", "Remove a device", "The device could not be removed from the VM",
         handlers::remove_device, PLAIN, body: Some(schema::<VmRemoveDevice>)),
     route!("vm.snapshot", "Save the VM", "The VM could not be snapshotted", handlers::snapshot, PLAIN,
@@ -156,6 +158,6 @@ macro_rules! unsupported {
 
 /// Cloud Hypervisor's routes that are not there: they say so.
 static UNSUPPORTED: &[Route] = unsupported!(
-    "vm.add-device" "vm.add-pmem" "vm.add-user-device" "vm.add-vdpa" "vm.add-vsock" "vm.coredump" "vm.resize-disk"
+    "vm.add-device" "vm.add-pmem" "vm.add-user-device" "vm.add-vdpa" "vm.coredump" "vm.resize-disk"
     "vm.resize-zone"
 );

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, IdAllocator, NetConfig, PciDeviceInfo, RestoreConfig,
-    VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, validate_disk, validate_fs,
+    VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig, validate_disk, validate_fs,
     validate_generic_vhost_user, validate_net,
 };
 use holdfast_vmm::control::*;
@@ -202,6 +202,11 @@ impl VmManager for FakeManager {
         let id = net.id.clone().unwrap_or_default();
         config.net.get_or_insert_default().push(net);
         self.fds.insert(id, fds);
+        Ok(None)
+    }
+
+    fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.config()?.vsock = Some(vsock);
         Ok(None)
     }
 

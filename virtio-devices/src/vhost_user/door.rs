@@ -35,7 +35,7 @@ pub(crate) enum Door {
 }
 
 /// Removes a socket that nobody listens on any more.
-fn remove_left_behind(path: &Path) {
+pub(crate) fn remove_left_behind(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         // If it stays, binding says so.

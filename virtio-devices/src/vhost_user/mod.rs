@@ -22,4 +22,4 @@ pub mod generic;
 pub mod net;
 
 pub(crate) use device::{ConfigSource, LocalQueue, Spec, VhostUser};
-pub(crate) use door::Door;
+pub(crate) use door::{Door, remove_left_behind};

@@ -32,6 +32,9 @@ impl IdAllocator {
         for device in config.generic_vhost_user.iter_mut().flatten() {
             name("_generic_vhost_user", &mut device.id);
         }
+        if let Some(vsock) = &mut config.vsock {
+            name("_vsock", &mut vsock.id);
+        }
         let has_console = config.has_console();
         if has_console {
             config.console.id.get_or_insert_with(|| "__console".to_owned());
@@ -61,7 +64,12 @@ impl VmConfig {
         let nets = self.net().iter().map(|net| &net.id);
         let shares = self.fs().iter().map(|fs| &fs.id);
         let others = self.generic_vhost_user().iter().map(|device| &device.id);
-        let single = [Some(&self.console.id), Some(&self.rng.id), self.balloon.as_ref().map(|b| &b.id)];
+        let single = [
+            Some(&self.console.id),
+            Some(&self.rng.id),
+            self.balloon.as_ref().map(|b| &b.id),
+            self.vsock.as_ref().map(|v| &v.id),
+        ];
         let many = disks.chain(nets).chain(shares).chain(others);
         many.chain(single.into_iter().flatten()).filter_map(|id| id.as_deref()).collect()
     }
@@ -83,6 +91,7 @@ impl VmConfig {
             devices.retain(|device| !named(&device.id));
         }
         self.balloon.take_if(|balloon| named(&balloon.id));
+        self.vsock.take_if(|vsock| named(&vsock.id));
         before != self.device_ids().len()
     }
 }

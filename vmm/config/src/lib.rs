@@ -35,6 +35,7 @@ pub use holdfast_virtio::net::config::{NetConfig, VhostMode};
 pub use holdfast_virtio::rng::config::RngConfig;
 pub use holdfast_virtio::vhost_user::fs::config::FsConfig;
 pub use holdfast_virtio::vhost_user::generic::config::GenericVhostUserConfig;
+pub use holdfast_virtio::vsock::config::VsockConfig;
 pub use ids::IdAllocator;
 pub use machine::{
     AccelChoice, AccelKind, IrqChipMode, MachineConfig, PflashConfig, UnknownAccel, VirtioTransport,
@@ -47,5 +48,7 @@ pub use requests::{
 };
 pub use tcg_log::TcgLogConfig;
 pub use unsupported::{Cli, UNSUPPORTED_OPTIONS, unsupported_cli_key};
-pub use validate::{check_id, validate_disk, validate_fs, validate_generic_vhost_user, validate_net};
+pub use validate::{
+    check_id, validate_disk, validate_fs, validate_generic_vhost_user, validate_net, validate_vsock,
+};
 pub use vm::{PayloadConfig, VmConfig, parse_json};

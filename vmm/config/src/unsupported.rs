@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::Problems;
 
 /// Top-level fields of `VmConfig` and what configures nothing there.
-fn vm_fields() -> [(&'static str, Vec<Value>); 17] {
+fn vm_fields() -> [(&'static str, Vec<Value>); 16] {
     let none = || vec![json!([])];
     let off = || vec![json!(false)];
     [
@@ -16,7 +16,6 @@ fn vm_fields() -> [(&'static str, Vec<Value>); 17] {
         ("devices", none()),
         ("user_devices", none()),
         ("vdpa", none()),
-        ("vsock", vec![]),
         ("numa", none()),
         ("iommu", off()),
         ("watchdog", off()),
@@ -112,7 +111,6 @@ pub const UNSUPPORTED_OPTIONS: &[Cli] = &[
     valued("numa"),
     valued("pci-segment"),
     valued("pmem"),
-    valued("vsock"),
     valued("vdpa"),
     valued("user-device"),
     valued("rtc"),

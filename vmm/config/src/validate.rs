@@ -8,7 +8,7 @@ use holdfast_virtio::console::MAX_PORTS;
 use holdfast_virtio::console::config::ConsoleMode;
 use holdfast_virtio::net::config::NetConfig;
 
-use crate::{ConfigError, FsConfig, GenericVhostUserConfig, IrqChipMode, Problems, VmConfig};
+use crate::{ConfigError, FsConfig, GenericVhostUserConfig, IrqChipMode, Problems, VmConfig, VsockConfig};
 
 /// Most vCPUs of any machine; each machine has its own, lower limit.
 const MAX_VCPUS: u32 = 8192;
@@ -156,6 +156,9 @@ impl VmConfig {
                 "is off; vhost-user back ends need RAM that they can map (`shared=on`)",
             );
         }
+        if let Some(vsock) = &self.vsock {
+            note("vsock", vsock.validate(), problems);
+        }
         note("rng", self.rng.validate(), problems);
         note("console", self.console.validate(), problems);
         if let Some(balloon) = &self.balloon {
@@ -227,6 +230,7 @@ impl VmConfig {
             Some(("rng.id".to_owned(), &self.rng.id)),
             Some(("console.id".to_owned(), &self.console.id)),
             self.balloon.as_ref().map(|balloon| ("balloon.id".to_owned(), &balloon.id)),
+            self.vsock.as_ref().map(|vsock| ("vsock.id".to_owned(), &vsock.id)),
         ];
         disks
             .chain(nets)
@@ -373,6 +377,14 @@ pub fn validate_fs(fs: &FsConfig) -> Result<(), ConfigError> {
 /// [`ConfigError::Invalid`] with all problems.
 pub fn validate_generic_vhost_user(device: &GenericVhostUserConfig) -> Result<(), ConfigError> {
     added("generic_vhost_user", device.validate(), device.id.as_deref())
+}
+
+/// Checks sockets that are to be added to a VM.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] with all problems.
+pub fn validate_vsock(vsock: &VsockConfig) -> Result<(), ConfigError> {
+    added("vsock", vsock.validate(), vsock.id.as_deref())
 }
 
 fn added(kind: &str, errors: Vec<FieldError>, id: Option<&str>) -> Result<(), ConfigError> {

@@ -13,6 +13,7 @@ use holdfast_virtio::net::config::NetConfig;
 use holdfast_virtio::rng::config::RngConfig;
 use holdfast_virtio::vhost_user::fs::config::FsConfig;
 use holdfast_virtio::vhost_user::generic::config::GenericVhostUserConfig;
+use holdfast_virtio::vsock::config::VsockConfig;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,9 @@ pub struct VmConfig {
     /// Devices of any type by vhost-user back ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// Sockets between the guest and the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// Entropy device; always there.
     #[serde(default)]
     pub rng: RngConfig,
@@ -144,6 +148,7 @@ impl Default for VmConfig {
             net: None,
             fs: None,
             generic_vhost_user: None,
+            vsock: None,
             rng: RngConfig::default(),
             balloon: None,
             serial: SerialConfig::default(),

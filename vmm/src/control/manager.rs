@@ -6,7 +6,7 @@ use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
 };
 
 use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
@@ -87,6 +87,11 @@ pub trait VmManager {
         &mut self,
         device: GenericVhostUserConfig,
     ) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Adds sockets between the guest and the host. Before boot the answer is `None`.
+    ///
+    /// # Errors
+    /// Like [`VmManager::add_disk`].
+    fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError>;
     /// Removes a device.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
 };
 
 use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
@@ -113,6 +113,8 @@ quick! {
     AddFs(fs: FsConfig) -> Option<PciDeviceInfo> = add_fs;
     /// Adds a device by a vhost-user back end.
     AddGenericVhostUser(device: GenericVhostUserConfig) -> Option<PciDeviceInfo> = add_generic_vhost_user;
+    /// Adds sockets between the guest and the host.
+    AddVsock(vsock: VsockConfig) -> Option<PciDeviceInfo> = add_vsock;
     /// Removes a device.
     RemoveDevice(device: VmRemoveDevice) -> () = remove_device;
     /// Run state as QEMU names it.

@@ -7,8 +7,8 @@ use holdfast_accel::DebugControl;
 use holdfast_arch::{Arch, CpuState};
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, check_id,
-    validate_disk, validate_fs, validate_generic_vhost_user, validate_net,
+    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
+    check_id, validate_disk, validate_fs, validate_generic_vhost_user, validate_net, validate_vsock,
 };
 use holdfast_devices::pci::Removal;
 
@@ -247,6 +247,17 @@ impl VmManager for Manager {
         validate_generic_vhost_user(&device)?;
         self.name_device(&mut device.id, "_generic_vhost_user")?;
         self.open_config()?.generic_vhost_user.get_or_insert_default().push(device);
+        Ok(None)
+    }
+
+    fn add_vsock(&mut self, mut vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
+        if self.open_config()?.vsock.is_some() {
+            let text = "The VM has sockets (vsock) already; there can be one such device";
+            return Err(ControlError::new(ErrorKind::Invalid, text));
+        }
+        validate_vsock(&vsock)?;
+        self.name_device(&mut vsock.id, "_vsock")?;
+        self.open_config()?.vsock = Some(vsock);
         Ok(None)
     }
 

@@ -345,7 +345,7 @@ fn char_spec(
 }
 
 /// Plugs the virtio devices in, in Cloud Hypervisor's order: console, disks, network, rng, shared directories, other
-/// back ends, balloon; then the power button of machines that have none of their own.
+/// back ends, sockets, balloon; then the power button of machines that have none of their own.
 fn plug_all<'a>(
     config: &VmConfig,
     host: &mut Host,
@@ -387,6 +387,9 @@ fn plug_all<'a>(
     }
     for device in config.generic_vhost_user() {
         plugs.generic_vhost_user(device, slot()?)?;
+    }
+    if let Some(vsock) = &config.vsock {
+        plugs.vsock(vsock, slot()?)?;
     }
     if let Some(balloon) = &config.balloon {
         plugs.balloon(balloon, slot()?)?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use holdfast_block::BlockError;
 use holdfast_config::{
     BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RngConfig,
+    VsockConfig,
 };
 use holdfast_device::{BuildContext, BuildError};
 use holdfast_devices::pci::PciBus;
@@ -101,6 +102,11 @@ impl<'a> Plugs<'a> {
     ) -> Result<(), VmError> {
         let args = arguments(config.id.as_ref(), config)?;
         self.named("vhost-user-generic", args, slot, config.pci_device_id)
+    }
+
+    pub(super) fn vsock(&mut self, config: &VsockConfig, slot: VirtioSlot) -> Result<(), VmError> {
+        let args = arguments(config.id.as_ref(), config)?;
+        self.named("virtio-vsock", args, slot, config.pci_device_id)
     }
 
     pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {

@@ -1,0 +1,43 @@
+//! `--vsock` and `VsockConfig`.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Checker, FieldError};
+
+/// Sockets between the guest and processes of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VsockConfig {
+    /// The guest's address (context id), 3 or more.
+    pub cid: u64,
+    /// The UNIX socket on which processes of the host connect to the guest: `CONNECT PORT` and a newline, answered by
+    /// `OK PORT`. What the guest connects to is this path, an underscore and the port.
+    pub socket: PathBuf,
+    /// Behind the virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// PCI segment.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// PCI device number on the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Name of the device, unique in the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+impl VsockConfig {
+    /// All fields that cannot be used.
+    pub fn validate(&self) -> Vec<FieldError> {
+        let mut check = Checker::default();
+        check.pci(self.iommu, self.pci_segment, self.pci_device_id);
+        // 0 to 2 are reserved, and so are the upper 32 bits (virtio 1.2 section 5.10.4).
+        let good = (3..u64::from(u32::MAX)).contains(&self.cid);
+        check.refuse(!good, "cid", format!("is {}; it takes 3 to {}", self.cid, u32::MAX - 1));
+        check.refuse(self.socket.as_os_str().is_empty(), "socket", "is empty: name a UNIX socket");
+        check.0
+    }
+}
