@@ -46,6 +46,8 @@ fn x86_code_is_logged_in_three_forms() {
     ] {
         assert!(text.contains(want), "`{want}` is missing in:\n{text}");
     }
+    // What the call of a link request leaves behind itself are no instructions.
+    assert!(text.contains(": db ["), "{text}");
     assert!(
         text.lines().filter(|l| l.starts_with("REGION ")).all(|l| l.starts_with("REGION 0x1000")),
         "{text}"

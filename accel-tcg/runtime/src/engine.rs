@@ -106,6 +106,14 @@ impl fmt::Debug for VcpuEngine {
 }
 
 impl VcpuEngine {
+    /// The routines that host code calls, if host code is made.
+    pub fn stubs(&self) -> Option<&Stubs> {
+        match &self.kind {
+            Kind::Host(host) => Some(&host.1),
+            Kind::Interpreter(..) => None,
+        }
+    }
+
     /// The builder, for one region.
     pub fn take_builder(&mut self, guest: &dyn Guest) -> Box<Builder> {
         self.builder.take().unwrap_or_else(|| Box::new(Builder::new(guest.helpers())))

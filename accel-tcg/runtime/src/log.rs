@@ -46,8 +46,8 @@ pub(crate) struct Translated<'a> {
     /// Guest instructions, a line each.
     pub guest: &'a str,
     pub ir: &'a holdfast_tcg_ir::Region,
-    /// Host code and where it runs.
-    pub host: Option<(&'a [u8], u64)>,
+    /// Host code, where it runs, and the routines that it calls.
+    pub host: Option<(&'a [u8], u64, &'a holdfast_tcg_x64::Stubs)>,
 }
 
 impl TraceLog {
@@ -79,9 +79,9 @@ impl TraceLog {
         if self.options.ir {
             let _ = write!(text, "IR:\n{}", t.ir);
         }
-        if let Some((code, at)) = t.host.filter(|_| self.options.host) {
+        if let Some((code, at, stubs)) = t.host.filter(|_| self.options.host) {
             let _ = writeln!(text, "HOST: {} bytes at {at:#x}", code.len());
-            text += &holdfast_tcg_x64::disassemble(code, at);
+            text += &stubs.disassemble(code, at);
         }
         text.push('\n');
         self.write(&text);

@@ -248,14 +248,14 @@ fn log_region(source: &mut Source<'_>, key: Key, len: u64, made: (&holdfast_tcg_
         let bytes: Vec<u8> = (0..len).map_while(|n| reader.u8(key.pc.wrapping_add(n)).ok()).collect();
         guest = disassemble(&*vm.guest, key, &bytes);
     }
-    let host = match made.1 {
-        Body::Host(code) => {
+    let host = match (made.1, source.core.engine.stubs()) {
+        (Body::Host(code), Some(stubs)) => {
             let start = vm.cache().map(|cache| cache.exec_addr(code.offset));
             // SAFETY: the region's code is in the cache, nobody changes it before it is published, and its segment is
             // this vCPU's.
-            start.map(|at| (unsafe { std::slice::from_raw_parts(at, code.len as usize) }, code.entry))
+            start.map(|at| (unsafe { std::slice::from_raw_parts(at, code.len as usize) }, code.entry, stubs))
         }
-        Body::Ir(_) => None,
+        _ => None,
     };
     log.region(&Translated {
         vcpu: source.core.shared.index(),

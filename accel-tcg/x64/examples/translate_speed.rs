@@ -108,14 +108,6 @@ fn main() {
     println!("hot {} bytes, all {} bytes", c.hot_len, c.len);
     println!("build {} ns, build and compile {} ns per block", build / u128::from(N), all / u128::from(N));
     if std::env::args().any(|a| a == "-d") {
-        print!("{}", disassemble(t.bytes()));
+        print!("{}", stubs.disassemble(t.bytes(), exec + at as u64));
     }
-}
-
-fn disassemble(code: &[u8]) -> String {
-    use iced_x86::{Decoder, DecoderOptions};
-    Decoder::with_ip(64, code, 0, DecoderOptions::NONE)
-        .iter()
-        .map(|i| format!("{:5x} {i}\n", i.ip()))
-        .collect()
 }

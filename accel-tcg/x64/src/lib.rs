@@ -24,7 +24,6 @@ pub use features::HostFeatures;
 pub use native::NativeRunner;
 
 pub use link::{LinkKind, LinkSite};
-pub use listing::disassemble;
 pub use stubs::{Enter, Stubs};
 
 /// Why code could not be generated.

@@ -105,6 +105,8 @@ impl Brief {
 
     /// Bytes of the last word that count.
     pub(crate) const LAST: usize = 2;
+    /// Bytes of all words.
+    const LEN: usize = 3 * 8 + Self::LAST;
 }
 
 /// Addresses (in the executable mapping) of the shared routines.
@@ -145,6 +147,22 @@ impl Stubs {
 
     pub(crate) fn slow(&self, kind: Slow, keep_xmm: bool) -> u64 {
         self.slow[kind as usize * 2 + usize::from(keep_xmm)]
+    }
+
+    /// The instructions in `code`, which runs at `at` and was compiled with these routines: a line each.
+    pub fn disassemble(&self, code: &[u8], at: u64) -> String {
+        crate::listing::disassemble(code, at, |routine| self.data_behind(routine))
+    }
+
+    /// Bytes behind a call of `routine` that are data.
+    fn data_behind(&self, routine: u64) -> usize {
+        if routine == self.link {
+            2 * 8
+        } else if self.brief.contains(&routine) {
+            Brief::LEN
+        } else {
+            0
+        }
     }
 
     pub(crate) fn brief(&self, kind: Slow, keep_xmm: bool) -> u64 {

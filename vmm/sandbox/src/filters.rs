@@ -242,8 +242,7 @@ const SOCKETS: &[Permit] = &[
 ];
 
 /// Looking for a peer, and a second channel to it.
-const CONNECT: &[Permit] =
-    &[Any(libc::SYS_socket), Any(libc::SYS_connect), Any(libc::SYS_socketpair)];
+const CONNECT: &[Permit] = &[Any(libc::SYS_socket), Any(libc::SYS_connect), Any(libc::SYS_socketpair)];
 
 /// Who this is.
 const IDENTITY: &[Permit] = &[

@@ -350,18 +350,11 @@ impl Machine {
         got
     }
 
+    /// The code that was compiled last.
     pub fn disassemble(&self) -> String {
-        use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
-        let mut s = String::new();
-        let mut d = Decoder::with_ip(64, self.translator.bytes(), 0, DecoderOptions::NONE);
-        let mut f = IntelFormatter::new();
-        while d.can_decode() {
-            let i = d.decode();
-            let mut line = String::new();
-            f.format(&i, &mut line);
-            s += &format!("{:5x} {line}\n", i.ip());
-        }
-        s
+        // What is behind calls is told by their targets, which depend on where the code runs.
+        let start = self.stubs.len.next_multiple_of(64);
+        self.stubs.disassemble(self.translator.bytes(), self.code.base as u64 + start as u64)
     }
 }
 
