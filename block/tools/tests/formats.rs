@@ -29,7 +29,11 @@ impl Bed {
     }
 
     fn run(&self, program: &str, args: &[&str]) -> Output {
-        let program = match program {
+        self.command(program).args(args).output().expect("qemu-img (Debian: qemu-utils)")
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let program: std::path::PathBuf = match program {
             "ours" => env!("CARGO_BIN_EXE_holdfast-img").into(),
             // The same program by another name.
             "our-io" => {
@@ -37,13 +41,12 @@ impl Bed {
                 let _ = std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_holdfast-img"), &link);
                 link.into()
             }
-            _ => std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()),
+            "their-io" => std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into()).into(),
+            _ => std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()).into(),
         };
-        Command::new(program)
-            .current_dir(self.dir())
-            .args(args)
-            .output()
-            .expect("qemu-img (Debian: qemu-utils)")
+        let mut command = Command::new(program);
+        command.current_dir(self.dir());
+        command
     }
 
     fn ok(&self, program: &str, args: &[&str]) -> String {
@@ -276,5 +279,96 @@ fn damaged_images_are_refused() {
             let out = bed.run("ours", &["convert", "-f", format, "-O", "raw", "y", "z"]);
             assert!(out.status.code().is_some_and(|c| c < 2), "{format}: {}", text(&out.stderr));
         }
+    }
+}
+
+/// A new VHDX image `x` with small blocks, and a raw one `y` that is to be as `x` is.
+fn empty_vhdx(bed: &Bed) {
+    bed.ok("ours", &["create", "-q", "-f", "vhdx", "-o", "block_size=1M", "x", "32M"]);
+    bed.ok("ours", &["create", "-q", "-f", "raw", "y", "32M"]);
+}
+
+/// Who only reads refuses the image for its log, and says how it is replayed.
+fn has_a_log(bed: &Bed) {
+    for who in ["ours", "theirs"] {
+        let out = bed.run(who, &["convert", "-f", "vhdx", "-O", "raw", "x", "z"]);
+        assert!(
+            text(&out.stderr).contains("contains a log that needs to be replayed"),
+            "{who}: {}",
+            text(&out.stderr)
+        );
+    }
+}
+
+/// CRC-32C of a header of VHDX, into its second word.
+fn seal(b: &mut [u8]) {
+    b[4..8].fill(0);
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
+    };
+    let sum = !b.iter().fold(!0, step);
+    b[4..8].copy_from_slice(&sum.to_le_bytes());
+}
+
+#[test]
+fn ours_replays_a_log_of_theirs() {
+    let bed = Bed::new();
+    empty_vhdx(&bed);
+    let writes = ["-c", "write -P 5 3M 64k", "-c", "write -P 6 20M 64k"];
+    bed.ok("our-io", &[&["-f", "raw"][..], &writes[..], &["y"]].concat());
+    bed.ok("their-io", &[&["-f", "vhdx"][..], &writes[..], &["x"]].concat());
+    // They let go of the log as soon as the table is written. What a crash before that leaves is made of what is still there:
+    // the last entry, the headers that name it, and a table without the block that it brings.
+    let mut image = std::fs::read(bed.dir().join("x")).expect("image");
+    let (log, bat) = (1 << 20, 3 << 20);
+    let entries = (log..2 << 20).step_by(4096).filter(|at| image[*at..].starts_with(b"loge"));
+    let entry = entries.last().expect("their log");
+    assert!(image[entry + 64..].starts_with(b"desc"));
+    let guid = image[entry + 32..entry + 48].to_vec();
+    for header in [64 << 10, 128 << 10] {
+        image[header + 48..header + 64].copy_from_slice(&guid);
+        seal(&mut image[header..header + 4096]);
+    }
+    assert_eq!(image[bat + 20 * 8] & 7, 6);
+    image[bat + 20 * 8..bat + 21 * 8].copy_from_slice(&2u64.to_le_bytes());
+    std::fs::write(bed.dir().join("x"), image).expect("image");
+    has_a_log(&bed);
+    bed.ok("ours", &["check", "-f", "vhdx", "-r", "all", "x"]);
+    for who in ["ours", "theirs"] {
+        bed.ok(who, &["compare", "-f", "raw", "-F", "vhdx", "y", "x"]);
+        bed.ok(who, &["check", "-f", "vhdx", "x"]);
+    }
+}
+
+#[test]
+fn theirs_replays_the_log_that_a_crash_of_ours_leaves() {
+    use std::io::{BufRead, BufReader};
+    let bed = Bed::new();
+    empty_vhdx(&bed);
+    let writes = ["-c", "write -P 5 3M 64k", "-c", "write -P 6 20M 64k"];
+    bed.ok("our-io", &[&["-f", "raw"][..], &writes[..], &["y"]].concat());
+    let mut child = bed
+        .command("our-io")
+        .args(
+            [
+                &["-f", "vhdx"][..],
+                &writes[..],
+                &["-c", "flush", "-c", "read 0 512", "-c", "sleep 3600000", "x"],
+            ]
+            .concat(),
+        )
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("ours");
+    let out = BufReader::new(child.stdout.take().expect("stdout"));
+    // It reads once it has flushed.
+    assert!(out.lines().map_while(Result::ok).any(|line| line.starts_with("read 512/512")));
+    child.kill().expect("kill");
+    child.wait().expect("its end");
+    has_a_log(&bed);
+    bed.ok("theirs", &["check", "-f", "vhdx", "-r", "all", "x"]);
+    for who in ["ours", "theirs"] {
+        bed.ok(who, &["compare", "-f", "raw", "-F", "vhdx", "y", "x"]);
+        bed.ok(who, &["check", "-f", "vhdx", "x"]);
     }
 }
