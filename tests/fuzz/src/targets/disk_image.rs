@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use holdfast_block::node::{Extent, Preallocation};
 use holdfast_block::qcow2::check::Fix;
 use holdfast_block::qcow2::{OpenOptions, Qcow2};
+use holdfast_block::foreign as foreign_image;
+use holdfast_block::options::Driver;
 use holdfast_block::{BlockError, BlockNode, luks, vdi, vhdx, vmdk, vpc};
 
 /// Longest file that an image may become, in bytes.
@@ -135,6 +137,64 @@ fn foreign(kind: u8, file: &Arc<dyn BlockNode>, write: bool) -> Result<Arc<dyn B
     }
 }
 
+/// Uses it as it is, and then to write it.
+fn use_foreign(kind: u8, file: &Arc<dyn BlockNode>) {
+    for write in [false, true] {
+        if let Ok(node) = foreign(kind, file, write) {
+            look(&*node);
+            scribble(&*node);
+            let _ = node.faults();
+        }
+    }
+}
+
+/// CRC-32C of a VHDX structure, whose own field is the second word.
+fn seal(b: &mut [u8]) {
+    b[4..8].fill(0);
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg()))
+    };
+    let sum = !b.iter().fold(!0, step);
+    b[4..8].copy_from_slice(&sum.to_le_bytes());
+}
+
+/// A whole image of a format, with bytes changed here and there: place (four bytes, little-endian), length, bytes. What
+/// VHDX has checksums of gets the right ones.
+fn patched(data: &[u8]) {
+    let Some((format, mut patches)) = data.split_first() else { return };
+    let (kind, driver) =
+        [(2, Driver::Vdi), (3, Driver::Vpc), (4, Driver::Vhdx), (5, Driver::Vmdk)][usize::from(format % 4)];
+    let memory = Arc::new(Memory::default());
+    let mut options = foreign_image::CreateOptions::default();
+    // What has no such option has small blocks, or one size.
+    let _ = options.set(driver, "block_size", "1M");
+    let file: Arc<dyn BlockNode> = Arc::clone(&memory) as _;
+    let made = foreign_image::create(driver, (Arc::clone(&file), "x"), 4 << 20, &options, &mut |_| {
+        Err(BlockError::Option("there is one file".into()))
+    });
+    let node = made.expect("an image");
+    let _ = node.write_at(0, &[7; 512]);
+    let _ = node.flush();
+    drop(node);
+    let mut bytes = memory.bytes().clone();
+    while let Some((head, rest)) = patches.split_at_checked(5) {
+        let at = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize % bytes.len();
+        let len = usize::from(head[4]).min(rest.len()).min(bytes.len() - at);
+        bytes[at..at + len].copy_from_slice(&rest[..len]);
+        patches = &rest[len..];
+    }
+    if driver == Driver::Vhdx {
+        [64 << 10, 128 << 10].into_iter().for_each(|at: usize| seal(&mut bytes[at..at + 4096]));
+        seal(&mut bytes[192 << 10..256 << 10]);
+        let log = 1 << 20;
+        let len = u32::from_le_bytes([bytes[log + 8], bytes[log + 9], bytes[log + 10], bytes[log + 11]]) as usize;
+        if (8..=64 << 10).contains(&len) {
+            seal(&mut bytes[log..log + len]);
+        }
+    }
+    use_foreign(kind, &(Arc::new(Memory(Mutex::new(bytes))) as Arc<dyn BlockNode>));
+}
+
 /// Writes data and zeroes; what was written reads the same.
 fn scribble(node: &dyn BlockNode) {
     let size = node.size();
@@ -154,7 +214,8 @@ fn scribble(node: &dyn BlockNode) {
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
     let file: Arc<dyn BlockNode> = Arc::new(Memory(Mutex::new(bytes.to_vec())));
-    let opened = match kind % 6 {
+    let opened = match kind % 7 {
+        6 => return patched(bytes),
         0 => return use_qcow2(file),
         1 => {
             if let Ok(header) = luks::header::Header::parse(bytes) {
@@ -164,17 +225,7 @@ pub fn run(data: &[u8]) {
             }
             luks::Luks::open(file, None, None, true).map(|n| -> Arc<dyn BlockNode> { n })
         }
-        kind => {
-            // As it is, and then to be written.
-            for write in [false, true] {
-                if let Ok(node) = foreign(kind, &file, write) {
-                    look(&*node);
-                    scribble(&*node);
-                    let _ = node.faults();
-                }
-            }
-            return;
-        }
+        kind => return use_foreign(kind, &file),
     };
     if let Ok(node) = opened {
         look(&*node);
