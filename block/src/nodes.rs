@@ -370,7 +370,7 @@ impl Nodes {
     }
 
     /// All nodes, each before those that it rests on.
-    fn from_the_top(&self) -> Vec<Arc<NamedNode>> {
+    fn top_down(&self) -> Vec<Arc<NamedNode>> {
         let mut all: Vec<_> = self.list().into_iter().map(|n| (n.height(), n)).collect();
         all.sort_by_key(|(height, _)| std::cmp::Reverse(*height));
         all.into_iter().map(|(_, node)| node).collect()
@@ -381,7 +381,7 @@ impl Nodes {
     /// # Errors
     /// [`BlockError::Host`]; then some are given up, which [`Nodes::activate`] undoes.
     pub fn inactivate(&self) -> Result<(), BlockError> {
-        for node in self.from_the_top() {
+        for node in self.top_down() {
             node.inactivate().map_err(|source| BlockError::Host {
                 path: node.path().unwrap_or_else(|| node.name().into()),
                 what: "cannot be given up",
@@ -396,7 +396,7 @@ impl Nodes {
     /// # Errors
     /// [`BlockError`]; then all are given up.
     pub fn activate(&self) -> Result<(), BlockError> {
-        let mut all = self.from_the_top();
+        let mut all = self.top_down();
         all.reverse();
         let take = |node: &Arc<NamedNode>| {
             node.activate()?;

@@ -282,6 +282,9 @@ fn check(plan: &Plan) -> Result<(), MigrationError> {
     Ok(())
 }
 
+/// Takes the sections of a connection that are not RAM.
+type Aside<'a> = dyn FnMut(&Header, &[u8]) -> Result<(), MigrationError> + 'a;
+
 /// Puts into RAM what comes over one connection.
 pub(crate) struct Filler<'a> {
     pub(crate) memory: &'a GuestMemory,
@@ -290,11 +293,7 @@ pub(crate) struct Filler<'a> {
 
 impl Filler<'_> {
     /// Takes frames until an `End`; `disks` gets those of disks.
-    fn until_end(
-        &self,
-        stream: &mut Stream,
-        disks: &mut dyn FnMut(&Header, &[u8]) -> Result<(), MigrationError>,
-    ) -> Result<(), MigrationError> {
+    fn until_end(&self, stream: &mut Stream, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
         let mut payload = Vec::new();
         loop {
             let header =

@@ -86,8 +86,7 @@ impl Vm {
     /// # Errors
     /// [`VmError`]; all that was made is taken down again.
     pub fn build(mut config: VmConfig, mut host: Host) -> Result<Self, VmError> {
-        let module = find_machine(&config)?;
-        take_images(&host)?;
+        let module = find_machine(&config).and_then(|module| take_images(&host).map(|()| module))?;
         let chardevs = open_chardevs(&mut config, &host)?;
         let request = machine_request(&config, module, &chardevs);
         let files = std::mem::take(&mut host.ram_files);
