@@ -12,25 +12,25 @@ use crate::common::{ImgError, Result, Source, errno, explain, print, refused, si
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the image; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long)]
     format: Option<String>,
     /// Number of requests
-    #[arg(short, default_value = "75000")]
+    #[arg(short, long, default_value = "75000")]
     count: u64,
     /// Requests at a time
-    #[arg(short, default_value = "64")]
+    #[arg(short, long, default_value = "64")]
     depth: u16,
     /// Where to start
-    #[arg(short, default_value = "0")]
+    #[arg(short, long, default_value = "0")]
     offset: String,
     /// Bytes of a request
-    #[arg(short = 's', default_value = "4k")]
+    #[arg(short = 's', long = "buffer-size", default_value = "4k")]
     size: String,
     /// Bytes from one request to the next
-    #[arg(short = 'S', default_value = "0")]
+    #[arg(short = 'S', long = "step-size", default_value = "0")]
     step: String,
     /// Write instead of reading
-    #[arg(short)]
+    #[arg(short, long)]
     write: bool,
     /// What is written
     #[arg(long, default_value = "0")]
@@ -42,13 +42,13 @@ pub(crate) struct Args {
     #[arg(long)]
     no_drain: bool,
     /// How requests are carried out: threads or io_uring
-    #[arg(short = 'i')]
+    #[arg(short = 'i', long)]
     aio: Option<String>,
     /// Cache mode
-    #[arg(short)]
+    #[arg(short, long = "cache")]
     t: Option<String>,
     /// Without the page cache
-    #[arg(short = 'n')]
+    #[arg(short = 'n', long)]
     native: bool,
     /// Say nothing
     #[arg(short, long)]

@@ -16,55 +16,55 @@ use crate::create::{Target, check_backing, options_help, target_driver};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the source; found out if absent
-    #[arg(short = 'f')]
+    #[arg(short = 'f', long = "source-format")]
     format: Option<String>,
     /// Format of the target
-    #[arg(short = 'O')]
+    #[arg(short = 'O', long)]
     target_format: Option<String>,
     /// Options of the target; `-o help` lists them
-    #[arg(short)]
+    #[arg(short, long = "target-options")]
     options: Vec<String>,
     /// Backing file of the target, from which the source differs
-    #[arg(short = 'B')]
+    #[arg(short = 'B', long)]
     backing: Option<String>,
     /// Its format
-    #[arg(short = 'F')]
+    #[arg(short = 'F', long)]
     backing_format: Option<String>,
     /// Compress
-    #[arg(short)]
+    #[arg(short, long)]
     compress: bool,
     /// Show how far it is
-    #[arg(short)]
+    #[arg(short, long)]
     progress: bool,
     /// Say nothing
     #[arg(short, long)]
     quiet: bool,
     /// The target exists already
-    #[arg(short)]
+    #[arg(short, long)]
     no_create: bool,
     /// The existing target reads as zeroes
     #[arg(long)]
     target_is_zero: bool,
     /// Cache mode of the target
-    #[arg(short = 't', default_value = "unsafe")]
+    #[arg(short = 't', long, default_value = "unsafe")]
     target_cache: String,
     /// Cache mode of the source
-    #[arg(short = 'T', default_value = "writeback")]
+    #[arg(short = 'T', long, default_value = "writeback")]
     source_cache: String,
     /// Shortest run of zeroes that is left out; 0 writes everything
-    #[arg(short = 'S')]
+    #[arg(short = 'S', long = "sparse-size")]
     sparse: Option<String>,
     /// The source is this internal snapshot: an id or name, or `snapshot.id=`, `snapshot.name=`
-    #[arg(short = 'l')]
+    #[arg(short = 'l', long = "source-snapshot")]
     snapshot: Option<String>,
     /// Have the host copy data without reading it, where it can
-    #[arg(short = 'C')]
+    #[arg(short = 'C', long = "copy-range-offloading")]
     offload: bool,
     /// Chunks at a time
-    #[arg(short = 'm', default_value = "8")]
+    #[arg(short = 'm', long = "parallel", default_value = "8")]
     workers: usize,
     /// Writes need not be in order
-    #[arg(short = 'W')]
+    #[arg(short = 'W', long = "oob-writes")]
     unordered: bool,
     /// Take what cannot be read as zeroes
     #[arg(long)]
@@ -72,6 +72,9 @@ pub(crate) struct Args {
     /// Copy persistent bitmaps too
     #[arg(long)]
     bitmaps: bool,
+    /// With --bitmaps: leave out those that cannot be relied on
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
     /// The sources are given by options
     #[arg(long)]
     image_opts: bool,
@@ -199,6 +202,9 @@ fn check(args: &Args) -> Result<()> {
             _ => "Cannot enable copy offloading when -S is used",
         });
     }
+    if args.skip_broken_bitmaps && !args.bitmaps {
+        return refused("Use of --skip-broken-bitmaps requires --bitmaps");
+    }
     if args.target_image_opts && !args.no_create {
         return refused("--target-image-opts requires use of -n flag");
     }
@@ -282,7 +288,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     };
     copy(plan, Progress::new(args.progress && !args.quiet, total))?;
     if args.bitmaps {
-        copy_bitmaps(&sources, &node)?;
+        copy_bitmaps(&sources, &node, args.skip_broken_bitmaps)?;
     }
     node.flush().map_err(failed("error while flushing the target"))?;
     if let Some(image) = node.as_qcow2() {
@@ -291,12 +297,16 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     Ok(0)
 }
 
-fn copy_bitmaps(sources: &[Arc<dyn BlockNode>], target: &Arc<dyn BlockNode>) -> Result<()> {
+fn copy_bitmaps(sources: &[Arc<dyn BlockNode>], target: &Arc<dyn BlockNode>, skip: bool) -> Result<()> {
     let [source] = sources else { return refused("Copying bitmaps only possible with single source") };
     let (Some(from), Some(to)) = (source.as_qcow2(), target.as_qcow2()) else {
         return refused("Bitmaps are copied between qcow2 images only");
     };
     for bitmap in from.bitmaps() {
+        if bitmap.inconsistent && skip {
+            eprintln!("warning: Skipping inconsistent bitmap '{}'", bitmap.name);
+            continue;
+        }
         if bitmap.inconsistent {
             return refused(format!("Cannot copy inconsistent bitmap '{}'", bitmap.name));
         }

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     /// The backing files too
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// The image is given by options
     #[arg(long)]

@@ -222,6 +222,22 @@ fn options_and_refusals_are_those_of_others() {
 }
 
 #[test]
+fn options_have_the_long_names_of_others_too() {
+    let bed = Bed::new();
+    let options = ["--source-format", "raw", "--target-format", "vdi", "--target-options", "static=off"];
+    let more =
+        ["--parallel", "2", "--sparse-size", "4k", "--target-cache", "unsafe", "--source-cache", "writeback"];
+    bed.ok("ours", &[&["convert"][..], &options[..], &more[..], &["in.raw", "x"]].concat());
+    bed.ok("ours", &["compare", "--a-format", "raw", "--b-format", "vdi", "in.raw", "x"]);
+    bed.ok("ours", &["measure", "--target-format", "qcow2", "--size", "1M"]);
+    bed.ok("ours", &["bench", "--count", "4", "--depth", "2", "--buffer-size", "4k", "--format", "vdi", "x"]);
+    let out = bed.run("ours", &["convert", "--skip-broken-bitmaps", "in.raw", "y"]);
+    assert!(text(&out.stderr).contains("requires --bitmaps"), "{}", text(&out.stderr));
+    let out = bed.run("ours", &["measure", "-O", "vmdk", "--size", "1M"]);
+    assert!(text(&out.stderr).contains("does not support size measurement"), "{}", text(&out.stderr));
+}
+
+#[test]
 fn images_whose_blocks_overlap_are_not_written() {
     let patch = |bed: &Bed, at: usize, bytes: &[u8]| {
         let mut image = std::fs::read(bed.dir().join("x")).expect("image");
