@@ -39,7 +39,7 @@ impl Bed {
             "our-io" => {
                 let link = self.dir().join("ours-io");
                 let _ = std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_holdfast-img"), &link);
-                link.into()
+                link
             }
             "their-io" => std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into()).into(),
             _ => std::env::var_os("QEMU_IMG").unwrap_or_else(|| "qemu-img".into()).into(),
@@ -337,8 +337,8 @@ fn ours_replays_a_log_of_theirs() {
     // the last entry, the headers that name it, and a table without the block that it brings.
     let mut image = std::fs::read(bed.dir().join("x")).expect("image");
     let (log, bat) = (1 << 20, 3 << 20);
-    let entries = (log..2 << 20).step_by(4096).filter(|at| image[*at..].starts_with(b"loge"));
-    let entry = entries.last().expect("their log");
+    let mut entries = (log..2 << 20).step_by(4096).filter(|at| image[*at..].starts_with(b"loge"));
+    let entry = entries.next_back().expect("their log");
     assert!(image[entry + 64..].starts_with(b"desc"));
     let guid = image[entry + 32..entry + 48].to_vec();
     for header in [64 << 10, 128 << 10] {
