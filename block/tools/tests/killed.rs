@@ -65,9 +65,9 @@ fn serve(dir: &Path) -> (Child, Arc<Nbd>) {
     }
 }
 
-/// Takes, applies and deletes snapshots, adds and removes a bitmap, and grows the image; each is killed after some milliseconds. Returns what
-/// it did, for messages.
-fn change_and_kill(dir: &Path, random: &mut Random, round: u64) -> String {
+/// Takes, applies and deletes snapshots, adds and removes a bitmap, and grows the image; each is killed at some point of `pace`, which is about
+/// how long one takes here and now. Returns what it did, for messages.
+fn change_and_kill(dir: &Path, random: &mut Random, round: u64, pace: &mut Duration) -> String {
     let program = env!("CARGO_BIN_EXE_holdfast-img");
     let (now, before) = (format!("s{round}"), format!("s{}", round.saturating_sub(1 + random.below(2))));
     let all: [&[&str]; 6] = [
@@ -81,6 +81,7 @@ fn change_and_kill(dir: &Path, random: &mut Random, round: u64) -> String {
     ];
     let mut done = String::new();
     for args in all {
+        let begun = Instant::now();
         let mut child = Command::new(program)
             .current_dir(dir)
             .args(args)
@@ -89,9 +90,15 @@ fn change_and_kill(dir: &Path, random: &mut Random, round: u64) -> String {
             .stderr(Stdio::null())
             .spawn()
             .expect("started");
-        std::thread::sleep(Duration::from_micros(random.below(40_000)));
-        // It may be done already.
-        let _ = child.kill();
+        // One in five comes to its end and sets the pace; others are killed before, or just then.
+        if random.below(5) == 0 {
+            child.wait().expect("gone");
+            *pace = begun.elapsed();
+        } else {
+            std::thread::sleep(*pace * random.below(1000) as u32 / 900);
+            // It may be done already.
+            let _ = child.kill();
+        }
         let status = child.wait().expect("gone");
         done += &format!("{} {}: {status}; ", args[0], args[1]);
         let (code, said) = image(dir, "qemu-img", &["check", "a.qcow2"]);
@@ -130,6 +137,7 @@ fn what_was_flushed_is_there_after_a_kill() {
         image(dir, ours, &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a.qcow2", "64M"]);
     assert_eq!(code, 0, "{said}");
     let mut random = Random(0x5eed);
+    let mut pace = Duration::from_millis(40);
     // What each place was last flushed with; 0 if never.
     let mut known = vec![0u8; (CHECKED / STEP) as usize];
     let rounds = std::env::var("HOLDFAST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(ROUNDS);
@@ -158,7 +166,7 @@ fn what_was_flushed_is_there_after_a_kill() {
         drop(client);
         let (code, said) = image(dir, "qemu-img", &["check", "a.qcow2"]);
         assert!(code == 0 || code == 3, "round {round}, {acknowledged} flushes: {said}");
-        let changed = change_and_kill(dir, &mut random, round);
+        let changed = change_and_kill(dir, &mut random, round, &mut pace);
         let (code, said) = image(dir, ours, &["check", "-r", "leaks", "a.qcow2"]);
         assert_eq!(code, 0, "round {round}: {said}");
         let (code, said) = image(dir, "qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "a.qcow2", "out"]);
