@@ -83,80 +83,65 @@ struct NetFds {
     fds: Vec<RawFd>,
 }
 
+/// A verb whose one argument is `key=value,...`: its name, what it does, what the argument is, and the keys.
+type Keyed = (&'static str, &'static str, &'static str, fn() -> Vec<holdfast_keyval::Key>);
+
+fn keyed() -> [Keyed; 8] {
+    use holdfast_keyval::keys;
+    [
+        ("add-disk", "Add a disk", "The disk", keys::<DiskConfig>),
+        ("add-net", "Add a network device", "The network device", keys::<NetConfig>),
+        ("add-fs", "Add a directory shared by a vhost-user back end", "The file system", keys::<FsConfig>),
+        (
+            "add-generic-vhost-user",
+            "Add a device of a vhost-user back end",
+            "The device",
+            keys::<GenericVhostUserConfig>,
+        ),
+        ("add-vsock", "Add sockets between the guest and the host", "The sockets", keys::<VsockConfig>),
+        ("restore", "Restore a VM from a snapshot", "What is restored, and how", keys::<CtlRestore>),
+        ("send-migration", "Move the VM elsewhere", "Where it goes, and how", keys::<SendMigrationData>),
+        (
+            "receive-migration",
+            "Take a VM over from elsewhere",
+            "Where it comes in",
+            keys::<ReceiveMigrationData>,
+        ),
+    ]
+}
+
 pub(super) fn command(verbose: bool) -> Command {
     let text = |name: &'static str, help: &'static str| Arg::new(name).required(true).help(help);
-    let keys = |help: &'static str, keys: fn() -> Vec<holdfast_keyval::Key>| {
-        let arg = Arg::new("keys").required(true).value_name("key=value,...").help(help);
-        if verbose { arg.long_help(long_help(help, &keys())) } else { arg }
+    let option = |name: &'static str, value, help: &'static str| {
+        Arg::new(name).long(name).value_name(value).help(help)
     };
     let mut command = Command::new("ctl")
         .about("Control a running Holdfast")
         .subcommand_required(true)
-        .arg(
-            Arg::new("api-socket")
-                .long("api-socket")
-                .value_name("PATH")
-                .required(true)
-                .help("Its API socket"),
-        )
+        .arg(option("api-socket", "PATH", "Its API socket").required(true))
         .subcommand(
             Command::new("create")
                 .about("Create a VM; nothing boots yet")
                 .arg(Arg::new("config").default_value("-").help("JSON file; - for standard input")),
         )
-        .subcommand(
-            Command::new("add-disk")
-                .about("Add a disk")
-                .arg(keys("The disk", holdfast_keyval::keys::<DiskConfig>)),
-        )
-        .subcommand(
-            Command::new("add-net")
-                .about("Add a network device")
-                .arg(keys("The network device", holdfast_keyval::keys::<NetConfig>)),
-        )
-        .subcommand(
-            Command::new("add-fs")
-                .about("Add a directory shared by a vhost-user back end")
-                .arg(keys("The file system", holdfast_keyval::keys::<FsConfig>)),
-        )
-        .subcommand(
-            Command::new("add-generic-vhost-user")
-                .about("Add a device of a vhost-user back end")
-                .arg(keys("The device", holdfast_keyval::keys::<GenericVhostUserConfig>)),
-        )
-        .subcommand(
-            Command::new("add-vsock")
-                .about("Add sockets between the guest and the host")
-                .arg(keys("The sockets", holdfast_keyval::keys::<VsockConfig>)),
-        )
         .subcommand(Command::new("remove-device").about("Remove a device").arg(text("id", "Its identifier")))
         .subcommand(
             Command::new("resize")
                 .about("Resize the VM")
-                .arg(Arg::new("balloon").long("balloon").value_name("SIZE").help("New size of the balloon"))
-                .arg(Arg::new("cpus").long("cpus").value_name("N").help("New number of vCPUs"))
-                .arg(Arg::new("memory").long("memory").value_name("SIZE").help("New size of RAM")),
+                .arg(option("balloon", "SIZE", "New size of the balloon"))
+                .arg(option("cpus", "N", "New number of vCPUs"))
+                .arg(option("memory", "SIZE", "New size of RAM")),
         )
         .subcommand(
             Command::new("snapshot")
                 .about("Save a paused VM")
                 .arg(text("url", "file:// and the absolute path of a directory")),
-        )
-        .subcommand(
-            Command::new("restore")
-                .about("Restore a VM from a snapshot")
-                .arg(keys("What is restored, and how", holdfast_keyval::keys::<CtlRestore>)),
-        )
-        .subcommand(
-            Command::new("send-migration")
-                .about("Move the VM elsewhere")
-                .arg(keys("Where it goes, and how", holdfast_keyval::keys::<SendMigrationData>)),
-        )
-        .subcommand(
-            Command::new("receive-migration")
-                .about("Take a VM over from elsewhere")
-                .arg(keys("Where it comes in", holdfast_keyval::keys::<ReceiveMigrationData>)),
         );
+    for (verb, about, help, keys) in keyed() {
+        let arg = text("keys", help).value_name("key=value,...");
+        let arg = if verbose { arg.long_help(long_help(help, &keys())) } else { arg };
+        command = command.subcommand(Command::new(verb).about(about).arg(arg));
+    }
     for (verb, _, _, about) in PLAIN {
         command = command.subcommand(Command::new(*verb).about(*about));
     }

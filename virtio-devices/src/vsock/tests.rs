@@ -76,7 +76,7 @@ impl Guest {
     /// The next packet for the guest.
     fn receive(&mut self) -> (Header, Vec<u8>) {
         let (head, len) = self.rig.rings[0].wait_used();
-        let at = self.buffers.remove(&(head as u16)).expect("a buffer of ours");
+        let at = self.buffers.remove(&head).expect("a buffer of ours");
         let bytes = self.rig.peek(at, len as usize);
         let header = *Header::from_slice(&bytes[..HEADER_LEN]).expect("a header");
         self.offer(at);
