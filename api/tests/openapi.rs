@@ -20,7 +20,6 @@ const NOT_THERE: &[&str] = &[
     "VmConfig.devices",
     "VmConfig.user_devices",
     "VmConfig.vdpa",
-    "VmConfig.vsock",
     "VmConfig.numa",
     "VmConfig.iommu",
     "VmConfig.watchdog",
