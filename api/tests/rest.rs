@@ -254,6 +254,20 @@ fn restore_counts_its_file_descriptors() {
 }
 
 #[test]
+fn a_connection_is_kept_when_a_request_with_a_body_is_refused() {
+    let server = Server::start();
+    let mut stream = server.connect();
+    let body = vec![b' '; 1 << 20];
+    for route in ["QUERY /api/v1/vm.add-net", "PUT /api/v1/nowhere"] {
+        let head = format!("{route} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body)).unwrap();
+        expect(&mut stream, if route.starts_with("QUERY") { "400" } else { "404" });
+    }
+    stream.write_all(b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    expect(&mut stream, "200");
+}
+
+#[test]
 fn a_long_operation_blocks_nobody() {
     let server = Server::start();
     assert_eq!(server.put("vm.create", kernel()).0, 204);

@@ -15,6 +15,8 @@ NEWER = {
     ("blockdev-add", "header"),
     ("blockdev-reopen", "header"),
     ("migrate", "channels"),
+    ("migrate-set-parameters", "direct-io"),
+    ("query-migrate-parameters", "direct-io"),
     ("migrate-incoming", "channels"),
     ("migrate-incoming", "exit-on-error"),
     ("query-block", "active"),

@@ -160,14 +160,16 @@ async fn answer(
     handle: ControlHandle,
     fds: &ReceivedFds,
 ) -> Result<Answer, HttpError> {
-    let route = request.uri().path().strip_prefix(ROOT).and_then(|path| path.strip_prefix('/'));
+    let (head, body) = request.into_parts();
+    // Whatever the answer will be: a connection with half a request in it could not be kept for the next one.
+    let body = collect(body).await?;
+    let route = head.uri.path().strip_prefix(ROOT).and_then(|path| path.strip_prefix('/'));
     let route = route.and_then(routes::find).ok_or_else(HttpError::not_found)?;
     let expected = if route.get { Method::GET } else { Method::PUT };
-    if *request.method() != expected {
+    if head.method != expected {
         let reason = format!("{} takes {expected}", route.name);
         return Err(HttpError::bad_request(Some(reason)));
     }
-    let body = collect(request.into_body()).await?;
     check_body(route, &body)?;
     let fds = fds.take();
     if !fds.is_empty() && !route.takes_fds {
