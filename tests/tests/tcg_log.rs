@@ -22,7 +22,7 @@ fn logged(dir: &Path, args: &[&str], log: &str) -> String {
 fn x86_guest(dir: &Path) -> String {
     let (source, elf) = (dir.join("guest.S"), dir.join("guest.elf"));
     let text = ".section .note.Xen, \"a\", @note\n.long 4, 8, 18\n.asciz \"Xen\"\n.quad _start\n\
-        .text\n.code32\n.globl _start\n_start: movw $0x604, %dx\nmovw $0x2000, %ax\noutw %ax, %dx\n0: jmp 0b\n";
+        .text\n.code32\n.globl _start\n_start: movl (%esp), %ecx\nmovw $0x604, %dx\nmovw $0x2000, %ax\noutw %ax, %dx\n0: jmp 0b\n";
     std::fs::write(&source, text).expect("source");
     let mut gcc = Command::new("gcc");
     gcc.args(["-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000", "-Wl,--build-id=none", "-o"]);
@@ -46,7 +46,7 @@ fn x86_code_is_logged_in_three_forms() {
     ] {
         assert!(text.contains(want), "`{want}` is missing in:\n{text}");
     }
-    // What the call of a link request leaves behind itself are no instructions.
+    // What the call for an access out of the common leaves behind itself are no instructions.
     assert!(text.contains(": db ["), "{text}");
     assert!(
         text.lines().filter(|l| l.starts_with("REGION ")).all(|l| l.starts_with("REGION 0x1000")),
