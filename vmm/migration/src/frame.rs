@@ -74,14 +74,7 @@ impl Preamble {
         }
         let short = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let (theirs, theirs_oldest) = (short(8), short(10));
-        if theirs < OLDEST || theirs_oldest > VERSION {
-            return Err(MigrationError::Version {
-                theirs,
-                theirs_oldest,
-                ours: VERSION,
-                ours_oldest: OLDEST,
-            });
-        }
+        check_version(theirs, theirs_oldest)?;
         let role = Role::ALL.get(usize::from(short(12))).copied();
         let role =
             role.ok_or_else(|| MigrationError::Protocol(format!("connection of role {}", short(12))))?;
@@ -89,6 +82,18 @@ impl Preamble {
         session.copy_from_slice(&bytes[16..]);
         Ok(Self { role, session })
     }
+}
+
+/// Checks that what speaks version `theirs`, and everything from `theirs_oldest` on, can be understood.
+///
+/// # Errors
+/// [`MigrationError::Version`].
+pub(crate) fn check_version(theirs: u16, theirs_oldest: u16) -> Result<(), MigrationError> {
+    if theirs < OLDEST || theirs_oldest > VERSION {
+        let (ours, ours_oldest) = (VERSION, OLDEST);
+        return Err(MigrationError::Version { theirs, theirs_oldest, ours, ours_oldest });
+    }
+    Ok(())
 }
 
 macro_rules! kinds {

@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::checksum::checksum;
 use crate::control::Control;
-use crate::frame::{Kind, OLDEST, VERSION};
+use crate::frame::{Kind, OLDEST, VERSION, check_version};
 use crate::lanes::{Limiter, Sink};
 use crate::pages::{CHUNK, Run, is_zero};
 use crate::{MigrationError, Plan};
@@ -82,14 +82,7 @@ impl Places {
         }
         let short = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let (theirs, theirs_oldest) = (short(8), short(10));
-        if theirs < OLDEST || theirs_oldest > VERSION {
-            return Err(MigrationError::Version {
-                theirs,
-                theirs_oldest,
-                ours: VERSION,
-                ours_oldest: OLDEST,
-            });
-        }
+        check_version(theirs, theirs_oldest)?;
         let long =
             |n: usize| bytes[16 + 8 * n..].iter().take(8).rev().fold(0, |all, b| all << 8 | u64::from(*b));
         if sum(&bytes[..HEADER - 8]) != long((HEADER - 24) / 8) {
