@@ -8,6 +8,10 @@ pub(crate) trait CodeSource {
     fn half(&mut self, pc: u64) -> Result<u16, Fault>;
     /// Fills `out` from `pc` on, all of it in one page, or gives the fault of fetching it.
     fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault>;
+    /// As [`CodeSource::bytes`], of bytes that may turn out to be of no use.
+    fn peek(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault>;
+    /// The `len` bytes at `pc`, which are in one page and were looked at, are of use.
+    fn note(&mut self, pc: u64, len: u64);
     /// One byte at `pc`, or the fault of fetching it.
     fn byte(&mut self, pc: u64) -> Result<u8, Fault>;
     /// True if a breakpoint is set at `pc`.
@@ -45,6 +49,20 @@ impl<'a, 'b> CodeReader<'a, 'b> {
     /// The fault of fetching them; what is in `out` is then of no use.
     pub fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
         self.source.bytes(pc, out)
+    }
+
+    /// As [`CodeReader::bytes`], but what is read becomes part of the region only by [`CodeReader::note`], except in pages
+    /// other than the one that the region begins in.
+    ///
+    /// # Errors
+    /// The fault of fetching them; what is in `out` is then of no use.
+    pub fn peek(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.source.peek(pc, out)
+    }
+
+    /// Makes the `len` bytes at `pc`, which were looked at and lie in one page, part of the region.
+    pub fn note(&mut self, pc: u64, len: u64) {
+        self.source.note(pc, len);
     }
 
     /// The two bytes at `pc`, little-endian. `pc` must be even.
@@ -88,11 +106,18 @@ impl CodeSource for Plain<'_> {
         let at = usize::try_from(pc.wrapping_sub(self.pc)).ok();
         let from = at.and_then(|at| self.bytes.get(at..)).filter(|b| !b.is_empty());
         let from = from.ok_or(Fault { cause: 0, value: pc, aux: 0 })?;
-        for (to, byte) in out.iter_mut().zip(from.iter().chain(std::iter::repeat(&0))) {
-            *to = *byte;
-        }
+        let len = out.len().min(from.len());
+        let (there, behind) = out.split_at_mut(len);
+        there.copy_from_slice(from.get(..len).unwrap_or_default());
+        behind.fill(0);
         Ok(())
     }
+
+    fn peek(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.bytes(pc, out)
+    }
+
+    fn note(&mut self, _pc: u64, _len: u64) {}
 
     fn byte(&mut self, pc: u64) -> Result<u8, Fault> {
         let at = usize::try_from(pc.wrapping_sub(self.pc)).ok().and_then(|at| self.bytes.get(at));

@@ -308,6 +308,31 @@ impl Source<'_> {
     }
 }
 
+/// Copies what lies at `offset` of the page at `host`, up to its end.
+fn copy_code(host: *const u8, offset: usize, out: &mut [u8]) {
+    let len = out.len().min((PAGE_SIZE as usize).saturating_sub(offset));
+    let Some(out) = out.get_mut(..len) else { return };
+    let to_word = (offset.wrapping_neg() % 8).min(len);
+    let (odd, rest) = out.split_at_mut(to_word);
+    let mut words = rest.chunks_exact_mut(8);
+    let mut at = offset;
+    for byte in odd {
+        // SAFETY: in the page, which is mapped; volatile because others may write it.
+        *byte = unsafe { host.add(at).read_volatile() };
+        at += 1;
+    }
+    for word in &mut words {
+        // SAFETY: in the page, which is a multiple of eight bytes and mapped, and `at` is one.
+        word.copy_from_slice(&unsafe { host.add(at).cast::<u64>().read_volatile() }.to_ne_bytes());
+        at += 8;
+    }
+    for byte in words.into_remainder() {
+        // SAFETY: in the page, which is mapped.
+        *byte = unsafe { host.add(at).read_volatile() };
+        at += 1;
+    }
+}
+
 impl CodeSource for Source<'_> {
     fn half(&mut self, pc: u64) -> Result<u16, Fault> {
         let (host, offset) = self.page(pc, 2)?;
@@ -318,23 +343,22 @@ impl CodeSource for Source<'_> {
     fn bytes(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
         let len = (out.len() as u64).min(PAGE_SIZE - pc % PAGE_SIZE);
         let (host, offset) = self.page(pc, len.max(1))?;
-        let mut at = 0;
-        while at < len as usize {
-            // SAFETY: inside the page.
-            let from = unsafe { host.add(offset as usize + at) };
-            if from.addr() % 8 == 0
-                && let Some(word) = out.get_mut(at..at + 8)
-            {
-                // SAFETY: a page is a multiple of eight bytes and mapped; volatile because others may write it.
-                word.copy_from_slice(&unsafe { from.cast::<u64>().read_volatile() }.to_ne_bytes());
-                at += 8;
-            } else if let Some(byte) = out.get_mut(at) {
-                // SAFETY: in the page, which is mapped.
-                *byte = unsafe { from.read_volatile() };
-                at += 1;
-            }
-        }
+        copy_code(host, offset as usize, out);
         Ok(())
+    }
+
+    fn peek(&mut self, pc: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let offset = pc % PAGE_SIZE;
+        if pc - offset != self.first.va {
+            return self.bytes(pc, out);
+        }
+        copy_code(self.first.host, offset as usize, out);
+        Ok(())
+    }
+
+    fn note(&mut self, pc: u64, len: u64) {
+        // What was looked at can be fetched.
+        let _ = self.page(pc, len.max(1));
     }
 
     fn byte(&mut self, pc: u64) -> Result<u8, Fault> {

@@ -48,6 +48,8 @@ pub(crate) struct Alloc {
     places: Vec<Place>,
     /// The value in each register (for a pin: the value that the slot has).
     occ: [u32; 32],
+    /// The registers that have one, as a bit mask.
+    used: u32,
     /// Registers that the current instruction needs, as a bit mask.
     pub(crate) locked: u32,
     /// Values homed in unpinned slots, direct mapped by [`Slot::index`]: (offset, value).
@@ -55,6 +57,8 @@ pub(crate) struct Alloc {
     spills: u64,
     /// Pages found in this block.
     pages: [Option<Page>; 3],
+    /// Their registers, as a bit mask.
+    page_regs: u32,
 }
 
 impl Default for Alloc {
@@ -62,10 +66,12 @@ impl Default for Alloc {
         Self {
             places: Vec::new(),
             occ: [NO_VALUE; 32],
+            used: 0,
             locked: 0,
             homes: [(NO_HOME, 0); SLOT_INDEXES],
             spills: 0,
             pages: [None; 3],
+            page_regs: 0,
         }
     }
 }
@@ -81,20 +87,39 @@ impl Alloc {
     /// Values are dead: at labels. Homes of dead values do no harm.
     pub(crate) fn forget_all(&mut self) {
         self.occ = [NO_VALUE; 32];
-        self.locked = 0;
+        (self.used, self.locked) = (0, 0);
         self.spills = 0;
         self.pages = [None; 3];
+        self.page_regs = 0;
+    }
+
+    /// Register `reg` has value `v`.
+    #[inline]
+    fn occupy(&mut self, reg: u8, v: u32) {
+        self.occ[usize::from(reg & 31)] = v;
+        self.used |= 1 << (reg & 31);
+    }
+
+    /// Register `reg` has no value.
+    #[inline]
+    fn vacate(&mut self, reg: u8) {
+        self.occ[usize::from(reg & 31)] = NO_VALUE;
+        self.used &= !(1 << (reg & 31));
     }
 
     /// Forgets the page in register `reg`, if there is one, and empties the register.
     pub(crate) fn drop_page(&mut self, reg: Reg) {
+        if self.page_regs >> reg.0 & 1 == 0 {
+            return;
+        }
         for p in &mut self.pages {
             if p.is_some_and(|p| p.reg == reg) {
                 *p = None;
             }
         }
+        self.page_regs &= !(1 << reg.0);
         if self.occ[usize::from(reg.0)] == PAGE {
-            self.occ[usize::from(reg.0)] = NO_VALUE;
+            self.vacate(reg.0);
         }
     }
 
@@ -109,7 +134,8 @@ impl Alloc {
         }
         if let Some(p) = self.pages.iter_mut().find(|p| p.is_none()) {
             *p = Some(page);
-            self.occ[usize::from(page.reg.0)] = PAGE;
+            self.page_regs |= 1 << page.reg.0;
+            self.occupy(page.reg.0, PAGE);
         }
     }
 
@@ -118,9 +144,14 @@ impl Alloc {
         self.pages.iter().flatten().copied()
     }
 
+    /// The registers with their addends, as a bit mask.
+    pub(crate) fn page_regs(&self) -> u32 {
+        self.page_regs
+    }
+
     /// Whether any vector register holds a value.
     pub(crate) fn xmm_in_use(&self) -> bool {
-        self.occ[16..].iter().any(|&v| v != NO_VALUE)
+        self.used >> 16 != 0
     }
 
     #[inline]
@@ -138,6 +169,19 @@ const PINS: u32 = {
     }
     mask
 };
+
+/// The temporaries, as a mask.
+const TEMP_MASK: u32 = {
+    let (mut mask, mut n) = (0, 0);
+    while n < TEMPS.len() {
+        mask |= 1 << TEMPS[n].0;
+        n += 1;
+    }
+    mask
+};
+
+/// The vector registers that values may live in, as a mask.
+const XMM_MASK: u32 = ((1 << XMM_VALUES) - 1) << 16;
 
 #[inline]
 fn is_pin(reg: u8) -> bool {
@@ -186,15 +230,13 @@ impl Cx<'_> {
         (16..32).contains(&p.reg).then(|| Xmm(p.reg - 16))
     }
 
-    fn pick(&mut self, temps: impl Iterator<Item = u8> + Clone) -> u8 {
+    /// The register that is given away when none is free: one that need not be stored, if there is, then one whose value is
+    /// used latest.
+    #[cold]
+    fn victim(&mut self, temps: impl Iterator<Item = u8>) -> u8 {
         let al = &self.st.al;
-        let free = |r: &u8| al.locked >> *r & 1 == 0 && al.occ[usize::from(*r)] == NO_VALUE;
-        if let Some(r) = temps.clone().find(free) {
-            return r;
-        }
-        // Prefer what need not be stored, then what is used latest.
-        let cost = |r: &u8| {
-            let v = Val(al.occ[usize::from(*r)]);
+        let cost = |r: u8| {
+            let v = Val(al.occ[usize::from(r)]);
             if v.0 == PAGE {
                 return (true, u32::MAX);
             }
@@ -202,7 +244,7 @@ impl Cx<'_> {
             let cheap = p.spill != NONE || p.home != NO_HOME || self.konst(v).is_some();
             (cheap, self.st.an.last_use(v))
         };
-        let victim = temps.filter(|r| al.locked >> *r & 1 == 0).max_by_key(cost);
+        let victim = temps.filter(|r| al.locked >> *r & 1 == 0).max_by_key(|r| cost(*r));
         let Some(r) = victim else {
             self.error = Some(CodegenError::TooLong(self.r.insts.len()));
             return 0;
@@ -213,17 +255,22 @@ impl Cx<'_> {
 
     /// A free temporary, locked until the end of the instruction.
     pub(crate) fn temp(&mut self) -> Reg {
-        let order = [Reg::RDI, Reg::RSI, Reg::RDX, Reg::RCX, Reg::RAX];
-        let r = self.pick(order.iter().map(|r| r.0));
+        // RDI, RSI, RDX, RCX, RAX: the one of the highest number that is free.
+        let free = TEMP_MASK & !(self.st.al.locked | self.st.al.used);
+        let r = match free.checked_ilog2() {
+            Some(r) => r as u8,
+            None => self.victim(TEMPS.iter().rev().map(|r| r.0)),
+        };
         self.st.al.lock(r);
         Reg(r)
     }
 
     /// A free vector register, locked.
     pub(crate) fn xtemp(&mut self) -> Xmm {
-        let r = self.pick(16..16 + XMM_VALUES);
+        let free = XMM_MASK & !(self.st.al.locked | self.st.al.used);
+        let r = if free != 0 { free.trailing_zeros() as u8 } else { self.victim(16..16 + XMM_VALUES) };
         self.st.al.lock(r);
-        Xmm(r - 16)
+        Xmm(r.wrapping_sub(16) & 15)
     }
 
     /// Makes sure the value of register `r` survives somewhere else, and empties it.
@@ -241,7 +288,7 @@ impl Cx<'_> {
             self.spill(Val(v));
         }
         self.st.al.places[v as usize].reg = NONE;
-        self.st.al.occ[usize::from(r)] = NO_VALUE;
+        self.st.al.vacate(r);
     }
 
     /// Stores root `v` from its register to a spill slot.
@@ -279,12 +326,12 @@ impl Cx<'_> {
             return self.st.al.drop_page(r);
         }
         let al = &self.st.al;
-        let other =
-            TEMPS.iter().find(|t| al.locked >> t.0 & 1 == 0 && al.occ[usize::from(t.0)] == NO_VALUE).copied();
+        let free = TEMP_MASK & !(al.locked | al.used);
+        let other = (free != 0).then(|| Reg(free.trailing_zeros() as u8));
         match other {
             Some(t) if self.st.an.last_use(Val(v)) >= self.at && self.konst(Val(v)).is_none() => {
                 self.st.asm.mov(true, t, r);
-                self.st.al.occ[usize::from(r.0)] = NO_VALUE;
+                self.st.al.vacate(r.0);
                 self.bind(Val(v), t.0);
             }
             _ => self.evict(r.0),
@@ -293,7 +340,7 @@ impl Cx<'_> {
 
     fn bind(&mut self, v: Val, reg: u8) {
         self.st.al.places[v.index()].reg = reg;
-        self.st.al.occ[usize::from(reg)] = v.0;
+        self.st.al.occupy(reg, v.0);
     }
 
     /// `v` in a general register, which is locked. Do not write it.
@@ -492,9 +539,11 @@ impl Cx<'_> {
     pub(crate) fn drop_value(&mut self, v: Val) {
         let al = &mut self.st.al;
         let Some(p) = al.places.get_mut(v.index()) else { return };
-        if p.reg < 32 && !is_pin(p.reg) {
-            al.occ[usize::from(p.reg & 31)] = NO_VALUE;
+        let reg = p.reg;
+        if reg < 32 && !is_pin(reg) {
             p.reg = NONE;
+            al.used &= !(1 << reg);
+            al.occ[usize::from(reg & 31)] = NO_VALUE;
         }
         if p.spill != NONE {
             al.spills &= !spill_bits(p.spill, self.r.ty(v) == Type::V128);
@@ -614,7 +663,7 @@ impl Cx<'_> {
             } else {
                 self.st.al.places[o.index()].reg = NONE;
             }
-            self.st.al.occ[usize::from(p.0)] = NO_VALUE;
+            self.st.al.vacate(p.0);
         }
         match self.konst(v) {
             Some(0) => self.st.asm.alu(Alu::Xor, false, p, p),
@@ -626,7 +675,7 @@ impl Cx<'_> {
                 if is_pin(t.0) {
                     return;
                 }
-                self.st.al.occ[usize::from(t.0)] = NO_VALUE;
+                self.st.al.vacate(t.0);
             }
             self.bind(v, p.0);
         }
@@ -640,9 +689,12 @@ impl Cx<'_> {
         for t in TEMPS {
             self.st.al.drop_page(t);
         }
-        for r in 0..32u8 {
-            let v = self.st.al.occ[usize::from(r)];
-            if v == NO_VALUE || (is_pin(r) && !writes_slots) || !self.lives_on(Val(v)) {
+        let mut used = if writes_slots { self.st.al.used } else { self.st.al.used & !PINS };
+        while used != 0 {
+            let r = used.trailing_zeros() as usize;
+            used &= used - 1;
+            let v = self.st.al.occ[r & 31];
+            if v == NO_VALUE || !self.lives_on(Val(v)) {
                 continue;
             }
             let p = self.st.al.places[v as usize];
@@ -676,12 +728,15 @@ impl Cx<'_> {
 
     /// After the call: the temporaries and vector registers are empty.
     pub(crate) fn forget_after_call(&mut self, writes_slots: bool) {
-        for r in 0..32u8 {
-            let v = self.st.al.occ[usize::from(r)];
-            if v != NO_VALUE && (!is_pin(r) || writes_slots) {
-                self.st.al.places[v as usize].reg = NONE;
-                self.st.al.occ[usize::from(r)] = NO_VALUE;
+        let mut used = if writes_slots { self.st.al.used } else { self.st.al.used & !PINS };
+        while used != 0 {
+            let r = used.trailing_zeros() as u8;
+            used &= used - 1;
+            let v = self.st.al.occ[usize::from(r & 31)];
+            if let Some(place) = self.st.al.places.get_mut(v as usize) {
+                place.reg = NONE;
             }
+            self.st.al.vacate(r);
         }
         if writes_slots {
             for (o, v) in std::mem::replace(&mut self.st.al.homes, [(NO_HOME, 0); SLOT_INDEXES]) {
@@ -702,7 +757,7 @@ impl Cx<'_> {
                 self.spill(v);
             }
             self.st.al.places[v.index()].reg = NONE;
-            self.st.al.occ[usize::from(p.reg)] = NO_VALUE;
+            self.st.al.vacate(p.reg);
         }
     }
 

@@ -65,6 +65,8 @@ impl Info {
 /// Results of the pass, indexed by instruction.
 pub(crate) struct Analysis {
     info: Vec<Info>,
+    /// The instructions that something is to be done for, last to first.
+    work: Vec<u32>,
     /// What `info` begins as, as long as was ever needed.
     fresh: Vec<Info>,
     /// The next instruction that ends what probes may share.
@@ -79,6 +81,7 @@ impl Default for Analysis {
     fn default() -> Self {
         Self {
             info: Vec::new(),
+            work: Vec::new(),
             fresh: Vec::new(),
             barrier: 0,
             overwritten: [(0, 0); SLOT_INDEXES],
@@ -98,6 +101,8 @@ impl Analysis {
         self.epoch += 1;
         self.barrier = r.insts.len() as u32;
         self.roots(r);
+        self.work.clear();
+        self.work.reserve(r.insts.len());
         for (at, i) in r.insts.iter().enumerate().rev() {
             self.backward(r, at, i);
         }
@@ -124,7 +129,7 @@ impl Analysis {
 
     fn backward(&mut self, r: &Region, at: usize, i: &Inst) {
         if i.op == Op::InsnStart {
-            return;
+            return self.work.push(at as u32);
         }
         let info = &mut self.info[at];
         if info.flags & ALIAS != 0 {
@@ -143,9 +148,14 @@ impl Analysis {
                     return;
                 }
                 *o = (i.a, self.epoch);
+                self.work.push(at as u32);
                 self.mark(Val(i.b), at);
                 return;
             }
+            Op::Nop => return,
+            _ => self.work.push(at as u32),
+        }
+        match i.op {
             Op::GetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if o.0 == i.a {
@@ -291,10 +301,10 @@ impl Analysis {
         self.info.get(at as usize).is_some_and(|i| i.flags & DEAD != 0)
     }
 
-    /// Whether nothing is to be done for the instruction: it is dead, or another name of a value.
+    /// The instructions that something is to be done for, last to first, unless they have become dead since.
     #[inline]
-    pub(crate) fn is_nothing(&self, at: u32) -> bool {
-        self.info.get(at as usize).is_none_or(|i| i.flags & (DEAD | ALIAS) != 0)
+    pub(crate) fn work(&self) -> &[u32] {
+        &self.work
     }
 
     /// Makes the instruction dead: its work is done.

@@ -279,7 +279,7 @@ impl Cx<'_> {
         if let Some(from) = p.misaligned {
             self.st.cold.push(Cold::Jump { from });
         }
-        let pages = self.st.al.pages().fold(0, |m, p| m | 1 << p.reg.0);
+        let pages = self.st.al.page_regs();
         let keep_xmm = self.st.al.xmm_in_use();
         let access = Access {
             slow,

@@ -216,20 +216,18 @@ fn copy(out: &mut [u8], code: &[u8]) -> Result<(), CodegenError> {
 impl Cx<'_> {
     fn body(&mut self) {
         let r = self.r;
-        for (n, i) in r.insts.iter().enumerate() {
-            if self.st.an.is_nothing(n as u32) {
+        for n in (0..self.st.an.work().len()).rev() {
+            let Some(&at) = self.st.an.work().get(n) else { break };
+            let Some(i) = r.insts.get(at as usize) else { break };
+            if i.op == Op::InsnStart {
+                self.pc = i.imm();
+                self.st.insns.push((self.st.asm.pos() as u32, self.pc));
                 continue;
             }
-            match i.op {
-                Op::Nop | Op::Const => continue,
-                Op::InsnStart => {
-                    self.pc = i.imm();
-                    self.st.insns.push((self.st.asm.pos() as u32, self.pc));
-                    continue;
-                }
-                _ => {}
+            if self.st.an.is_dead(at) {
+                continue;
             }
-            self.at = n as u32;
+            self.at = at;
             if !self.st.asm.room() {
                 return;
             }

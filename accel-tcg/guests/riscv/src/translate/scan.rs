@@ -80,9 +80,38 @@ fn flow(line: &Line) -> Flow {
     }
 }
 
+/// So many bytes are looked at at once.
+const WINDOW: usize = 128;
+
+/// Bytes of the page that the region begins in that have been looked at.
+struct Window {
+    start: u64,
+    len: usize,
+    bytes: [u8; WINDOW],
+}
+
+impl Window {
+    /// The two bytes at `pc` (even).
+    fn half(&mut self, code: &mut CodeReader<'_, '_>, pc: u64) -> Result<u16, Fault> {
+        let mut at = pc.wrapping_sub(self.start) as usize;
+        if at.saturating_add(2) > self.len {
+            let len = (WINDOW as u64).min(PAGE + 1 - (pc & PAGE)) as usize;
+            code.peek(pc, self.bytes.get_mut(..len).unwrap_or_default())?;
+            (self.start, self.len, at) = (pc, len, 0);
+        }
+        let half = self.bytes.get(at..at.wrapping_add(2)).and_then(|b| b.try_into().ok());
+        Ok(u16::from_le_bytes(half.unwrap_or_default()))
+    }
+}
+
 /// Reads one instruction. `Ok(None)`: it runs into the next page and is not the first.
-fn read(code: &mut CodeReader<'_, '_>, pc: u64, first: bool) -> Result<Option<Line>, Fault> {
-    let low = code.u16(pc)?;
+fn read(
+    window: &mut Window,
+    code: &mut CodeReader<'_, '_>,
+    pc: u64,
+    first: bool,
+) -> Result<Option<Line>, Fault> {
+    let low = window.half(code, pc)?;
     if is_compressed(low) {
         return Ok(Some(Line {
             pc,
@@ -93,10 +122,15 @@ fn read(code: &mut CodeReader<'_, '_>, pc: u64, first: bool) -> Result<Option<Li
             ends: false,
         }));
     }
-    if !first && pc & PAGE == PAGE - 1 {
+    let next = pc.wrapping_add(2);
+    let high = if next & PAGE != 0 {
+        window.half(code, next)?
+    } else if first {
+        code.u16(next)?
+    } else {
         return Ok(None);
-    }
-    let raw = u32::from(low) | u32::from(code.u16(pc.wrapping_add(2))?) << 16;
+    };
+    let raw = u32::from(low) | u32::from(high) << 16;
     Ok(Some(Line { pc, insn: decode32(raw), raw, len: 4, target: false, ends: false }))
 }
 
@@ -114,12 +148,13 @@ pub(crate) fn run(
     targets.clear();
     let mut scan = Scan { lines, end: request.pc, end_indirect: false };
     let mut pc = request.pc;
+    let mut window = Window { start: pc, len: 0, bytes: [0; WINDOW] };
     loop {
         let first = scan.lines.is_empty();
         if !first && ((pc ^ request.pc) & !PAGE != 0 || code.is_break(pc) || scan.lines.len() >= limit) {
             break;
         }
-        let line = match read(code, pc, first) {
+        let line = match read(&mut window, code, pc, first) {
             Ok(Some(line)) => line,
             Ok(None) => {
                 scan.end_indirect = true;
@@ -153,6 +188,9 @@ pub(crate) fn run(
             }
         };
     }
+    // Up to the end of the page: what is in the next one was noted when it was read.
+    let last = if scan.end_indirect { request.pc | PAGE } else { scan.end.wrapping_sub(1) };
+    code.note(request.pc, (last.wrapping_sub(request.pc)).min(PAGE - (request.pc & PAGE)).wrapping_add(1));
     for target in targets.drain(..) {
         if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
             line.target = true;

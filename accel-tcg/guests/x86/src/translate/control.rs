@@ -25,21 +25,10 @@ pub(super) fn target(insn: &Instruction, key: Key) -> Option<u64> {
     }
 }
 
-/// Whether the region ends behind the instruction because it may change what the key is made of. (Those that do not
-/// go on at the next instruction end it anyway.)
-pub(super) fn ends_region(insn: &Instruction) -> bool {
-    use Mnemonic::*;
-    match insn.mnemonic() {
-        Popf | Popfd | Popfq | Clac | Stac | Clts | Lmsw | Invlpg | Invpcid | Wrmsr | Xsetbv | Wrpkru
-        | Hlt | Mwait | Monitor | Lds | Les | Lfs | Lgs | Lss | Xrstors | Xrstors64 | Fxrstor | Fxrstor64
-        | Xrstor | Xrstor64 | Ldmxcsr | Vldmxcsr | Insb | Insw | Insd | Outsb | Outsw | Outsd | In | Out
-        | Cpuid | Serialize => true,
-        Mov | Pop => {
-            let r = if insn.op0_kind() == OpKind::Register { insn.op0_register() } else { Register::None };
-            r.is_segment_register() || r.is_cr() || r.is_dr()
-        }
-        _ => false,
-    }
+/// Whether a MOV or POP sets a register that the key is made of.
+pub(super) fn sets_system_register(insn: &Instruction) -> bool {
+    let r = if insn.op0_kind() == OpKind::Register { insn.op0_register() } else { Register::None };
+    r.is_segment_register() || r.is_cr() || r.is_dr()
 }
 
 impl Translator<'_> {

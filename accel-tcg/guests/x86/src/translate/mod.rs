@@ -10,6 +10,7 @@ mod alu;
 mod atomic;
 mod bits;
 mod cc;
+mod code_info;
 mod control;
 mod mmx;
 mod moves;
@@ -36,6 +37,7 @@ use crate::key::{CodeSize, Key};
 use crate::state::{seg, slot};
 use crate::system::regs::vector;
 use cc::Cc;
+use code_info::Part;
 pub(crate) use operand::{Addr, Size};
 use scan::{Line, Scan};
 
@@ -195,7 +197,7 @@ impl Translator<'_> {
     fn line(&mut self, line: &Line) {
         self.pc = line.pc;
         self.next = line.pc.wrapping_add(u64::from(line.len));
-        (self.live, self.live_there) = (line.live, line.live_there);
+        (self.live, self.live_there) = (line.live.into(), line.live_there.into());
         self.b.insn(line.pc, u32::from(line.len));
         if self.key.intersects(Key::SINGLE) {
             self.b.call(self.ids.sys.begin, &[]);
@@ -209,7 +211,7 @@ impl Translator<'_> {
         if line.too_long {
             return self.raise_now(vector::GP, Some(0));
         }
-        if line.insn.is_invalid() || !self.insn(&line.insn) {
+        if line.insn.is_invalid() || !self.insn(&line.insn, line.part) {
             self.sync();
             self.raise_now(vector::UD, None);
         }
@@ -239,12 +241,12 @@ impl Translator<'_> {
         }
     }
 
-    /// Offers the instruction to the parts. False if none has it.
-    fn insn(&mut self, insn: &Instruction) -> bool {
-        self.moves(insn)
-            || self.alu(insn)
-            || self.control(insn)
-            || self.stack(insn)
+    /// Offers the instruction to the parts from `first` on. False if none has it.
+    fn insn(&mut self, insn: &Instruction, first: Part) -> bool {
+        first <= Part::Moves && self.moves(insn)
+            || first <= Part::Alu && self.alu(insn)
+            || first <= Part::Control && self.control(insn)
+            || first <= Part::Stack && self.stack(insn)
             || self.shift(insn)
             || self.muldiv(insn)
             || self.bits(insn)
@@ -321,7 +323,7 @@ impl Translator<'_> {
     /// The status flags that are live before the instruction at `pc` of the region.
     fn live_at(&self, pc: u64) -> u32 {
         let line = self.scan.index_of(pc).and_then(|at| self.scan.lines.get(at));
-        line.map_or(STATUS, |l| l.live_before)
+        line.map_or(STATUS, |l| l.live_before.into())
     }
 
     /// Goes on at linear `target` if `a cc b`.

@@ -1,8 +1,9 @@
 //! Which instructions make a region.
 
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest};
-use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Decoder, DecoderError, Instruction, OpKind};
 
+use super::code_info::{self, CodeFlow, CodeInfo, Part};
 use super::{STATUS, control};
 use crate::key::{CodeSize, Key};
 
@@ -18,8 +19,11 @@ const MAX_SKIP: u64 = 96;
 
 const PAGE: u64 = 0xfff;
 
-/// Bytes are read in units of this size, aligned: what a region's invalidation distinguishes.
-const GRANULE: u64 = 64;
+/// So many bytes from a region's entry on are looked at at once; few regions are longer.
+const WINDOW: u64 = 192;
+
+/// So many bytes are looked at at once elsewhere.
+const GLANCE: u64 = 64;
 
 /// The longest instruction.
 const MAX_LEN: usize = 15;
@@ -36,18 +40,20 @@ pub(crate) struct Line {
     pub target: bool,
     /// It may fault or leave in its middle, so that the flags before it can be seen.
     pub faults: bool,
+    /// The part of the translator to begin with.
+    pub part: Part,
     /// The status flags that may be read after it.
-    pub live: u32,
+    pub live: u8,
     /// The same before it.
-    pub live_before: u32,
+    pub live_before: u8,
     /// The same where its direct jump or call out of the region goes.
-    pub live_there: u32,
+    pub live_there: u8,
+    /// The status flags that it may read.
+    read: u8,
+    /// The status flags that it sets or leaves undefined, whatever happens.
+    changed: u8,
     /// How it passes control on.
     flow: Flow,
-    /// The status flags that it may read.
-    read: u32,
-    /// The status flags that it sets or leaves undefined, whatever happens.
-    changed: u32,
 }
 
 /// The instructions of a region, by rising pc.
@@ -59,7 +65,7 @@ pub(crate) struct Scan {
     /// What follows is an instruction across two pages: it has to be looked up.
     pub end_indirect: bool,
     /// The status flags that may be read behind the end.
-    pub live_end: u32,
+    pub live_end: u8,
 }
 
 impl Scan {
@@ -92,21 +98,27 @@ enum Flow {
     Stop,
 }
 
-fn flow(insn: &Instruction, key: Key) -> Flow {
-    match insn.flow_control() {
-        FlowControl::Next if control::ends_region(insn) => Flow::Stop,
-        FlowControl::Next => Flow::Next,
-        FlowControl::ConditionalBranch => match control::target(insn, key) {
+/// How `insn` passes control on.
+fn flow(insn: &Instruction, info: &CodeInfo, key: Key) -> Flow {
+    match info.flow {
+        CodeFlow::Next if info.ends || info.ends_by_register && control::sets_system_register(insn) => {
+            Flow::Stop
+        }
+        CodeFlow::Next => Flow::Next,
+        CodeFlow::Conditional => match control::target(insn, key) {
             Some(to) => Flow::Branch(to),
             None => Flow::Fork,
         },
-        FlowControl::UnconditionalBranch => match control::target(insn, key) {
+        CodeFlow::Unconditional => match control::target(insn, key) {
             Some(to) => Flow::Jump(to),
             None => Flow::Away,
         },
-        _ => Flow::Away,
+        CodeFlow::Away => Flow::Away,
     }
 }
+
+/// All status flags.
+const ALL: u8 = STATUS as u8;
 
 /// Buffers that are used again from region to region.
 #[derive(Debug, Default)]
@@ -124,12 +136,54 @@ impl Buffers {
     }
 }
 
-/// Reads bytes of one page (and of the next, for an instruction that runs into it) as they are wanted.
-struct Bytes {
+/// Bytes of code that have been looked at, and how many of them say what the region is.
+struct Window {
     start: u64,
     buffer: Vec<u8>,
-    /// The next page is not to be read: a region that needs two pages is never jumped to directly.
-    one_page: bool,
+    used: usize,
+}
+
+impl Window {
+    /// Nothing yet, from `start` on.
+    fn new(start: u64, mut buffer: Vec<u8>) -> Self {
+        buffer.clear();
+        Self { start, buffer, used: 0 }
+    }
+
+    /// Behind its last byte.
+    fn end(&self) -> u64 {
+        self.start.wrapping_add(self.buffer.len() as u64)
+    }
+
+    /// Looks at `len` more bytes, but not beyond the end of the page.
+    fn more(&mut self, len: u64, code: &mut CodeReader<'_, '_>) -> Result<(), Fault> {
+        let (had, at) = (self.buffer.len(), self.end());
+        // Of another page no more than an instruction: all that is read there is noted.
+        let len =
+            if (at ^ self.start) & !PAGE == 0 { len.min(PAGE + 1 - (at & PAGE)) } else { MAX_LEN as u64 };
+        self.buffer.resize(had + len as usize, 0);
+        let read = code.peek(at, self.buffer.get_mut(had..).unwrap_or_default());
+        if read.is_err() {
+            self.buffer.truncate(had);
+        }
+        read
+    }
+
+    /// Makes what was used of it part of the region.
+    fn note(&self, code: &mut CodeReader<'_, '_>) {
+        let first_page = PAGE + 1 - (self.start & PAGE);
+        if self.used > 0 {
+            code.note(self.start, (self.used as u64).min(first_page));
+        }
+        if self.used as u64 > first_page {
+            code.note(self.start.wrapping_add(first_page), self.used as u64 - first_page);
+        }
+    }
+
+    /// Notes that the bytes before `position` were used.
+    fn uses(&mut self, position: usize) {
+        self.used = self.used.max(position);
+    }
 }
 
 /// Why no more instructions were decoded.
@@ -138,124 +192,98 @@ enum End {
     Stopped,
     /// The next one runs into the next page and is not the first.
     Page,
-    /// Fetching its bytes faults.
-    Fault(Fault),
+    /// There are no more bytes in the window.
+    Bytes,
 }
 
-impl Bytes {
-    /// Nothing yet, from `start` on.
-    fn new(start: u64, mut buffer: Vec<u8>, one_page: bool) -> Self {
-        buffer.clear();
-        Self { start, buffer, one_page }
-    }
+/// A decoder of the code under `key`.
+fn decoder(key: Key, bytes: &[u8], start: u64) -> Decoder<'_> {
+    let bits = match key.code_size() {
+        CodeSize::Bits16 => 16,
+        CodeSize::Bits32 => 32,
+        CodeSize::Bits64 => 64,
+    };
+    Decoder::with_ip(bits, bytes, start, key.decoder_options())
+}
 
-    /// Reads up to the end of the granule behind what there is.
-    fn more(&mut self, code: &mut CodeReader<'_, '_>) -> Result<(), Fault> {
-        let len = self.buffer.len();
-        let at = self.start.wrapping_add(len as u64);
-        self.buffer.resize(len + (GRANULE - at % GRANULE) as usize, 0);
-        let read = code.bytes(at, self.buffer.get_mut(len..).unwrap_or_default());
-        if read.is_err() {
-            self.buffer.truncate(len);
+/// Makes the decoder of a window that begins at `start` go on at `pc`. False if that is not in the window.
+fn seek(decoder: &mut Decoder<'_>, start: u64, pc: u64) -> bool {
+    if decoder.ip() != pc {
+        let at = pc.wrapping_sub(start);
+        if at > decoder.max_position() as u64 || decoder.set_position(at as usize).is_err() {
+            return false;
         }
-        read
+        decoder.set_ip(pc);
     }
-
-    /// Whether the byte at `pc` has been read.
-    fn has(&self, pc: u64) -> bool {
-        pc.wrapping_sub(self.start) < self.buffer.len() as u64
-    }
-
-    /// Decodes instructions from `pc` on, and where `each` says after each, until it says `None`.
-    fn lines(
-        &mut self,
-        code: &mut CodeReader<'_, '_>,
-        mut pc: u64,
-        key: Key,
-        mut each: impl FnMut(&mut CodeReader<'_, '_>, &Instruction, Facts) -> Option<u64>,
-    ) -> End {
-        let bits = match key.code_size() {
-            CodeSize::Bits16 => 16,
-            CodeSize::Bits32 => 32,
-            CodeSize::Bits64 => 64,
-        };
-        let mut insn = Instruction::default();
-        loop {
-            while !self.has(pc) {
-                if let Err(fault) = self.more(code) {
-                    return End::Fault(fault);
-                }
-            }
-            let mut decoder = Decoder::with_ip(bits, &self.buffer, self.start, key.decoder_options());
-            // One decoder for all that has been read: making one costs more than decoding an instruction.
-            loop {
-                let from = pc.wrapping_sub(self.start) as usize;
-                if from >= self.buffer.len() {
-                    break;
-                }
-                if decoder.ip() != pc {
-                    if decoder.set_position(from).is_err() {
-                        break;
-                    }
-                    decoder.set_ip(pc);
-                }
-                decoder.decode_out(&mut insn);
-                if decoder.last_error() == DecoderError::NoMoreBytes {
-                    let end = self.start.wrapping_add(self.buffer.len() as u64);
-                    if (from != 0 || self.one_page) && end & PAGE == 0 {
-                        return End::Page;
-                    }
-                    if let Err(fault) = self.more(code) {
-                        return End::Fault(fault);
-                    }
-                    break;
-                }
-                match each(code, &insn, facts(pc, &insn, decoder.position() - from, key)) {
-                    Some(next) => pc = next,
-                    None => return End::Stopped,
-                }
-            }
-        }
-    }
+    decoder.can_decode()
 }
 
-/// What is asked of every instruction, also of those that are only looked at.
-struct Facts {
-    pc: u64,
-    /// Behind it.
-    next: u64,
-    used: usize,
-    flow: Flow,
-    /// As in [`Line`].
-    read: u32,
-    changed: u32,
-}
-
-/// Those of an instruction at `pc` for which the decoder read `used` bytes.
-fn facts(pc: u64, insn: &Instruction, used: usize, key: Key) -> Facts {
-    let flow = flow(insn, key);
-    let read = insn.rflags_read() & STATUS;
-    let changed = insn.rflags_modified() & STATUS;
-    let changed = if changed != 0 && counted(insn) { 0 } else { changed };
-    Facts { pc, next: pc.wrapping_add(used.clamp(1, MAX_LEN) as u64), used, flow, read, changed }
-}
-
-impl Facts {
-    fn line(&self, insn: &Instruction, key: Key) -> Line {
-        Line {
-            pc: self.pc,
+impl Line {
+    /// The line of `insn` at `pc`, for which the decoder read `used` bytes.
+    fn new(pc: u64, insn: &Instruction, used: usize, key: Key, table: &[CodeInfo]) -> Option<Self> {
+        let info = table.get(insn.code() as usize)?;
+        let (read, changed) = info.flags(insn);
+        Some(Self {
+            pc,
             insn: *insn,
-            len: self.used.clamp(1, MAX_LEN) as u8,
+            len: used.clamp(1, MAX_LEN) as u8,
             // A valid instruction of 15 bytes decodes; what has read all 15 and does not is too long.
-            too_long: self.used >= MAX_LEN && insn.is_invalid(),
+            too_long: used >= MAX_LEN && insn.is_invalid(),
             target: false,
-            faults: can_fault(insn, key),
+            faults: can_fault(insn, info, key),
+            part: info.part,
             live: 0,
             live_before: 0,
-            live_there: STATUS,
-            flow: self.flow,
-            read: self.read,
-            changed: self.changed,
+            live_there: ALL,
+            flow: flow(insn, info, key),
+            read: read as u8,
+            changed: changed as u8,
+        })
+    }
+}
+
+/// A region being collected.
+struct Collector<'a> {
+    scan: Scan,
+    targets: &'a mut Vec<u64>,
+    entry: u64,
+    key: Key,
+    limit: usize,
+    /// Where to go on.
+    pc: u64,
+}
+
+impl Collector<'_> {
+    /// Decodes instructions of the window on and on.
+    fn lines(&mut self, window: (u64, u64), decoder: &mut Decoder<'_>, code: &CodeReader<'_, '_>) -> End {
+        let (start, end) = window;
+        let table = code_info::table();
+        let mut insn = Instruction::default();
+        loop {
+            let pc = self.pc;
+            if !seek(decoder, start, pc) {
+                return End::Bytes;
+            }
+            let from = decoder.position();
+            decoder.decode_out(&mut insn);
+            if decoder.last_error() == DecoderError::NoMoreBytes {
+                return if pc != self.entry && end & PAGE == 0 { End::Page } else { End::Bytes };
+            }
+            let Some(line) = Line::new(pc, &insn, decoder.position() - from, self.key, table) else {
+                return End::Stopped;
+            };
+            let (flow, next) = (line.flow, pc.wrapping_add(u64::from(line.len)));
+            self.scan.lines.push(line);
+            self.scan.end = next;
+            if (next.wrapping_sub(1) ^ self.entry) & !PAGE != 0 || insn.is_invalid() {
+                return End::Stopped; // it ran into the next page: alone
+            }
+            let wanted = follow(flow, next, self.targets)
+                .filter(|pc| (pc ^ self.entry) & !PAGE == 0 && self.scan.lines.len() < self.limit);
+            match wanted {
+                Some(pc) if !code.is_break(pc) => self.pc = pc,
+                _ => return End::Stopped,
+            }
         }
     }
 }
@@ -274,34 +302,41 @@ pub(crate) fn run(
     let limit = if single { 1 } else { request.max_insns.clamp(1, MAX_INSNS) as usize };
     let mut lines = std::mem::take(&mut buffers.lines);
     lines.clear();
-    let mut scan = Scan { lines, end: request.pc, end_indirect: false, live_end: STATUS };
-    let mut bytes = Bytes::new(request.pc, std::mem::take(&mut buffers.bytes), false);
+    let scan = Scan { lines, end: request.pc, end_indirect: false, live_end: ALL };
+    let mut window = Window::new(request.pc, std::mem::take(&mut buffers.bytes));
+    let mut other = Window::new(0, std::mem::take(&mut buffers.other));
     let targets = &mut buffers.targets;
     targets.clear();
-    let end = bytes.lines(code, request.pc, key, |code, insn, facts| {
-        scan.lines.push(facts.line(insn, key));
-        scan.end = facts.next;
-        if (facts.next.wrapping_sub(1) ^ request.pc) & !PAGE != 0 || insn.is_invalid() {
-            return None; // it ran into the next page: alone
+    let mut collector = Collector { scan, targets, entry: request.pc, key, limit, pc: request.pc };
+    let done = loop {
+        if let Err(fault) = window.more(WINDOW, code) {
+            break Err(fault);
         }
-        follow(facts.flow, facts.next, targets)
-            .filter(|pc| (pc ^ request.pc) & !PAGE == 0 && scan.lines.len() < limit && !code.is_break(*pc))
-    });
-    match end {
-        End::Fault(fault) if scan.lines.is_empty() => return Err(fault),
-        End::Page => scan.end_indirect = true,
-        End::Stopped | End::Fault(_) => {}
-    }
-    for target in targets.drain(..) {
-        if let Some(line) = scan.index_of(target).and_then(|i| scan.lines.get_mut(i)) {
-            line.target = true;
+        let bounds = (window.start, window.end());
+        let mut decoder = decoder(key, &window.buffer, window.start);
+        let end = collector.lines(bounds, &mut decoder, code);
+        if matches!(end, End::Bytes) {
+            continue;
+        }
+        let used = if matches!(end, End::Page) { window.buffer.len() } else { decoder.position() };
+        collector.scan.end_indirect = matches!(end, End::Page);
+        let used = used.max(collector.look_ahead(&mut decoder, &mut other, code));
+        window.uses(used);
+        break Ok(());
+    };
+    let mut scan = collector.scan;
+    window.note(code);
+    (buffers.bytes, buffers.other) = (window.buffer, other.buffer);
+    match done {
+        Err(fault) if scan.lines.is_empty() => {
+            buffers.lines = scan.lines;
+            Err(fault)
+        }
+        _ => {
+            liveness(&mut scan);
+            Ok(scan)
         }
     }
-    let mut other = Bytes::new(0, std::mem::take(&mut buffers.other), true);
-    look_ahead(&mut scan, key, code, (&mut bytes, &mut other));
-    (buffers.bytes, buffers.other) = (bytes.buffer, other.buffer);
-    liveness(&mut scan);
-    Ok(scan)
 }
 
 /// Where the region goes on behind an instruction, if it does: at `next` or a little further on. Notes where it jumps to.
@@ -329,67 +364,99 @@ fn follow(flow: Flow, next: u64, targets: &mut Vec<u64>) -> Option<u64> {
 /// How many instructions are looked at behind a way out.
 const AHEAD: usize = 4;
 
-/// Finds out for direct jumps and calls out of the region, to the same page, which status flags are live there. What is
-/// read becomes part of the region, so a change of it is noticed.
-fn look_ahead(
-    scan: &mut Scan,
-    key: Key,
-    code: &mut CodeReader<'_, '_>,
-    (bytes, other): (&mut Bytes, &mut Bytes),
-) {
-    if scan.lines.len() < 2 {
-        return;
+impl Collector<'_> {
+    /// Notes which instructions are jumped to, and finds out for direct jumps and calls out of the region, to the same page, which
+    /// status flags are live there. What is read becomes part of the region, so a change of it is noticed. `decoder` is that of
+    /// the region, `other` for what is elsewhere. How many bytes of the region's window were used.
+    fn look_ahead(
+        &mut self,
+        decoder: &mut Decoder<'_>,
+        other: &mut Window,
+        code: &mut CodeReader<'_, '_>,
+    ) -> usize {
+        for target in self.targets.drain(..) {
+            if let Some(line) = self.scan.index_of(target).and_then(|i| self.scan.lines.get_mut(i)) {
+                line.target = true;
+            }
+        }
+        if self.scan.lines.len() < 2 {
+            return 0;
+        }
+        let mut used = 0;
+        for i in 0..self.scan.lines.len() {
+            let Some(line) = self.scan.lines.get(i) else { continue };
+            let to = match line.flow {
+                Flow::Next | Flow::Stop => continue,
+                Flow::Branch(to) | Flow::Jump(to) => Some(to),
+                // A call.
+                Flow::Fork | Flow::Away => control::target(&line.insn, self.key),
+            };
+            let to = match to {
+                Some(to) if (to ^ line.pc) & !PAGE == 0 && self.scan.index_of(to).is_none() => to,
+                _ => continue,
+            };
+            let live = self.live_at(to, (decoder, &mut used), other, code);
+            if let Some(line) = self.scan.lines.get_mut(i) {
+                line.live_there = live;
+            }
+        }
+        let goes_on = self.scan.lines.last().is_some_and(|l| !matches!(l.flow, Flow::Jump(_) | Flow::Away));
+        let end = self.scan.end;
+        if goes_on && (end ^ self.entry) & !PAGE == 0 {
+            self.scan.live_end = self.live_at(end, (decoder, &mut used), other, code);
+        }
+        used
     }
-    let mut live_at = |to: u64| {
-        // What is read becomes part of the region, so nothing is read up to there.
-        if bytes.has(to) {
-            return live_at(to, key, code, bytes);
+
+    /// The status flags that the code at `pc` may read before it sets them.
+    fn live_at(
+        &self,
+        pc: u64,
+        (own, used): (&mut Decoder<'_>, &mut usize),
+        other: &mut Window,
+        code: &mut CodeReader<'_, '_>,
+    ) -> u8 {
+        if pc >= self.entry && seek(own, self.entry, pc) {
+            let live = glance(own, pc, self.key);
+            *used = (*used).max(own.position());
+            return live;
         }
-        if !other.has(to) {
-            other.buffer.clear();
-            other.start = to;
+        // A region that needs two pages is never jumped to directly, so the next one is not read.
+        other.buffer.clear();
+        (other.start, other.used) = (pc, 0);
+        if other.more(GLANCE, code).is_err() {
+            return ALL;
         }
-        live_at(to, key, code, other)
-    };
-    for i in 0..scan.lines.len() {
-        let Some(line) = scan.lines.get(i) else { continue };
-        let to = match line.flow {
-            Flow::Next | Flow::Stop => continue,
-            Flow::Branch(to) | Flow::Jump(to) => Some(to),
-            // A call.
-            Flow::Fork | Flow::Away => control::target(&line.insn, key),
-        };
-        let to = match to {
-            Some(to) if (to ^ line.pc) & !PAGE == 0 && scan.index_of(to).is_none() => to,
-            _ => continue,
-        };
-        let live = live_at(to);
-        if let Some(line) = scan.lines.get_mut(i) {
-            line.live_there = live;
-        }
-    }
-    let goes_on = scan.lines.last().is_some_and(|l| !matches!(l.flow, Flow::Jump(_) | Flow::Away));
-    if goes_on && (scan.end ^ scan.lines.first().map_or(0, |l| l.pc)) & !PAGE == 0 {
-        scan.live_end = live_at(scan.end);
+        let mut decoder = decoder(self.key, &other.buffer, pc);
+        let live = glance(&mut decoder, pc, self.key);
+        other.used = decoder.position();
+        other.note(code);
+        live
     }
 }
 
-/// The status flags that the code at `pc` may read before it sets them.
-fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) -> u32 {
-    let (mut read, mut changed, mut left) = (0, 0, AHEAD);
-    bytes.lines(code, pc, key, |_, insn, facts| {
-        if insn.is_invalid() {
-            return None;
+/// The same, of a decoder that is there.
+fn glance(decoder: &mut Decoder<'_>, entry: u64, key: Key) -> u8 {
+    let table = code_info::table();
+    let mut insn = Instruction::default();
+    let (mut read, mut changed) = (0, 0);
+    for _ in 0..AHEAD {
+        if !decoder.can_decode() {
+            break;
         }
-        read |= facts.read & !changed;
-        if facts.flow != Flow::Next || (facts.next ^ pc) & !PAGE != 0 {
-            return None;
+        decoder.decode_out(&mut insn);
+        let Some(info) = table.get(insn.code() as usize).filter(|_| !insn.is_invalid()) else { break };
+        let (reads, changes) = info.flags(&insn);
+        read |= reads & !changed;
+        if flow(&insn, info, key) != Flow::Next || (decoder.ip() ^ entry) & !PAGE != 0 {
+            break;
         }
-        changed |= facts.changed;
-        left -= 1;
-        (changed != STATUS && left > 0).then_some(facts.next)
-    });
-    (read | !changed) & STATUS
+        changed |= changes;
+        if changed == STATUS {
+            break;
+        }
+    }
+    ((read | !changed) & STATUS) as u8
 }
 
 /// Which status flags may be read before and after each instruction: backward passes until nothing changes. Ways out
@@ -400,7 +467,7 @@ fn live_at(pc: u64, key: Key, code: &mut CodeReader<'_, '_>, bytes: &mut Bytes) 
 fn liveness(scan: &mut Scan) {
     if let [line] = scan.lines.as_mut_slice() {
         // It may be one that must not jump to itself.
-        (line.live, line.live_before) = (STATUS, STATUS);
+        (line.live, line.live_before) = (ALL, ALL);
         return;
     }
     loop {
@@ -422,9 +489,9 @@ fn liveness(scan: &mut Scan) {
                     }
                 }
                 Flow::Away => line.live_there,
-                Flow::Stop | Flow::Fork => STATUS,
+                Flow::Stop | Flow::Fork => ALL,
             };
-            live = (out & !line.changed | line.read) & STATUS;
+            live = (out & !line.changed | line.read) & ALL;
             if let Some(line) = scan.lines.get_mut(i) {
                 grew |= line.live_before != live;
                 (line.live, line.live_before) = (out, live);
@@ -434,14 +501,6 @@ fn liveness(scan: &mut Scan) {
             return;
         }
     }
-}
-
-/// Shifts and rotations by CL, and repeated comparisons: a count of 0 leaves the flags.
-fn counted(insn: &Instruction) -> bool {
-    if insn.is_string_instruction() {
-        return insn.has_rep_prefix() || insn.has_repne_prefix();
-    }
-    (1..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n) == Register::CL)
 }
 
 /// Whether a vector instruction cannot fault in the mode unless it accesses memory.
@@ -455,12 +514,12 @@ fn quiet_vector(insn: &Instruction, key: Key) -> bool {
 }
 
 /// Whether the instruction may fault or leave translated code other than at its end.
-fn can_fault(insn: &Instruction, key: Key) -> bool {
-    if matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
+fn can_fault(insn: &Instruction, info: &CodeInfo, key: Key) -> bool {
+    if info.harmless {
         return false;
     }
     // Near branches, where their targets are checked.
-    if insn.flow_control() != FlowControl::Next
+    if info.flow != CodeFlow::Next
         && (key.contains(Key::CS_LIMIT)
             || insn.op0_kind() == OpKind::NearBranch64 && control::target(insn, key).is_none())
     {
@@ -471,10 +530,11 @@ fn can_fault(insn: &Instruction, key: Key) -> bool {
         match insn.op_kind(n) {
             OpKind::Register => {
                 let r = insn.op_register(n);
-                let quiet = r.is_vector_register() && !r.is_zmm() && quiet_vector(insn, key);
-                vector |= quiet;
-                if !r.is_gpr() && !quiet {
-                    return true;
+                if !r.is_gpr() {
+                    if !r.is_vector_register() || r.is_zmm() || !(vector || quiet_vector(insn, key)) {
+                        return true;
+                    }
+                    vector = true;
                 }
             }
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {}
@@ -490,81 +550,5 @@ fn can_fault(insn: &Instruction, key: Key) -> bool {
             _ => return true,
         }
     }
-    let conditional = insn.condition_code() != iced_x86::ConditionCode::None; // Jcc, SETcc, CMOVcc
-    !vector && !conditional && !is_plain(insn.mnemonic())
-}
-
-/// Instructions that fault by memory operands only.
-fn is_plain(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::*;
-    matches!(
-        mnemonic,
-        Mov | Add
-            | Adc
-            | And
-            | Cmp
-            | Dec
-            | Inc
-            | Neg
-            | Not
-            | Or
-            | Sbb
-            | Sub
-            | Test
-            | Xor
-            | Shl
-            | Shr
-            | Sar
-            | Rol
-            | Ror
-            | Shld
-            | Shrd
-            | Imul
-            | Mul
-            | Movzx
-            | Movsx
-            | Movsxd
-            | Cbw
-            | Cwde
-            | Cdqe
-            | Cwd
-            | Cdq
-            | Cqo
-            | Bt
-            | Bts
-            | Btr
-            | Btc
-            | Bsf
-            | Bsr
-            | Tzcnt
-            | Lzcnt
-            | Popcnt
-            | Bswap
-            | Xchg
-            | Xadd
-            | Cmpxchg
-            | Clc
-            | Stc
-            | Cmc
-            | Cld
-            | Std
-            | Lahf
-            | Sahf
-            | Jmp
-            | Andn
-            | Bextr
-            | Blsi
-            | Blsmsk
-            | Blsr
-            | Bzhi
-            | Mulx
-            | Pdep
-            | Pext
-            | Rorx
-            | Sarx
-            | Shlx
-            | Shrx
-            | Endbr64
-            | Endbr32
-    )
+    !vector && !info.plain
 }

@@ -155,7 +155,12 @@ global_asm!(
     "popfq",
     "mov rax, [rip + {c} + 152]",
     "wrfsbase rax",
-    "jmp {handler}",
+    // An emulator's frame may leave the stack misaligned. The frame has all registers.
+    "mov rbx, rsp",
+    "and rsp, -16",
+    "call {handler}",
+    "mov rsp, rbx",
+    "ret",
     c = sym HOLDFAST_FUZZ,
     ss = const SS as i32,
     handler = sym on_signal,

@@ -68,8 +68,8 @@ pub(super) struct Vector<'a> {
 
 impl Vector<'_> {
     /// Name, without the `v` of VEX forms.
-    fn name(&self) -> String {
-        table::name(self.m, self.vex)
+    fn name(&self) -> &'static str {
+        self.entry.name
     }
 
     fn imm(&self) -> Option<u8> {
@@ -106,9 +106,9 @@ impl Translator<'_> {
             Kind::Move => self.whole_move(&v),
             Kind::Special => {
                 let name = v.name();
-                if host::NAMES.contains(&name.as_str()) {
+                if host::NAMES.contains(&name) {
                     self.vec_host(&v)
-                } else if wide::NAMES.contains(&name.as_str()) {
+                } else if wide::NAMES.contains(&name) {
                     self.vec_wide(&v)
                 } else {
                     self.vec_moves(&v)

@@ -167,7 +167,7 @@ impl Translator<'_> {
     }
 
     pub(super) fn vec_moves(&mut self, v: &Vector<'_>) -> bool {
-        match v.name().as_str() {
+        match v.name() {
             "movss" => self.scalar_move(v, 2),
             "movsd" => self.scalar_move(v, 3),
             "movq" | "movd" => self.movq(v),

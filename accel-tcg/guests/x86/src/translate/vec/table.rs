@@ -1,6 +1,6 @@
 //! What is to be known of a vector instruction beyond iced's tables.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
 use holdfast_tcg_ir::{VecEncoding, VecForm, VecInsn};
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, MandatoryPrefix, Mnemonic, OpCodeTableKind};
@@ -22,6 +22,8 @@ pub(super) enum Kind {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
     pub kind: Kind,
+    /// As [`name()`] gives it.
+    pub name: &'static str,
     /// It may raise SIMD floating-point exceptions.
     pub fp: bool,
 }
@@ -94,7 +96,9 @@ const PURE: &[&str] = &[
     "lddqu",
 ];
 
-fn entry(name: &str) -> Entry {
+/// Made once for each instruction that occurs: its name stays.
+fn entry(name: String) -> Entry {
+    let name: &'static str = name.leak();
     let kind = if MOVES.contains(&name) {
         Kind::Move
     } else if super::special(name) {
@@ -105,11 +109,11 @@ fn entry(name: &str) -> Entry {
         Kind::Generic
     };
     let pure = name.starts_with('p') || name.starts_with("mov") || PURE.iter().any(|p| name.starts_with(p));
-    Entry { kind, fp: !pure }
+    Entry { kind, name, fp: !pure }
 }
 
 /// Name in lower case, without the `v` of VEX forms.
-pub(super) fn name(m: Mnemonic, vex: bool) -> String {
+fn name(m: Mnemonic, vex: bool) -> String {
     let name = format!("{m:?}").to_lowercase();
     match name.strip_prefix('v') {
         Some(rest) if vex => rest.to_owned(),
@@ -117,13 +121,15 @@ pub(super) fn name(m: Mnemonic, vex: bool) -> String {
     }
 }
 
-static ENTRIES: LazyLock<Vec<[Entry; 2]>> =
-    LazyLock::new(|| Mnemonic::values().map(|m| [entry(&name(m, false)), entry(&name(m, true))]).collect());
+/// Of legacy and of VEX forms, by mnemonic.
+static ENTRIES: LazyLock<Vec<[OnceLock<Entry>; 2]>> =
+    LazyLock::new(|| Mnemonic::values().map(|_| [const { OnceLock::new() }; 2]).collect());
 
 /// The entry of an instruction.
 pub(super) fn get(code: Code) -> Option<Entry> {
-    let vex = code.encoding() == EncodingKind::VEX;
-    Some(ENTRIES.get(code.mnemonic() as usize)?[usize::from(vex)])
+    let (m, vex) = (code.mnemonic(), code.encoding() == EncodingKind::VEX);
+    let entries = ENTRIES.get(m as usize)?;
+    Some(*entries[usize::from(vex)].get_or_init(|| entry(name(m, vex))))
 }
 
 /// Whether an instruction belongs to the extensions that are translated by the host's own instructions and that this

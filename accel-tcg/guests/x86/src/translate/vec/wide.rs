@@ -3,7 +3,7 @@
 use holdfast_tcg_ir::{Type, Val, VecForm, VecInsn};
 use iced_x86::{Mnemonic, OpKind, Register};
 
-use super::{Vector, op, table, template};
+use super::{Vector, op, template};
 use crate::key::CodeSize;
 use crate::translate::{Addr, Size, Translator};
 
@@ -56,7 +56,7 @@ pub(super) const NAMES: &[&str] = &[
 impl Translator<'_> {
     pub(super) fn vec_wide(&mut self, v: &Vector<'_>) -> bool {
         let name = v.name();
-        match name.as_str() {
+        match name {
             "broadcastss" | "pbroadcastd" => {
                 let a = self.voperand(v, 1)[0];
                 let r = self.v1_imm(op::PSHUFD, a, 0);
@@ -215,7 +215,7 @@ impl Translator<'_> {
         // Without the index: see `Translator::effective`.
         let at = self.address(v.insn, 8, false);
         let at: Val = self.whole(at);
-        let name = table::name(v.m, true);
+        let name = v.name();
         let wide_index = name.contains("gatherq");
         let wide_element = v.m == Mnemonic::Vpgatherdq
             || v.m == Mnemonic::Vpgatherqq
