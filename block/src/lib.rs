@@ -165,6 +165,19 @@ pub trait BlockQueue: Send + Debug {
     /// Requests submitted and not yet reaped.
     fn in_flight(&self) -> usize;
 
+    /// Promises that whoever has the queue calls [`BlockQueue::kick_and_wait`] and does nothing else meanwhile, so that it may
+    /// carry requests out itself. For tools: a VM's queue must not block.
+    fn assist(&mut self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
+    /// Hands over what was submitted and blocks until there may be something to reap, after [`BlockQueue::assist`] with
+    /// a part of the work.
+    fn kick_and_wait(&mut self) {
+        self.kick();
+        self.wait();
+    }
+
     /// Readable when there may be something to reap. [`BlockQueue::reap`] resets it.
     fn event(&self) -> &EventFd;
 

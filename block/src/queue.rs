@@ -96,8 +96,14 @@ fn run(shared: &Shared) {
                 shared.more.wait(&mut todo);
             }
         };
-        let Work { request, node, sink } = work;
-        let result = perform(&*node, &request, &mut memory);
+        work.perform(&mut memory);
+    }
+}
+
+impl Work {
+    fn perform(self, memory: &mut Option<AlignedBuffer>) {
+        let Self { request, node, sink } = self;
+        let result = perform(&*node, &request, memory);
         drop(node);
         sink.done.lock().push(Completion { id: request.id, result });
         // An eventfd can be written unless its counter is full, and then it is readable already.
@@ -281,6 +287,8 @@ impl BlockBackend for NodeBackend {
             planned: HashMap::new(),
             slow: 0,
             ready: Vec::new(),
+            held: None,
+            memory: None,
             threads,
             backend: self,
         }))
@@ -312,6 +320,10 @@ struct NodeQueue {
     slow: usize,
     /// Requests that are done already.
     ready: Vec<Completion>,
+    /// With [`BlockQueue::assist`], what no thread has been given yet.
+    held: Option<VecDeque<Work>>,
+    /// For what is done here.
+    memory: Option<AlignedBuffer>,
     threads: Arc<Threads>,
     backend: Arc<NodeBackend>,
 }
@@ -345,16 +357,59 @@ impl NodeQueue {
     }
 }
 
+impl NodeQueue {
+    /// Gives the threads what was held back.
+    fn hand_over(&mut self) {
+        if let Some(held) = self.held.as_mut().filter(|held| !held.is_empty()) {
+            let count = held.len();
+            self.threads.shared.todo.lock().work.append(held);
+            (0..count.min(THREADS)).for_each(|_| {
+                self.threads.shared.more.notify_one();
+            });
+        }
+    }
+}
+
 impl BlockQueue for NodeQueue {
     fn submit(&mut self, request: Request) {
         let Some(request) = self.fast(request) else { return };
         let work = Work { request, node: Arc::clone(&self.backend.node), sink: Arc::clone(&self.sink) };
         self.slow += 1;
-        self.threads.shared.todo.lock().work.push_back(work);
-        self.threads.shared.more.notify_one();
+        match &mut self.held {
+            Some(held) => held.push_back(work),
+            None => {
+                self.threads.shared.todo.lock().work.push_back(work);
+                self.threads.shared.more.notify_one();
+            }
+        }
+    }
+
+    fn assist(&mut self) -> Result<(), BlockError> {
+        self.held.get_or_insert_default();
+        self.file.as_mut().map_or(Ok(()), |file| file.assist())
+    }
+
+    fn kick_and_wait(&mut self) {
+        if !self.ready.is_empty() {
+            return self.kick();
+        }
+        let own = self.held.as_mut().and_then(VecDeque::pop_front);
+        self.hand_over();
+        let helping = self.held.is_some();
+        let work =
+            own.or_else(|| if helping { self.threads.shared.todo.lock().work.pop_front() } else { None });
+        match (work, &mut self.file) {
+            (Some(work), file) => {
+                file.iter_mut().for_each(|file| file.kick());
+                work.perform(&mut self.memory);
+            }
+            (None, Some(file)) => file.kick_and_wait(),
+            (None, None) => self.wait(),
+        }
     }
 
     fn kick(&mut self) {
+        self.hand_over();
         if let Some(file) = &mut self.file {
             file.kick();
         }

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::RawImage;
 use super::job::{Call, Job};
-use crate::{BlockQueue, Completion, Request};
+use crate::{BlockError, BlockQueue, Completion, Request};
 
 /// Threads of one image.
 const THREADS: usize = 4;
@@ -34,6 +34,16 @@ struct Work {
     job: Box<Job>,
     image: Arc<RawImage>,
     sink: Arc<Sink>,
+}
+
+impl Work {
+    fn perform(self) {
+        let Self { mut job, image, sink } = self;
+        let result = run(&mut job, &image);
+        // The image may own this pool: it is let go before the completion can be seen.
+        drop(image);
+        sink.push(job.complete(result));
+    }
 }
 
 /// Where the completions of a queue go.
@@ -97,11 +107,7 @@ fn work(shared: &Shared) {
                 shared.more.wait(&mut todo);
             }
         };
-        let Work { mut job, image, sink } = work;
-        let result = run(&mut job, &image);
-        // The image may own this pool: it is let go before the completion can be seen.
-        drop(image);
-        sink.push(job.complete(result));
+        work.perform();
     }
 }
 
@@ -144,11 +150,31 @@ pub(super) struct PoolQueue {
     pool: Arc<Pool>,
     sink: Arc<Sink>,
     in_flight: usize,
+    /// With [`BlockQueue::assist`], what no thread has been given yet.
+    held: Option<VecDeque<Work>>,
 }
 
 impl PoolQueue {
     pub(super) fn new(image: Arc<RawImage>, pool: Arc<Pool>, event: EventFd) -> Self {
-        Self { image, pool, sink: Arc::new(Sink { done: Mutex::default(), event }), in_flight: 0 }
+        Self { image, pool, sink: Arc::new(Sink { done: Mutex::default(), event }), in_flight: 0, held: None }
+    }
+
+    /// Something that can be done here: what was held back, or what no thread has taken.
+    fn take(&mut self) -> Option<Work> {
+        let own = self.held.as_mut().and_then(VecDeque::pop_front);
+        self.kick();
+        own.or_else(|| self.pool.shared.todo.lock().jobs.pop_front())
+    }
+
+    /// Carries out one request that no thread has taken. False if there is none.
+    pub(super) fn help(&mut self) -> bool {
+        match self.take() {
+            Some(work) => {
+                work.perform();
+                true
+            }
+            None => false,
+        }
     }
 }
 
@@ -160,11 +186,35 @@ impl BlockQueue for PoolQueue {
             sink: Arc::clone(&self.sink),
         };
         self.in_flight += 1;
-        self.pool.shared.todo.lock().jobs.push_back(work);
-        self.pool.shared.more.notify_one();
+        match &mut self.held {
+            Some(held) => held.push_back(work),
+            None => {
+                self.pool.shared.todo.lock().jobs.push_back(work);
+                self.pool.shared.more.notify_one();
+            }
+        }
     }
 
-    fn kick(&mut self) {}
+    fn kick(&mut self) {
+        let Some(held) = self.held.as_mut().filter(|held| !held.is_empty()) else { return };
+        let count = held.len();
+        self.pool.shared.todo.lock().jobs.append(held);
+        (0..count.min(THREADS)).for_each(|_| {
+            self.pool.shared.more.notify_one();
+        });
+    }
+
+    fn assist(&mut self) -> Result<(), BlockError> {
+        self.held.get_or_insert_default();
+        Ok(())
+    }
+
+    fn kick_and_wait(&mut self) {
+        if self.held.is_none() || !self.help() {
+            self.kick();
+            self.wait();
+        }
+    }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
         let _ = self.sink.event.read();
@@ -185,6 +235,7 @@ impl BlockQueue for PoolQueue {
 impl Drop for PoolQueue {
     fn drop(&mut self) {
         let mut done = Vec::new();
+        self.kick();
         self.reap(&mut done);
         while self.in_flight != 0 {
             self.wait();

@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::RawImage;
 use super::job::{Call, Job};
-use crate::{BlockQueue, Completion, Request};
+use super::pool::PoolQueue;
+use crate::{BlockError, BlockQueue, Completion, Op, Request};
 
 /// True if the host lets us have rings and they know the operations that we use.
 pub(super) fn available() -> bool {
@@ -38,6 +39,9 @@ pub(super) struct UringQueue {
     in_flight: usize,
     /// The ring has entries that the kernel has not been told of.
     unsubmitted: bool,
+    /// Takes writes through the page cache, with [`BlockQueue::assist`]: file systems that cannot make them without waiting have
+    /// the kernel hand each to a thread of its own, which costs more than to make it here.
+    writes: Option<PoolQueue>,
 }
 
 impl std::fmt::Debug for UringQueue {
@@ -64,6 +68,7 @@ impl UringQueue {
             done: Vec::new(),
             in_flight: 0,
             unsubmitted: false,
+            writes: None,
         })
     }
 
@@ -168,11 +173,67 @@ impl UringQueue {
 
 impl BlockQueue for UringQueue {
     fn submit(&mut self, request: Request) {
+        if request.op == Op::Write
+            && let Some(writes) = &mut self.writes
+        {
+            return writes.submit(request);
+        }
         self.in_flight += 1;
         self.start(Box::new(Job::new(request)));
     }
 
     fn kick(&mut self) {
+        if let Some(writes) = &mut self.writes {
+            writes.kick();
+        }
+        self.enter_all();
+    }
+
+    fn assist(&mut self) -> Result<(), BlockError> {
+        if self.image.alignment().offset == 1 && self.writes.is_none() {
+            let fail = |what| {
+                let path = self.image.path().to_owned();
+                move |source| BlockError::Host { path, what, source }
+            };
+            let event = self.event.try_clone().map_err(fail("cannot make an eventfd"))?;
+            let pool = self.image.pool().map_err(fail("cannot start I/O threads"))?;
+            let mut queue = PoolQueue::new(Arc::clone(&self.image), pool, event);
+            queue.assist()?;
+            self.writes = Some(queue);
+        }
+        Ok(())
+    }
+
+    fn kick_and_wait(&mut self) {
+        self.enter_all();
+        if self.done.is_empty() && !self.writes.as_mut().is_some_and(PoolQueue::help) {
+            self.kick();
+            self.wait();
+        }
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let _ = self.event.read();
+        self.collect();
+        self.in_flight -= self.done.len();
+        out.append(&mut self.done);
+        if let Some(writes) = &mut self.writes {
+            writes.reap(out);
+        }
+        self.kick();
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight + self.writes.as_ref().map_or(0, |w| w.in_flight())
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
+impl UringQueue {
+    fn enter_all(&mut self) {
         if self.unsubmitted
             && let Err(error) = self.enter()
         {
@@ -184,22 +245,6 @@ impl BlockQueue for UringQueue {
             // Requests that ended without the kernel: nobody else would signal them.
             let _ = self.event.write(1);
         }
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) {
-        let _ = self.event.read();
-        self.collect();
-        self.in_flight -= self.done.len();
-        out.append(&mut self.done);
-        self.kick();
-    }
-
-    fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    fn event(&self) -> &EventFd {
-        &self.event
     }
 }
 

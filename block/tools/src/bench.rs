@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use holdfast_block::queue::NodeBackend;
-use holdfast_block::{BlockBackend, IoVec, Op, Request};
+use holdfast_block::{BlockBackend, BlockQueue, IoVec, Op, Request};
 use holdfast_threads::PlainSpawner;
 
 use crate::common::{ImgError, Result, Source, errno, explain, print, refused, size_argument};
+
+/// Alignment of buffers, enough for direct I/O.
+const ALIGN: usize = 4096;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -75,11 +78,11 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     if !matches!(args.aio.as_deref(), None | Some("threads" | "io_uring")) {
         return refused("-i: threads and io_uring are supported");
     }
-    if args.flush_interval != 0 {
-        return refused("--flush-interval is not supported by this version");
+    if args.flush_interval != 0 && !args.write {
+        return refused("--flush-interval is only available in write tests");
     }
-    if args.no_drain {
-        return refused("--no-drain makes no sense without --flush-interval");
+    if args.flush_interval != 0 && args.flush_interval < u64::from(args.depth) {
+        return refused("Flush interval can't be smaller than depth");
     }
     if size == 0 || size > 1 << 30 || args.depth == 0 {
         return refused("a request has 1 byte to 1 GiB, and there is at least one at a time");
@@ -100,6 +103,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     let spawner = PlainSpawner::shared();
     let backend = NodeBackend::new(Arc::clone(&node), "bench", &spawner, true);
     let mut queue = backend.queue(args.depth).map_err(|e| ImgError::Refused(explain(&e)))?;
+    queue.assist().map_err(|e| ImgError::Refused(explain(&e)))?;
     if !args.quiet {
         let kind = if args.write { "write" } else { "read" };
         print(&format!(
@@ -107,40 +111,108 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             args.count, args.depth
         ))?;
     }
-    let mut buffers: Vec<Vec<u8>> = (0..args.depth).map(|_| vec![args.pattern; size as usize]).collect();
-    let mut free: Vec<usize> = (0..buffers.len()).collect();
-    let began = holdfast_clock::host_monotonic();
-    let (mut sent, mut finished, mut offset) = (0, 0, start);
-    let mut done = Vec::new();
-    while finished < args.count {
-        while sent < args.count
-            && let Some(n) = free.pop()
-        {
-            let Some(buffer) = buffers.get_mut(n) else { break };
-            // SAFETY: the buffer lives until the queue is dropped, below, and is used by one request at a time.
-            let vector = unsafe { IoVec::new(buffer.as_mut_ptr(), buffer.len()) };
-            let op = if args.write { Op::Write } else { Op::Read };
-            queue.submit(Request { id: n as u64, op, offset, len: size, buffers: vec![vector] });
-            sent += 1;
-            offset += step;
-            if offset + size > disk {
-                offset = start;
-            }
-        }
-        queue.kick();
-        queue.wait();
-        queue.reap(&mut done);
-        for completion in done.drain(..) {
-            completion.result.map_err(|e| ImgError::Refused(format!("Failed request: {}", errno(&e))))?;
-            free.push(completion.id as usize);
-            finished += 1;
-        }
+    if args.flush_interval != 0 && !args.quiet {
+        let drained = if args.no_drain { "" } else { "drained " };
+        print(&format!("Sending flush every {} {drained}requests\n", args.flush_interval))?;
     }
+    let mut run = Run::new(args, (start, step, size), disk);
+    let took = run.requests(&mut *queue);
+    // Whatever is still under way uses the run's memory.
     drop(queue);
+    let took = took?;
     node.flush().map_err(|e| ImgError::Refused(format!("Failed flush: {}", errno(&e))))?;
-    let took = holdfast_clock::host_monotonic() - began;
     if !args.quiet {
         print(&format!("Run completed in {:.3} seconds.\n", took as f64 / 1e9))?;
     }
     Ok(0)
+}
+
+/// What marks the completion of a flush.
+const FLUSH: u64 = u64::MAX;
+
+/// A run of requests.
+struct Run<'a> {
+    args: &'a Args,
+    /// Of the first request, and from one to the next.
+    start: u64,
+    step: u64,
+    size: u64,
+    disk: u64,
+    offset: u64,
+    sent: u64,
+    finished: u64,
+    /// Requests are held back until a flush is done.
+    flushing: bool,
+    memory: Vec<u8>,
+    /// Where buffers start in `memory`, for those that no request uses.
+    free: Vec<usize>,
+}
+
+impl<'a> Run<'a> {
+    fn new(args: &'a Args, (start, step, size): (u64, u64, u64), disk: u64) -> Self {
+        let (len, depth) = (size as usize, usize::from(args.depth));
+        // Written here, so that no request is the first to touch a page, and aligned for direct I/O.
+        let mut memory = Vec::with_capacity(len * depth + ALIGN);
+        memory.resize(len * depth + ALIGN, args.pattern);
+        let skip = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        let free = (0..depth).map(|n| skip + n * len).collect();
+        let offset = start;
+        Self { args, start, step, size, disk, offset, sent: 0, finished: 0, flushing: false, memory, free }
+    }
+
+    fn submit(&mut self, queue: &mut dyn BlockQueue) {
+        while !self.flushing
+            && self.sent < self.args.count
+            && let Some(at) = self.free.pop()
+        {
+            let Some(buffer) = self.memory.get_mut(at..at + self.size as usize) else { break };
+            // SAFETY: the memory lives until the queue is dropped, and this part of it is used by one request at a time.
+            let vector = unsafe { IoVec::new(buffer.as_mut_ptr(), buffer.len()) };
+            let op = if self.args.write { Op::Write } else { Op::Read };
+            let (id, offset) = (at as u64, self.offset);
+            queue.submit(Request { id, op, offset, len: self.size, buffers: vec![vector] });
+            self.sent += 1;
+            self.offset += self.step;
+            if self.offset + self.size > self.disk {
+                self.offset = self.start;
+            }
+        }
+    }
+
+    /// After a request: flushes if it is time to.
+    fn flush(&mut self, queue: &mut dyn BlockQueue) {
+        let interval = self.args.flush_interval;
+        if interval == 0 || !(self.args.count - self.sent).is_multiple_of(interval) {
+            return;
+        }
+        let drain = !self.args.no_drain;
+        if !drain || self.finished == self.sent {
+            queue.submit(Request { id: FLUSH, op: Op::Flush, offset: 0, len: 0, buffers: Vec::new() });
+        }
+        self.flushing |= drain;
+    }
+
+    /// Carries the requests out. Returns how many nanoseconds that took.
+    fn requests(&mut self, queue: &mut dyn BlockQueue) -> Result<u64> {
+        let began = holdfast_clock::host_monotonic();
+        let mut done = Vec::new();
+        while self.finished < self.args.count || self.flushing {
+            self.submit(queue);
+            queue.kick_and_wait();
+            queue.reap(&mut done);
+            for completion in done.drain(..) {
+                let what = if completion.id == FLUSH { "flush" } else { "request" };
+                completion.result.map_err(|e| ImgError::Refused(format!("Failed {what}: {}", errno(&e))))?;
+                if completion.id == FLUSH {
+                    self.flushing = false;
+                } else {
+                    self.free.push(completion.id as usize);
+                    self.finished += 1;
+                    self.flush(queue);
+                    self.submit(queue);
+                }
+            }
+        }
+        Ok(holdfast_clock::host_monotonic() - began)
+    }
 }

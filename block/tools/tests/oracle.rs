@@ -512,3 +512,32 @@ fn the_host_copies_where_it_can() {
         assert_eq!(said(&ours), said(&theirs), "{args:?}");
     }
 }
+
+#[test]
+fn bench_writes_and_flushes_as_the_other_does() {
+    let bed = Bed::new();
+    for format in ["raw", "qcow2"] {
+        let images = [format!("ours.{format}"), format!("theirs.{format}")];
+        for more in [&[][..], &["--flush-interval", "16"], &["--flush-interval", "16", "--no-drain"]] {
+            let mut said = Vec::new();
+            for (image, ours) in images.iter().zip([true, false]) {
+                bed.ok(false, &["create", "-q", "-f", format, image, "3M"]);
+                let base =
+                    ["bench", "-w", "-f", format, "-d", "8", "-c", "61", "-s", "48k", "--pattern", "65"];
+                let out = bed.ok(ours, &[&base[..], more, &[image]].concat());
+                said.push(out.split("Run completed").next().unwrap_or_default().to_owned());
+            }
+            assert_eq!(said[0], said[1], "{format} {more:?}");
+            bed.ok(false, &["compare", "-f", format, "-F", format, &images[0], &images[1]]);
+            // Reads go another way.
+            bed.ok(true, &["bench", "-q", "-f", format, "-d", "8", "-c", "61", "-s", "48k", &images[0]]);
+        }
+    }
+    let refusals = [&["-d", "1", "--flush-interval", "8"][..], &["-w", "-d", "8", "--flush-interval", "4"]];
+    for more in refusals {
+        let args = [&["bench", "-f", "raw"][..], more, &["ours.raw"]].concat();
+        let (ours, theirs) = (bed.ours(&args), bed.theirs(&args));
+        let words = |out: &Output| text(&out.stderr).split_once(": ").map(|(_, words)| words.to_owned());
+        assert_eq!((ours.status.code(), words(&ours)), (theirs.status.code(), words(&theirs)));
+    }
+}
