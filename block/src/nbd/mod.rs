@@ -11,6 +11,6 @@ mod transmission;
 mod uri;
 
 pub use client::{ClientOptions, ExportInfo, Nbd, list};
-pub use server::{BitmapContext, Export, Guard, Server};
+pub use server::{BitmapContext, Export, Guard, HANDSHAKE, Server};
 pub use stream::{Address, Listener, Socket, Stream, TlsClient};
 pub use uri::parse as parse_uri;

@@ -16,7 +16,7 @@ use crate::BlockNode;
 use crate::qcow2::bitmap::Bitmap;
 
 /// How long a client may take between two words of the negotiation.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// A dirty bitmap that is offered as `qemu:dirty-bitmap:NAME`.
 #[derive(Debug)]
@@ -95,6 +95,8 @@ pub struct Server {
     pub(super) authz: Option<Arc<Authz>>,
     /// Clients by number, with the export that they have come to.
     clients: Mutex<HashMap<u64, (Socket, Option<String>)>>,
+    /// How long a client may take between two words of the negotiation: [`HANDSHAKE`] if absent, without end if zero.
+    patience: Option<Duration>,
     next: AtomicU64,
     /// Clients that came as far as an export, ever.
     served: AtomicUsize,
@@ -109,6 +111,15 @@ impl Server {
     /// A server without exports, which talks to those clients only that `authz` lets in, by the names in their certificates.
     pub fn guarded(tls: Option<Arc<ServerConfig>>, authz: Option<Arc<Authz>>) -> Arc<Self> {
         Arc::new(Self { tls, authz, ..Self::default() })
+    }
+
+    /// As [`Server::guarded`], with clients that take longer than `patience` in the negotiation sent away; zero for never.
+    pub fn patient(
+        tls: Option<Arc<ServerConfig>>,
+        authz: Option<Arc<Authz>>,
+        patience: Duration,
+    ) -> Arc<Self> {
+        Arc::new(Self { tls, authz, patience: Some(patience), ..Self::default() })
     }
 
     /// Adds an export. False if there is one of that name.
@@ -162,7 +173,8 @@ impl Server {
     }
 
     fn talk(&self, id: u64, socket: Socket) -> io::Result<()> {
-        socket.set_timeout(Some(PATIENCE))?;
+        let patience = self.patience.unwrap_or(HANDSHAKE);
+        socket.set_timeout(Some(patience).filter(|p| !p.is_zero()))?;
         let Some(session) = handshake::negotiate(self, socket)? else { return Ok(()) };
         session.stream.socket().set_timeout(None)?;
         if let Some((_, export)) = self.clients.lock().get_mut(&id) {

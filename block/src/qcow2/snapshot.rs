@@ -231,7 +231,7 @@ impl State {
         })
     }
 
-    fn snapshot_l1(&self, snapshot: &Snapshot) -> io::Result<Vec<u64>> {
+    pub(super) fn snapshot_l1(&self, snapshot: &Snapshot) -> io::Result<Vec<u64>> {
         super::read_table(&*self.files.file, snapshot.l1_offset, u64::from(snapshot.l1_size))
     }
 

@@ -137,6 +137,42 @@ impl RawImage {
         Ok(true)
     }
 
+    /// Has the file system share bytes of another file with this one, which takes neither time nor space. False if it cannot:
+    /// then nothing has changed.
+    ///
+    /// # Errors
+    /// The host's; `EROFS` if the image is not written.
+    pub fn share_from(&self, offset: u64, from: &Self, from_offset: u64, len: u64) -> io::Result<bool> {
+        /// `struct file_clone_range` of linux/fs.h.
+        #[repr(C)]
+        struct Range {
+            from_fd: i64,
+            from_offset: u64,
+            len: u64,
+            offset: u64,
+        }
+        /// `FICLONERANGE`: `_IOW(0x94, 13, struct file_clone_range)`.
+        const FICLONERANGE: libc::Ioctl = 0x4020_940d;
+        self.check_writable()?;
+        let end = self.check(offset, len)?;
+        self.check(from_offset, len)?;
+        if self.is_device || from.is_device || len == 0 {
+            return Ok(false);
+        }
+        let range = Range { from_fd: i64::from(from.file.as_raw_fd()), from_offset, len, offset };
+        // SAFETY: FICLONERANGE reads one `file_clone_range`, which `range` is, and both files are kept open.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), FICLONERANGE, &range) } != 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::ENOSPC | libc::EDQUOT | libc::EIO) => Err(error),
+                _ => Ok(false),
+            };
+        }
+        self.grown(end);
+        self.note_write(end);
+        Ok(true)
+    }
+
     fn zero_by_writing(&self, mut offset: u64, len: u64) -> io::Result<()> {
         let zeroes = vec![0; len.min(CHUNK) as usize];
         let end = offset + len;

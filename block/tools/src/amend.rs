@@ -159,7 +159,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     let image = qcow2(&node, "Format driver option amendment")?;
     let mut header = image.header();
     let mut size = None;
-    let mut backing = false;
+    let (mut backing, mut downgrade) = (false, false);
     let fail = |e: std::io::Error| ImgError::Refused(format!("Error while amending options: {}", errno(&e)));
     for (key, value) in args.options.iter().flat_map(|o| split_pairs(o)) {
         let Some(value) = value else { return refused(format!("Expected '=' after parameter '{key}'")) };
@@ -169,9 +169,8 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
             "compat" => match (value.as_str(), header.version) {
                 ("0.10" | "v2", 2) => {}
                 ("1.1" | "v3", _) => image.upgrade().map_err(fail)?,
-                ("0.10" | "v2", _) => {
-                    return refused("compat: downgrading to version 2 is not supported by this version");
-                }
+                // Last, since what version 2 does not have may be taken away by other options.
+                ("0.10" | "v2", _) => downgrade = true,
                 _ => return refused(format!("Unknown compatibility level {value}")),
             },
             "lazy_refcounts" => image.set_lazy_refcounts(on).map_err(fail)?,
@@ -199,6 +198,9 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     }
     if let Some(size) = size {
         node.truncate(size.next_multiple_of(512), Preallocation::Off).map_err(fail)?;
+    }
+    if downgrade {
+        image.downgrade().map_err(fail)?;
     }
     image.close().map_err(fail)?;
     if args.progress && !args.quiet {

@@ -112,8 +112,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         ))?;
     }
     if args.flush_interval != 0 && !args.quiet {
-        let drained = if args.no_drain { "" } else { "drained " };
-        print(&format!("Sending flush every {} {drained}requests\n", args.flush_interval))?;
+        print(&format!("Sending flush every {} requests\n", args.flush_interval))?;
     }
     let mut run = Run::new(args, (start, step, size), disk);
     let took = run.requests(&mut *queue);

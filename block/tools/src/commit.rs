@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use holdfast_block::BlockNode;
 use holdfast_block::graph::beside;
+use holdfast_block::throttle::Throttle;
 use std::path::Path;
 
-use crate::common::{Progress, Result, Source, failed, print, qcow2, refused, size_argument};
+use crate::common::{Progress, Result, Source, failed, print, qcow2, rate_limit, refused};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -89,10 +90,7 @@ fn copy_up(
 
 /// `commit`.
 pub(crate) fn run(args: &Args) -> Result<u8> {
-    if let Some(rate) = &args.rate_limit {
-        size_argument(rate, "rate limit")?;
-        return refused("-r: a rate limit is not supported by this version");
-    }
+    let limit = rate_limit(args.rate_limit.as_deref())?;
     let source = |cache| Source {
         image_opts: args.image_opts,
         cache,
@@ -126,6 +124,10 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     let mut base_opener = Source::new(base_name, base_format.as_deref()).opener(true)?;
     base_opener.lock = holdfast_block::raw::LockRange::Qemu;
     let base = Source::new(base_name, base_format.as_deref()).open_with(&base_opener)?;
+    let base = match limit {
+        Some(group) => Throttle::new(base, group),
+        None => base,
+    };
     if base.size() < node.size() {
         base.truncate(node.size(), holdfast_block::Preallocation::Off)
             .map_err(failed("the backing file cannot be made as large as the image"))?;

@@ -5,10 +5,12 @@ use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
 use holdfast_block::graph::Opener;
-use holdfast_block::options::{BlockdevOptions, Driver, parse_size};
-use holdfast_block::qcow2::Qcow2;
+use holdfast_block::options::{BlockdevOptions, DetectZeroes, Driver, parse_size};
+use holdfast_block::qcow2::{self, CreateOptions, Qcow2};
+use holdfast_block::raw::{RawImage, RawOptions};
 use holdfast_block::{BlockError, BlockNode};
-use holdfast_objects::Objects;
+use holdfast_objects::throttle::Limits;
+use holdfast_objects::{Objects, ThrottleGroup};
 use holdfast_threads::PlainSpawner;
 use serde_json::Value;
 
@@ -125,6 +127,7 @@ pub(crate) struct Source<'a> {
     pub(crate) image_opts: bool,
     pub(crate) share: bool,
     pub(crate) cache: Option<&'a str>,
+    pub(crate) detect_zeroes: Option<DetectZeroes>,
 }
 
 impl<'a> Source<'a> {
@@ -145,11 +148,14 @@ impl<'a> Source<'a> {
     }
 
     fn options(&self) -> std::result::Result<BlockdevOptions, BlockError> {
-        if self.image_opts {
-            return BlockdevOptions::from_pairs(self.name);
-        }
-        let driver = self.format.map(Driver::from_name).transpose()?;
-        holdfast_block::graph::named(self.name, driver)
+        let mut options = if self.image_opts {
+            BlockdevOptions::from_pairs(self.name)?
+        } else {
+            let driver = self.format.map(Driver::from_name).transpose()?;
+            holdfast_block::graph::named(self.name, driver)?
+        };
+        options.detect_zeroes = options.detect_zeroes.or(self.detect_zeroes);
+        Ok(options)
     }
 
     pub(crate) fn open_with(&self, opener: &Opener) -> Result<Arc<dyn BlockNode>> {
@@ -195,6 +201,62 @@ pub(crate) fn cache_mode(name: &str) -> Result<(bool, bool)> {
         "unsafe" => Ok((false, true)),
         other => refused(format!("Invalid cache option: {other}")),
     }
+}
+
+/// A temporary qcow2 image over `below`, which takes the writes. Its file has no name any more and goes with the node.
+pub(crate) fn overlay(below: Arc<dyn BlockNode>, readonly: bool) -> Result<Arc<dyn BlockNode>> {
+    if readonly {
+        // Nobody writes: there is nothing to be kept apart.
+        return Ok(below);
+    }
+    let directory = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), std::path::PathBuf::from);
+    let path = directory.join(format!("vl.{}.{}", std::process::id(), holdfast_clock::host_monotonic()));
+    let fail = || failed(format!("cannot make a temporary file in {}", directory.display()));
+    std::fs::OpenOptions::new().write(true).create_new(true).open(&path).map_err(fail())?;
+    let options = RawOptions { no_flush: true, ..RawOptions::new(&path) };
+    let file = RawImage::open(options, PlainSpawner::shared());
+    let gone = std::fs::remove_file(&path);
+    let wrong = |source| ImgError::Image {
+        what: "Could not create a temporary overlay in",
+        name: directory.display().to_string(),
+        source,
+    };
+    let file = file.map_err(wrong)?;
+    gone.map_err(fail())?;
+    let options = CreateOptions::new(below.size().next_multiple_of(512));
+    let image = qcow2::create(file, None, &options, None).map_err(wrong)?;
+    image.set_backing(Some(below));
+    Ok(image)
+}
+
+/// Looks at an `aio` mode; true for io_uring. `wrong` says what there is to say of a mode that does not exist.
+pub(crate) fn check_aio(
+    mode: Option<&str>,
+    cache: &str,
+    wrong: fn(&str) -> String,
+    name: &str,
+) -> Result<Option<bool>> {
+    match mode {
+        None => Ok(None),
+        Some("threads") => Ok(Some(false)),
+        Some("io_uring") => Ok(Some(true)),
+        Some("native") if !matches!(cache, "none" | "off" | "directsync") => refused(format!(
+            "Could not open '{name}': aio=native was specified, but it requires cache.direct=on, which was not specified."
+        )),
+        Some("native") => refused("aio=native was specified, but is not supported in this build."),
+        Some(other) => refused(wrong(other)),
+    }
+}
+
+/// A limit of the bytes written in a second; none for 0.
+pub(crate) fn rate_limit(text: Option<&str>) -> Result<Option<Arc<ThrottleGroup>>> {
+    let Some(text) = text else { return Ok(None) };
+    let invalid = || ImgError::Refused(format!("Invalid rate limit specified: '{text}'."));
+    let average = parse_size(text).filter(|n| *n <= i64::MAX as u64).ok_or_else(invalid)?;
+    let mut limits = Limits::default();
+    limits.set("bps-write", average);
+    limits.check().map_err(|e| ImgError::Refused(e.to_string()))?;
+    Ok((average != 0).then(|| ThrottleGroup::new(limits)))
 }
 
 /// A size argument.

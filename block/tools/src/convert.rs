@@ -8,8 +8,8 @@ use holdfast_block::graph::beside;
 use holdfast_block::node::Preallocation;
 use holdfast_block::options::Driver;
 
-use crate::common::{ImgError, Progress, Result, Source, failed, print, refused, size_argument};
-use crate::copy::{Part, Plan, copy};
+use crate::common::{ImgError, Progress, Result, Source, failed, print, rate_limit, refused, size_argument};
+use crate::copy::{Offload, Part, Plan, copy};
 use crate::create::{Target, check_backing, options_help, target_driver};
 
 /// Arguments.
@@ -66,6 +66,9 @@ pub(crate) struct Args {
     /// Writes need not be in order
     #[arg(short = 'W', long = "oob-writes")]
     unordered: bool,
+    /// Bytes per second
+    #[arg(short, long)]
+    rate_limit: Option<String>,
     /// Take what cannot be read as zeroes
     #[arg(long)]
     salvage: bool,
@@ -214,6 +217,15 @@ fn check(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// What the host copies. To share data is always a gain: runs of zeroes in it that could be left out take no space then.
+fn offload(args: &Args) -> Offload {
+    match (args.offload, args.sparse.is_some() || args.salvage || args.compress) {
+        (true, _) => Offload::Copy,
+        (false, false) => Offload::Share,
+        (false, true) => Offload::No,
+    }
+}
+
 /// `convert`.
 pub(crate) fn run(args: &Args) -> Result<u8> {
     let driver = args.target_format.as_deref().unwrap_or("raw");
@@ -284,7 +296,8 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         workers: args.workers,
         unordered: args.unordered,
         salvage: args.salvage,
-        offload: args.offload,
+        offload: offload(args),
+        limit: rate_limit(args.rate_limit.as_deref())?,
     };
     copy(plan, Progress::new(args.progress && !args.quiet, total))?;
     if args.bitmaps {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use holdfast_block::node::{Plan as Found, is_zero, status_above};
 use holdfast_block::raw::RawImage;
 use holdfast_block::{BlockNode, Op};
+use holdfast_objects::ThrottleGroup;
 use holdfast_threads::{PlainSpawner, Role, Spawner};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,8 +45,21 @@ pub(crate) struct Plan {
     pub(crate) unordered: bool,
     /// Sectors that cannot be read become zeroes.
     pub(crate) salvage: bool,
-    /// Have the host copy data where it can.
-    pub(crate) offload: bool,
+    /// What the host does of it.
+    pub(crate) offload: Offload,
+    /// Bytes that are written in a second.
+    pub(crate) limit: Option<Arc<ThrottleGroup>>,
+}
+
+/// What is left to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Offload {
+    /// Nothing.
+    No,
+    /// To have both files share data, where the file system can.
+    Share,
+    /// To copy data, by sharing it or otherwise.
+    Copy,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,6 +243,9 @@ impl Copier {
     }
 
     fn store(&self, chunk: &Chunk, data: &[u8], packed: Option<Vec<u8>>) -> io::Result<()> {
+        if let Some(limit) = self.plan.limit.as_ref().filter(|_| chunk.kind == Kind::Data) {
+            limit.pass(true, data.len() as u64);
+        }
         match chunk.kind {
             Kind::Below => Ok(()),
             Kind::Zero if self.plan.target_zero => Ok(()),
@@ -271,7 +288,16 @@ impl Copier {
         let Some(Found::File(place, _guard)) = node.plan(Op::Read, offset, chunk.len) else {
             return Ok(false);
         };
-        let copied = target.copy_from(chunk.offset, &file, place, chunk.len)?;
+        let copied = match self.plan.offload {
+            Offload::No => false,
+            Offload::Share => target.share_from(chunk.offset, &file, place, chunk.len)?,
+            Offload::Copy => {
+                if let Some(limit) = &self.plan.limit {
+                    limit.pass(true, chunk.len);
+                }
+                target.copy_from(chunk.offset, &file, place, chunk.len)?
+            }
+        };
         if !copied {
             self.refused.store(true, Ordering::Relaxed);
         }
@@ -336,7 +362,7 @@ impl Copier {
 pub(crate) fn copy(plan: Plan, progress: Progress) -> Result<()> {
     let workers = plan.workers.max(1);
     let shared = Shared { cursor: 0, ticket: 0, turn: 0, error: None, progress, known: None };
-    let offload = plan.offload.then(|| Arc::clone(&plan.target).whole_file()).flatten();
+    let offload = (plan.offload != Offload::No).then(|| Arc::clone(&plan.target).whole_file()).flatten();
     let refused = AtomicBool::new(false);
     let copier = Copier { plan, offload, refused, shared: Mutex::new(shared), turned: Condvar::new() };
     let copier = Arc::new(copier);

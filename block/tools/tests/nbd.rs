@@ -340,6 +340,17 @@ fn io_says_what_qemu_io_says() {
         &["read 0"],
         &["read 10M 1k"],
         &["flush", "aio_write -P 7 0 4k", "aio_flush", "quit", "read 0 512"],
+        &[
+            "aio_write -P 5 64k 72k",
+            "aio_flush",
+            "aio_read -P 5 60k 512 512",
+            "aio_flush",
+            "aio_read -v 64k 32",
+        ],
+        &["aio_write -z -u 64k 64k", "aio_flush", "aio_read -P 0 64k 64k", "aio_flush", "map"],
+        &["aio_write -f -q -P 8 4k 512", "aio_read -q -P 8 0 512", "aio_flush", "read -P 8 4k 512"],
+        &["aio_read 10M 512", "aio_write 10M 512"],
+        &["aio_write -u 0 512"],
     ] {
         let with = |program: &str, image: &str| {
             let mut args: Vec<&str> = script.iter().flat_map(|c| ["-c", c]).collect();
@@ -461,4 +472,87 @@ fn an_encrypted_key_is_opened_by_a_secret() {
         let uri = format!("nbds+unix:///?socket={}&tls-certificates={}", bed.socket(), dir.display());
         bed.ok("nbdinfo", &["--size", &uri]);
     }
+}
+
+#[test]
+fn requests_of_io_overlap_and_are_waited_for() {
+    let bed = Bed::new();
+    bed.ok("img", &["convert", "-O", "qcow2", "in.raw", "a.qcow2"]);
+    bed.ok("img", &["create", "-q", "-f", "raw", "b.raw", "2M"]);
+    for image in ["a.qcow2", "b.raw"] {
+        for aio in ["threads", "io_uring"] {
+            let script: String =
+                (0..32).map(|n| format!("aio_write -q -P {} {}k 64k\n", n + 1, n * 64)).collect();
+            let checks: String =
+                (0..32).map(|n| format!("aio_read -P {} {}k 64k\n", n + 1, n * 64)).collect();
+            let format = if image == "b.raw" { "raw" } else { "qcow2" };
+            let mut child = bed.command("io");
+            let child =
+                child.args(["-i", aio, "-f", format, image]).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = child.spawn().expect("io");
+            let all = format!("{script}aio_flush\n{checks}");
+            std::io::Write::write_all(&mut child.stdin.take().expect("input"), all.as_bytes())
+                .expect("script");
+            let out = child.wait_with_output().expect("io");
+            let said = text(&out.stdout);
+            assert!(out.status.success() && !said.contains("failed"), "{said}");
+            assert_eq!(said.matches("read 65536/65536 bytes").count(), 32, "{said}");
+        }
+    }
+    bed.ok("qemu-img", &["check", "-q", "a.qcow2"]);
+    bed.ok("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", "a.qcow2", "b.raw"]);
+}
+
+#[test]
+fn io_and_nbd_write_to_temporary_files_over_images() {
+    let bed = Bed::new();
+    let same = || bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", "copy.raw"]);
+    std::fs::copy(bed.dir().join("in.raw"), bed.dir().join("copy.raw")).expect("copied");
+    bed.ok("io", &["-s", "-f", "raw", "-c", "write -P 9 0 1M", "-c", "read -P 9 64k 4k", "copy.raw"]);
+    same();
+    let running = bed.serve("nbd", &["-t", "-e", "0", "-k", "s", "-f", "raw", "--snapshot", "copy.raw"]);
+    bed.ok("qemu-io", &["-f", "raw", "-c", "write -P 9 0 1M", "-c", "read -P 9 64k 4k", &bed.uri("")]);
+    bed.ok("io", &["-f", "raw", "-c", "read -P 9 512k 4k", &bed.uri("")]);
+    drop(running);
+    same();
+    // What is read from below stays, where that is asked for.
+    bed.ok("img", &["create", "-q", "-f", "qcow2", "-b", "in.raw", "-F", "raw", "top.qcow2"]);
+    bed.ok(
+        "io",
+        &["-C", "-m", "-c", "read 100k 64k", "-c", "aio_read 1M 1k", "-c", "aio_flush", "top.qcow2"],
+    );
+    let runs = bed.ok("qemu-io", &["-c", "alloc 0 2M", "top.qcow2"]);
+    assert!(runs.starts_with("196608/2097152 bytes"), "{runs}");
+    bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "in.raw", "top.qcow2"]);
+    // Direct I/O from memory that is not aligned for it.
+    bed.ok("io", &["-m", "-n", "-f", "raw", "-c", "write -P 4 0 8k", "-c", "read -P 4 0 8k", "copy.raw"]);
+    bed.ok("qemu-io", &["-f", "raw", "-c", "read -P 4 0 8k", "copy.raw"]);
+    for (program, other, args) in [
+        ("io", "qemu-io", &["-r", "-C", "-f", "raw", "-c", "quit", "in.raw"][..]),
+        ("io", "qemu-io", &["-k", "-f", "raw", "-c", "quit", "in.raw"]),
+        ("io", "qemu-io", &["-i", "fast", "-f", "raw", "-c", "quit", "in.raw"]),
+        ("nbd", "qemu-nbd", &["--aio", "native", "-f", "raw", "in.raw"]),
+        ("nbd", "qemu-nbd", &["--aio", "fast", "-f", "raw", "in.raw"]),
+        ("nbd", "qemu-nbd", &["--detect-zeroes", "unmap", "-f", "raw", "in.raw"]),
+    ] {
+        let (ours, theirs) = (bed.run(program, args), bed.run(other, args));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{args:?}: {}", text(&ours.stderr));
+        let said = |out: &Output| text(&out.stderr).trim_end().rsplit(": ").next().map(str::to_owned);
+        assert_eq!(said(&ours), said(&theirs), "{args:?}");
+    }
+    let out = bed.run("nbd", &["--handshake-limit", "x", "-f", "raw", "in.raw"]);
+    assert!(text(&out.stderr).contains("Invalid handshake limit 'x'"));
+}
+
+#[test]
+fn clients_that_say_nothing_are_sent_away() {
+    let bed = Bed::new();
+    let args = ["-t", "-e", "0", "-k", "s", "-f", "raw", "--handshake-limit", "1", "in.raw"];
+    let running = bed.serve("nbd", &args);
+    let mut silent = std::os::unix::net::UnixStream::connect(bed.dir().join("s")).expect("connected");
+    silent.set_read_timeout(Some(Duration::from_secs(120))).expect("timeout");
+    let mut greeting = Vec::new();
+    std::io::Read::read_to_end(&mut silent, &mut greeting).expect("the server closes");
+    assert!(greeting.starts_with(b"NBDMAGIC"));
+    drop(running);
 }

@@ -541,3 +541,63 @@ fn bench_writes_and_flushes_as_the_other_does() {
         assert_eq!((ours.status.code(), words(&ours)), (theirs.status.code(), words(&theirs)));
     }
 }
+
+#[test]
+fn images_become_version_2_again() {
+    let bed = Bed::new();
+    bed.data("a.raw", 3 << 20);
+    bed.ok(false, &["convert", "-O", "qcow2", "a.raw", "base.qcow2"]);
+    let io = std::env::var_os("QEMU_IO").unwrap_or_else(|| "qemu-io".into());
+    for backed in [false, true] {
+        let back: &[&str] = if backed { &["-b", "base.qcow2", "-F", "qcow2"] } else { &[] };
+        bed.ok(false, &[&["create", "-q", "-f", "qcow2"][..], back, &["v3.qcow2", "4100k"]].concat());
+        let load =
+            ["write -P 3 1000k 300k", "write -z 0 128k", "write -z 1024k 64k", "write -z -u 4032k 68k"];
+        let mut args: Vec<&str> = load.iter().flat_map(|c| ["-c", c]).collect();
+        args.push("v3.qcow2");
+        assert!(run(&io, bed.dir(), &args).status.success());
+        std::fs::copy(bed.dir().join("v3.qcow2"), bed.dir().join("v2.qcow2")).expect("copied");
+        bed.ok(true, &["amend", "-f", "qcow2", "-o", "compat=0.10,lazy_refcounts=off", "v2.qcow2"]);
+        bed.ok(false, &["check", "-q", "v2.qcow2"]);
+        bed.ok(false, &["compare", "v2.qcow2", "v3.qcow2"]);
+        assert!(bed.ok(false, &["info", "v2.qcow2"]).contains("compat: 0.10"));
+        // It is written as a version 2 image is.
+        assert!(run(&io, bed.dir(), &["-c", "write -P 9 0 70k", "v2.qcow2"]).status.success());
+        bed.ok(true, &["snapshot", "-c", "one", "v2.qcow2"]);
+        bed.ok(false, &["check", "-q", "v2.qcow2"]);
+        bed.ok(true, &["amend", "-f", "qcow2", "-o", "compat=1.1", "v2.qcow2"]);
+        bed.ok(true, &["amend", "-f", "qcow2", "-o", "compat=v2", "v2.qcow2"]);
+        bed.ok(false, &["check", "-q", "v2.qcow2"]);
+    }
+    for (options, snapshots) in
+        [("refcount_bits=8", false), ("extended_l2=on", false), ("lazy_refcounts=on", true)]
+    {
+        bed.ok(false, &["create", "-q", "-f", "qcow2", "-o", options, "no.qcow2", "1M"]);
+        if snapshots {
+            bed.ok(false, &["snapshot", "-c", "one", "no.qcow2"]);
+            bed.ok(false, &["resize", "-q", "no.qcow2", "2M"]);
+        }
+        let args = ["amend", "-f", "qcow2", "-o", "compat=0.10", "no.qcow2"];
+        let (ours, theirs) = (bed.ours(&args), bed.theirs(&args));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{options}: {}", text(&theirs.stderr));
+        assert!(bed.ok(false, &["info", "no.qcow2"]).contains("compat: 1.1"));
+        bed.ok(false, &["check", "-q", "no.qcow2"]);
+    }
+}
+
+#[test]
+fn a_rate_limits_what_is_written() {
+    let bed = Bed::new();
+    std::fs::write(bed.dir().join("a.raw"), vec![7; 4 << 20]).expect("data");
+    let begun = std::time::Instant::now();
+    bed.ok(true, &["convert", "-f", "raw", "-O", "qcow2", "-r", "4M", "a.raw", "out.qcow2"]);
+    // A part of it may go in a burst, the rest may not.
+    assert!(begun.elapsed() > std::time::Duration::from_millis(300), "{:?}", begun.elapsed());
+    bed.ok(false, &["compare", "-f", "raw", "-F", "qcow2", "a.raw", "out.qcow2"]);
+    bed.ok(true, &["convert", "-f", "raw", "-O", "raw", "-r", "0", "a.raw", "out.raw"]);
+    bed.ok(true, &["create", "-q", "-f", "qcow2", "-b", "out.qcow2", "-F", "qcow2", "top.qcow2"]);
+    bed.ok(true, &["commit", "-q", "-r", "1G", "top.qcow2"]);
+    let args = ["convert", "-f", "raw", "-r", "fast", "a.raw", "out.raw"];
+    let (ours, theirs) = (bed.ours(&args), bed.theirs(&args));
+    assert_eq!(ours.status.code(), theirs.status.code());
+}

@@ -7,11 +7,15 @@ use std::time::Duration;
 use holdfast_block::{BlockNode, Preallocation};
 
 use super::Args;
+use super::flight::{Flight, Shape};
 use super::parse::{Words, bytes, number, pattern, split};
-use crate::common::{Result, Source, errno};
+use crate::common::{Result, Source, check_aio, errno, overlay, refused};
 
 /// Longest transfer, in bytes.
 const MAX_TRANSFER: u64 = 1 << 31;
+/// Alignment of memory, enough for direct I/O, and what `-m` adds to spoil it.
+const ALIGN: usize = 4096;
+const MISALIGN: usize = 16;
 
 /// Name, other name, least and most arguments (`None` for any), arguments, meaning.
 type Help = (&'static str, &'static str, usize, Option<usize>, &'static str, &'static str);
@@ -41,7 +45,14 @@ const COMMANDS: &[Help] = &[
     ("help", "?", 0, Some(1), "[command]", "help for one or all commands"),
     ("length", "l", 0, Some(0), "", "gets the length of the current file"),
     ("map", "", 0, Some(0), "", "prints the allocated areas of a file"),
-    ("open", "o", 1, None, "[-rnU] [-t cache] path", "open the file specified by path"),
+    (
+        "open",
+        "o",
+        1,
+        None,
+        "[-rsnCkU] [-t cache] [-i aio] [-d discard] path",
+        "open the file specified by path",
+    ),
     ("quit", "q", 0, Some(0), "", "exit the program"),
     (
         "read",
@@ -90,20 +101,35 @@ pub(super) enum Next {
 #[derive(Debug, Default)]
 pub(super) struct Session {
     node: Option<Arc<dyn BlockNode>>,
+    /// Requests of `aio_` commands.
+    flight: Option<Flight>,
+    /// What is read from a backing file is written to the image.
+    copy_on_read: bool,
+    /// Memory is not aligned.
+    misalign: bool,
     pub(super) failed: bool,
 }
 
+/// How an image is opened, besides its name and cache mode.
+struct How<'a> {
+    readonly: bool,
+    snapshot: bool,
+    copy_on_read: bool,
+    discard: bool,
+    aio: Option<&'a str>,
+}
+
 /// How a transfer is reported.
-struct Report {
-    what: &'static str,
-    offset: u64,
-    total: u64,
-    took: u64,
-    condensed: bool,
+pub(super) struct Report {
+    pub(super) what: &'static str,
+    pub(super) offset: u64,
+    pub(super) total: u64,
+    pub(super) took: u64,
+    pub(super) condensed: bool,
 }
 
 impl Report {
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let seconds = (self.took as f64 / 1e9).max(1e-9);
         let (rate, ops) = (self.total as f64 / seconds, 1.0 / seconds);
         if self.condensed {
@@ -120,7 +146,7 @@ impl Report {
     }
 }
 
-fn dump(data: &[u8], offset: u64) {
+pub(super) fn dump(data: &[u8], offset: u64) {
     for (n, line) in data.chunks(16).enumerate() {
         let mut text = format!("{:08x}:  ", offset + n as u64 * 16);
         line.iter().for_each(|b| text += &format!("{b:02x} "));
@@ -152,14 +178,59 @@ impl Session {
             cache: args.cache.as_deref().or(args.nocache.then_some("none")),
             ..Source::new(file, args.format.as_deref())
         };
-        let mut opener = source.opener(!args.read_only)?;
-        opener.discard = matches!(args.discard.as_str(), "unmap" | "on");
-        self.node = Some(source.open_with(&opener)?);
+        self.misalign = args.misalign;
+        let how = How {
+            readonly: args.read_only,
+            snapshot: args.snapshot,
+            copy_on_read: args.copy_on_read,
+            discard: matches!(args.discard.as_str(), "unmap" | "on"),
+            aio: args.native_aio.then_some("native").or(args.aio.as_deref()),
+        };
+        self.open_how(&source, &how)
+    }
+
+    fn open_how(&mut self, source: &Source<'_>, how: &How<'_>) -> Result<()> {
+        let cache = source.cache.unwrap_or("writeback");
+        let uring = check_aio(how.aio, cache, |mode| format!("Invalid aio option: {mode}"), source.name)?;
+        if how.copy_on_read && how.readonly {
+            return refused(format!(
+                "can't open device {}: Can't use copy-on-read on read-only device",
+                source.name
+            ));
+        }
+        let mut opener = source.opener(!how.readonly && !how.snapshot)?;
+        opener.discard = how.discard;
+        opener.io_uring = uring != Some(false);
+        let mut node = source.open_with(&opener)?;
+        if how.snapshot {
+            node = overlay(node, how.readonly)?;
+        }
+        self.copy_on_read = how.copy_on_read;
+        self.node = Some(node);
         Ok(())
+    }
+
+    /// Requests under way, from the first `aio_` command on.
+    fn flight(&mut self) -> std::result::Result<&mut Flight, String> {
+        if self.flight.is_none()
+            && let Some(node) = &self.node
+        {
+            self.flight = Some(Flight::new(Arc::clone(node))?);
+        }
+        self.flight.as_mut().ok_or_else(String::new)
+    }
+
+    /// Waits for all that is under way.
+    fn drain(&mut self) {
+        if let Some(flight) = &mut self.flight {
+            flight.drain();
+        }
     }
 
     /// Lets the image go, with what is only in memory written.
     pub(super) fn close(&mut self) {
+        self.drain();
+        self.flight = None;
         if let Some(node) = self.node.take()
             && !node.is_readonly()
             && let Err(error) = node.flush()
@@ -204,6 +275,9 @@ impl Session {
         if !run_result(self.command(name, rest)) {
             self.failed = true;
         }
+        if let Some(flight) = &mut self.flight {
+            flight.reap();
+        }
         Next::Command
     }
 
@@ -224,13 +298,18 @@ impl Session {
         };
         let node = &*node;
         match name {
+            "aio_read" => return self.aio_read(node, rest),
+            "aio_write" => return self.aio_write(node, rest),
+            "aio_flush" | "truncate" => self.drain(),
+            _ => {}
+        }
+        match name {
             "close" => {
                 self.close();
                 Ok(())
             }
-            "read" | "readv" | "aio_read" => read(node, rest, name),
-            "write" | "writev" | "aio_write" => write(node, rest, name),
-            // Each is done before the next command.
+            "read" | "readv" => self.read(node, rest, name),
+            "write" | "writev" => self.write(node, rest, name),
             "aio_flush" => Ok(()),
             "flush" => node.flush().map_err(|e| format!("flush failed: {}", errno(&e))),
             "discard" => discard(node, rest),
@@ -248,12 +327,86 @@ impl Session {
         if self.node.is_some() {
             return Err("file open already, try 'help close'".to_owned());
         }
-        let words = Words::new(rest, "rnU", "t")?;
+        let words = Words::new(rest, "rsnCkU", "tid")?;
         let [file] = words.rest.as_slice() else { return Err("bad argument count to open".to_owned()) };
         let cache = words.value('t').or(words.has('n').then_some("none"));
         let source = Source { share: words.has('U'), cache, ..Source::new(file, None) };
-        let opened = source.opener(!words.has('r')).and_then(|o| source.open_with(&o));
-        self.node = Some(opened.map_err(|e| e.to_string())?);
+        let how = How {
+            readonly: words.has('r'),
+            snapshot: words.has('s'),
+            copy_on_read: words.has('C'),
+            discard: match words.value('d') {
+                None | Some("ignore" | "off") => false,
+                Some("unmap" | "on") => true,
+                Some(other) => return Err(format!("Invalid discard option: {other}")),
+            },
+            aio: words.has('k').then_some("native").or(words.value('i')),
+        };
+        self.open_how(&source, &how).map_err(|e| e.to_string())
+    }
+
+    /// Memory for a transfer, and where it starts there.
+    fn memory(&self, len: u64) -> (Vec<u8>, usize) {
+        let skip = if self.misalign { MISALIGN } else { 0 };
+        let memory: Vec<u8> = vec![0; len as usize + skip + ALIGN];
+        let aligned = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        (memory, aligned + skip)
+    }
+
+    fn aio_read(&mut self, node: &dyn BlockNode, rest: &[String]) -> std::result::Result<(), String> {
+        let words = Words::new(rest, "Ciqv", "P")?;
+        let (offset, len) = extent(&words)?;
+        let pattern = words.value('P').map(pattern).transpose()?;
+        if words.has('i') {
+            // It counts as a request that could not be done, and is none.
+            return Ok(());
+        }
+        if let Err(error) = within(node, offset, len).and_then(|()| self.fetch(node, offset, len)) {
+            println!("readv failed: {}", errno(&error));
+            return Ok(());
+        }
+        let (memory, start) = self.memory(len);
+        let shape = Shape { quiet: words.has('q'), dump: words.has('v'), condensed: words.has('C'), pattern };
+        self.flight()?.read((offset, len), (memory, start), shape);
+        Ok(())
+    }
+
+    fn aio_write(&mut self, node: &dyn BlockNode, rest: &[String]) -> std::result::Result<(), String> {
+        let words = Words::new(rest, "Cfiquz", "P")?;
+        check_zero_flags(&words)?;
+        let (offset, len) = extent(&words)?;
+        if words.has('i') {
+            return Ok(());
+        }
+        if let Err(error) = within(node, offset, len) {
+            println!("aio_write failed: {}", errno(&error));
+            return Ok(());
+        }
+        let zeroes = words.has('z').then(|| words.has('u'));
+        let (mut memory, start) = self.memory(if zeroes.is_some() { 0 } else { len });
+        memory.fill(words.value('P').map_or(Ok(0xcd), pattern)?);
+        let shape = Shape { quiet: words.has('q'), dump: false, condensed: words.has('C'), pattern: None };
+        self.flight()?.write((offset, len), (memory, start), (zeroes, words.has('f')), shape);
+        Ok(())
+    }
+
+    /// With copy-on-read: has the image keep what its backing file has of a range.
+    fn fetch(&self, node: &dyn BlockNode, offset: u64, len: u64) -> io::Result<()> {
+        if !self.copy_on_read || node.backing().is_none() {
+            return Ok(());
+        }
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let extent = node.status(at, end - at)?;
+            let len = extent.len.clamp(1, end - at);
+            if !extent.allocated {
+                let mut data = vec![0; len as usize];
+                node.read_at(at, &mut data)?;
+                node.write_at(at, &data)?;
+            }
+            at += len;
+        }
         Ok(())
     }
 }
@@ -301,74 +454,89 @@ fn timed<T>(work: impl FnOnce() -> io::Result<T>) -> (io::Result<T>, u64) {
     (result, holdfast_clock::host_monotonic().saturating_sub(before))
 }
 
-fn read(node: &dyn BlockNode, rest: &[String], name: &str) -> std::result::Result<(), String> {
-    let words = Words::new(rest, "Cqv", if name == "read" { "Psl" } else { "P" })?;
-    let (offset, len) = extent(&words)?;
-    let mut data = vec![0; len as usize];
-    let (result, took) = timed(|| within(node, offset, len).and_then(|()| node.read_at(offset, &mut data)));
-    result.map_err(|e| format!("{name} failed: {}", errno(&e)))?;
-    let mut verified = true;
-    if let Some(byte) = words.value('P').map(pattern).transpose()? {
-        let from = words.value('s').map_or(Ok(0), |t| number(t, "pattern offset"))?;
-        let count = words.value('l').map_or(Ok(len.saturating_sub(from)), |t| number(t, "pattern length"))?;
-        let end = from.checked_add(count).filter(|e| *e <= len);
-        let end = end.ok_or("pattern verification range exceeds end of read data")?;
-        let part = data.get(from as usize..end as usize).unwrap_or_default();
-        if part.iter().any(|b| *b != byte) {
-            println!("Pattern verification failed at offset {}, {count} bytes", offset + from);
-            verified = false;
+impl Session {
+    fn read(&self, node: &dyn BlockNode, rest: &[String], name: &str) -> std::result::Result<(), String> {
+        let words = Words::new(rest, "Cqv", if name == "read" { "Psl" } else { "P" })?;
+        let (offset, len) = extent(&words)?;
+        let (mut memory, start) = self.memory(len);
+        let data = memory.get_mut(start..start + len as usize).unwrap_or_default();
+        let (result, took) = timed(|| {
+            within(node, offset, len)?;
+            self.fetch(node, offset, len)?;
+            node.read_at(offset, data)
+        });
+        result.map_err(|e| format!("{name} failed: {}", errno(&e)))?;
+        let mut verified = true;
+        if let Some(byte) = words.value('P').map(pattern).transpose()? {
+            let from = words.value('s').map_or(Ok(0), |t| number(t, "pattern offset"))?;
+            let count =
+                words.value('l').map_or(Ok(len.saturating_sub(from)), |t| number(t, "pattern length"))?;
+            let end = from.checked_add(count).filter(|e| *e <= len);
+            let end = end.ok_or("pattern verification range exceeds end of read data")?;
+            let part = data.get(from as usize..end as usize).unwrap_or_default();
+            if part.iter().any(|b| *b != byte) {
+                println!("Pattern verification failed at offset {}, {count} bytes", offset + from);
+                verified = false;
+            }
         }
-    }
-    if !words.has('q') {
-        if words.has('v') {
-            dump(&data, offset);
+        if !words.has('q') {
+            if words.has('v') {
+                dump(data, offset);
+            }
+            Report { what: "read", offset, total: len, took, condensed: words.has('C') }.show();
         }
-        Report { what: "read", offset, total: len, took, condensed: words.has('C') }.show();
+        if verified { Ok(()) } else { Err(String::new()) }
     }
-    if verified { Ok(()) } else { Err(String::new()) }
+
+    fn write(&self, node: &dyn BlockNode, rest: &[String], name: &str) -> std::result::Result<(), String> {
+        let words = Words::new(rest, if name == "write" { "cCfquz" } else { "Cfquz" }, "Ps")?;
+        check_zero_flags(&words)?;
+        if words.has('c') && words.has('z') {
+            return Err("-c and -z cannot be specified at the same time".to_owned());
+        }
+        let (offset, len) = extent(&words)?;
+        let (mut memory, start) = self.memory(if words.has('z') { 0 } else { len });
+        let data = memory.get_mut(start..start + len as usize).unwrap_or_default();
+        match (words.value('s'), words.value('P')) {
+            _ if words.has('z') => {}
+            (Some(_), Some(_)) => {
+                return Err("Only one of -P and -s can be specified at the same time".to_owned());
+            }
+            (Some(file), None) => {
+                let source = std::fs::read(file).map_err(|e| format!("{file}: {}", errno(&e)))?;
+                if source.is_empty() {
+                    return Err(format!("{file}: file is empty"));
+                }
+                data.iter_mut().zip(source.iter().cycle()).for_each(|(to, from)| *to = *from);
+            }
+            (None, byte) => data.fill(byte.map_or(Ok(0xcd), pattern)?),
+        }
+        let (result, took) = timed(|| {
+            within(node, offset, len)?;
+            if words.has('z') {
+                node.write_zeroes(offset, len, words.has('u'))?;
+            } else if words.has('c') {
+                let image = node.as_qcow2().ok_or_else(|| io::Error::from_raw_os_error(libc::ENOTSUP))?;
+                image.write_compressed(offset, data)?;
+            } else {
+                node.write_at(offset, data)?;
+            }
+            if words.has('f') { node.flush() } else { Ok(()) }
+        });
+        result.map_err(|e| format!("{name} failed: {}", errno(&e)))?;
+        if !words.has('q') {
+            Report { what: "wrote", offset, total: len, took, condensed: words.has('C') }.show();
+        }
+        Ok(())
+    }
 }
 
-fn write(node: &dyn BlockNode, rest: &[String], name: &str) -> std::result::Result<(), String> {
-    let words = Words::new(rest, if name == "write" { "cCfquz" } else { "Cfquz" }, "Ps")?;
+fn check_zero_flags(words: &Words) -> std::result::Result<(), String> {
     if words.has('z') && (words.value('P').is_some() || words.value('s').is_some()) {
         return Err("-z and -P, -s cannot be specified at the same time".to_owned());
     }
     if words.has('u') && !words.has('z') {
         return Err("-u requires -z to be specified".to_owned());
-    }
-    if words.has('c') && words.has('z') {
-        return Err("-c and -z cannot be specified at the same time".to_owned());
-    }
-    let (offset, len) = extent(&words)?;
-    let data = match (words.value('s'), words.value('P')) {
-        _ if words.has('z') => Vec::new(),
-        (Some(_), Some(_)) => {
-            return Err("Only one of -P and -s can be specified at the same time".to_owned());
-        }
-        (Some(file), None) => {
-            let source = std::fs::read(file).map_err(|e| format!("{file}: {}", errno(&e)))?;
-            if source.is_empty() {
-                return Err(format!("{file}: file is empty"));
-            }
-            source.iter().copied().cycle().take(len as usize).collect()
-        }
-        (None, byte) => vec![byte.map_or(Ok(0xcd), pattern)?; len as usize],
-    };
-    let (result, took) = timed(|| {
-        within(node, offset, len)?;
-        if words.has('z') {
-            node.write_zeroes(offset, len, words.has('u'))?;
-        } else if words.has('c') {
-            let image = node.as_qcow2().ok_or_else(|| io::Error::from_raw_os_error(libc::ENOTSUP))?;
-            image.write_compressed(offset, &data)?;
-        } else {
-            node.write_at(offset, &data)?;
-        }
-        if words.has('f') { node.flush() } else { Ok(()) }
-    });
-    result.map_err(|e| format!("{name} failed: {}", errno(&e)))?;
-    if !words.has('q') {
-        Report { what: "wrote", offset, total: len, took, condensed: words.has('C') }.show();
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! whose name works too.
 
 mod commands;
+mod flight;
 mod parse;
 
 use std::ffi::OsString;
@@ -25,9 +26,24 @@ pub(crate) struct Args {
     /// Open it for reading only
     #[arg(short, long)]
     read_only: bool,
+    /// Write to a temporary file over the image, which is not changed
+    #[arg(short, long)]
+    snapshot: bool,
     /// Bypass the host's page cache
     #[arg(short, long)]
     nocache: bool,
+    /// Keep in the image what is read from its backing file
+    #[arg(short = 'C', long)]
+    copy_on_read: bool,
+    /// Use memory that is not aligned as direct I/O needs it
+    #[arg(short, long)]
+    misalign: bool,
+    /// Linux AIO, as with --aio=native
+    #[arg(short = 'k', long)]
+    native_aio: bool,
+    /// How aio_ commands are carried out: threads or io_uring
+    #[arg(short = 'i', long)]
+    aio: Option<String>,
     /// Cache mode
     #[arg(short = 't', long)]
     cache: Option<String>,

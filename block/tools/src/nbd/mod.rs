@@ -5,17 +5,20 @@ mod daemon;
 use std::ffi::OsString;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use holdfast_block::BlockNode;
 use holdfast_block::format::RawFormat;
 use holdfast_block::nbd::proto::transmission;
-use holdfast_block::nbd::{Address, BitmapContext, Export, Listener, Server, TlsClient, list};
+use holdfast_block::nbd::{Address, BitmapContext, Export, HANDSHAKE, Listener, Server, TlsClient, list};
+use holdfast_block::options::DetectZeroes;
 use holdfast_objects::tls::ServerConfig;
 use holdfast_threads::{PlainSpawner, Role, Spawner};
 
 use crate::common::{
-    ImgError, Result, Source, errno, failed, make_objects, objects, print, refused, size_argument,
+    ImgError, Result, Source, check_aio, errno, failed, make_objects, objects, overlay, print, refused,
+    size_argument,
 };
 use daemon::{Daemon, Event};
 
@@ -86,6 +89,18 @@ pub(crate) struct Args {
     /// An internal snapshot, read-only
     #[arg(short = 'l', long)]
     load_snapshot: Option<String>,
+    /// Write to a temporary file over the image, which is not changed
+    #[arg(short, long)]
+    snapshot: bool,
+    /// How requests are carried out: threads
+    #[arg(long)]
+    aio: Option<String>,
+    /// What becomes of writes of zeroes: off, on or unmap
+    #[arg(long)]
+    detect_zeroes: Option<String>,
+    /// Seconds that a client may take in the negotiation; 0 for any time
+    #[arg(long)]
+    handshake_limit: Option<String>,
     /// Bypass the host's page cache
     #[arg(short = 'n', long)]
     nocache: bool,
@@ -144,7 +159,15 @@ fn run(args: &Args, name: &'static str) -> Result<()> {
     let node = open(args)?;
     let bitmaps =
         args.bitmaps.iter().map(|b| bitmap(&node, b, args.read_only)).collect::<Result<Vec<_>>>()?;
-    let server = Server::guarded(tls, authz);
+    let patience = match args.handshake_limit.as_deref().map(str::parse::<u32>) {
+        None => HANDSHAKE,
+        Some(Ok(seconds)) => Duration::from_secs(u64::from(seconds)),
+        Some(Err(_)) => {
+            let text = args.handshake_limit.as_deref().unwrap_or_default();
+            return refused(format!("Invalid handshake limit '{text}'"));
+        }
+    };
+    let server = Server::patient(tls, authz, patience);
     server.add(Export {
         name: args.export_name.clone(),
         description: args.description.clone(),
@@ -234,17 +257,26 @@ fn open(args: &Args) -> Result<Arc<dyn BlockNode>> {
         (Some(mode), false) => mode,
         (None, false) => "writeback",
     };
+    let detect_zeroes = detect_zeroes(args)?;
+    if check_aio(args.aio.as_deref(), cache, |mode| format!("Invalid aio mode '{mode}'"), name)? == Some(true)
+    {
+        return refused("--aio=io_uring: requests of clients are carried out by threads");
+    }
     let source = Source {
         image_opts: args.image_opts,
         cache: Some(cache),
+        detect_zeroes,
         ..Source::new(name, args.format.as_deref())
     };
     let readonly = args.read_only || args.load_snapshot.is_some();
-    let mut opener = source.opener(!readonly)?;
+    let mut opener = source.opener(!readonly && !args.snapshot)?;
     opener.discard = matches!(args.discard.as_str(), "unmap" | "on");
     let mut node = source.open_with(&opener)?;
     if let Some(key) = &args.load_snapshot {
         node = crate::convert::at_snapshot(&node, name, key)?;
+    }
+    if args.snapshot && args.load_snapshot.is_none() {
+        node = overlay(node, args.read_only)?;
     }
     if let Some(offset) = &args.offset {
         let offset = size_argument(offset, "offset")?;
@@ -253,6 +285,20 @@ fn open(args: &Args) -> Result<Arc<dyn BlockNode>> {
             part.map_err(|source| ImgError::Image { what: "Could not open", name: name.clone(), source })?;
     }
     Ok(node)
+}
+
+/// What `--detect-zeroes` says.
+fn detect_zeroes(args: &Args) -> Result<Option<DetectZeroes>> {
+    match args.detect_zeroes.as_deref() {
+        None => Ok(None),
+        Some("off") => Ok(Some(DetectZeroes::Off)),
+        Some("on") => Ok(Some(DetectZeroes::On)),
+        Some("unmap") if matches!(args.discard.as_str(), "unmap" | "on") => Ok(Some(DetectZeroes::Unmap)),
+        Some("unmap") => refused(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+        ),
+        Some(other) => refused(format!("Failed to parse detect_zeroes mode: Invalid parameter '{other}'")),
+    }
 }
 
 fn bitmap(node: &Arc<dyn BlockNode>, name: &str, readonly: bool) -> Result<Arc<BitmapContext>> {
