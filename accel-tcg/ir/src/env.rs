@@ -26,7 +26,8 @@
 //! it. A cross-page link compares `r15 + (id << 12)` with the entry, and falls back to the indirect-branch cache
 //! otherwise. The runtime writes the entry when it resolves a fetch, and zeroes it when it flushes that page.
 //!
-//! **Indirect-branch cache.** Entry `(pc >> pc_shift) & (IBTC_ENTRIES - 1)`; matches when `pc` and
+//! **Indirect-branch cache.** Entry `((pc >> pc_shift) ^ (pc >> 12)) & (IBTC_ENTRIES - 1)`, for functions start at few places of
+//! their pages, or the one at that index ^ [`IBTC_SECOND`]; matches when `pc` and
 //! `key == EnvHeader::ibtc_key`. The runtime sets the key from the generation and the mode.
 
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -216,8 +217,11 @@ pub const fn page_id_entry(id: u32, gen_tag: u64) -> u32 {
 /// Index of `pc` in the indirect-branch cache of a guest with [`crate::GuestSpec::pc_shift`].
 #[inline]
 pub const fn ibtc_index(pc: u64, pc_shift: u32) -> usize {
-    (pc >> pc_shift) as usize & (IBTC_ENTRIES - 1)
+    ((pc >> pc_shift) ^ (pc >> TLB_PAGE_BITS)) as usize & (IBTC_ENTRIES - 1)
 }
+
+/// What the index of an entry's second place differs in. What is taken from the first place goes there.
+pub const IBTC_SECOND: usize = 1;
 
 /// The header of the environment that `env` points into.
 #[inline]

@@ -98,6 +98,7 @@ impl<'a> Cpu<'a> {
 
     /// True if stores of this vCPU took out translations since this was last asked: a helper that stores much leaves
     /// the region then ([`crate::GuestSpec::precise_code`]).
+    #[inline]
     pub fn take_code_hit(&mut self) -> bool {
         std::mem::take(&mut self.core.code_hit)
     }
@@ -191,6 +192,13 @@ impl<'a> Cpu<'a> {
             return Ok(None);
         }
         self.core.host_range(&Access { gva: va, size: 1, kind, mmu_idx })
+    }
+
+    /// Host memory behind the rest of the page of a guest-virtual address, as for [`Cpu::host_range`], if the TLB has the page at
+    /// hand. `None` says nothing of the address.
+    #[inline]
+    pub fn host_at_hand(&self, va: u64, write: bool, mmu_idx: u8) -> Option<*mut u8> {
+        self.core.host_at_hand(va, write, mmu_idx)
     }
 
     /// Reads an I/O port: 1, 2 or 4 bytes; all ones if nothing is there.

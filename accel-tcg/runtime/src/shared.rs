@@ -114,6 +114,7 @@ impl VcpuShared {
     }
 
     /// The vCPU's `Env`.
+    #[inline]
     pub fn env(&self) -> &EnvBox {
         &self.env
     }

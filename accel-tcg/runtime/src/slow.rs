@@ -324,6 +324,16 @@ impl VcpuCore {
         })
     }
 
+    /// Host memory at `va`, to its page's end, if the TLB has it at hand.
+    #[inline]
+    pub(crate) fn host_at_hand(&self, va: u64, write: bool, mmu_idx: u8) -> Option<*mut u8> {
+        if !self.debug.watchpoints.is_empty() {
+            return None;
+        }
+        let addend = self.tlb.addend(self.shared.env(), va, mmu_idx, write)?;
+        Some(std::ptr::with_exposed_provenance_mut((va as usize).wrapping_add(addend as usize)))
+    }
+
     pub(crate) fn port_read(&mut self, port: u16, size: u8) -> u32 {
         count(&self.shared.counts.mmio);
         let (io, index) = (Arc::clone(&self.io), self.shared.index());

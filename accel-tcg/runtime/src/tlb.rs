@@ -7,8 +7,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use holdfast_tcg_ir::env::{
-    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IbtcEntry, MMU_MODES, PAGE_IDS, TLB_SLOW, ibtc_index, page_id_entry,
-    page_id_index, tlb_index, tlb_tag,
+    GEN_MAX, GEN_SHIFT, IBTC_ENTRIES, IBTC_SECOND, IbtcEntry, MMU_MODES, PAGE_IDS, TLB_SLOW, ibtc_index,
+    page_id_entry, page_id_index, tlb_index, tlb_tag,
 };
 
 use crate::env::EnvBox;
@@ -263,8 +263,8 @@ impl Tlb {
 
     /// Takes the entries of one page out of the indirect-branch cache.
     fn forget_branches_of(&self, env: &EnvBox, page: u64) {
-        let first = ibtc_index(page, self.pc_shift);
-        for n in first..first + (0x1000 >> self.pc_shift).min(IBTC_ENTRIES) {
+        for pc in (page..=page | LOW).step_by(1 << self.pc_shift) {
+            let n = ibtc_index(pc, self.pc_shift);
             if env.ibtc(n).pc & !LOW == page {
                 env.set_ibtc(n, IbtcEntry::default());
             }
@@ -306,8 +306,10 @@ impl Tlb {
         }
         for k in killed {
             let index = ibtc_index(k.pc, self.pc_shift);
-            if env.ibtc(index).code == k.entry {
-                env.set_ibtc(index, IbtcEntry::default());
+            for index in [index, index ^ IBTC_SECOND] {
+                if env.ibtc(index).code == k.entry {
+                    env.set_ibtc(index, IbtcEntry::default());
+                }
             }
         }
     }
@@ -320,7 +322,12 @@ impl Tlb {
             self.local_modes.push(self.mode_key);
             self.publish(env);
         }
-        env.set_ibtc(ibtc_index(pc, self.pc_shift), IbtcEntry { pc, key: self.ibtc_key, code, pad: 0 });
+        let index = ibtc_index(pc, self.pc_shift);
+        let old = env.ibtc(index);
+        if old.key == self.ibtc_key && old.pc != pc {
+            env.set_ibtc(index ^ IBTC_SECOND, old);
+        }
+        env.set_ibtc(index, IbtcEntry { pc, key: self.ibtc_key, code, pad: 0 });
         let (word, bit) = filter_bit(pc & !LOW);
         self.filter[word] |= bit;
         if second {
@@ -378,6 +385,13 @@ impl Tlb {
         addend.store(found.addend, Ordering::Relaxed);
         tag.store(found.tag, Ordering::Relaxed);
         Some(found)
+    }
+
+    /// What to add to `va` for its host address, if the array has the page as RAM.
+    #[inline]
+    pub fn addend(&self, env: &EnvBox, va: u64, idx: u8, write: bool) -> Option<u64> {
+        let (tag, addend) = env.tlb(idx, write, tlb_index(va));
+        (tag.load(Ordering::Relaxed) == tlb_tag(va, self.gen_tag())).then(|| addend.load(Ordering::Relaxed))
     }
 
     /// True if the read array has an entry for the page of `va`.
@@ -493,6 +507,28 @@ mod tests {
             assert!(!known(0x4010) || env.ibtc(ibtc_index(0x4010, 1)).key != tlb.ibtc_key);
         }
         assert_ne!(key, tlb.ibtc_key, "now and then all is forgotten");
+    }
+
+    #[test]
+    fn two_branches_share_an_index_until_their_page_or_region_goes() {
+        let (env, mut tlb, counts) = setup();
+        tlb.set_mode(&env, mode(1), 0, &counts);
+        let (a, b) = (0x4010, 0x4010 + (1 << 24));
+        let index = ibtc_index(a, 1);
+        assert_eq!(index, ibtc_index(b, 1));
+        let known = |pc: u64| [index, index ^ IBTC_SECOND].iter().any(|n| env.ibtc(*n).pc == pc);
+        let refill = |tlb: &mut Tlb| {
+            for (pc, code) in [(a, 0x77), (b, 0x88), (b, 0x88)] {
+                tlb.remember_branch(&env, pc, code, (false, true));
+            }
+            assert!(known(a) && known(b));
+        };
+        refill(&mut tlb);
+        tlb.flush(&env, Flush::Page(a), &counts);
+        assert!(!known(a) && known(b));
+        refill(&mut tlb);
+        tlb.forget_regions(&env, &[Killed { pc: a, entry: 0x77 }], &counts);
+        assert!(!known(a) && known(b));
     }
 
     #[test]

@@ -119,7 +119,8 @@ pub struct Stubs {
     pub(crate) exit: u64,
     /// rax: guest pc. Probes the indirect-branch cache, then as `lookup_miss`.
     pub(crate) lookup: u64,
-    /// rax: guest pc. Stores it, polls for exits, asks the lookup function and jumps.
+    /// rax: guest pc. Stores it, polls for exits, probes the second place in the indirect-branch cache, asks the lookup function
+    /// and jumps.
     pub(crate) lookup_miss: u64,
     slow: [u64; 8],
     /// As `slow` for loads and stores of integers: what they need is behind the call, see [`Brief`].
@@ -247,10 +248,17 @@ impl Gen<'_> {
         self.a.patch_rel(at, exit_at);
     }
 
-    fn lookup_miss(&mut self, exit_at: usize, lookup: env::Lookup) {
+    fn lookup_miss(&mut self, exit_at: usize, lookup: env::Lookup, pc_shift: u32) {
         self.a.store(3, Mem::env(offset::PC), Reg::RAX);
         self.a.alu_imm(Alu::Cmp, false, Mem::env(offset::EXIT_REQUEST), 0);
         let poll = self.a.jcc(Cc::Ne);
+        ibtc_index(self.a, pc_shift);
+        self.a.alu_imm(Alu::Xor, false, Reg::RCX, (env::IBTC_SECOND as i32) << 5);
+        let misses = ibtc_compare(self.a);
+        let here = self.a.pos();
+        for miss in misses {
+            self.a.patch_rel(miss, here);
+        }
         self.save_pins(PRESERVED);
         self.a.mov(true, Reg::RDI, Reg::RBP);
         self.a.mov(true, Reg::RSI, Reg::RAX);
@@ -556,22 +564,36 @@ impl Gen<'_> {
 pub(crate) fn ibtc_probe(a: &mut Asm, pc_shift: u32) -> [usize; 3] {
     a.alu_imm(Alu::Cmp, false, Mem::env(offset::EXIT_REQUEST), 0);
     let m0 = a.jcc(Cc::Ne);
-    // index * 32, from bits pc_shift.. of the pc
-    let mask = (env::IBTC_ENTRIES as i32 - 1) << 5;
-    a.mov(false, Reg::RCX, Reg::RAX);
-    if pc_shift < 5 {
-        a.shift_imm(Shift::Shl, false, Reg::RCX, (5 - pc_shift) as u8);
-    } else if pc_shift > 5 {
-        a.shift_imm(Shift::Shr, false, Reg::RCX, (pc_shift - 5) as u8);
-    }
-    a.alu_imm(Alu::And, false, Reg::RCX, mask);
+    ibtc_index(a, pc_shift);
+    let [m1, m2] = ibtc_compare(a);
+    [m0, m1, m2]
+}
+
+/// Emits the comparison of the entry at rcx with the pc in rax, and the jump; clobbers rdx. Returns the jumps taken if it does
+/// not match.
+fn ibtc_compare(a: &mut Asm) -> [usize; 2] {
     a.mov(true, Reg::RDX, Mem::env(offset::IBTC_KEY));
     a.alu(Alu::Cmp, true, Reg::RAX, Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC));
     let m1 = a.jcc(Cc::Ne);
     a.alu(Alu::Cmp, true, Reg::RDX, Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC + 8));
     let m2 = a.jcc(Cc::Ne);
     a.jmp_rm(Mem::index(Reg::RBP, Reg::RCX, 0, offset::IBTC + 16));
-    [m0, m1, m2]
+    [m1, m2]
+}
+
+/// Emits rcx = index of the pc in rax, times an entry's 32 bytes.
+fn ibtc_index(a: &mut Asm, pc_shift: u32) {
+    // From bits pc_shift.. of the pc and of the number of its page.
+    let mask = (env::IBTC_ENTRIES as i32 - 1) << 5;
+    a.mov(false, Reg::RCX, Reg::RAX);
+    a.shift_imm(Shift::Shr, false, Reg::RCX, 12 - pc_shift.min(12) as u8);
+    a.alu(Alu::Xor, false, Reg::RCX, Reg::RAX);
+    if pc_shift < 5 {
+        a.shift_imm(Shift::Shl, false, Reg::RCX, (5 - pc_shift) as u8);
+    } else if pc_shift > 5 {
+        a.shift_imm(Shift::Shr, false, Reg::RCX, (pc_shift - 5) as u8);
+    }
+    a.alu_imm(Alu::And, false, Reg::RCX, mask);
 }
 
 /// Generates the stubs at the start of `a`, for execution at `exec`.
@@ -604,7 +626,7 @@ pub(crate) fn generate(
     for m in misses {
         g.a.patch_rel(m, (lookup_miss - exec) as usize);
     }
-    g.lookup_miss(exit_at, slow.lookup);
+    g.lookup_miss(exit_at, slow.lookup, spec.pc_shift);
     let link = addr(&mut g);
     g.link(exit_at);
     let (slow_at, brief, calls) = ([0; 8], [0; 4], [0; 32]);

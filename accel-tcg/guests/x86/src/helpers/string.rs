@@ -115,6 +115,10 @@ struct Run {
 ///
 /// (how, linear address behind it)
 pub(crate) fn run(cpu: &mut Cpu<'_>, [how, next, ..]: [u64; 5]) -> HelperResult {
+    let how = How::unpack(how);
+    if at_once(cpu, how).is_some() {
+        return Ok(0);
+    }
     cpu.take_code_hit();
     repeat(cpu, how)?;
     if cpu.take_code_hit() {
@@ -125,8 +129,44 @@ pub(crate) fn run(cpu: &mut Cpu<'_>, [how, next, ..]: [u64; 5]) -> HelperResult 
     Ok(0)
 }
 
-fn repeat(cpu: &mut Cpu<'_>, how: u64) -> HelperResult {
-    let how = How::unpack(how);
+/// Copies and fills upwards in 64-bit mode, within pages of RAM that the TLB has at hand: what compilers make of small
+/// structures. `None`: nothing is done.
+fn at_once(cpu: &mut Cpu<'_>, how: How) -> Option<()> {
+    let moves = match how.what {
+        What::Movs => true,
+        What::Stos => false,
+        What::Lods | What::Cmps | What::Scas => return None,
+    };
+    let based = moves && matches!(usize::from(how.segment), seg::FS | seg::GS);
+    if how.address_log2 != 3 || how.single || how.align || based {
+        return None;
+    }
+    let s = cpu.state::<X86>();
+    let (count, si, di) = (s.gpr[RCX], s.gpr[RSI], s.gpr[RDI]);
+    let bytes = if count > PAGE { return None } else { count << how.log2 };
+    let fits = |at: u64| at % PAGE + bytes <= PAGE;
+    if s.flags & rflags::DF != 0 || !fits(di) || moves && !fits(si) {
+        return None;
+    }
+    let value = s.gpr[RAX];
+    if count != 0 {
+        let target = cpu.host_at_hand(di, true, how.mmu_idx)?;
+        if moves {
+            bulk::copy(cpu.host_at_hand(si, false, how.mmu_idx)?, target, count, 1 << how.log2, false);
+        } else {
+            bulk::fill(target, value, count, 1 << how.log2, false);
+        }
+    }
+    let s = cpu.state::<X86>();
+    s.gpr[RCX] = 0;
+    s.gpr[RDI] = di.wrapping_add(bytes);
+    if moves {
+        s.gpr[RSI] = si.wrapping_add(bytes);
+    }
+    Some(())
+}
+
+fn repeat(cpu: &mut Cpu<'_>, how: How) -> HelperResult {
     let mask = u64::MAX >> (64 - (8u32 << how.address_log2));
     let down = cpu.state::<X86>().flags & rflags::DF != 0;
     let run = Run { how, size: 1 << how.log2, mask, down };
