@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::devices::run;
+use crate::relay::{self, Relay};
 
 /// The guest's address on the switched network, at which its test `lab` connects to 10.77.0.1.
 pub const GUEST: [u8; 4] = [10, 77, 0, 2];
@@ -25,6 +26,7 @@ pub const RARP: u16 = 0x8035;
 #[derive(Debug)]
 pub struct Lab {
     prefix: String,
+    relay: Option<Relay>,
 }
 
 fn ip(args: &str) {
@@ -32,14 +34,14 @@ fn ip(args: &str) {
 }
 
 impl Lab {
-    /// Makes the namespaces and what is between them. The link between the hosts carries `rate` (tc's words); where the kernel has
-    /// netem it also delays by 2 ms and loses one packet of a thousand.
+    /// Makes the namespaces and what is between them. The link between the hosts carries `rate` (tc's words), delays by 2 ms and
+    /// loses one packet of a thousand: by netem, or, where the kernel has none, by a [`Relay`].
     ///
     /// # Panics
     /// If the host refuses.
     pub fn new(rate: &str) -> Self {
         let prefix = format!("hf{}", std::process::id());
-        let lab = Self { prefix };
+        let mut lab = Self { prefix, relay: None };
         let switch = lab.name('s');
         ip(&format!("netns add {switch}"));
         ip(&format!("-n {switch} link add br0 type bridge"));
@@ -61,21 +63,24 @@ impl Lab {
             ip(&format!("-n {ns} link set tap0 master br0 up"));
         }
         ip(&format!("-n {} addr add 10.77.0.1/24 dev eth0", lab.name('c')));
-        ip(&format!(
-            "link add mig0 netns {} type veth peer name mig0 netns {}",
-            lab.name('a'),
-            lab.name('b')
-        ));
-        for (host, address) in [('a', "10.78.0.1/24"), ('b', "10.78.0.2/24")] {
-            let ns = lab.name(host);
-            ip(&format!("-n {ns} addr add {address} dev mig0"));
-            ip(&format!("-n {ns} link set mig0 up"));
-            let netem = format!("-n {ns} qdisc add dev mig0 root netem delay 2ms loss 0.1% rate {rate}");
-            let done = Command::new("tc").args(netem.split(' ')).output().expect("tc");
-            if !done.status.success() {
+        let [a, b] = ['a', 'b'].map(|host| lab.name(host));
+        ip(&format!("link add mig0 netns {a} type veth peer name mig0 netns {b}"));
+        let netem = |ns| format!("-n {ns} qdisc add dev mig0 root netem delay 2ms loss 0.1% rate {rate}");
+        let done = [&a, &b].map(|ns| Command::new("tc").args(netem(ns).split(' ')).output().expect("tc"));
+        if done.iter().any(|done| !done.status.success()) {
+            ip(&format!("-n {a} link del mig0"));
+            let ends = ['a', 'b'].map(|host| lab.on(host, || relay::tap("mig0")));
+            lab.relay = Some(Relay::start(ends, Duration::from_millis(2), 1000));
+            for ns in [&a, &b] {
+                // Long frames, for the thread has to move each.
+                ip(&format!("-n {ns} link set mig0 mtu 9000"));
                 let tbf = format!("-n {ns} qdisc add dev mig0 root tbf rate {rate} burst 256kb latency 50ms");
                 run(Command::new("tc").args(tbf.split(' ')));
             }
+        }
+        for (ns, address) in [(&a, "10.78.0.1/24"), (&b, "10.78.0.2/24")] {
+            ip(&format!("-n {ns} addr add {address} dev mig0"));
+            ip(&format!("-n {ns} link set mig0 up"));
         }
         lab
     }
@@ -107,6 +112,11 @@ impl Lab {
             });
             thread.join().expect("the thread")
         })
+    }
+
+    /// How many packets the link between the hosts has lost, where that is known.
+    pub fn lost(&self) -> Option<u64> {
+        self.relay.as_ref().map(Relay::lost)
     }
 
     /// Cuts the link between the hosts, or mends it.

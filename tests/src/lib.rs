@@ -7,7 +7,9 @@ pub mod lab;
 pub mod migration;
 pub mod pc;
 pub mod qmp;
+pub mod relay;
 pub mod shell;
+pub mod small;
 pub mod tls;
 
 use std::io::{Read, Write};

@@ -88,6 +88,11 @@ fn a_working_vm_moves_between_hosts() {
     }
     let text = console.text();
     assert!(text.contains("SUM GOOD") && !text.contains("STREAM BROKEN"), "{text}");
+    if let Some(lost) = lab.lost() {
+        // A move takes thousands of packets.
+        assert!(lost > 0, "the link loses none");
+        eprintln!("{moves} moves, and the link lost {lost} packets");
+    }
     drop(here);
     run(Command::new("qemu-img").args(["check", "-q"]).arg(at("qcow2")));
 }
