@@ -2,18 +2,27 @@
 """Moves the same translated riscv64 guest by Holdfast and by QEMU, each from one process to another over loopback TCP, driven by the
 same QMP commands; prints total time, downtime, bytes and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
 
-    tests/bench/migration.py [ROUNDS]
+    tests/bench/migration.py [--large] [ROUNDS]
 
-HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed. Guests: idle, one that counts; busy, one that writes to
-memory and sums it up. 256 MiB, two vCPUs. Each side runs the guest alone; what matters is their ratio in one run.
+HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
+writes to 8 MiB and sums them up; dirtier, which writes to 48 MiB as fast as it can, with auto-converge. `idle post` and `busy post` go over by
+post-copy. `--large` adds guests of 2 GiB. Each side runs the guest alone; what matters is their ratio in one run.
+
+`downtime` is what each program says of itself: ours lasts until the destination has said that it runs, QEMU's until the source has sent the last
+byte. `pause seen` is measured from outside, the same way for both: the guest writes a dot to its serial port every few milliseconds, both processes
+have it go to one FIFO, and the longest gap between two dots from the beginning of the migration to a second behind its end counts. It includes
+what host CPUs that are busy with the migration add. `full speed` (post-copy) is the time from the first dot at the destination to the end
+of the last gap that is longer than twice the longest before the migration.
 """
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -49,15 +58,48 @@ class Qmp:
                 return answer["return"]
 
 
-def command_line(ours, guest, work, name, test):
-    kernel, initramfs = os.path.join(guest, "Image"), os.path.join(guest, "initramfs.cpio")
-    append, console = f"console=ttyS0 quiet holdfast.test={test}", os.path.join(work, "console-" + name)
+class Dots:
+    """When the guest wrote, as the reader of the FIFO saw it."""
+
+    def __init__(self, path):
+        os.mkfifo(path)
+        self.fd = os.open(path, os.O_RDWR)
+        self.times, self.text, self.begun = [], b"", threading.Event()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        while True:
+            data, now = os.read(self.fd, 4096), time.monotonic()
+            if self.begun.is_set():
+                self.times.append(now)
+                continue
+            self.text += data
+            if b"TICKER" in self.text:
+                self.begun.set()
+
+    def gaps(self, start, end):
+        times = [t for t in list(self.times) if start <= t <= end]
+        return [(later - earlier, later) for earlier, later in zip(times, times[1:])]
+
+
+def pack(guest, work):
+    """The initramfs, with the ticker in place of the tests."""
+    os.makedirs(work + "/root/bin")
+    shutil.copy(os.path.join(HERE, "ticker"), work + "/root/bin/guest-tests")
+    archive = subprocess.run("find . | cpio -o -H newc -R 0:0 --quiet", shell=True, cwd=work + "/root", check=True, capture_output=True)
+    with open(os.path.join(guest, "initramfs.cpio"), "rb") as base, open(work + "/initramfs.cpio", "wb") as out:
+        out.write(base.read() + archive.stdout)
+
+
+def command_line(ours, guest, work, name, test, mib):
+    kernel, initramfs = os.path.join(guest, "Image"), os.path.join(work, "initramfs.cpio")
+    append, console = f"console=ttyS0 quiet holdfast.test={test}", os.path.join(work, "console")
     qmp = "unix:" + os.path.join(work, name)
     if ours:
-        return [HOLDFAST, "run", "--arch", "riscv64", "--accel", "tcg", "--cpus", "boot=2", "--memory", "size=256M", "--kernel",
+        return [HOLDFAST, "run", "--arch", "riscv64", "--accel", "tcg", "--cpus", "boot=2", "--memory", f"size={mib}M", "--kernel",
                 kernel, "--initramfs", initramfs, "--cmdline", append, "--serial", "file=" + console, "--console", "off",
                 "--qmp", qmp]
-    return [QEMU, "-M", "virt", "-accel", "tcg", "-smp", "2", "-m", "256M", "-kernel", kernel, "-initrd", initramfs, "-append",
+    return [QEMU, "-M", "virt", "-accel", "tcg", "-smp", "2", "-m", f"{mib}M", "-kernel", kernel, "-initrd", initramfs, "-append",
             append, "-serial", "file:" + console, "-display", "none", "-monitor", "none", "-qmp", qmp + ",server=on,wait=off"]
 
 
@@ -67,49 +109,60 @@ def cpu_seconds(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for_counts(path, count):
-    end = time.time() + LIMIT
-    while time.time() < end:
-        if os.path.exists(path) and open(path, errors="replace").read().count("COUNT") >= count:
-            return
-        time.sleep(0.1)
-    sys.exit(f"the guest does not work: {path}")
-
-
-def move(ours, guest, test):
+def move(ours, guest, test, mib, postcopy):
     with tempfile.TemporaryDirectory() as work:
-        source = subprocess.Popen(command_line(ours, guest, work, "a", test), stdout=subprocess.DEVNULL)
+        pack(guest, work)
+        dots = Dots(work + "/console")
+        source = subprocess.Popen(command_line(ours, guest, work, "a", test, mib), stdout=subprocess.DEVNULL)
         target = None
         try:
-            wait_for_counts(os.path.join(work, "console-a"), 15)
+            if not dots.begun.wait(LIMIT):
+                sys.exit("the guest does not work")
+            settled = time.monotonic()
+            time.sleep(2)
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            line = command_line(ours, guest, work, "b", test) + ["--incoming" if ours else "-incoming", "defer"]
+            line = command_line(ours, guest, work, "b", test, mib) + ["--incoming" if ours else "-incoming", "defer"]
             target = subprocess.Popen(line, stdout=subprocess.DEVNULL)
             here, there = Qmp(os.path.join(work, "a")), Qmp(os.path.join(work, "b"))
+            # A guest that writes faster than RAM moves is slowed by both.
+            wanted = [{"capability": "postcopy-ram" if postcopy else "auto-converge", "state": True}]
+            here.command("migrate-set-capabilities", capabilities=wanted)
+            if postcopy:
+                there.command("migrate-set-capabilities", capabilities=wanted)
             there.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
             here.command("migrate-set-parameters", **{"max-bandwidth": 10 << 30, "downtime-limit": 300})
-            # A guest that writes faster than RAM moves is slowed by both.
-            here.command("migrate-set-capabilities", capabilities=[{"capability": "auto-converge", "state": True}])
+            time.sleep(0.5)
             before = cpu_seconds(source) + cpu_seconds(target)
+            began = time.monotonic()
+            usual = max((gap for gap, _ in dots.gaps(settled, began)), default=0)
             here.command("migrate", uri=f"tcp:127.0.0.1:{port}")
-            end = time.time() + LIMIT
+            end, switched = time.monotonic() + LIMIT, not postcopy
             while True:
                 info = here.command("query-migrate")
-                if time.time() > end:
-                    sys.exit(f"the migration does not end: {info}")
+                if time.monotonic() > end or info["status"] in ("failed", "postcopy-paused"):
+                    sys.exit(f"the migration does not succeed: {info}")
                 if info["status"] == "completed":
                     break
-                if info["status"] == "failed":
-                    sys.exit(f"the migration failed: {info}")
+                if not switched and info["status"] == "active":
+                    here.command("migrate-start-postcopy")
+                    switched = True
                 time.sleep(0.005)
             cpu = cpu_seconds(source) + cpu_seconds(target) - before
-            end = time.time() + LIMIT
-            while there.command("query-status")["status"] != "running" and time.time() < end:
+            while there.command("query-status")["status"] != "running" and time.monotonic() < end:
                 time.sleep(0.01)
-            return {"total ms": info["total-time"], "downtime ms": info["downtime"],
-                    "MiB": info["ram"]["transferred"] / (1 << 20), "CPU s": cpu}
+            time.sleep(1)
+            gaps = dots.gaps(began, time.monotonic())
+            seen, resumed = max(gaps)
+            result = {"total ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
+                      "CPU s": cpu}
+            if postcopy:
+                slow = [at for gap, at in gaps if at >= resumed and gap > 2 * usual]
+                result["full speed ms"] = (max(slow) - resumed) * 1000 if slow else 0
+            else:
+                result["downtime ms"] = info["downtime"]
+            return result
         finally:
             for process in (source, target):
                 if process:
@@ -118,17 +171,22 @@ def move(ours, guest, test):
 
 
 def main():
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    arguments = [a for a in sys.argv[1:] if a != "--large"]
+    rounds = int(arguments[0]) if arguments else 3
     guest = subprocess.check_output([os.path.join(ROOT, "tests/guests/fetch-riscv64")], text=True).strip()
-    print(f"{'guest':6} {'figure':12} {'Holdfast':>10} {'QEMU':>10} {'ratio':>7}   (medians of {rounds})")
-    for name, test in (("idle", "counter"), ("busy", "mover")):
+    cases = [(test, 256, False) for test in ("idle", "busy", "dirtier")] + [(test, 256, True) for test in ("idle", "busy")]
+    if "--large" in sys.argv:
+        cases += [(test, 2048, False) for test in ("idle", "busy", "dirtier")]
+    print(f"{'guest':18} {'figure':14} {'Holdfast':>10} {'QEMU':>10} {'ratio':>7}   (medians of {rounds})")
+    for test, mib, postcopy in cases:
         results = {True: [], False: []}
         for _ in range(rounds):
             for ours in (True, False):
-                results[ours].append(move(ours, guest, test))
+                results[ours].append(move(ours, guest, test, mib, postcopy))
+        name = f"{test}{' post' if postcopy else ''} {mib} MiB"
         for figure in results[True][0]:
             ours, theirs = (statistics.median(r[figure] for r in results[who]) for who in (True, False))
-            print(f"{name:6} {figure:12} {ours:10.2f} {theirs:10.2f} {theirs / max(ours, 0.01):7.2f}")
+            print(f"{name:18} {figure:14} {ours:10.2f} {theirs:10.2f} {theirs / max(ours, 0.01):7.2f}", flush=True)
 
 
 main()

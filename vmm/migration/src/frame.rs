@@ -128,7 +128,8 @@ const TEXT: usize = 64 << 10;
 kinds! {
     /// Source: its [`Plan`](crate::Plan), as JSON.
     Hello = 1, 16 << 20;
-    /// Target: the plan fits and the VM is built.
+    /// Target: the plan fits and the VM is built. The argument is the size of its largest host pages, in bytes: pages that follow
+    /// the guest are to be whole ones.
     Accept = 2, TEXT;
     /// Either: why it gives up, as text.
     Abort = 3, TEXT;

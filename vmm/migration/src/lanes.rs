@@ -22,6 +22,8 @@ use crate::{MigrationError, Stream};
 
 /// Pieces of RAM that wait for a connection.
 const QUEUE: usize = 16;
+/// Frames are collected up to this size, in bytes.
+const BATCH: usize = 128 << 10;
 /// RAM goes to connections in blocks of this size, in bytes.
 const BLOCK: u64 = 2 << 20;
 
@@ -63,6 +65,9 @@ pub(crate) trait Sink: Send {
     /// Takes the pages of `run`.
     fn send(&mut self, run: Run) -> Result<(), MigrationError>;
 
+    /// What was taken so far is on its way when this returns.
+    fn flush(&mut self) -> Result<(), MigrationError>;
+
     /// Nothing more comes.
     fn end(&mut self) -> Result<(), MigrationError>;
 }
@@ -78,13 +83,38 @@ impl Sink for Connection {
         self.encoder.send(run, &mut self.stream)
     }
 
+    fn flush(&mut self) -> Result<(), MigrationError> {
+        self.encoder.flush(&mut self.stream)
+    }
+
     fn end(&mut self) -> Result<(), MigrationError> {
+        self.flush()?;
         let end = frame::write(&mut self.stream, Kind::End, 0, &[]);
         end.map_err(MigrationError::broken("sending the end of RAM"))
     }
 }
 
-/// Makes frames of RAM.
+/// The first connection, on which other things go as well.
+pub(crate) struct First<'a> {
+    pub(crate) encoder: &'a mut Encoder,
+    pub(crate) stream: &'a mut Stream,
+}
+
+impl Sink for First<'_> {
+    fn send(&mut self, run: Run) -> Result<(), MigrationError> {
+        self.encoder.send(run, self.stream)
+    }
+
+    fn flush(&mut self) -> Result<(), MigrationError> {
+        self.encoder.flush(self.stream)
+    }
+
+    fn end(&mut self) -> Result<(), MigrationError> {
+        self.flush()
+    }
+}
+
+/// Makes frames of RAM. Small ones are collected: a page of its own is not worth a wake-up at the other end.
 pub(crate) struct Encoder {
     memory: GuestMemory,
     control: Arc<Control>,
@@ -103,18 +133,26 @@ impl Encoder {
         Self { urgent: true, ..self }
     }
 
-    /// Sends the pages of `run`.
+    /// Sends the pages of `run`, or keeps them until there are more or [`Encoder::flush`] is called.
     pub(crate) fn send(&mut self, run: Run, to: &mut Stream) -> Result<(), MigrationError> {
-        self.out.clear();
         let mut at = 0;
         while at < run.len {
             at += self.frame(Run { gpa: run.gpa + at, len: run.len - at })?;
+        }
+        if self.out.len() < BATCH { Ok(()) } else { self.flush(to) }
+    }
+
+    /// Sends what was kept.
+    pub(crate) fn flush(&mut self, to: &mut Stream) -> Result<(), MigrationError> {
+        if self.out.is_empty() {
+            return Ok(());
         }
         if !self.urgent {
             self.limiter.admit(self.out.len() as u64, &self.control)?;
         }
         to.write_all(&self.out).map_err(MigrationError::broken("sending RAM"))?;
         self.control.counters.transferred.fetch_add(self.out.len() as u64, Relaxed);
+        self.out.clear();
         Ok(())
     }
 
@@ -202,7 +240,7 @@ fn serve(jobs: &Receiver<Job>, mut sink: Box<dyn Sink>) {
                 }
             }
             Job::Flush(answer) => {
-                let said = std::mem::replace(&mut result, Ok(()));
+                let said = std::mem::replace(&mut result, Ok(())).and_then(|()| sink.flush());
                 // Who asked waits for it.
                 let _ = answer.send(said);
             }

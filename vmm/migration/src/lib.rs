@@ -21,8 +21,10 @@ mod checksum;
 mod control;
 mod disks;
 pub mod frame;
+mod huge;
 mod lanes;
 pub mod mapped;
+mod marks;
 pub mod pages;
 mod plan;
 mod postcopy;
@@ -33,6 +35,7 @@ pub mod uffd;
 
 pub use address::Address;
 pub use control::{Control, Parameters, Phase, Statistics, TimeoutStrategy};
+pub use marks::Marks;
 pub use plan::{MirroredDisk, Plan};
 pub use postcopy::Arriving;
 pub use source::{Outcome, SendTo, Source, send};

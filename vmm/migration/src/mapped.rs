@@ -274,6 +274,10 @@ impl Sink for Writer {
         self.store(at + start as u64, pages.get(start..).unwrap_or_default(), zero.unwrap_or(true))
     }
 
+    fn flush(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     fn end(&mut self) -> Result<(), MigrationError> {
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! Which pages of RAM are still to be sent.
 
 use std::io;
+use std::os::fd::AsRawFd;
 
-use holdfast_memory::{GuestMemory, PAGE_SIZE, Tracked};
+use holdfast_memory::{GuestMemory, GuestRegion, PAGE_SIZE, Tracked};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Unit in which pages are given to connections, in bytes.
@@ -37,6 +38,27 @@ pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
     memory.iter().map(|r| (r.start_addr().raw_value(), r.len())).collect()
 }
 
+/// The size of the host's pages behind `region`, in bytes.
+pub fn host_page(region: &GuestRegion) -> u64 {
+    const HUGETLBFS: u64 = 0x9584_58f6;
+    let Some(file) = region.file_offset() else { return PAGE_SIZE };
+    // SAFETY: all zeroes is a value of this plain struct.
+    let mut info: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and the struct is as long as the kernel wants it.
+    let rc = unsafe { libc::fstatfs(file.file().as_raw_fd(), &raw mut info) };
+    let size = u64::try_from(info.f_bsize).unwrap_or(PAGE_SIZE);
+    if rc == 0 && info.f_type as u64 == HUGETLBFS && size.is_power_of_two() {
+        size.max(PAGE_SIZE)
+    } else {
+        PAGE_SIZE
+    }
+}
+
+/// [`host_page`] of each range of RAM.
+pub fn host_pages(memory: &GuestMemory) -> impl Iterator<Item = u64> + '_ {
+    memory.iter().map(host_page)
+}
+
 impl PageSet {
     /// No page of RAM with these `ranges` (start and length in bytes).
     pub fn empty(ranges: &[(u64, u64)]) -> Self {
@@ -65,6 +87,24 @@ impl PageSet {
         for (region, ram) in self.regions.iter_mut().zip(memory.iter()) {
             for (word, dirty) in region.bits.iter_mut().zip(ram.bitmap_tracker().take_dirty()) {
                 *word |= dirty;
+            }
+        }
+    }
+
+    /// Adds what lies in the same `unit` of its range, in bytes, as a page that is there.
+    pub fn widen(&mut self, unit: u64) {
+        let words = (unit / PAGE_SIZE / 64) as usize;
+        if words == 0 {
+            return;
+        }
+        for region in &mut self.regions {
+            let whole = region.pages as usize / 64;
+            for words in region.bits.chunks_mut(words).filter(|words| words.iter().any(|word| *word != 0)) {
+                words.fill(u64::MAX);
+            }
+            let rest = region.pages % 64;
+            if let (Some(last), true) = (region.bits.get_mut(whole), rest != 0) {
+                *last &= (1 << rest) - 1;
             }
         }
     }
@@ -220,6 +260,16 @@ mod tests {
         assert!(!some.set(Run { gpa: 0x3000, len: 2 * PAGE_SIZE }, true), "beyond the range");
         assert_eq!(some.runs().collect::<Vec<_>>().len(), 1);
         assert_eq!(decode_runs(&encode_runs(full.runs())).expect("ours"), runs);
+        let mut wide = some.clone();
+        wide.widen(PAGE_SIZE);
+        assert_eq!(wide, some);
+        wide.widen(64 * PAGE_SIZE);
+        assert_eq!(
+            wide.runs().collect::<Vec<_>>(),
+            [Run { gpa: (1 << 32) + 64 * PAGE_SIZE, len: 6 * PAGE_SIZE }]
+        );
+        wide.widen(128 * PAGE_SIZE);
+        assert_eq!(wide.count(), 70);
         decode_runs(&[0; 15]).expect_err("cut");
         decode_runs(&[1; 16]).expect_err("no whole pages");
     }

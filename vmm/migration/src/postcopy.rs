@@ -16,8 +16,9 @@ use vm_memory::{Address as _, GuestMemoryBackend, GuestMemoryRegion, MemoryRegio
 
 use crate::control::{Control, Phase};
 use crate::frame::{self, Header, Kind, Preamble, Role};
+use crate::huge::Gathered;
 use crate::lanes::{Encoder, Limiter};
-use crate::pages::{self, PageSet, Run};
+use crate::pages::{self, CHUNK, PageSet, Run};
 use crate::source::{SendTo, Source, expect};
 use crate::target::{Filler, unpack};
 use crate::uffd::Userfault;
@@ -104,6 +105,7 @@ impl Pusher<'_> {
             let Some(run) = next else { break };
             encoder.send(run, main)?;
         }
+        encoder.flush(main)?;
         frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
         main.set_timeouts(None)?;
         expect(main, Kind::Complete, "waiting for the destination to have all pages", "destination").map(drop)
@@ -161,9 +163,13 @@ fn serve_requests(
             if !left.lock().set(run, false) {
                 return Err(MigrationError::Protocol("the destination asks for what is no RAM".into()));
             }
-            control.counters.requests.fetch_add(run.len / PAGE_SIZE, Ordering::Relaxed);
-            encoder.send(run, &mut stream)?;
+            control.counters.requests.fetch_add(1, Ordering::Relaxed);
+            let end = run.gpa + run.len;
+            for gpa in (run.gpa..end).step_by(CHUNK as usize) {
+                encoder.send(Run { gpa, len: CHUNK.min(end - gpa) }, &mut stream)?;
+            }
         }
+        encoder.flush(&mut stream)?;
     }
 }
 
@@ -172,6 +178,8 @@ pub(crate) struct Arrivals {
     memory: GuestMemory,
     uffd: Userfault,
     missing: Mutex<PageSet>,
+    /// Of RAM in huge pages.
+    gathered: Mutex<Gathered>,
     /// The connection for urgent pages, if there is one.
     urgent: Mutex<Option<Stream>>,
     over: AtomicBool,
@@ -216,18 +224,29 @@ impl Arrivals {
         if runs.into_iter().any(|run| !missing.set(run, true)) {
             return Err(MigrationError::Protocol("pages are missing outside of RAM".into()));
         }
+        let mut whole = missing.clone();
+        whole.widen(pages::host_pages(memory).max().unwrap_or(PAGE_SIZE));
+        if whole != missing {
+            return Err(MigrationError::Protocol("parts of huge pages are missing".into()));
+        }
         let uffd = Userfault::open().map_err(host("userfaultfd is needed for post-copy"))?;
         let this = Self {
             memory: memory.clone(),
             uffd,
             missing: Mutex::new(missing),
+            gathered: Mutex::default(),
             urgent: Mutex::new(Some(urgent)),
             over: AtomicBool::new(false),
             control: Arc::clone(control),
             session,
         };
         for run in this.missing.lock().runs() {
-            this.discard(run)?;
+            match this.unit_at(run.gpa) {
+                Some((_, PAGE_SIZE)) => this.discard(run)?,
+                Some((start, unit)) if start == run.gpa => this.discard(Run { gpa: start, len: unit })?,
+                // The rest of a huge page.
+                _ => {}
+            }
         }
         for (start, len) in this.mappings()? {
             this.uffd.register(start, len).map_err(host("RAM cannot be watched by userfaultfd"))?;
@@ -272,18 +291,26 @@ impl Arrivals {
         })
     }
 
+    /// The host's page that holds `gpa`: its start and length.
+    fn unit_at(&self, gpa: u64) -> Option<(u64, u64)> {
+        let region = self.memory.find_region(vm_memory::GuestAddress(gpa))?;
+        let (unit, start) = (pages::host_page(region), region.start_addr().raw_value());
+        Some((start + (gpa - start) / unit * unit, unit))
+    }
+
     fn discard(&self, run: Run) -> Result<(), MigrationError> {
         let Some(region) = self.memory.find_region(vm_memory::GuestAddress(run.gpa)) else { return Ok(()) };
         let Some(hva) = self.hva(run.gpa) else { return Ok(()) };
         // What a file holds must go from the file.
-        let advice = if region.file_offset().is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        let shared = region.flags() & libc::MAP_SHARED != 0;
+        let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         // SAFETY: the run is within the region's mapping, and nobody relies on its contents: the guest has not run.
         let rc = unsafe { libc::madvise(hva as *mut libc::c_void, run.len as usize, advice) };
         if rc == 0 { Ok(()) } else { Err(host("RAM cannot be emptied")(io::Error::last_os_error())) }
     }
 
-    /// Puts what came into RAM.
-    fn put(&self, header: &Header, payload: &[u8]) -> Result<(), MigrationError> {
+    /// Puts what came into RAM; returns its length in bytes.
+    fn put(&self, header: &Header, payload: &[u8]) -> Result<u64, MigrationError> {
         let outside = || MigrationError::Protocol(format!("pages at {:#x} are outside of RAM", header.arg));
         let unpacked;
         let (data, len) = match header.kind {
@@ -302,11 +329,38 @@ impl Arrivals {
         if !self.missing.lock().covers(run) {
             return Err(outside());
         }
+        let (_, unit) = self.unit_at(run.gpa).ok_or_else(outside)?;
+        if unit > PAGE_SIZE {
+            self.gather(run, data, unit)?;
+            return Ok(len);
+        }
         // A run that came late may be longer than what is still missing; pages that are there are left alone.
         let hva = self.hva(run.gpa).ok_or_else(outside)?;
         let filled = if data.is_empty() { self.uffd.zero(hva, len) } else { self.uffd.fill(hva, data) };
         filled.map_err(host("a page cannot be put into RAM"))?;
         self.missing.lock().set(run, false);
+        Ok(len)
+    }
+
+    /// Keeps parts of huge pages until these are whole.
+    fn gather(&self, run: Run, data: &[u8], unit: u64) -> Result<(), MigrationError> {
+        let end = run.gpa + run.len;
+        let mut gathered = self.gathered.lock();
+        let mut at = run.gpa;
+        while let Some((start, _)) = self.unit_at(at).filter(|_| at < end) {
+            let len = (start + unit).min(end) - at;
+            let part = data.get((at - run.gpa) as usize..).and_then(|rest| rest.get(..len as usize));
+            // What came over the other connection already is left alone: the guest may have written to it.
+            if self.missing.lock().contains(start)
+                && let Some(whole) = gathered.add(start, unit, at - start, len, part.unwrap_or_default())
+                && let Some(hva) = self.hva(start)
+            {
+                let filled = self.uffd.fill_pages(hva, &whole, unit);
+                filled.map_err(host("a page cannot be put into RAM"))?;
+                self.missing.lock().set(Run { gpa: start, len: unit }, false);
+            }
+            at += len;
+        }
         Ok(())
     }
 
@@ -321,12 +375,17 @@ impl Arrivals {
                 wanted.insert(next);
             }
             let mut ask = Vec::new();
-            for hva in wanted {
-                match self.gpa(hva) {
-                    Some(gpa) if self.missing.lock().contains(gpa) => ask.push(Run { gpa, len: PAGE_SIZE }),
+            let units: HashSet<_> =
+                wanted.into_iter().filter_map(|hva| self.unit_at(self.gpa(hva)?)).collect();
+            for (gpa, unit) in units {
+                let Some(hva) = self.hva(gpa) else { continue };
+                if self.missing.lock().contains(gpa) {
+                    ask.push(Run { gpa, len: unit });
+                } else if unit == PAGE_SIZE {
                     // It was never written, or has come meanwhile.
-                    Some(_) => self.uffd.zero(hva, PAGE_SIZE)?,
-                    None => {}
+                    self.uffd.zero(hva, PAGE_SIZE)?;
+                } else {
+                    self.uffd.fill_pages(hva, &vec![0; unit as usize], unit)?;
                 }
             }
             while !ask.is_empty() && !self.over.load(Ordering::Acquire) {
@@ -357,13 +416,10 @@ impl Arrivals {
         frame::write(stream, Kind::Request, 0, &pages::encode_runs(runs.iter().copied()))
             .map_err(MigrationError::broken(WHAT))?;
         let (mut came, mut payload) = (0, Vec::new());
-        while came < runs.len() as u64 * PAGE_SIZE {
+        let wanted: u64 = runs.iter().map(|run| run.len).sum();
+        while came < wanted {
             let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(WHAT))?;
-            self.put(&header, &payload)?;
-            came += match header.kind {
-                Kind::Ram => payload.len() as u64,
-                _ => PAGE_SIZE,
-            };
+            came += self.put(&header, &payload)?;
         }
         Ok(())
     }

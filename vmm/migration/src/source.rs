@@ -16,9 +16,10 @@ use parking_lot::Mutex;
 use crate::control::{Control, Phase, TimeoutStrategy};
 use crate::disks::DiskSender;
 use crate::frame::{self, Header, Kind, Preamble, Role};
-use crate::lanes::{Connection, Encoder, Lanes, Limiter, Sink};
+use crate::lanes::{Connection, Encoder, First, Lanes, Limiter, Sink};
 use crate::mapped::MappedFile;
-use crate::pages::{self, PageSet, Run};
+use crate::marks::Marks;
+use crate::pages::{self, PageSet};
 use crate::postcopy::Pusher;
 use crate::{Address, MAX_CONNECTIONS, MigrationError, MirroredDisk, Plan, Stream, Tls};
 
@@ -26,6 +27,8 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 /// How long the source waits for the reason of a connection's end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+/// What sends more than this is worth a pass of its own.
+const WORTH: Duration = Duration::from_micros(500);
 /// How often the source looks whether somebody let it go on.
 const PATIENCE: Duration = Duration::from_millis(10);
 
@@ -184,6 +187,7 @@ pub fn send(
         logging: false,
         mirroring: false,
         behind: None,
+        unit: 0,
     };
     let result = sender.run();
     sender.finish(result)
@@ -203,6 +207,8 @@ struct Sender<'a> {
     mirroring: bool,
     /// Pages that follow the guest.
     behind: Option<PageSet>,
+    /// Bytes that the destination can only bring in together (its huge pages); 0 if it has said nothing.
+    unit: u64,
 }
 
 fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
@@ -280,7 +286,9 @@ impl Sender<'_> {
         if self.to.local {
             main.send_fds(&files)?;
         }
-        expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
+        let (accepted, _) =
+            expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
+        self.unit = accepted.arg;
         for _ in 1..self.to.connections {
             let stream = self.connect(Role::Ram)?;
             let sink = Box::new(Connection { encoder: self.encoder(), stream });
@@ -343,34 +351,42 @@ impl Sender<'_> {
             self.enter(Phase::Active);
         } else {
             left = self.begin()?;
-            self.converge(&mut left, &mut |run| encoder.send(run, main))?;
+            self.converge(&mut left, &mut First { encoder: &mut encoder, stream: main })?;
         }
         disks.pass(main)?;
         self.wait_for_leave()?;
-        let began = host_monotonic();
+        let mut marks = Marks::start("the pause at the source");
         self.stop()?;
+        marks.mark("stop");
         disks.pass(main)?;
         if !self.to.local {
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
             left.take_dirty(&self.memory);
+            marks.mark("log");
             let behind = self.to.postcopy && self.control.wants_postcopy() && left.count() > 0;
             if !behind {
-                self.send_pages(&mut left, &mut |run| encoder.send(run, main))?;
+                self.send_pages(&mut left, &mut First { encoder: &mut encoder, stream: main })?;
             }
+            marks.mark("RAM");
         }
         self.lanes.end()?;
         frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
         if left.count() > 0 {
+            left.widen(self.unit);
             let runs = pages::encode_runs(left.runs());
             frame::write(main, Kind::Missing, 0, &runs)
                 .map_err(MigrationError::broken("saying what is missing"))?;
             self.behind = Some(left);
         }
+        marks.mark("end");
         let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
+        marks.mark("save");
         frame::write(main, Kind::State, 0, &state).map_err(MigrationError::broken("sending the state"))?;
         expect(main, Kind::Ready, "waiting for the destination to take the state over", "destination")?;
+        marks.mark("ready");
         self.hand_over(main)?;
-        self.stood(began);
+        marks.mark("hand-over");
+        self.stood(marks.began());
         Ok(Outcome { running: plan.running })
     }
 
@@ -407,14 +423,14 @@ impl Sender<'_> {
             self.lanes.add(Box::new(writer), self.spawner.as_ref())?;
         }
         let mut left = self.begin()?;
-        self.converge(&mut left, &mut |run| first.send(run))?;
+        self.converge(&mut left, &mut first)?;
         self.wait_for_leave()?;
         let began = host_monotonic();
         self.stop()?;
         self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
         left.take_dirty(&self.memory);
         file.written_before();
-        self.send_pages(&mut left, &mut |run| first.send(run))?;
+        self.send_pages(&mut left, &mut first)?;
         self.lanes.end()?;
         let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
         file.finish(&state)?;
@@ -455,12 +471,8 @@ impl Sender<'_> {
     }
 
     /// Sends RAM in passes until what is left takes no longer than the guest may stand.
-    fn converge(
-        &mut self,
-        left: &mut PageSet,
-        first: &mut dyn FnMut(Run) -> Result<(), MigrationError>,
-    ) -> Result<(), MigrationError> {
-        let mut throttle = Throttle::default();
+    fn converge(&mut self, left: &mut PageSet, first: &mut dyn Sink) -> Result<(), MigrationError> {
+        let (mut throttle, mut last) = (Throttle::default(), u64::MAX);
         for pass in 1.. {
             self.control.counters.passes.store(pass, Relaxed);
             self.source.passed(pass);
@@ -483,9 +495,17 @@ impl Sender<'_> {
             counters.remaining.store(remaining, Relaxed);
             counters.rate.store(rate, Relaxed);
             counters.dirty_rate.store(per_second(left.count(), took), Relaxed);
-            let expected = Duration::from_millis(remaining.saturating_mul(1000) / rate);
+            let expected = Duration::from_micros(remaining.saturating_mul(1_000_000) / rate);
             counters.expected_downtime.store(expected.as_millis() as u64, Relaxed);
+            // Short passes cost little and shorten the pause, for as long as each leaves much less than the one before.
+            let in_time =
+                parameters.timeout.is_none_or(|limit| self.control.elapsed() + 2 * expected < limit);
+            let shrinks = remaining < last / 2 && expected > WORTH && in_time;
+            last = remaining;
             if expected <= parameters.downtime {
+                if shrinks {
+                    continue;
+                }
                 return Ok(());
             }
             if parameters.timeout.is_some_and(|limit| self.control.elapsed() >= limit) {
@@ -508,21 +528,17 @@ impl Sender<'_> {
     }
 
     /// Sends the pages of `set`, those of the first connection by `first`, and takes them out of it. Stops early if somebody asks for post-copy.
-    fn send_pages(
-        &self,
-        set: &mut PageSet,
-        first: &mut dyn FnMut(Run) -> Result<(), MigrationError>,
-    ) -> Result<(), MigrationError> {
+    fn send_pages(&self, set: &mut PageSet, first: &mut dyn Sink) -> Result<(), MigrationError> {
         let mut left = set.count() * PAGE_SIZE;
         let runs: Vec<_> = set.runs().collect();
         for run in runs {
             self.control.check()?;
             if self.to.postcopy && self.control.wants_postcopy() {
-                return Ok(());
+                return first.flush();
             }
             set.set(run, false);
             if !self.lanes.send(run) {
-                first(run)?;
+                first.send(run)?;
             }
             left -= run.len;
             self.control.counters.remaining.store(left, Relaxed);
@@ -532,7 +548,7 @@ impl Sender<'_> {
                 return Err(MigrationError::Timeout(parameters.timeout.unwrap_or_default().as_secs()));
             }
         }
-        Ok(())
+        first.flush()
     }
 
     /// Waits until the guest may be stopped, if somebody wants to be asked.

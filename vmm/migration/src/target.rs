@@ -14,7 +14,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::control::{Control, Phase};
 use crate::disks;
 use crate::frame::{self, Header, Kind, Role};
-use crate::pages::{decode_runs, is_zero};
+use crate::marks::Marks;
+use crate::pages::{decode_runs, host_pages, is_zero};
 use crate::postcopy::{Arrivals, Arriving};
 use crate::source::expect;
 use crate::{Listener, MAX_CONNECTIONS, MigrationError, Plan, Stream};
@@ -163,10 +164,12 @@ impl Session<'_> {
         let memory = target.build(&plan, files).map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
         let total: u64 = plan.ram.iter().map(|r| r.1).sum();
         self.control.counters.total.store(total, Relaxed);
-        frame::write(main, Kind::Accept, 0, &[]).map_err(MigrationError::broken("accepting the plan"))?;
+        let unit = host_pages(&memory).max().unwrap_or(PAGE_SIZE);
+        frame::write(main, Kind::Accept, unit, &[]).map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
         let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
         self.fill(main, &memory, target, &plan)?;
+        let mut marks = Marks::start("the pause at the destination");
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
             lane.recv().map_err(|_| gone())??;
@@ -182,16 +185,21 @@ impl Session<'_> {
         if header.kind != Kind::State {
             return Err(MigrationError::Protocol(format!("a {:?} section where State belongs", header.kind)));
         }
+        marks.mark("state comes");
         target.entered(Phase::Device);
         target.restore(&state).map_err(vm("the state cannot be taken over"))?;
+        marks.mark("restore");
         frame::write(main, Kind::Ready, 0, &[])
             .map_err(MigrationError::broken("saying that all is there"))?;
         expect(main, Kind::Go, "waiting for the source to give the VM up", "source")?;
+        marks.mark("go");
         target.take_over().map_err(vm("the VM cannot be taken over"))?;
         frame::write(main, Kind::Done, 0, &[]).map_err(MigrationError::broken("taking the VM over"))?;
+        marks.mark("take over");
         if plan.running {
             target.run().map_err(vm("the guest does not run"))?;
         }
+        marks.mark("run");
         Ok(arrivals.and_then(Unless::go_on))
     }
 

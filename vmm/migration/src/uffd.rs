@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use holdfast_memory::PAGE_SIZE;
+
 const API: u64 = 0xaa;
 
 /// `struct uffdio_api`.
@@ -130,6 +132,14 @@ impl Userfault {
     /// # Errors
     /// The host's error.
     pub fn fill(&self, start: u64, data: &[u8]) -> io::Result<()> {
+        self.fill_pages(start, data, PAGE_SIZE)
+    }
+
+    /// As [`Userfault::fill`] where the host's pages are `page` bytes long; `data` is whole pages.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn fill_pages(&self, start: u64, data: &[u8], page: u64) -> io::Result<()> {
         let mut done = 0;
         while done < data.len() {
             let mut copy = UffdioCopy {
@@ -141,7 +151,7 @@ impl Userfault {
             };
             match self.ioctl(UFFDIO_COPY, &mut copy) {
                 Ok(()) => return Ok(()),
-                Err(e) => done += partial(&e, copy.copy, data.len() - done)?,
+                Err(e) => done += partial(&e, copy.copy, data.len() - done, page)?,
             }
         }
         Ok(())
@@ -158,7 +168,7 @@ impl Userfault {
             let mut zero = UffdioZeropage { range, mode: 0, zeropage: 0 };
             match self.ioctl(UFFDIO_ZEROPAGE, &mut zero) {
                 Ok(()) => return Ok(()),
-                Err(e) => done += partial(&e, zero.zeropage, (len - done) as usize)? as u64,
+                Err(e) => done += partial(&e, zero.zeropage, (len - done) as usize, PAGE_SIZE)? as u64,
             }
         }
         Ok(())
@@ -189,10 +199,10 @@ impl Userfault {
 }
 
 /// How far an interrupted or overtaken request came, in bytes to skip.
-fn partial(error: &io::Error, done: i64, rest: usize) -> io::Result<usize> {
+fn partial(error: &io::Error, done: i64, rest: usize, page: u64) -> io::Result<usize> {
     match error.raw_os_error() {
         // One page was there already: step over it.
-        Some(libc::EEXIST) => Ok(4096.min(rest)),
+        Some(libc::EEXIST) => Ok((page as usize).min(rest)),
         Some(libc::EAGAIN) if done > 0 => Ok((done as usize).min(rest)),
         Some(libc::EAGAIN) => Ok(0),
         _ => Err(io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO))),

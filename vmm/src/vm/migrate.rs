@@ -74,17 +74,6 @@ impl Vm {
         files.map(|fd| fd.ok_or_else(none)).collect()
     }
 
-    /// What keeps this VM's RAM from following it.
-    ///
-    /// # Errors
-    /// [`VmError::Unsupported`] naming it.
-    pub fn check_postcopy(&self) -> Result<(), VmError> {
-        if self.config.memory.hugepages {
-            return Err(VmError::Unsupported("post-copy of RAM in huge pages is not supported".into()));
-        }
-        Ok(())
-    }
-
     /// What keeps this VM from moving to another host or process.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ use holdfast_config::{BlockdevOptions, VmConfig};
 use holdfast_device::{BuildContext, BuildError, Bus, Device, StateError};
 use holdfast_machines::{Machine, MachineError, MachineModule};
 use holdfast_memory::GuestMemory;
+use holdfast_migration::Marks;
 use holdfast_virtio::blk::Blk;
 use parking_lot::RwLock;
 
@@ -311,9 +312,12 @@ impl Vm {
     /// # Errors
     /// [`VmError`] if a vCPU does not stop.
     pub fn pause(&self) -> Result<(), VmError> {
+        let mut marks = Marks::start("stopping");
         self.vcpus.pause()?;
+        marks.mark("vcpus");
         for device in self.devices() {
             device.pause();
+            marks.mark(device.id());
         }
         self.clock.pause();
         Ok(())
@@ -324,12 +328,16 @@ impl Vm {
     /// # Errors
     /// [`VmError`] if a vCPU does not run.
     pub fn resume(&self) -> Result<(), VmError> {
+        let mut marks = Marks::start("going on");
         self.clock.resume();
         self.timers.clock_changed();
+        marks.mark("clock");
         for device in self.devices() {
             device.resume();
+            marks.mark(device.id());
         }
         self.vcpus.run()?;
+        marks.mark("vcpus");
         Ok(())
     }
 

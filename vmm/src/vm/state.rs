@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use holdfast_arch::CpuState;
 use holdfast_arch::x86_64::cpuid;
 use holdfast_device::DeviceState;
+use holdfast_migration::Marks;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Vm, VmError};
@@ -17,12 +18,15 @@ impl Vm {
     /// [`VmError`] naming the vCPU or device that cannot be saved.
     pub fn save(&self) -> Result<SavedVm, VmError> {
         let mut saved = SavedVm::new(self.arch, self.module.name(), self.clock.now());
+        let mut marks = Marks::start("saving");
         saved.ram = self.ram_ranges();
         saved.vcpus = self.vcpu_states()?;
+        marks.mark("vcpus");
         saved.platform = self.accel.save()?;
         for device in self.devices() {
             let id = device.id().to_owned();
             let state = device.save().map_err(|source| VmError::State { id: id.clone(), source })?;
+            marks.mark(&id);
             saved.devices.push((id, state));
         }
         Ok(saved)
@@ -33,14 +37,17 @@ impl Vm {
     /// # Errors
     /// [`VmError`] naming what does not fit; the VM must not be run then.
     pub fn restore(&self, saved: &SavedVm) -> Result<(), VmError> {
+        let mut marks = Marks::start("restoring");
         self.check_fits(saved)?;
         self.clock.set(saved.clock);
         self.accel.restore(&saved.platform)?;
         self.check_features(saved)?;
+        marks.mark("features");
         // vCPUs first: devices then drive the pins that they hold.
         for (index, state) in saved.vcpus.iter().enumerate() {
             self.vcpus.set_state(index, state.clone())?;
         }
+        marks.mark("vcpus");
         let mut sections: BTreeMap<&str, &DeviceState> =
             saved.devices.iter().map(|(id, state)| (id.as_str(), state)).collect();
         for device in self.devices() {
@@ -49,6 +56,7 @@ impl Vm {
                 return Err(VmError::Mismatch(format!("it has no device `{id}`")));
             };
             device.restore(state).map_err(|source| VmError::State { id: id.to_owned(), source })?;
+            marks.mark(id);
         }
         match sections.keys().next() {
             Some(id) => Err(VmError::Mismatch(format!("it has a device `{id}` that this VM lacks"))),

@@ -209,9 +209,6 @@ impl Manager {
     ) -> Result<(), ControlError> {
         let (vm, running) = self.movable()?;
         self.socket_in_reach(&start.to.address)?;
-        if start.to.postcopy {
-            vm.check_postcopy().map_err(|e| ControlError::failed("This VM cannot migrate", e))?;
-        }
         let control = Arc::new(Control::new(start.parameters));
         if start.at_once {
             control.start_postcopy();
