@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: the program under test, guests, and talking to both.
 
+pub mod back_ends;
 pub mod counter;
 pub mod devices;
 pub mod http;
@@ -78,6 +79,14 @@ pub fn debian_guest(name: &str) -> PathBuf {
 /// If it cannot be fetched.
 pub fn fio_archive() -> PathBuf {
     fetched("HOLDFAST_FIO_GUEST", "fetch-fio", &[]).join("fio.cpio")
+}
+
+/// The directory with virtiofsd 1.14, vhost-device-vsock and fsx, built if they are missing, which takes minutes.
+///
+/// # Panics
+/// If they cannot be built.
+pub fn back_ends_of_others() -> PathBuf {
+    fetched("HOLDFAST_BACK_ENDS", "fetch-back-ends", &[])
 }
 
 /// Arguments of a q35 under translation, with the first serial port on the program's standard streams and nothing to boot.

@@ -28,6 +28,12 @@ impl Guest {
         Self { vm, at, count: 0 }
     }
 
+    /// The same guest, which goes on in another process.
+    #[must_use]
+    pub fn moved(self, vm: Program) -> Self {
+        Self { vm, at: 0, count: self.count }
+    }
+
     /// Types a command and returns what it prints, once it is done.
     ///
     /// # Panics

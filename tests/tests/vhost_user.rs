@@ -4,51 +4,15 @@
 //! `HOLDFAST_VIRTIOFSD`. And our own back ends under QEMU, and QEMU's storage daemon behind our disk.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
+use holdfast_tests::back_ends::{BackEnd, Virtiofsd, shared_ram};
 use holdfast_tests::devices::{NetPeer, check_disk, ext4_image, run, sha256};
 use holdfast_tests::shell::Guest;
-use holdfast_tests::{Program, holdfast, printed, riscv64_args, riscv64_guest, x86_64_args};
+use holdfast_tests::{Program, printed, riscv64_args, riscv64_guest, x86_64_args};
 
 const BOOT: Duration = Duration::from_secs(240);
-
-/// A running virtiofsd.
-struct Virtiofsd(Child);
-
-impl Virtiofsd {
-    /// Shares `dir` on `socket`.
-    fn share(dir: &Path, socket: &Path) -> Self {
-        let named = std::env::var_os("HOLDFAST_VIRTIOFSD").map(PathBuf::from);
-        let known = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"].map(PathBuf::from);
-        let program = named.into_iter().chain(known).find(|path| path.exists());
-        let program = program.expect("virtiofsd is needed: qemu-system-common or virtiofsd");
-        // The one written in C has options of its own.
-        let old = program.starts_with("/usr/lib/qemu");
-        let mut command = Command::new(program);
-        command.arg(format!("--socket-path={}", socket.display()));
-        if old {
-            command.args(["-o", &format!("source={}", dir.display()), "-o", "cache=auto"]);
-        } else {
-            command.arg(format!("--shared-dir={}", dir.display()));
-        }
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("virtiofsd starts");
-        let this = Self(child);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !socket.exists() {
-            assert!(Instant::now() < deadline, "virtiofsd does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        this
-    }
-}
-
-impl Drop for Virtiofsd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn shared(mut args: Vec<String>) {
     let dir = tempfile::tempdir().expect("directory");
@@ -82,49 +46,6 @@ fn a_riscv64_guest_shares_a_directory() {
 #[test]
 fn an_x86_64_guest_shares_a_directory_and_runs_code_from_it() {
     shared(x86_64_args(2, "fs"));
-}
-
-/// A running back end.
-struct BackEnd(Child);
-
-impl BackEnd {
-    /// Starts `command`, which listens on `socket`.
-    fn start(command: &mut Command, socket: &Path) -> Self {
-        let child = command.stdout(Stdio::null()).spawn().expect("the back end starts");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        // What a killed one left behind refuses connections.
-        while std::os::unix::net::UnixStream::connect(socket).is_err() {
-            assert!(Instant::now() < deadline, "nobody listens on {}", socket.display());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Self(child)
-    }
-
-    /// Our own disk.
-    fn disk(image: &Path, socket: &Path) -> Self {
-        let keys = format!("socket={},path={},serial=holdfast-1", socket.display(), image.display());
-        let mut command = Command::new(holdfast());
-        let options = ["blk-backend", &format!("{keys},image_type=raw,num_queues=2"), "--landlock"];
-        Self::start(command.args(options), socket)
-    }
-
-    /// QEMU's storage daemon.
-    fn daemon(image: &Path, socket: &Path) -> Self {
-        let mut command = Command::new("qemu-storage-daemon");
-        let file = format!("driver=file,node-name=file,filename={}", image.display());
-        command.args(["--blockdev", &file, "--blockdev", "driver=raw,node-name=disk,file=file"]);
-        let at = format!("addr.type=unix,addr.path={}", socket.display());
-        let export = format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,{at}");
-        command.args(["--export", &export]);
-        Self::start(&mut command, socket)
-    }
-}
-
-impl Drop for BackEnd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// QEMU with RAM that others can map, with these devices, running a test of the riscv64 guest.
@@ -165,7 +86,7 @@ fn a_tap_of_ours_serves_our_card() {
     let dir = tempfile::tempdir().expect("directory");
     let (peer, socket) = (NetPeer::new(dir.path(), 300_000), dir.path().join("s"));
     let keys = format!("socket={},tap={TAP},ip=192.168.77.1,mask=255.255.255.0,mtu=1400", socket.display());
-    let _back_end = BackEnd::start(Command::new(holdfast()).args(["net-backend", &keys]), &socket);
+    let _back_end = BackEnd::net(&keys, &socket);
     let mut args = riscv64_args(1, "net");
     shared_ram(&mut args);
     let net = format!("vhost_user=on,socket={},mac=52:54:00:12:34:56,mtu=1400", socket.display());
@@ -177,11 +98,6 @@ fn a_tap_of_ours_serves_our_card() {
     let output = finished(&mut vm);
     served.join().expect("served");
     peer.check(&output);
-}
-
-fn shared_ram(args: &mut [String]) {
-    let memory = args.iter_mut().find(|arg| *arg == "size=512M").expect("the size of RAM");
-    *memory = "size=512M,shared=on".to_owned();
 }
 
 /// A guest whose disk is killed again and again while it writes; `start` starts the back end.
@@ -232,7 +148,7 @@ fn a_disk_of_ours_that_is_killed_comes_again_and_grows() {
     let last = std::cell::Cell::new(0);
     let start = || {
         let back_end = BackEnd::disk(&image, &socket);
-        last.set(back_end.0.id());
+        last.set(back_end.pid());
         back_end
     };
     let grow = || {

@@ -87,6 +87,15 @@ impl Checker {
         }
     }
 
+    pub(crate) fn port(&mut self, bus: Option<&String>, device: Option<u8>) {
+        let both = bus.is_some() && device.is_some();
+        self.refuse(
+            both,
+            "pci_device_id",
+            "does not go with `bus`: behind a hot-plug port there is one device",
+        );
+    }
+
     pub(crate) fn queue_size(&mut self, size: u16) {
         self.refuse(
             !size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&size),

@@ -11,6 +11,7 @@ pub mod config;
 pub mod console;
 pub mod device;
 mod dma;
+pub mod in_flight;
 pub mod input;
 pub mod net;
 pub mod queue;

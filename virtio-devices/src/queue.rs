@@ -4,12 +4,14 @@
 //! walk over a chain is ours, because a chain that is wrong anywhere must stop the device rather than
 //! end early.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::in_flight::InFlight;
 use holdfast_memory::GuestMemory;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
@@ -122,6 +124,12 @@ pub struct VirtQueue {
     outstanding: u16,
     /// Something was given back since the driver was last interrupted.
     pushed: bool,
+    /// Where requests under way are noted, if they are to outlive this process.
+    in_flight: Option<InFlight>,
+    /// Those that a predecessor left, to be served first.
+    left: VecDeque<u16>,
+    /// The chain taken last, and whether it was one of those.
+    last: Option<(u16, bool)>,
 }
 
 impl fmt::Debug for VirtQueue {
@@ -150,7 +158,32 @@ impl VirtQueue {
         if !queue.is_valid(memory) {
             return Err(wrong(virtio_queue::Error::QueueNotReady));
         }
-        Ok(Self { index, queue, memory: memory.clone(), kick, outstanding: 0, pushed: false })
+        Ok(Self {
+            index,
+            queue,
+            memory: memory.clone(),
+            kick,
+            outstanding: 0,
+            pushed: false,
+            in_flight: None,
+            left: VecDeque::new(),
+            last: None,
+        })
+    }
+
+    /// Notes requests under way in `area`, and serves those first that are noted there. The queue stands behind all
+    /// that were taken, whatever its state says.
+    #[must_use]
+    pub fn with_in_flight(mut self, mut area: InFlight) -> Self {
+        let used = self.queue.next_used();
+        self.left = area.left(used).into();
+        let taken = u16::try_from(self.left.len()).unwrap_or(u16::MAX);
+        self.queue.set_next_avail(used.wrapping_add(taken));
+        self.in_flight = Some(area);
+        if !self.left.is_empty() {
+            self.kick_again();
+        }
+        self
     }
 
     /// Its number on the device.
@@ -187,6 +220,10 @@ impl VirtQueue {
     /// # Errors
     /// [`QueueError`] if anything about it is wrong. The device must then ask for a reset.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        if let Some(head) = self.left.pop_front() {
+            self.last = Some((head, true));
+            return self.again(head).map(Some);
+        }
         let available = self.queue.avail_idx(&self.memory, Ordering::Acquire).map_err(|e| self.rings(e))?;
         let next = self.queue.next_avail();
         let waiting = (available - Wrapping(next)).0;
@@ -206,6 +243,10 @@ impl VirtQueue {
         let chain = self.walk(head)?;
         self.queue.set_next_avail(next.wrapping_add(1));
         self.outstanding += 1;
+        self.last = Some((head, false));
+        if let Some(area) = &mut self.in_flight {
+            area.begin(head);
+        }
         Ok(Some(chain))
     }
 
@@ -234,8 +275,15 @@ impl VirtQueue {
 
     /// Gives the chain taken last back to the driver's side, to be popped again.
     pub fn undo_pop(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
         self.outstanding = self.outstanding.saturating_sub(1);
+        if let Some((head, true)) = self.last {
+            self.left.push_front(head);
+            return;
+        }
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        if let (Some(area), Some((head, _))) = (&self.in_flight, self.last) {
+            area.undo(head);
+        }
     }
 
     fn walk(&self, head: u16) -> Result<Chain, QueueError> {
@@ -295,7 +343,14 @@ impl VirtQueue {
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.outstanding = self.outstanding.saturating_sub(1);
         self.pushed = true;
-        self.queue.add_used(&self.memory, head, written).map_err(|e| self.rings(e))
+        if let Some(area) = &self.in_flight {
+            area.finishing(head);
+        }
+        self.queue.add_used(&self.memory, head, written).map_err(|e| self.rings(e))?;
+        if let Some(area) = &self.in_flight {
+            area.finished(head, self.queue.next_used());
+        }
+        Ok(())
     }
 
     /// True if the driver wants to be interrupted for what was given back since the last call.

@@ -98,6 +98,14 @@ const ALL: &[VirtioDeviceModule] = &[
         },
     },
     VirtioDeviceModule {
+        name: "vhost-user-vsock",
+        aliases: &["vhost-user-vsock-pci"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_user::vsock::build(&args.id, &config, context)
+        },
+    },
+    VirtioDeviceModule {
         name: "vhost-user-blk",
         aliases: &["vhost-user-blk-pci"],
         build: |args, context| {

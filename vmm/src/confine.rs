@@ -148,7 +148,7 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     for net in config.net().iter().filter(|net| net.vhost_user && net.vhost_mode == VhostMode::Server) {
         rules.made(Path::new(net.vhost_socket.as_deref().unwrap_or_default()));
     }
-    if let Some(vsock) = &config.vsock {
+    if let Some(vsock) = config.vsock.as_ref().filter(|vsock| !vsock.vhost_user) {
         rules.made(&vsock.socket);
     }
     for options in config.blockdevs() {

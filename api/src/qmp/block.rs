@@ -1,10 +1,9 @@
-//! Commands of the storage graph and of devices that come and go.
+//! Commands of the storage graph.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
-use holdfast_config::{BlockdevOptions, VmRemoveDevice};
-use holdfast_virtio::blk::config::QemuBlk;
+use holdfast_config::BlockdevOptions;
 use holdfast_vmm::control::{self as ops, ControlHandle};
 use holdfast_vmm::storage::shown::{BlockDeviceInfo, BlockExportInfo, BlockInfo, BlockStats};
 use holdfast_vmm::storage::{
@@ -122,7 +121,7 @@ pub(super) struct Object(pub(super) Map<String, Value>);
 /// Arguments of commands that take an id.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct Id {
-    id: String,
+    pub(super) id: String,
 }
 
 /// Arguments of `qom-get`.
@@ -295,16 +294,4 @@ pub(super) async fn export_del(handle: ControlHandle, arguments: ExportDel) -> R
 
 pub(super) async fn query_exports(handle: ControlHandle, _: Empty) -> Reply<Shown<Vec<BlockExportInfo>>> {
     show(&handle, StorageRequest::Exports).await
-}
-
-pub(super) async fn device_add(handle: ControlHandle, arguments: QemuBlk) -> Reply<Empty> {
-    let disk = arguments.into_disk().map_err(QmpError::generic)?;
-    call(&handle, ops::AddDisk(disk)).await?;
-    Ok(Empty {})
-}
-
-pub(super) async fn device_del(handle: ControlHandle, arguments: Id) -> Reply<Empty> {
-    let id = arguments.id.strip_prefix("/machine/peripheral/").unwrap_or(&arguments.id).to_owned();
-    call(&handle, ops::RemoveDevice(VmRemoveDevice { id })).await?;
-    Ok(Empty {})
 }

@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 
-use holdfast_virtio::blk::config::QemuBlk;
 use holdfast_vmm::control::{
     self as ops, AnnounceParameters, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo,
     MachineInfo, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
@@ -15,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::request::QmpError;
-use super::{block, hmp, migration, schema};
+use super::{block, devices, hmp, migration, schema};
 use crate::call;
 
 /// No arguments, or nothing to return.
@@ -150,8 +149,10 @@ commands! {
     "block-export-add" => block::export_add: ExportOptions => Empty;
     "block-export-del" => block::export_del: block::ExportDel => Empty;
     "query-block-exports" => block::query_exports: Empty => block::Shown<Vec<BlockExportInfo>>;
-    "device_add" => block::device_add: QemuBlk => Empty;
-    "device_del" => block::device_del: block::Id => Empty;
+    "device_add" => devices::add: devices::DeviceAdd => Empty;
+    "device_del" => devices::del: block::Id => Empty;
+    "chardev-add" => devices::chardev_add: devices::ChardevAdd => devices::ChardevReturn;
+    "chardev-remove" => devices::chardev_remove: block::Id => Empty;
     "query-pci" => query_pci: Empty => Vec<PciInfo>;
     "stop" => stop: Empty => Empty;
     "cont" => cont: Empty => Empty;

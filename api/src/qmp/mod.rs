@@ -4,6 +4,7 @@
 
 mod block;
 mod commands;
+mod devices;
 mod framing;
 mod hmp;
 mod migration;

@@ -31,7 +31,8 @@ use crate::queue::{HandlerError, VirtQueue};
 use crate::worker::{Activation, Handler, Watch, Worker};
 use config::{DiskConfig, ImageType, LockGranularity, SERIAL_LEN};
 use handler::BlkHandler;
-use policy::{DiskEvents, OnError, Policy};
+pub use policy::OnError;
+use policy::{DiskEvents, Policy};
 use stats::{Count, Kind, Stats};
 
 /// Feature bits (section 5.2.3).

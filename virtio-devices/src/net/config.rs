@@ -73,6 +73,9 @@ pub struct NetConfig {
     /// PCI segment.
     #[serde(default)]
     pub pci_segment: u16,
+    /// The hot-plug port that it is plugged into, instead of the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
     /// PCI device number on the root bus.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
@@ -117,6 +120,7 @@ impl Default for NetConfig {
             fds: None,
             rate_limiter_config: None,
             pci_segment: 0,
+            bus: None,
             pci_device_id: None,
             offload_tso: true,
             offload_ufo: true,
@@ -160,6 +164,7 @@ impl NetConfig {
         self.check_vhost_user(&mut check);
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
+        check.port(self.bus.as_ref(), self.pci_device_id);
         check.queue_size(self.queue_size);
         let n = self.num_queues;
         let even = n.is_multiple_of(2) && (2..=2 * MAX_QUEUES).contains(&n);

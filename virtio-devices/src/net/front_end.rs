@@ -90,4 +90,14 @@ impl LocalQueue for NetControl {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_bytes(&self.shared.config_space(self.mtu), offset, data);
     }
+
+    fn announce(&self, features: u64) -> bool {
+        let asked = features & bit::GUEST_ANNOUNCE != 0;
+        self.shared.state.lock().announce |= asked;
+        asked
+    }
+
+    fn address(&self) -> [u8; 6] {
+        self.shared.state.lock().mac.0
+    }
 }

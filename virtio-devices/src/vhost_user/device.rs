@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -22,7 +22,7 @@ use super::door::Door;
 use super::link::{Guard, Link, LinkError};
 use super::relay::{Bells, Parts, Relay};
 use super::ring::SharedRings;
-use crate::device::{VirtioDevice, feature, read_bytes};
+use crate::device::{Interrupt, VirtioDevice, feature, kind, read_bytes};
 use crate::queue::{HandlerError, VirtQueue};
 use crate::worker::{Activation, Worker};
 
@@ -69,6 +69,12 @@ pub(crate) trait LocalQueue: Send + Sync + std::fmt::Debug {
 
     /// Reads the config space.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The device is to be announced. True: a driver with these features does so itself, at a change of the config space.
+    fn announce(&self, features: u64) -> bool;
+
+    /// The address under which the network knows the device.
+    fn address(&self) -> [u8; 6];
 }
 
 /// What kind of device it is.
@@ -127,6 +133,11 @@ impl Spec {
         self.queue_sizes.len().saturating_sub(usize::from(self.local.is_some()))
     }
 
+    /// Whether the requests belong to a session that is lost with the back end (see `fuse`).
+    pub(super) fn has_session(&self) -> bool {
+        matches!(self.device_type, kind::FS | kind::VSOCK)
+    }
+
     /// Connects to the back end.
     pub(super) fn connect(&self, guard: &Guard) -> Result<(Link, UnixStream), LinkError> {
         let listen = matches!(self.config, ConfigSource::BackEnd(_));
@@ -155,6 +166,9 @@ pub(super) struct Shared {
     /// The heads of the chains that a back end had when it was left, for each queue.
     pub(super) in_flight: Mutex<BTreeMap<u16, Vec<u16>>>,
     pub(super) clock: Arc<VmClock>,
+    /// The guest and the back end agree on what they have open. If not, the requests of a file system are answered here
+    /// and a driver of sockets is told that all are lost; other devices have nothing to lose.
+    pub(super) session: AtomicBool,
     pub(super) requests: AtomicU64,
     pub(super) reconnects: AtomicU64,
 }
@@ -166,9 +180,11 @@ pub(crate) struct VhostUser {
     features: u64,
     shared: Arc<Shared>,
     worker: Worker,
+    /// The driver's features and how it is told of things, while it is there.
+    driver: Mutex<Option<(u64, Arc<dyn Interrupt>)>>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct State {
     /// Heads of requests under way by queue.
     #[serde(default)]
@@ -179,6 +195,13 @@ struct State {
     /// What the driver has set through the queue that is served here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     local: Option<serde_json::Value>,
+    /// Whether the back end has a session that the guest's requests belong to.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    session: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl VhostUser {
@@ -228,6 +251,7 @@ impl VhostUser {
             config: Mutex::new(config),
             in_flight: Mutex::default(),
             clock: Arc::clone(&context.clock),
+            session: AtomicBool::new(spec.device_type != kind::FS),
             requests: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
         });
@@ -253,11 +277,17 @@ impl VhostUser {
         let relay = Relay::new(parts).map_err(|e| host("cannot watch the back end", e))?;
         let worker = Worker::start(&spec.id, Role::BackEnd, &*context.spawner, Box::new(relay))
             .map_err(|e| host("cannot start its thread", e))?;
-        Ok(Arc::new(Self { spec, features, shared, worker }))
+        Ok(Arc::new(Self { spec, features, shared, worker, driver: Mutex::new(None) }))
     }
 
     fn invalid(&self, reason: impl Into<String>) -> StateError {
         StateError::Invalid { kind: self.spec.name, reason: reason.into() }
+    }
+
+    /// The first `len` bytes of the back end's own config space, if it has one and answers.
+    pub(super) fn back_end_config(&self, len: u32) -> Option<Vec<u8>> {
+        let mut link = self.shared.link.lock().clone().filter(Link::has_config)?;
+        link.config(len).ok()
     }
 
     fn transfer(
@@ -338,6 +368,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn activate(&self, activation: Activation) {
+        *self.driver.lock() = Some((activation.features, Arc::clone(&activation.interrupt)));
         self.worker.activate(activation);
     }
 
@@ -345,7 +376,23 @@ impl VirtioDevice for VhostUser {
         self.worker.stop()
     }
 
+    fn announce(&self) {
+        let Some(local) = &self.spec.local else { return };
+        // For guests that do not speak for themselves.
+        if let Some(mut link) = self.shared.link.lock().clone()
+            && let Err(error) = link.send_rarp(local.address())
+        {
+            tracing::warn!(id = self.spec.id, %error, "the back end does not announce the device");
+        }
+        if let Some((features, interrupt)) = &*self.driver.lock()
+            && local.announce(*features)
+        {
+            interrupt.config_changed();
+        }
+    }
+
     fn reset(&self) {
+        *self.driver.lock() = None;
         self.shared.in_flight.lock().clear();
         if let Some(local) = &self.spec.local {
             local.reset();
@@ -355,7 +402,8 @@ impl VirtioDevice for VhostUser {
     fn save(&self) -> Result<serde_json::Value, StateError> {
         let back_end = if self.spec.stateful { Some(self.save_back_end()?) } else { None };
         let local = self.spec.local.as_ref().map(|local| local.save()).transpose()?;
-        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end, local };
+        let session = self.shared.session.load(Ordering::SeqCst);
+        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end, local, session };
         serde_json::to_value(state).map_err(|e| self.invalid(e.to_string()))
     }
 
@@ -374,6 +422,9 @@ impl VirtioDevice for VhostUser {
             local.restore(state)?;
         }
         *self.shared.in_flight.lock() = state.in_flight;
+        // The processes that the guest's sockets were connected to are not here.
+        let session = state.session && self.spec.device_type != kind::VSOCK;
+        self.shared.session.store(session, Ordering::SeqCst);
         Ok(())
     }
 

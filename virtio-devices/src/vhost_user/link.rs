@@ -1,6 +1,6 @@
 //! The connection to a back end and what is agreed on it.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -25,6 +25,8 @@ use super::news::News;
 use super::ring::{RelayRing, SharedRings};
 use crate::device::feature;
 
+/// `VHOST_USER_SEND_RARP`.
+const SEND_RARP: u32 = 19;
 /// How long a back end may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
@@ -160,6 +162,7 @@ impl Link {
             let mut known = VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::RARP
                 | VhostUserProtocolFeatures::DEVICE_STATE;
             if listen {
                 known |= VhostUserProtocolFeatures::BACKEND_REQ;
@@ -218,6 +221,22 @@ impl Link {
     /// Whether its own state can be carried away.
     pub(super) fn has_state(&self) -> bool {
         self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE)
+    }
+
+    /// Asks the back end to announce `mac` by a packet of its own, if it can.
+    pub(super) fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), LinkError> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::RARP) {
+            return Ok(());
+        }
+        // The library has no way to say it. Request, version, size; then the address in eight bytes.
+        let mut message = Vec::new();
+        for word in [SEND_RARP, 1, 8] {
+            message.extend(word.to_le_bytes());
+        }
+        message.extend(mac);
+        message.extend([0; 2]);
+        let sent = self.guard.during(&self.stream, || (&*self.stream).write_all(&message))?;
+        sent.map_err(|source| LinkError::Protocol { what: "SEND_RARP", source: host_error(source) })
     }
 
     /// Carries the back end's own state through `fd`, of which `carry` has the other end.

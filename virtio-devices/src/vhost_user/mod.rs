@@ -9,6 +9,9 @@
 
 mod device;
 mod door;
+mod fuse;
+#[cfg(test)]
+mod hostile_tests;
 mod link;
 mod news;
 mod relay;
@@ -20,6 +23,7 @@ pub mod blk;
 pub mod fs;
 pub mod generic;
 pub mod net;
+pub mod vsock;
 
 pub(crate) use device::{ConfigSource, LocalQueue, Spec, VhostUser};
 pub(crate) use door::{Door, remove_left_behind};

@@ -42,6 +42,7 @@ pub fn build(
         }
     }
     let mut own_features = bit::MAC | bit::STATUS | bit::CTRL_VQ | bit::CTRL_RX | bit::CTRL_MAC_ADDR;
+    own_features |= bit::GUEST_ANNOUNCE;
     if config.mtu.is_some() {
         own_features |= bit::MTU;
     }

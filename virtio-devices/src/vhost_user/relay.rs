@@ -1,5 +1,6 @@
 //! The worker that moves chains between the guest's rings and the back end's.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -13,9 +14,10 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Shared, Spec};
+use super::fuse::{self, Answer};
 use super::link::{Guard, Link, LinkError};
 use super::ring::{RelayRing, RingError, SharedRings};
-use crate::device::Interrupt;
+use crate::device::{Interrupt, kind};
 use crate::queue::{Chain, HandlerError, VirtQueue};
 use crate::worker::{Activation, Handler, Watch};
 
@@ -25,6 +27,9 @@ const SOCKET: u64 = 2 << 32;
 const RETRY: u64 = 3 << 32;
 const NEWS: u64 = 4 << 32;
 const LOCAL: u64 = 5 << 32;
+/// The event queue of a socket device, and what says in it that all connections are lost (virtio 1.2 section 5.10.6.7).
+const VSOCK_EVENTS: u16 = 2;
+const VIRTIO_VSOCK_EVENT_TRANSPORT_RESET: u32 = 0;
 /// Nanoseconds between attempts to reach a back end that is gone.
 const RETRY_AFTER: u64 = 100_000_000;
 /// Nanoseconds that requests under way may take when the device stops.
@@ -131,6 +136,70 @@ impl Lane {
         Ok(())
     }
 
+    /// Answers the requests that a daemon held when it died. Those that begin a session are left, for its successor.
+    fn answer_held(&mut self, held: &mut BTreeMap<u16, Vec<u16>>) -> Result<(), HandlerError> {
+        let mut kept = Vec::new();
+        for head in held.remove(&self.queue.index()).unwrap_or_default() {
+            let chain = self.queue.again(head)?;
+            match fuse::answer(&self.queue, &chain)? {
+                Answer::Begins => {
+                    self.queue.forget(1);
+                    kept.push(head);
+                }
+                Answer::Given(len) => self.queue.push(head, len)?,
+            }
+        }
+        if !kept.is_empty() {
+            held.insert(self.queue.index(), kept);
+        }
+        Ok(())
+    }
+
+    /// Answers waiting requests of a file system whose session is lost. True: one waits that begins another.
+    fn answer_lost(&mut self, interrupt: &dyn Interrupt) -> Result<bool, HandlerError> {
+        let mut begins = false;
+        'all: loop {
+            while let Some(chain) = self.queue.pop()? {
+                match fuse::answer(&self.queue, &chain)? {
+                    Answer::Begins => {
+                        self.queue.undo_pop();
+                        begins = true;
+                        break 'all;
+                    }
+                    Answer::Given(len) => self.queue.push(chain.head, len)?,
+                }
+            }
+            if !self.queue.enable_kicks()? {
+                break;
+            }
+        }
+        if self.queue.wants_interrupt()? {
+            interrupt.queue(self.queue.index());
+        }
+        Ok(begins)
+    }
+
+    /// Tells a driver of sockets that all its connections are lost, in a buffer that a back end held (`heads`) or in
+    /// the next one. A driver without a buffer has no connections yet.
+    fn reset_transport(
+        &mut self,
+        heads: &mut Vec<u16>,
+        interrupt: &dyn Interrupt,
+    ) -> Result<(), HandlerError> {
+        let chain = match heads.pop() {
+            Some(head) => Some(self.queue.again(head)?),
+            None => self.queue.pop()?,
+        };
+        let Some(chain) = chain else { return Ok(()) };
+        let event = VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.to_le_bytes();
+        self.queue.writer(&chain).write(&event)?;
+        self.queue.push(chain.head, event.len() as u32)?;
+        if self.queue.wants_interrupt()? {
+            interrupt.queue(self.queue.index());
+        }
+        Ok(())
+    }
+
     /// Gives finished chains back to the guest.
     fn complete(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), HandlerError> {
         while let Some((chain, len)) = self.ring.collect()? {
@@ -162,18 +231,32 @@ impl Relay {
         let spec = &self.parts.spec;
         link.set_up(live.features & !spec.own_features, &live.memory, &self.parts.rings)?;
         let mut left = self.parts.shared.in_flight.lock();
+        let session = &self.parts.shared.session;
+        let without = !session.load(Ordering::SeqCst);
         for lane in &mut live.lanes {
             let number = lane.queue.index();
+            if without && spec.device_type == kind::FS {
+                lane.answer_held(&mut left)?;
+            }
             lane.ring = RelayRing::new(&self.parts.rings, number, lane.queue.max_size())
                 .map_err(HandlerError::from)?;
-            for head in left.remove(&number).unwrap_or_default() {
+            let mut heads = left.remove(&number).unwrap_or_default();
+            if without && spec.device_type == kind::VSOCK && number == VSOCK_EVENTS {
+                lane.reset_transport(&mut heads, &*live.interrupt)?;
+            }
+            for head in heads {
                 let chain = lane.queue.again(head).map_err(HandlerError::from)?;
+                // Of a file system without a session only the request that begins one was left.
+                session.store(true, Ordering::SeqCst);
                 if lane.ring.fits(&chain) {
                     lane.ring.submit(chain).map_err(HandlerError::from)?;
                 }
             }
         }
         drop(left);
+        if spec.device_type != kind::FS {
+            session.store(true, Ordering::SeqCst);
+        }
         for lane in &mut live.lanes {
             let number = lane.queue.index();
             let Some(bells) = self.parts.bells.get(usize::from(number)) else { continue };
@@ -183,12 +266,43 @@ impl Relay {
             link.start_ring(number, &self.parts.rings, ring, (&bells.call, &bells.kick))?;
             let _ = bells.kick.write(1);
         }
+        self.without_session()?;
+        let Some(live) = &mut self.live else { return Ok(()) };
         for lane in &mut live.lanes {
             if let Some(bells) = self.parts.bells.get(usize::from(lane.queue.index())) {
                 lane.forward(bells, &self.parts.shared)?;
             }
         }
         Ok(())
+    }
+
+    /// Answers the requests of a file system whose session is lost, until there is a new one. True: there is none.
+    fn without_session(&mut self) -> Result<bool, HandlerError> {
+        let session = &self.parts.shared.session;
+        let is_fs = self.parts.spec.device_type == kind::FS;
+        let lost = is_fs && !session.load(Ordering::SeqCst);
+        let Some(live) = self.live.as_mut().filter(|_| lost) else { return Ok(false) };
+        let mut begins = false;
+        let mut left = self.parts.shared.in_flight.lock();
+        for lane in &mut live.lanes {
+            lane.answer_held(&mut left)?;
+            begins |= lane.answer_lost(&*live.interrupt)?;
+        }
+        drop(left);
+        if !begins || self.socket.is_none() {
+            return Ok(true);
+        }
+        // What came before that request may be in the lanes that were looked at first.
+        for lane in &mut live.lanes {
+            lane.answer_lost(&*live.interrupt)?;
+        }
+        session.store(true, Ordering::SeqCst);
+        for lane in &mut live.lanes {
+            if let Some(bells) = self.parts.bells.get(usize::from(lane.queue.index())) {
+                lane.forward(bells, &self.parts.shared)?;
+            }
+        }
+        Ok(false)
     }
 
     /// Notes what the back end held and tries again later.
@@ -202,6 +316,9 @@ impl Relay {
     fn disconnect(&mut self, watch: &Watch) {
         if let Some(socket) = self.socket.take() {
             watch.remove(socket.as_raw_fd());
+        }
+        if self.parts.spec.has_session() {
+            self.parts.shared.session.store(false, Ordering::SeqCst);
         }
         let link = self.parts.shared.link.lock().take();
         if let Some(fd) = link.as_ref().and_then(Link::news_fd) {
@@ -431,12 +548,14 @@ impl Handler for Relay {
         }
         self.live = Some(Live { lanes, local, features, memory, interrupt });
         self.reach(watch)?;
+        self.without_session()?;
         self.serve_local(watch)
     }
 
     fn event(&mut self, token: u64, watch: &Watch) -> Result<(), HandlerError> {
         let number = token & 0xffff_ffff;
-        match token & !0xffff_ffff {
+        let result = match token & !0xffff_ffff {
+            KICK if self.without_session()? => Ok(()),
             KICK => self.with_lane(number, |lane, bells, shared, _| lane.forward(bells, shared)),
             CALL => self.with_lane(number, |lane, bells, shared, (memory, interrupt)| {
                 let _ = bells.call.read();
@@ -453,7 +572,9 @@ impl Handler for Relay {
             }
             LOCAL => self.serve_local(watch),
             _ => self.retry(watch),
-        }
+        };
+        // Whatever happened, the back end may be lost.
+        result.and_then(|()| self.without_session().map(drop))
     }
 
     fn stop(&mut self, watch: &Watch) -> Vec<VirtQueue> {

@@ -21,7 +21,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::generic::{self, config::GenericVhostUserConfig};
-use crate::device::{VirtioDevice, feature};
+use crate::device::{VirtioDevice, feature, kind};
 use crate::testing::{DATA, RAM, RAM_SIZE, Rig, WRITE, context, shared_context};
 
 const TYPE: u32 = 40;
@@ -164,15 +164,7 @@ impl BackEnd {
 }
 
 fn config(socket: PathBuf) -> GenericVhostUserConfig {
-    GenericVhostUserConfig {
-        socket,
-        queue_sizes: vec![64],
-        device_type: TYPE,
-        iommu: false,
-        pci_segment: 0,
-        pci_device_id: None,
-        id: None,
-    }
+    GenericVhostUserConfig::new(TYPE, vec![64], socket)
 }
 
 fn device(socket: &Path, context: &BuildContext) -> Arc<dyn VirtioDevice> {
@@ -244,6 +236,64 @@ fn a_new_back_end_gets_what_the_old_one_held() {
         assert_eq!(rig.peek(DATA + 0x2000 + n * 0x100, 19), TEXT.to_ascii_uppercase());
     }
     assert_eq!(shout(&mut rig).0, 19);
+}
+
+/// A FUSE request without arguments.
+fn fuse_request(opcode: u32, unique: u64) -> Vec<u8> {
+    let mut header = 40u32.to_le_bytes().to_vec();
+    header.extend(opcode.to_le_bytes());
+    header.extend(unique.to_le_bytes());
+    header.resize(40, 0);
+    header
+}
+
+#[test]
+fn a_file_system_whose_daemon_died_is_told_until_it_begins_anew() {
+    const LOOKUP: u32 = 1;
+    const FORGET: u32 = 2;
+    const INIT: u32 = 26;
+    let dir = tempfile::tempdir().expect("dir");
+    let socket = dir.path().join("s");
+    let first = BackEnd::listen(&socket, mood::SERVE);
+    let context = shared_context();
+    let config = GenericVhostUserConfig { device_type: kind::FS, ..config(socket.clone()) };
+    let device = generic::build("_fs0", &config, &context).expect("built");
+    let mut rig = Rig::new(context, device);
+    rig.start(LOUD);
+    let answer = DATA + 0x1000;
+    let ask = |rig: &mut Rig, opcode, unique| {
+        rig.poke(DATA, &fuse_request(opcode, unique));
+        rig.poke(answer, &[0; 64]);
+        rig.request(0, &[(DATA, 40, 0), (answer, 64, WRITE)])
+    };
+    let not_connected = |unique: u64| {
+        let mut bytes = 16u32.to_le_bytes().to_vec();
+        bytes.extend((-libc::ENOTCONN).to_le_bytes());
+        bytes.extend(unique.to_le_bytes());
+        bytes
+    };
+    // Nothing reaches a daemon before a session was begun.
+    assert_eq!(ask(&mut rig, LOOKUP, 7), 16);
+    assert_eq!(rig.peek(answer, 16), not_connected(7));
+    assert_eq!(ask(&mut rig, INIT, 8), 40, "the daemon's answer is what was asked, in capitals");
+    assert_eq!(ask(&mut rig, LOOKUP, 9), 40);
+    // It dies with a request under way.
+    first.set(mood::HOLD);
+    rig.poke(DATA, &fuse_request(LOOKUP, 10));
+    let head = rig.rings[0].chain(&[(DATA, 40, 0), (answer, 64, WRITE)]);
+    rig.rings[0].publish(head);
+    rig.kick(0);
+    first.kill();
+    assert_eq!(rig.rings[0].wait_used().1, 16);
+    assert_eq!(rig.peek(answer, 16), not_connected(10));
+    let _second = BackEnd::listen(&socket, mood::SERVE);
+    let device = Arc::clone(&rig.device);
+    crate::testing::eventually("it is connected", || device.counters().get("reconnects") == Some(&1));
+    assert_eq!(ask(&mut rig, LOOKUP, 11), 16);
+    assert_eq!(rig.peek(answer, 16), not_connected(11));
+    assert_eq!(ask(&mut rig, FORGET, 12), 0);
+    assert_eq!(ask(&mut rig, INIT, 13), 40);
+    assert_eq!(ask(&mut rig, LOOKUP, 14), 40);
 }
 
 #[test]

@@ -25,14 +25,7 @@ struct Guest {
 
 impl Guest {
     fn new(socket: &Path) -> Self {
-        let config = VsockConfig {
-            cid: CID,
-            socket: socket.to_owned(),
-            iommu: false,
-            pci_segment: 0,
-            pci_device_id: None,
-            id: None,
-        };
+        let config = VsockConfig::new(CID, socket.to_owned());
         let context = context();
         let device = super::build("_vsock0", &config, &context).expect("builds");
         let mut rig = Rig::new(context, device);

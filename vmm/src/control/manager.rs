@@ -1,6 +1,7 @@
 //! What the VM's manager can do.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
@@ -92,6 +93,18 @@ pub trait VmManager {
     /// # Errors
     /// Like [`VmManager::add_disk`].
     fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Names a UNIX socket on which the back end of a device listens.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Conflict`] if the name is taken.
+    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError>;
+    /// Forgets one.
+    ///
+    /// # Errors
+    /// If it is not there or a device uses it.
+    fn chardev_remove(&mut self, label: String) -> Result<(), ControlError>;
+    /// The path of one.
+    fn chardev_socket(&mut self, label: String) -> Option<PathBuf>;
     /// Removes a device.
     ///
     /// # Errors

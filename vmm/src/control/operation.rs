@@ -1,6 +1,7 @@
 //! The operations: one request type, one reply type each.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
@@ -86,6 +87,7 @@ infallible!(
     Vec<CpuInfoFast>,
     Vec<MachineInfo>,
     Vec<ChardevInfo>,
+    Option<PathBuf>,
     Vec<PciInfo>,
     MigrationInfo,
     MigrationParameters,
@@ -125,6 +127,12 @@ quick! {
     QueryCpus -> Vec<CpuInfoFast> = cpus;
     /// The machines.
     QueryMachines -> Vec<MachineInfo> = machines;
+    /// Names a UNIX socket on which the back end of a device listens.
+    ChardevAdd(label: String, path: PathBuf) -> () = chardev_add;
+    /// Forgets one that no device uses.
+    ChardevRemove(label: String) -> () = chardev_remove;
+    /// The path of one.
+    ChardevSocket(label: String) -> Option<PathBuf> = chardev_socket;
     /// The character back ends.
     QueryChardev -> Vec<ChardevInfo> = chardevs;
     /// The PCI buses.

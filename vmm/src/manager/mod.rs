@@ -4,6 +4,7 @@
 //! their own; while one is under way, operations that would change the VM's state are refused as busy
 //! and everything else is answered.
 
+mod chardev;
 mod debug;
 mod lifecycle;
 mod migrate;
@@ -175,6 +176,8 @@ pub struct Manager {
     ids: IdAllocator,
     tap_fds: TapFds,
     storage: Arc<Storage>,
+    /// The sockets of back ends that were named.
+    sockets: chardev::Sockets,
     stage: Stage,
     /// The job under way, by name.
     job: Option<&'static str>,
@@ -203,6 +206,7 @@ impl Manager {
             events,
             spawner,
             storage,
+            sockets: chardev::Sockets::default(),
             options,
             wire,
             messages,

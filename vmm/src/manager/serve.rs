@@ -1,6 +1,7 @@
 //! The manager's side of the control handle.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use holdfast_accel::DebugControl;
@@ -20,6 +21,7 @@ use crate::control::{
     MigrationInfo, MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
 };
 use crate::storage::StorageRequest;
+use crate::vm::HotDevice;
 
 impl Manager {
     /// The config, if devices can still be added to it.
@@ -31,6 +33,18 @@ impl Manager {
             Stage::Built { .. } => {
                 Err(ControlError::unsupported("adding or removing a device of a VM that has booted"))
             }
+        }
+    }
+
+    /// Adds a device to a VM that is there; nothing is to be done before it has booted (`None`).
+    fn add_hot(
+        &mut self,
+        device: HotDevice<'_>,
+        failure: &str,
+    ) -> Result<Option<PciDeviceInfo>, ControlError> {
+        match &self.stage {
+            Stage::Built { vm, .. } => vm.add(device).map(Some).map_err(|e| ControlError::failed(failure, e)),
+            _ => self.open_config().map(|_| None),
         }
     }
 
@@ -206,14 +220,9 @@ impl VmManager for Manager {
         validate_disk(&disk)?;
         self.in_reach(&VmConfig { disks: Some(vec![disk.clone()]), ..VmConfig::default() })?;
         self.name_device(&mut disk.id, "_disk")?;
-        if let Ok(vm) = self.built() {
-            let place =
-                vm.add_disk(&mut disk).map_err(|e| ControlError::failed("The disk cannot be added", e))?;
-            self.config.disks.get_or_insert_default().push(disk);
-            return Ok(Some(place));
-        }
-        self.open_config()?.disks.get_or_insert_default().push(disk);
-        Ok(None)
+        let place = self.add_hot(HotDevice::Disk(&mut disk), "The disk cannot be added")?;
+        self.config.disks.get_or_insert_default().push(disk);
+        Ok(place)
     }
 
     fn add_net(
@@ -221,44 +230,69 @@ impl VmManager for Manager {
         mut net: NetConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<Option<PciDeviceInfo>, ControlError> {
-        self.open_config()?;
+        self.idle()?;
         validate_net(&net)?;
+        self.in_reach(&VmConfig { net: Some(vec![net.clone()]), ..VmConfig::default() })?;
         self.name_device(&mut net.id, "_net")?;
-        if !fds.is_empty() {
-            self.tap_fds.insert(net.id.clone().unwrap_or_default(), fds);
-        }
-        self.open_config()?.net.get_or_insert_default().push(net);
-        Ok(None)
+        let place = match matches!(self.stage, Stage::Built { .. }) {
+            true => self.add_hot(HotDevice::Net(&mut net, fds), "The network device cannot be added")?,
+            false => {
+                self.open_config()?;
+                if !fds.is_empty() {
+                    self.tap_fds.insert(net.id.clone().unwrap_or_default(), fds);
+                }
+                None
+            }
+        };
+        self.config.net.get_or_insert_default().push(net);
+        Ok(place)
     }
 
     fn add_fs(&mut self, mut fs: FsConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
-        self.open_config()?;
+        self.idle()?;
         validate_fs(&fs)?;
         self.name_device(&mut fs.id, "_fs")?;
-        self.open_config()?.fs.get_or_insert_default().push(fs);
-        Ok(None)
+        let place = self.add_hot(HotDevice::Fs(&mut fs), "The shared directory cannot be added")?;
+        self.config.fs.get_or_insert_default().push(fs);
+        Ok(place)
     }
 
     fn add_generic_vhost_user(
         &mut self,
         mut device: GenericVhostUserConfig,
     ) -> Result<Option<PciDeviceInfo>, ControlError> {
-        self.open_config()?;
+        self.idle()?;
         validate_generic_vhost_user(&device)?;
         self.name_device(&mut device.id, "_generic_vhost_user")?;
-        self.open_config()?.generic_vhost_user.get_or_insert_default().push(device);
-        Ok(None)
+        let place = self.add_hot(HotDevice::Generic(&mut device), "The device cannot be added")?;
+        self.config.generic_vhost_user.get_or_insert_default().push(device);
+        Ok(place)
     }
 
     fn add_vsock(&mut self, mut vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
-        if self.open_config()?.vsock.is_some() {
+        self.idle()?;
+        if self.config.vsock.is_some() {
             let text = "The VM has sockets (vsock) already; there can be one such device";
             return Err(ControlError::new(ErrorKind::Invalid, text));
         }
         validate_vsock(&vsock)?;
+        self.in_reach(&VmConfig { vsock: Some(vsock.clone()), ..VmConfig::default() })?;
         self.name_device(&mut vsock.id, "_vsock")?;
-        self.open_config()?.vsock = Some(vsock);
-        Ok(None)
+        let place = self.add_hot(HotDevice::Vsock(&mut vsock), "The sockets cannot be added")?;
+        self.config.vsock = Some(vsock);
+        Ok(place)
+    }
+
+    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError> {
+        self.sockets.add(label, path)
+    }
+
+    fn chardev_remove(&mut self, label: String) -> Result<(), ControlError> {
+        self.sockets.remove(&label, &self.config)
+    }
+
+    fn chardev_socket(&mut self, label: String) -> Option<PathBuf> {
+        self.sockets.path(&label)
     }
 
     fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError> {
@@ -394,7 +428,9 @@ impl VmManager for Manager {
     }
 
     fn chardevs(&mut self) -> Vec<ChardevInfo> {
-        self.built().map(|vm| query::chardevs(vm)).unwrap_or_default()
+        let mut all = self.built().map(|vm| query::chardevs(vm)).unwrap_or_default();
+        all.extend(self.sockets.shown(&self.config));
+        all
     }
 
     fn pci(&mut self) -> Vec<PciInfo> {

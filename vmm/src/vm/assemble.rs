@@ -369,26 +369,26 @@ fn plug_all<'a>(
     if !console.is_empty() {
         plugs.console(&config.console, console, slot()?)?;
     }
+    let place = |bus: &Option<String>| match bus {
+        Some(name) => port(machine, name),
+        None => slot(),
+    };
     for disk in config.disks() {
-        let slot = match &disk.bus {
-            Some(name) => port(machine, name)?,
-            None => slot()?,
-        };
-        plugs.disk(disk, &host.storage, slot)?;
+        plugs.disk(disk, &host.storage, place(&disk.bus)?)?;
     }
     for net in config.net() {
         let fds = net.id.as_ref().and_then(|id| host.tap_fds.remove(id)).unwrap_or_default();
-        plugs.net(net, fds, slot()?)?;
+        plugs.net(net, fds, place(&net.bus)?)?;
     }
     plugs.rng(&config.rng, slot()?)?;
     for fs in config.fs() {
-        plugs.fs(fs, slot()?)?;
+        plugs.fs(fs, place(&fs.bus)?)?;
     }
     for device in config.generic_vhost_user() {
-        plugs.generic_vhost_user(device, slot()?)?;
+        plugs.generic_vhost_user(device, place(&device.bus)?)?;
     }
     if let Some(vsock) = &config.vsock {
-        plugs.vsock(vsock, slot()?)?;
+        plugs.vsock(vsock, place(&vsock.bus)?)?;
     }
     if let Some(balloon) = &config.balloon {
         plugs.balloon(balloon, slot()?)?;

@@ -1,13 +1,42 @@
 //! Devices that come and go while the VM is there.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use holdfast_config::{DiskConfig, PciDeviceInfo};
+use holdfast_config::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, VsockConfig};
 use holdfast_devices::pci::{Removal, RootPort};
 use holdfast_machines::VirtioSlot;
 
 use super::plug::{Plugs, address_on};
 use super::{Vm, VmError};
+
+/// A device that is added to a running VM.
+#[derive(Debug)]
+pub enum HotDevice<'a> {
+    /// A disk.
+    Disk(&'a mut DiskConfig),
+    /// A network card, with the descriptors of its tap.
+    Net(&'a mut NetConfig, Vec<OwnedFd>),
+    /// A shared directory.
+    Fs(&'a mut FsConfig),
+    /// A device of a vhost-user back end.
+    Generic(&'a mut GenericVhostUserConfig),
+    /// Sockets between guest and host.
+    Vsock(&'a mut VsockConfig),
+}
+
+impl HotDevice<'_> {
+    /// Its id and its port.
+    fn place(&self) -> (&Option<String>, &Option<String>) {
+        match self {
+            Self::Disk(config) => (&config.id, &config.bus),
+            Self::Net(config, _) => (&config.id, &config.bus),
+            Self::Fs(config) => (&config.id, &config.bus),
+            Self::Generic(config) => (&config.id, &config.bus),
+            Self::Vsock(config) => (&config.id, &config.bus),
+        }
+    }
+}
 
 impl Vm {
     /// The hot-plug port of that name, or the first free one.
@@ -33,19 +62,42 @@ impl Vm {
         }
     }
 
-    /// Plugs a disk into a hot-plug port, whose name is written into `config`.
+    /// Plugs a device into a hot-plug port, whose name is written into its config.
     ///
     /// # Errors
-    /// [`VmError`] if there is no port or the disk cannot be built.
-    pub fn add_disk(&self, config: &mut DiskConfig) -> Result<PciDeviceInfo, VmError> {
-        let port = self.free_port(config.bus.as_deref())?;
+    /// [`VmError`] if there is no port or the device cannot be built.
+    pub fn add(&self, device: HotDevice<'_>) -> Result<PciDeviceInfo, VmError> {
+        let (id, place) = device.place();
+        let id = id.clone().unwrap_or_default();
+        let port = self.free_port(place.as_deref())?;
         let bus = self.machine.pci_bus();
         let bus = bus.ok_or_else(|| VmError::Unsupported("the machine has no PCI bus".to_owned()))?;
-        config.bus = Some(port.name().to_owned());
-        let id = config.id.clone().unwrap_or_default();
         let mut plugs = Plugs::new(&self.build);
         plugs.hot = true;
-        plugs.disk(config, &self.storage, VirtioSlot::Port(Arc::clone(&bus), Arc::clone(&port)))?;
+        let slot = VirtioSlot::Port(Arc::clone(&bus), Arc::clone(&port));
+        let name = Some(port.name().to_owned());
+        match device {
+            HotDevice::Disk(config) => {
+                config.bus = name;
+                plugs.disk(config, &self.storage, slot)?;
+            }
+            HotDevice::Net(config, fds) => {
+                config.bus = name;
+                plugs.net(config, fds, slot)?;
+            }
+            HotDevice::Fs(config) => {
+                config.bus = name;
+                plugs.fs(config, slot)?;
+            }
+            HotDevice::Generic(config) => {
+                config.bus = name;
+                plugs.generic_vhost_user(config, slot)?;
+            }
+            HotDevice::Vsock(config) => {
+                config.bus = name;
+                plugs.vsock(config, slot)?;
+            }
+        }
         self.plugged.write().append(&mut plugs.devices);
         self.disks.write().append(&mut plugs.disks);
         let bdf = address_on(&bus, &id).unwrap_or_default();

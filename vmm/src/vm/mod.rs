@@ -29,6 +29,7 @@ use crate::storage::Storage;
 use vcpus::{VcpuError, Vcpus};
 
 pub use assemble::Host;
+pub use hot::HotDevice;
 
 /// A VM that cannot be built, or an operation on it that failed.
 #[derive(Debug, thiserror::Error)]

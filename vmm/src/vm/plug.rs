@@ -106,7 +106,8 @@ impl<'a> Plugs<'a> {
 
     pub(super) fn vsock(&mut self, config: &VsockConfig, slot: VirtioSlot) -> Result<(), VmError> {
         let args = arguments(config.id.as_ref(), config)?;
-        self.named("virtio-vsock", args, slot, config.pci_device_id)
+        let kind = if config.vhost_user { "vhost-user-vsock" } else { "virtio-vsock" };
+        self.named(kind, args, slot, config.pci_device_id)
     }
 
     pub(super) fn balloon(&mut self, config: &BalloonConfig, slot: VirtioSlot) -> Result<(), VmError> {

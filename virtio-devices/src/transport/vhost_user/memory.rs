@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use super::bus_error::Watched;
 use holdfast_memory::{GuestMemory, GuestRegion, RamTracker};
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Most regions that a front end may add one by one.
 pub(super) const MAX_REGIONS: usize = 64;
@@ -58,29 +60,41 @@ impl From<&VhostUserSingleMemoryRegion> for Range {
     }
 }
 
+/// A region, which is watched for as long as it is mapped.
+#[derive(Debug, Clone)]
+struct Part {
+    range: Range,
+    // Goes before the mapping does.
+    _watched: Arc<Watched>,
+    region: Arc<GuestRegion>,
+}
+
 /// All regions.
 #[derive(Debug, Default)]
 pub(super) struct SharedRam {
-    parts: Vec<(Range, Arc<GuestRegion>)>,
+    parts: Vec<Part>,
     memory: GuestMemory,
 }
 
 impl SharedRam {
     /// RAM made of `ranges`.
-    pub(super) fn new(ranges: impl Iterator<Item = (Range, File)>) -> Result<Self, MemoryError> {
+    pub(super) fn new(
+        ranges: impl Iterator<Item = (Range, File)>,
+        alarm: &Arc<EventFd>,
+    ) -> Result<Self, MemoryError> {
         let mut parts = Vec::new();
         for (range, file) in ranges {
-            parts.push((range, Arc::new(map(range, file)?)));
+            parts.push(map(range, file, alarm)?);
         }
         Self::of(parts)
     }
 
-    fn of(mut parts: Vec<(Range, Arc<GuestRegion>)>) -> Result<Self, MemoryError> {
+    fn of(mut parts: Vec<Part>) -> Result<Self, MemoryError> {
         if parts.len() > MAX_REGIONS {
             return Err(MemoryError::Layout);
         }
-        parts.sort_by_key(|(range, _)| range.gpa);
-        let regions: Vec<_> = parts.iter().map(|(_, region)| Arc::clone(region)).collect();
+        parts.sort_by_key(|part| part.range.gpa);
+        let regions: Vec<_> = parts.iter().map(|part| Arc::clone(&part.region)).collect();
         let memory = match regions.is_empty() {
             true => GuestMemory::new(),
             false => GuestMemory::from_arc_regions(regions).map_err(|_| MemoryError::Layout)?,
@@ -89,9 +103,9 @@ impl SharedRam {
     }
 
     /// This RAM and one region more.
-    pub(super) fn with(&self, range: Range, file: File) -> Result<Self, MemoryError> {
+    pub(super) fn with(&self, range: Range, file: File, alarm: &Arc<EventFd>) -> Result<Self, MemoryError> {
         let mut parts = self.parts.clone();
-        parts.push((range, Arc::new(map(range, file)?)));
+        parts.push(map(range, file, alarm)?);
         Self::of(parts)
     }
 
@@ -99,7 +113,7 @@ impl SharedRam {
     pub(super) fn without(&self, range: Range) -> Result<Self, MemoryError> {
         let mut parts = self.parts.clone();
         let same = |r: &Range| (r.gpa, r.len, r.user) == (range.gpa, range.len, range.user);
-        let at = parts.iter().position(|(r, _)| same(r));
+        let at = parts.iter().position(|part| same(&part.range));
         let at = at.ok_or(MemoryError::Missing { gpa: range.gpa, len: range.len })?;
         parts.remove(at);
         Self::of(parts)
@@ -116,17 +130,17 @@ impl SharedRam {
 
     /// The guest-physical address of an address in the front end.
     pub(super) fn guest_address(&self, user: u64) -> Option<u64> {
-        self.parts.iter().find_map(|(range, _)| {
+        self.parts.iter().map(|part| &part.range).find_map(|range| {
             let offset = user.checked_sub(range.user).filter(|offset| *offset < range.len)?;
             range.gpa.checked_add(offset)
         })
     }
 }
 
-fn map(range: Range, file: File) -> Result<GuestRegion, MemoryError> {
+fn map(range: Range, file: File, alarm: &Arc<EventFd>) -> Result<Part, MemoryError> {
     let Range { gpa, len, offset, .. } = range;
     let failed = |source| MemoryError::Map { gpa, len, source };
-    // What lies behind a file's end cannot be touched. (A front end that shortens the file later ends this process.)
+    // What lies behind a file's end cannot be touched. (A front end that shortens the file later loses its connection.)
     let size = rustix::fs::fstat(&file).map_err(|e| failed(e.into()))?.st_size;
     let size = u64::try_from(size).unwrap_or(0);
     if offset.checked_add(len).is_none_or(|end| end > size) {
@@ -139,5 +153,7 @@ fn map(range: Range, file: File) -> Result<GuestRegion, MemoryError> {
         .with_file_offset(FileOffset::new(file, offset))
         .build()
         .map_err(|e| failed(std::io::Error::other(e.to_string())))?;
-    GuestRegion::new(region, GuestAddress(gpa)).ok_or(MemoryError::Layout)
+    let watched = Watched::new(region.as_ptr() as usize, bytes, alarm).ok_or(MemoryError::Layout)?;
+    let region = GuestRegion::new(region, GuestAddress(gpa)).ok_or(MemoryError::Layout)?;
+    Ok(Part { range, _watched: Arc::new(watched), region: Arc::new(region) })
 }

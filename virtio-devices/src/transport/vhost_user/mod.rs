@@ -5,7 +5,9 @@
 //! files, and where the rings are in it; every chain in them is checked as usual. A front end that goes
 //! away leaves the device as a reset does, and the next one finds it so.
 
+mod bus_error;
 mod channel;
+mod log;
 mod memory;
 mod session;
 #[cfg(test)]
@@ -13,7 +15,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +25,9 @@ use std::time::Duration;
 
 use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioDevice;
 use session::{Doorbells, Session};
@@ -68,6 +72,7 @@ impl Server {
     /// # Errors
     /// The host's if there is no thread to be had.
     pub fn start(device: Arc<dyn VirtioDevice>, address: Address, spawner: &dyn Spawner) -> io::Result<Self> {
+        bus_error::catch()?;
         let control = Arc::new(Control::default());
         if let Address::Listener(listener) = &address {
             control.open.lock().push(listener.try_clone()?.into());
@@ -139,6 +144,25 @@ fn next(address: &Address, control: &Control) -> Option<UnixStream> {
     }
 }
 
+/// Waits for a message. False: the RAM is not there any more.
+fn wait(connection: &UnixStream, alarm: &EventFd) -> bool {
+    let mut fds =
+        [PollFd::new(connection, PollFlags::IN), PollFd::from_borrowed_fd(alarm_fd(alarm), PollFlags::IN)];
+    loop {
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            // What is wrong is met again by who takes the message.
+            Err(_) => return true,
+            Ok(_) => return !fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::IN)),
+        }
+    }
+}
+
+fn alarm_fd(alarm: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as the borrow.
+    unsafe { BorrowedFd::borrow_raw(alarm.as_raw_fd()) }
+}
+
 fn serve(device: &Arc<dyn VirtioDevice>, address: &Address, control: &Control) {
     while let Some(stream) = next(address, control) {
         let (watched, kept_open) = match (stream.try_clone(), stream.try_clone()) {
@@ -158,13 +182,25 @@ fn serve(device: &Arc<dyn VirtioDevice>, address: &Address, control: &Control) {
             return;
         }
         tracing::info!("a front end is there");
-        let session = Session::new(Arc::clone(device));
+        let alarm = match EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK) {
+            Ok(alarm) => Arc::new(alarm),
+            Err(error) => {
+                tracing::error!(%error, "a front end cannot be served");
+                control.open.lock().truncate(kept.saturating_sub(1));
+                continue;
+            }
+        };
+        let session = Session::new(Arc::clone(device), Arc::clone(&alarm));
         let doorbells = session.doorbells();
         *control.doorbells.lock() = Some(Arc::clone(&doorbells));
         // The protocol's library wants this mutex.
         let session = Arc::new(std::sync::Mutex::new(session));
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
         let why = loop {
+            if !wait(&watched, &alarm) {
+                tracing::warn!("the front end has shortened the file of its RAM");
+                break ProtocolError::Disconnected;
+            }
             if let Some(fd) = channel::look(&watched) {
                 doorbells.set_channel(fd);
             }

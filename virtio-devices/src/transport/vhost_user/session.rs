@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
+use holdfast_memory::{GuestMemory, Tracked};
 use parking_lot::Mutex;
 use rustix::fs::OFlags;
 use vhost::VhostUserMemoryRegionBase;
@@ -16,11 +17,13 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_queue::QueueState;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::log::DirtyLog;
 use super::memory::{MAX_REGIONS, Range, SharedRam};
-use crate::device::{Interrupt, VirtioDevice, feature};
+use crate::device::{Interrupt, VirtioDevice, feature, kind};
+use crate::in_flight::InFlightArea;
 use crate::queue::VirtQueue;
 use crate::worker::Activation;
 
@@ -34,6 +37,8 @@ pub(super) struct Doorbells {
     errors: Mutex<Vec<Option<EventFd>>>,
     /// The second channel.
     channel: Mutex<Option<OwnedFd>>,
+    /// The log of written pages, while there is to be one, and what is written.
+    log: Mutex<Option<(Arc<DirtyLog>, GuestMemory)>>,
 }
 
 impl fmt::Debug for Doorbells {
@@ -47,10 +52,18 @@ impl Doorbells {
     pub(super) fn set_channel(&self, fd: OwnedFd) {
         *self.channel.lock() = Some(fd);
     }
+
+    /// Notes what was written, if the front end wants to know.
+    fn note_written(&self) {
+        if let Some((log, memory)) = &*self.log.lock() {
+            log.take(memory);
+        }
+    }
 }
 
 impl Interrupt for Doorbells {
     fn queue(&self, queue: u16) {
+        self.note_written();
         if let Some(Some(call)) = self.calls.lock().get(usize::from(queue)) {
             // A full counter rings as well.
             let _ = call.write(1);
@@ -90,6 +103,12 @@ pub(super) struct Session {
     device: Arc<dyn VirtioDevice>,
     doorbells: Arc<Doorbells>,
     ram: SharedRam,
+    /// Rung when RAM is not there any more.
+    alarm: Arc<EventFd>,
+    /// Where requests under way are noted, if the front end keeps that for a successor.
+    in_flight: Option<InFlightArea>,
+    /// Where written pages are noted once that is asked for.
+    log: Option<Arc<DirtyLog>>,
     rings: Vec<Ring>,
     /// What the driver chose, and bit 30.
     features: u64,
@@ -108,7 +127,13 @@ fn wrong(text: &str) -> Error {
     Error::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, text.to_owned()))
 }
 
-/// What a front end was not offered.
+/// Of a message that is answered only if it can be done: who waits for the answer learns by the connection's end.
+fn last(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    let _ = refuse(error);
+    Error::InvalidParam
+}
+
+/// What a front end was not offered. Ends the connection.
 fn absent<T>(what: &'static str) -> Result<T> {
     Err(Error::InvalidOperation(what))
 }
@@ -122,15 +147,16 @@ fn eventfd(file: File) -> Result<EventFd> {
 }
 
 impl Session {
-    pub(super) fn new(device: Arc<dyn VirtioDevice>) -> Self {
+    pub(super) fn new(device: Arc<dyn VirtioDevice>, alarm: Arc<EventFd>) -> Self {
         let rings = device.queue_sizes().iter().map(|_| Ring::default()).collect::<Vec<_>>();
         let doorbells = Doorbells {
             calls: Mutex::new(rings.iter().map(|_| None).collect()),
             errors: Mutex::new(rings.iter().map(|_| None).collect()),
             channel: Mutex::default(),
+            log: Mutex::default(),
         };
         let (doorbells, ram) = (Arc::new(doorbells), SharedRam::default());
-        Self { device, doorbells, ram, rings, features: 0, active: false }
+        Self { device, doorbells, ram, alarm, in_flight: None, log: None, rings, features: 0, active: false }
     }
 
     pub(super) fn doorbells(&self) -> Arc<Doorbells> {
@@ -152,6 +178,7 @@ impl Session {
                 ring.base = queue.state().next_avail;
             }
         }
+        self.doorbells.note_written();
     }
 
     /// The queue of a ring that is to run.
@@ -176,12 +203,39 @@ impl Session {
             avail_ring,
             used_ring,
         };
-        VirtQueue::new(index, state, memory, Arc::clone(kick)).map(Some).map_err(refuse)
+        let queue = VirtQueue::new(index, state, memory, Arc::clone(kick)).map_err(refuse)?;
+        let area = self.in_flight.as_ref().and_then(|area| area.queue(index, ring.size));
+        Ok(Some(match area {
+            Some(area) => queue.with_in_flight(area),
+            None => queue,
+        }))
+    }
+
+    /// Lets RAM note what is written to it, or not any more.
+    fn watch_writes(&self) {
+        let wanted = self.features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0;
+        let log = self.log.as_ref().filter(|_| wanted);
+        for region in self.ram.memory().iter() {
+            match log {
+                Some(_) if region.bitmap_tracker().logging() => {}
+                Some(_) => region.bitmap_tracker().start_log(),
+                None => region.bitmap_tracker().stop_log(),
+            }
+        }
+        let log = log.map(|log| (Arc::clone(log), self.ram.memory().clone()));
+        *self.doorbells.log.lock() = log;
+    }
+
+    /// What drivers and front ends may choose of.
+    fn offered(&self) -> u64 {
+        let own = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        self.device.features() | own.bits()
     }
 
     /// Gives the device all rings that are to run.
     fn go(&mut self) -> Result<()> {
         self.halt();
+        self.watch_writes();
         if self.ram.is_empty() {
             return Ok(());
         }
@@ -201,7 +255,7 @@ impl Session {
         }
         let started: Vec<u16> = queues.iter().map(VirtQueue::index).collect();
         let interrupt: Arc<dyn Interrupt> = Arc::clone(&self.doorbells) as Arc<dyn Interrupt>;
-        let features = self.features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let features = self.features & self.device.features();
         self.active = true;
         self.device.activate(Activation { queues, features, memory: self.ram.memory().clone(), interrupt });
         for queue in started {
@@ -251,12 +305,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        Ok(self.offered())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        if features & !offered != 0 {
+        if features & !self.offered() != 0 {
             return Err(wrong("features that were not offered"));
         }
         if features != self.features {
@@ -274,7 +327,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         let ranges = regions.iter().map(Range::from).zip(files);
-        let ram = SharedRam::new(ranges).map_err(refuse)?;
+        let ram = SharedRam::new(ranges, &self.alarm).map_err(refuse)?;
         self.use_ram(ram).map(|()| None)
     }
 
@@ -342,12 +395,18 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
+        let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        // A network card's buffers are never under way: what is lost is sent again by others.
+        if self.device.device_type() == kind::BLOCK {
+            features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        }
+        Ok(features)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -388,12 +447,25 @@ impl VhostUserBackendReqHandlerMut for Session {
         absent("shared objects")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        absent("requests in flight in shared memory")
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        let most = self.device.queue_sizes().into_iter().max().unwrap_or(0);
+        if usize::from(queues) > self.rings.len() || size > most {
+            return Err(wrong(
+                "an area of requests in flight for more queues, or larger ones, than there are",
+            ));
+        }
+        let file = InFlightArea::create(queues, size).map_err(Error::ReqHandlerError)?;
+        Ok((VhostUserInflight::new(InFlightArea::len(queues, size), 0, queues, size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        absent("requests in flight in shared memory")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let range = (inflight.mmap_offset, inflight.mmap_size);
+        let area =
+            InFlightArea::map(file, range, inflight.num_queues, inflight.queue_size).map_err(refuse)?;
+        self.halt();
+        self.in_flight = Some(area);
+        self.go()
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -406,7 +478,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let ram = self.ram.with(region.into(), file).map_err(refuse)?;
+        let ram = self.ram.with(region.into(), file, &self.alarm).map_err(refuse)?;
         self.use_ram(ram).map(|()| None)
     }
 
@@ -432,7 +504,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         absent("shared memory regions")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        absent("a log of what it writes")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.alarm).map_err(last)?;
+        // What the last one does not say, this one does.
+        self.halt();
+        self.log = Some(Arc::new(log));
+        self.go()
     }
 }

@@ -10,7 +10,7 @@ use vhost::vhost_user::Frontend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Address, Server};
@@ -148,14 +148,20 @@ struct Wild {
 
 impl Wild {
     fn connect(socket: &Path) -> Self {
+        let front = Self::connect_with(socket, VhostUserProtocolFeatures::empty());
+        Self { front, memory: shared_context().memory }
+    }
+
+    /// With these protocol features more.
+    fn connect_with(socket: &Path, more: VhostUserProtocolFeatures) -> Frontend {
         let mut front = Frontend::connect(socket, 4).expect("connects");
         front.set_owner().expect("owner");
         front.get_features().expect("features");
         front.get_protocol_features().expect("protocol features");
         let protocol = VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::CONFIG;
-        front.set_protocol_features(protocol).expect("protocol features");
+        front.set_protocol_features(protocol | more).expect("protocol features");
         front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
-        Self { front, memory: shared_context().memory }
+        front
     }
 
     fn region(&self) -> VhostUserMemoryRegionInfo {
@@ -208,4 +214,199 @@ fn wild_front_ends_are_answered_or_dropped_and_the_next_one_is_served() {
     let mut rig = front_end(&socket, 1);
     rig.start(bit::FLUSH);
     assert_eq!(sector(&mut rig, 0, 0, 1), 0);
+}
+
+/// A front end with one ring of the disk in RAM of its own.
+struct Ringed {
+    front: Frontend,
+    file: std::fs::File,
+    memory: vm_memory::GuestMemoryMmap<()>,
+    kick: EventFd,
+    call: EventFd,
+}
+
+const RING: u16 = 16;
+const DESC_AT: u64 = 0;
+const AVAIL_AT: u64 = 0x1000;
+const USED_AT: u64 = 0x2000;
+
+impl Ringed {
+    fn connect(socket: &Path, file: std::fs::File) -> Self {
+        let front = Wild::connect_with(
+            socket,
+            VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::LOG_SHMFD,
+        );
+        let features = feature::VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        front.set_features(features).expect("features");
+        let offset = vm_memory::FileOffset::new(file.try_clone().expect("fd"), 0);
+        let memory =
+            vm_memory::GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 0x10_0000, Some(offset))]);
+        let memory = memory.expect("maps");
+        let eventfd = || EventFd::new(0).expect("eventfd");
+        Self { front, file, memory, kick: eventfd(), call: eventfd() }
+    }
+
+    /// Starts the ring from `base`.
+    fn start(&mut self, base: u16) {
+        use vm_memory::GuestMemoryRegion;
+        let region = self.memory.iter().next().expect("RAM");
+        let at = region.get_host_address(vm_memory::MemoryRegionAddress(0)).expect("mapped") as u64;
+        let info = VhostUserMemoryRegionInfo::from_guest_region(region).expect("shared");
+        self.front.set_mem_table(&[info]).expect("RAM");
+        let ring = VringConfigData {
+            queue_max_size: RING,
+            queue_size: RING,
+            flags: 0,
+            desc_table_addr: at + DESC_AT,
+            used_ring_addr: at + USED_AT,
+            avail_ring_addr: at + AVAIL_AT,
+            log_addr: None,
+        };
+        self.front.set_vring_num(0, RING).expect("size");
+        self.front.set_vring_addr(0, &ring).expect("addresses");
+        self.front.set_vring_base(0, base).expect("base");
+        self.front.set_vring_call(0, &self.call).expect("call");
+        self.front.set_vring_kick(0, &self.kick).expect("kick");
+        self.front.set_vring_enable(0, true).expect("enabled");
+    }
+
+    /// Puts a read of sector `n` at descriptors 3n to 3n+2 and slot `n`.
+    fn read_sector(&self, n: u16) {
+        let header = 0x4000 + 0x1000 * u64::from(n);
+        self.memory.write_slice(&[0; 8], GuestAddress(header)).expect("RAM");
+        self.memory.write_obj(u64::from(n).to_le(), GuestAddress(header + 8)).expect("RAM");
+        let parts = [(header, 16u32, 1u16), (header + 0x200, 512, 3), (header + 0x800, 1, 2)];
+        for (k, (addr, len, flags)) in (0..).zip(parts) {
+            let index = 3 * n + k;
+            let at = GuestAddress(DESC_AT + 16 * u64::from(index));
+            let words = addr.to_le_bytes().into_iter().chain(len.to_le_bytes());
+            let words = words.chain(flags.to_le_bytes()).chain((index + 1).to_le_bytes());
+            self.memory.write_slice(&words.collect::<Vec<_>>(), at).expect("RAM");
+        }
+        self.memory.write_obj((3 * n).to_le(), GuestAddress(AVAIL_AT + 4 + 2 * u64::from(n))).expect("RAM");
+        self.memory.write_obj((n + 1).to_le(), GuestAddress(AVAIL_AT + 2)).expect("RAM");
+    }
+
+    fn used(&self) -> u16 {
+        self.memory.read_obj(GuestAddress(USED_AT + 2)).expect("RAM")
+    }
+
+    fn status(&self, n: u16) -> u8 {
+        self.memory.read_obj(GuestAddress(0x4800 + 0x1000 * u64::from(n))).expect("RAM")
+    }
+}
+
+fn memfd(len: u64) -> std::fs::File {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+    let file = std::fs::File::from(fd);
+    file.set_len(len).expect("length");
+    file
+}
+
+#[test]
+fn a_front_end_that_shortens_its_ram_loses_its_connection_and_nobody_else_does() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (socket, other) = (dir.path().join("s"), dir.path().join("t"));
+    let (first, second) = (disk(1), disk(1));
+    let (_server, _other) = (serve(&first, &socket), serve(&second, &other));
+    let mut rig = front_end(&other, 1);
+    rig.start(bit::FLUSH);
+    let mut ringed = Ringed::connect(&socket, memfd(0x10_0000));
+    ringed.start(0);
+    ringed.read_sector(0);
+    ringed.kick.write(1).expect("kick");
+    eventually("the first request is served", || ringed.used() == 1);
+    ringed.file.set_len(0).expect("shortened");
+    // From here on this process must not touch that memory either.
+    ringed.kick.write(1).expect("kick");
+    eventually("the connection is closed", || ringed.front.get_features().is_err());
+    assert_eq!(sector(&mut rig, 0, 0, 5), 0, "the other front end's disk");
+    let mut next = front_end(&socket, 1);
+    next.start(bit::FLUSH);
+    assert_eq!(sector(&mut next, 0, 0, 5), 0, "the next front end's");
+}
+
+#[test]
+fn a_front_end_that_moves_its_vm_learns_what_was_written() {
+    use std::os::fd::AsRawFd;
+    use vhost::VhostUserDirtyLogRegion;
+    let dir = tempfile::tempdir().expect("dir");
+    let socket = dir.path().join("s");
+    let disk = disk(1);
+    let _server = serve(&disk, &socket);
+    let mut ringed = Ringed::connect(&socket, memfd(0x10_0000));
+    ringed.start(0);
+    ringed.read_sector(0);
+    ringed.kick.write(1).expect("kick");
+    eventually("it is served", || ringed.used() == 1);
+    let log = memfd(4096);
+    let wrong = VhostUserDirtyLogRegion { mmap_size: 8192, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+    let part = VhostUserDirtyLogRegion { mmap_size: 32, ..wrong };
+    ringed.front.set_log_base(0, Some(part)).expect("a log");
+    let features = feature::VERSION_1
+        | (VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL).bits();
+    ringed.front.set_features(features).expect("logs");
+    let noted = || {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = [0; 32];
+        log.read_exact_at(&mut bytes, 0).expect("the log");
+        (0..256u64).filter(|page| bytes[*page as usize / 8] >> (page % 8) & 1 != 0).collect::<Vec<_>>()
+    };
+    assert!(noted().is_empty(), "{:?}", noted());
+    ringed.read_sector(1);
+    ringed.kick.write(1).expect("kick");
+    eventually("it is served", || ringed.used() == 2);
+    ringed.front.get_vring_base(0).expect("stands");
+    let pages = noted();
+    // Data and status; the used ring.
+    assert_eq!(pages, [USED_AT / 4096, 0x5000 / 4096]);
+    assert!(ringed.front.set_log_base(0, Some(wrong)).is_err(), "more than the file has");
+}
+
+#[test]
+fn requests_that_a_killed_back_end_left_are_served_by_its_successor() {
+    use crate::in_flight::InFlightArea;
+    use vhost::vhost_user::message::VhostUserInflight;
+    let dir = tempfile::tempdir().expect("dir");
+    let socket = dir.path().join("s");
+    let disk = disk(1);
+    let _server = serve(&disk, &socket);
+    let mut ringed = Ringed::connect(&socket, memfd(0x10_0000));
+    let (inflight, area) =
+        ringed.front.get_inflight_fd(&VhostUserInflight::new(0, 0, 1, RING)).expect("an area");
+    for n in 0..4 {
+        ringed.read_sector(n);
+        ringed.memory.write_obj(0xeeu8, GuestAddress(0x4800 + 0x1000 * u64::from(n))).expect("RAM");
+    }
+    // The one that died had taken three of the four and finished the second: the used ring alone cannot say which.
+    let copy = area.try_clone().expect("fd");
+    let mapped = InFlightArea::map(copy, (0, inflight.mmap_size), 1, RING).expect("maps");
+    let mut died = mapped.queue(0, RING).expect("a part");
+    assert!(died.left(0).is_empty());
+    for head in [0, 3, 6] {
+        died.begin(head);
+    }
+    died.finishing(3);
+    ringed.memory.write_obj(3u32.to_le(), GuestAddress(USED_AT + 4)).expect("RAM");
+    ringed.memory.write_obj(1u16.to_le(), GuestAddress(USED_AT + 2)).expect("RAM");
+    drop(ringed.front);
+    ringed.front = Wild::connect_with(&socket, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    let features = feature::VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    ringed.front.set_features(features).expect("features");
+    let unsealed = memfd(4096);
+    let mut wrong = inflight;
+    wrong.mmap_size = 4096;
+    assert!(ringed.front.set_inflight_fd(&wrong, std::os::fd::AsRawFd::as_raw_fd(&unsealed)).is_err());
+    ringed.front.set_inflight_fd(&inflight, std::os::fd::AsRawFd::as_raw_fd(&area)).expect("taken");
+    // What QEMU begins again with: where the used ring stands.
+    ringed.start(1);
+    eventually("all are given back", || ringed.used() == 4);
+    assert_eq!([0, 1, 2, 3].map(|n| ringed.status(n)), [0, 0xee, 0, 0], "the finished one is not done again");
+    let mut heads: Vec<u32> = (1..4)
+        .map(|slot| ringed.memory.read_obj(GuestAddress(USED_AT + 4 + 8 * slot)).expect("RAM"))
+        .collect();
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 6, 9]);
+    assert!(mapped.queue(0, RING).expect("a part").left(4).is_empty(), "nothing is under way");
+    assert!(ringed.front.get_inflight_fd(&VhostUserInflight::new(0, 0, 1, 4096)).is_err(), "too large");
 }

@@ -26,6 +26,9 @@ pub struct FsConfig {
     /// PCI segment.
     #[serde(default)]
     pub pci_segment: u16,
+    /// The hot-plug port that it is plugged into, instead of the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
     /// PCI device number on the root bus.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
@@ -43,10 +46,25 @@ fn queue_size() -> u16 {
 }
 
 impl FsConfig {
+    /// A directory that is mounted as `tag`; everything else is as if it were not given.
+    pub fn new(tag: String, socket: PathBuf) -> Self {
+        Self {
+            tag,
+            socket,
+            num_queues: num_queues(),
+            queue_size: queue_size(),
+            pci_segment: 0,
+            bus: None,
+            pci_device_id: None,
+            id: None,
+        }
+    }
+
     /// All fields that cannot be used.
     pub fn validate(&self) -> Vec<FieldError> {
         let mut check = Checker::default();
         check.pci(false, self.pci_segment, self.pci_device_id);
+        check.port(self.bus.as_ref(), self.pci_device_id);
         let len = self.tag.len();
         check.refuse(len == 0 || len > TAG_LEN, "tag", format!("has {len} bytes; it takes 1 to {TAG_LEN}"));
         check.refuse(self.socket.as_os_str().is_empty(), "socket", "is empty: name the back end's socket");

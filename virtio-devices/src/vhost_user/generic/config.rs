@@ -22,6 +22,9 @@ pub struct GenericVhostUserConfig {
     /// PCI segment.
     #[serde(default)]
     pub pci_segment: u16,
+    /// The hot-plug port that it is plugged into, instead of the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
     /// PCI device number on the root bus.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
@@ -31,10 +34,25 @@ pub struct GenericVhostUserConfig {
 }
 
 impl GenericVhostUserConfig {
+    /// A device of this type; everything else is as if it were not given.
+    pub fn new(device_type: u32, queue_sizes: Vec<u16>, socket: PathBuf) -> Self {
+        Self {
+            socket,
+            queue_sizes,
+            device_type,
+            iommu: false,
+            pci_segment: 0,
+            bus: None,
+            pci_device_id: None,
+            id: None,
+        }
+    }
+
     /// All fields that cannot be used.
     pub fn validate(&self) -> Vec<FieldError> {
         let mut check = Checker::default();
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
+        check.port(self.bus.as_ref(), self.pci_device_id);
         check.refuse(self.socket.as_os_str().is_empty(), "socket", "is empty: name the back end's socket");
         let kind = self.device_type;
         // PCI device ids are 0x1040 plus the type (virtio 1.2 section 4.1.2.1).

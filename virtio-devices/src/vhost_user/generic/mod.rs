@@ -7,7 +7,7 @@ use std::sync::Arc;
 use holdfast_device::{BuildContext, BuildError};
 
 use super::{ConfigSource, Door, Spec, VhostUser};
-use crate::device::VirtioDevice;
+use crate::device::{VirtioDevice, kind};
 use config::GenericVhostUserConfig;
 
 /// Bytes of config space that are asked of the back end.
@@ -29,6 +29,7 @@ pub fn build(
         queue_sizes: config.queue_sizes.clone(),
         features: DEVICE_FEATURES,
         config: ConfigSource::BackEnd(CONFIG_LEN),
+        stateful: config.device_type == kind::FS,
         // Which of its requests end by themselves is not known: what is under way is given to the back end again.
         settles: |_| false,
         ..Spec::new(id, "vhost-user-generic", config.device_type, Door::Connect(config.socket.clone()))
