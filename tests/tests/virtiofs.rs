@@ -40,7 +40,7 @@ fn exercise(guest: &mut Guest, name: &str) {
     let storms = guest.run(&format!("mkdir /mnt/{name}; {b} & {c}; wait; ls /mnt/{name} | wc -l"));
     assert!(!storms.contains("FAILED") && storms.lines().any(|line| line.trim() == "121"), "{storms}");
     let fio = guest.run(&format!(
-        "fio --name={name} --directory=/mnt --rw=randrw --size=3m --bsrange=512-16k --verify=crc32c \
+        "/usr/bin/fio --name={name} --directory=/mnt --rw=randrw --size=3m --bsrange=512-16k --verify=crc32c \
          --verify_fatal=1 --do_verify=1 --ioengine=psync --end_fsync=1 --fallocate=none --randseed=7"
     ));
     assert!(fio.contains("err= 0"), "{fio}");
@@ -155,7 +155,10 @@ fn a_guest_moves_with_a_mounted_directory_and_open_files() {
     let source = holdfast_tests::http::Api::connect(&dir.path().join("a"));
     guest.run("mount -t virtiofs share /mnt; mkdir /mnt/dir; cd /mnt/dir; exec 3>held; echo before >&3");
     // The other host's daemon, of the same directory.
-    let _second = Virtiofsd::of(&newest(), &share, &socket);
+    // A path has one daemon; the guest's comes to it with another's name.
+    let other = dir.path().join("t");
+    let _second = Virtiofsd::of(&newest(), &share, &other);
+    std::fs::rename(&other, &socket).expect("renamed");
     let target = Vmm::start(dir.path(), "b", &[]);
     let url = format!("unix:{}", dir.path().join("m").display());
     let received = target.receive(json!({ "receiver_url": url }));

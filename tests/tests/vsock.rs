@@ -46,6 +46,7 @@ fn conversation(dir: &Path, more: &[String]) -> Guest {
     let (socket, image) = (dir.join("v"), tools(dir));
     let mut args = riscv64_args(2, "");
     args.extend(["--disk".to_owned(), format!("path={},image_type=raw,readonly=on", image.display())]);
+    shared_ram(&mut args);
     args.extend_from_slice(more);
     let mut guest = Guest::boot(&args);
     guest.run("mount -o ro /dev/vda /mnt && dd if=/dev/urandom of=/tmp/a bs=64k count=48 2>/dev/null");
@@ -117,9 +118,8 @@ fn vhost_device_vsock_connects_them_and_may_be_killed() {
     let mut refused = Program::run(&args);
     assert!(!refused.wait_exit(holdfast_tests::shell::BOOT).success());
     assert!(refused.output().contains("was started for cid 42"), "{}", refused.output());
-    let memory = ["--memory".to_owned(), "size=512M,shared=on".to_owned()];
     let vsock = ["--vsock".to_owned(), format!("cid=42,vhost_user=on,socket={}", socket.display())];
-    let mut guest = conversation(dir.path(), &[memory, vsock].concat());
+    let mut guest = conversation(dir.path(), &vsock);
     let stream = greeted(&mut guest, &uds, 1001);
     first.kill().and_then(|()| first.wait()).expect("killed");
     let mut second = start();

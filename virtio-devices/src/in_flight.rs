@@ -69,7 +69,8 @@ impl InFlightArea {
     /// # Errors
     /// [`AreaError`].
     pub fn map(file: File, (offset, len): (u64, u64), queues: u16, size: u16) -> Result<Self, AreaError> {
-        let whole = file.metadata()?.len();
+        let whole = rustix::fs::fstat(&file).map_err(io::Error::from)?.st_size;
+        let whole = u64::try_from(whole).unwrap_or(0);
         if len < Self::len(queues, size) || offset.checked_add(len).is_none_or(|end| end > whole) {
             return Err(AreaError::Short);
         }

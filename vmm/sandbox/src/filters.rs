@@ -244,6 +244,9 @@ const SOCKETS: &[Permit] = &[
 /// Looking for a peer, and a second channel to it.
 const CONNECT: &[Permit] = &[Any(libc::SYS_socket), Any(libc::SYS_connect), Any(libc::SYS_socketpair)];
 
+/// Making memory that is shared with a peer.
+const SHARED_MEMORY: &[Permit] = &[Any(libc::SYS_memfd_create), Any(libc::SYS_ftruncate)];
+
 /// Who this is.
 const IDENTITY: &[Permit] = &[
     Any(libc::SYS_getuid),
@@ -307,7 +310,7 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         Role::Net => vec![LIFE, INTERRUPTS, SOCKET_IO, TAP],
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
         // A back end that is gone is looked for again.
-        Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT],
+        Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT, SHARED_MEMORY],
         // Requests bring descriptors and name files; each connection has its thread.
         Role::Api => vec![LIFE, FILE_IO, SOCKET_IO, SOCKETS, PLUMBING, FILES, THREADS, IDENTITY],
         // The VM is reached through its manager.

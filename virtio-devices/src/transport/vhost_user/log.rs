@@ -37,7 +37,8 @@ const PAGES: u64 = u64::BITS as u64;
 
 impl DirtyLog {
     pub(super) fn map(file: File, offset: u64, len: u64, alarm: &Arc<EventFd>) -> Result<Self, LogError> {
-        let whole = file.metadata().map_err(LogError::Map)?.len();
+        let whole = rustix::fs::fstat(&file).map_err(|e| LogError::Map(e.into()))?.st_size;
+        let whole = u64::try_from(whole).unwrap_or(0);
         let fits = offset.checked_add(len).is_some_and(|end| end <= whole);
         let bytes = usize::try_from(len).ok().filter(|_| fits && len != 0 && len.is_multiple_of(WORD));
         let bytes = bytes.ok_or(LogError::Short)?;

@@ -45,9 +45,10 @@ pub enum Address {
 }
 
 /// What ends the service of a device, shared with who asks for it.
-#[derive(Default)]
 struct Control {
     ending: AtomicBool,
+    /// Rung when the RAM of the front end is not there any more.
+    alarm: Arc<EventFd>,
     /// The listener, or the connection that is served.
     open: Mutex<Vec<std::os::fd::OwnedFd>>,
     doorbells: Mutex<Option<Arc<Doorbells>>>,
@@ -73,7 +74,12 @@ impl Server {
     /// The host's if there is no thread to be had.
     pub fn start(device: Arc<dyn VirtioDevice>, address: Address, spawner: &dyn Spawner) -> io::Result<Self> {
         bus_error::catch()?;
-        let control = Arc::new(Control::default());
+        let control = Arc::new(Control {
+            ending: AtomicBool::new(false),
+            alarm: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
+            open: Mutex::default(),
+            doorbells: Mutex::default(),
+        });
         if let Address::Listener(listener) = &address {
             control.open.lock().push(listener.try_clone()?.into());
         }
@@ -182,22 +188,16 @@ fn serve(device: &Arc<dyn VirtioDevice>, address: &Address, control: &Control) {
             return;
         }
         tracing::info!("a front end is there");
-        let alarm = match EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK) {
-            Ok(alarm) => Arc::new(alarm),
-            Err(error) => {
-                tracing::error!(%error, "a front end cannot be served");
-                control.open.lock().truncate(kept.saturating_sub(1));
-                continue;
-            }
-        };
-        let session = Session::new(Arc::clone(device), Arc::clone(&alarm));
+        // What rang for the last one is nobody's any more.
+        let _ = control.alarm.read();
+        let session = Session::new(Arc::clone(device), Arc::clone(&control.alarm));
         let doorbells = session.doorbells();
         *control.doorbells.lock() = Some(Arc::clone(&doorbells));
         // The protocol's library wants this mutex.
         let session = Arc::new(std::sync::Mutex::new(session));
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&session));
         let why = loop {
-            if !wait(&watched, &alarm) {
+            if !wait(&watched, &control.alarm) {
                 tracing::warn!("the front end has shortened the file of its RAM");
                 break ProtocolError::Disconnected;
             }

@@ -451,11 +451,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
         let most = self.device.queue_sizes().into_iter().max().unwrap_or(0);
         if usize::from(queues) > self.rings.len() || size > most {
-            return Err(wrong(
-                "an area of requests in flight for more queues, or larger ones, than there are",
-            ));
+            return absent("an area of requests in flight for more queues, or larger ones, than there are");
         }
-        let file = InFlightArea::create(queues, size).map_err(Error::ReqHandlerError)?;
+        let file = InFlightArea::create(queues, size).map_err(last)?;
         Ok((VhostUserInflight::new(InFlightArea::len(queues, size), 0, queues, size), file))
     }
 
