@@ -40,7 +40,7 @@ fn exercise(guest: &mut Guest, name: &str) {
     let storms = guest.run(&format!("mkdir /mnt/{name}; {b} & {c}; wait; ls /mnt/{name} | wc -l"));
     assert!(!storms.contains("FAILED") && storms.lines().any(|line| line.trim() == "121"), "{storms}");
     let fio = guest.run(&format!(
-        "/usr/bin/fio --name={name} --directory=/mnt --rw=randrw --size=3m --bsrange=512-16k --verify=crc32c \
+        "/usr/bin/fio --name={name} --directory=/mnt --rw=randrw --size=1m --bsrange=512-16k --verify=crc32c \
          --verify_fatal=1 --do_verify=1 --ioengine=psync --end_fsync=1 --fallocate=none --randseed=7"
     ));
     assert!(fio.contains("err= 0"), "{fio}");

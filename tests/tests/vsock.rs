@@ -50,7 +50,9 @@ fn conversation(dir: &Path, more: &[String]) -> Guest {
     args.extend_from_slice(more);
     let mut guest = Guest::boot(&args);
     guest.run("mount -o ro /dev/vda /mnt && dd if=/dev/urandom of=/tmp/a bs=64k count=48 2>/dev/null");
-    assert!(guest.run("echo x | /mnt/vsock connect 5000 2>&1").contains("reset"), "nobody listens there");
+    let nobody = guest.run("echo x | /mnt/vsock connect 5000 2>&1");
+    // vhost-device-vsock lets the guest find out by itself.
+    assert!(nobody.contains("reset") || nobody.contains("timed out"), "{nobody}");
     // Guest to host: socat takes a file.
     let (out, port) = (dir.join("out"), dir.join("v_5000"));
     let mut socat = Command::new("socat");

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use holdfast_config::{
@@ -17,6 +18,7 @@ use holdfast_vmm::storage::StorageRequest;
 #[derive(Default)]
 pub struct FakeManager {
     config: Option<Box<VmConfig>>,
+    sockets: BTreeMap<String, PathBuf>,
     running: Option<bool>,
     ids: IdAllocator,
     fds: BTreeMap<String, Vec<OwnedFd>>,
@@ -203,6 +205,20 @@ impl VmManager for FakeManager {
         config.net.get_or_insert_default().push(net);
         self.fds.insert(id, fds);
         Ok(None)
+    }
+
+    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError> {
+        self.sockets.insert(label, path);
+        Ok(())
+    }
+
+    fn chardev_remove(&mut self, label: String) -> Result<(), ControlError> {
+        let missing = || ControlError::new(ErrorKind::Failed, format!("Chardev '{label}' not found"));
+        self.sockets.remove(&label).map(drop).ok_or_else(missing)
+    }
+
+    fn chardev_socket(&mut self, label: String) -> Option<PathBuf> {
+        self.sockets.get(&label).cloned()
     }
 
     fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError> {

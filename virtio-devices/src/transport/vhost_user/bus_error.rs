@@ -43,7 +43,7 @@ impl Slot {
             return false;
         }
         let (start, len) = (self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
-        if !address.checked_sub(start).is_some_and(|offset| offset < len) {
+        if address.checked_sub(start).is_none_or(|offset| offset >= len) {
             return false;
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
