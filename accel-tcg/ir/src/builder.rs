@@ -87,11 +87,13 @@ impl Builder {
     }
 
     /// The guest pc of the instruction being translated.
+    #[inline]
     pub fn pc(&self) -> u64 {
         self.pc
     }
 
     /// How many IR instructions there are.
+    #[inline]
     pub fn len(&self) -> usize {
         self.region.insts.len()
     }
@@ -102,6 +104,7 @@ impl Builder {
     }
 
     /// Whether the last instruction is a terminator, so that code can go on only at a label.
+    #[inline]
     pub fn terminated(&self) -> bool {
         self.region.insts.last().is_some_and(|i| i.op.is_terminator())
     }
@@ -148,11 +151,13 @@ impl Builder {
     // ---- constants and slots ----
 
     /// A 64-bit constant.
+    #[inline]
     pub fn iconst(&mut self, v: i64) -> Val {
         self.constant(Type::I64, v as u64)
     }
 
     /// A 32-bit constant.
+    #[inline]
     pub fn iconst32(&mut self, v: i32) -> Val {
         self.constant(Type::I32, u64::from(v as u32))
     }
@@ -330,6 +335,7 @@ impl Builder {
             _ => {}
         }
         let v = self.push_op(Op::ZExt, Type::I64, 0, (a.0, 0, 0));
+        self.region.casts.push(v.0);
         if let Some(e) = self.extended_u.get_mut(n) {
             *e = (a.0, v.0);
         }
@@ -351,6 +357,7 @@ impl Builder {
             _ => {}
         }
         let v = self.push_op(Op::Trunc, Type::I32, 0, (a.0, 0, 0));
+        self.region.casts.push(v.0);
         if let Some(t) = self.truncated.get_mut(n) {
             *t = (a.0, v.0);
         }

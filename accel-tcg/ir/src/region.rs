@@ -76,6 +76,8 @@ pub struct Region {
     pub guest_insns: u32,
     /// The instructions.
     pub insts: Vec<Inst>,
+    /// The [`crate::Op::Trunc`] and [`crate::Op::ZExt`] among them, by rising index.
+    pub casts: Vec<u32>,
     /// Arguments of [`crate::Op::Call`].
     pub args: Vec<Val>,
     /// The labels.
@@ -100,6 +102,7 @@ impl Region {
         self.guest_len = 0;
         self.guest_insns = 0;
         self.insts.clear();
+        self.casts.clear();
         self.args.clear();
         self.labels.clear();
         self.vecs.clear();

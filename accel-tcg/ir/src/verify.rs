@@ -43,6 +43,9 @@ pub enum VerifyError {
     /// No such vector instruction or host code.
     #[error("instruction {0}: no such template")]
     Template(usize),
+    /// A truncation or zero extension is not in the region's list of them, or something else is.
+    #[error("instruction {0} is missing in the list of casts, or does not belong there")]
+    Cast(usize),
     /// Unknown helper or wrong number of arguments.
     #[error("instruction {0}: no such helper, or wrong arguments")]
     Call(usize),
@@ -56,7 +59,11 @@ pub fn verify(r: &Region, helpers: &HelperTable) -> Result<(), VerifyError> {
     let mut block_start = 0;
     let mut has_pc = false;
     let mut placed = vec![0u32; r.labels.len()];
+    let mut casts = r.casts.iter().map(|at| *at as usize).peekable();
     for (at, i) in r.insts.iter().enumerate() {
+        if casts.next_if_eq(&at).is_some() != matches!(i.op, Op::Trunc | Op::ZExt) {
+            return Err(VerifyError::Cast(at));
+        }
         if at > 0 && r.insts[at - 1].op.is_terminator() && i.op != Op::Label {
             return Err(VerifyError::Unreachable(at));
         }

@@ -37,8 +37,9 @@ impl Operands {
 
 const NO_VALUE: u32 = u32::MAX;
 
-/// What is known of an instruction and its value.
+/// What is known of an instruction and its value. A power of two in size, for the many indexes.
 #[derive(Clone, Copy)]
+#[repr(align(32))]
 struct Info {
     /// The value that its own is another name of.
     root: u32,
@@ -65,8 +66,9 @@ impl Info {
 /// Results of the pass, indexed by instruction.
 pub(crate) struct Analysis {
     info: Vec<Info>,
-    /// The instructions that something is to be done for, last to first.
+    /// The first `todo` are the instructions that something is to be done for, last to first.
     work: Vec<u32>,
+    todo: usize,
     /// What `info` begins as, as long as was ever needed.
     fresh: Vec<Info>,
     /// The next instruction that ends what probes may share.
@@ -82,6 +84,7 @@ impl Default for Analysis {
         Self {
             info: Vec::new(),
             work: Vec::new(),
+            todo: 0,
             fresh: Vec::new(),
             barrier: 0,
             overwritten: [(0, 0); SLOT_INDEXES],
@@ -101,8 +104,10 @@ impl Analysis {
         self.epoch += 1;
         self.barrier = r.insts.len() as u32;
         self.roots(r);
-        self.work.clear();
-        self.work.reserve(r.insts.len());
+        self.todo = 0;
+        if self.work.len() < r.insts.len() {
+            self.work.resize(r.insts.len(), 0);
+        }
         for (at, i) in r.insts.iter().enumerate().rev() {
             self.backward(r, at, i);
         }
@@ -114,22 +119,30 @@ impl Analysis {
         }
         self.info.clear();
         self.info.extend_from_slice(self.fresh.get(..r.insts.len()).unwrap_or_default());
-        for (at, i) in r.insts.iter().enumerate() {
-            if i.op != Op::Trunc && i.op != Op::ZExt {
-                continue;
-            }
+        for &at in &r.casts {
+            let Some(i) = r.insts.get(at as usize) else { continue };
             let of = self.info.get(i.a as usize).map_or(i.a, |d| d.root);
             // Everything that makes a 32-bit value zeroes the upper half, but for truncations.
-            if i.op == Op::Trunc || of == i.a {
-                let info = &mut self.info[at];
+            if (i.op == Op::Trunc || of == i.a)
+                && let Some(info) = self.info.get_mut(at as usize)
+            {
                 (info.root, info.flags) = (of, ALIAS);
             }
         }
     }
 
+    /// Something is to be done for instruction `at`.
+    #[inline]
+    fn note(&mut self, at: usize) {
+        if let Some(work) = self.work.get_mut(self.todo) {
+            *work = at as u32;
+            self.todo += 1;
+        }
+    }
+
     fn backward(&mut self, r: &Region, at: usize, i: &Inst) {
         if i.op == Op::InsnStart {
-            return self.work.push(at as u32);
+            return self.note(at);
         }
         let info = &mut self.info[at];
         if info.flags & ALIAS != 0 {
@@ -148,12 +161,12 @@ impl Analysis {
                     return;
                 }
                 *o = (i.a, self.epoch);
-                self.work.push(at as u32);
+                self.note(at);
                 self.mark(Val(i.b), at);
                 return;
             }
             Op::Nop => return,
-            _ => self.work.push(at as u32),
+            _ => self.note(at),
         }
         match i.op {
             Op::GetSlot => {
@@ -304,7 +317,7 @@ impl Analysis {
     /// The instructions that something is to be done for, last to first, unless they have become dead since.
     #[inline]
     pub(crate) fn work(&self) -> &[u32] {
-        &self.work
+        self.work.get(..self.todo).unwrap_or_default()
     }
 
     /// Makes the instruction dead: its work is done.
