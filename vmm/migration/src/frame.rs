@@ -20,6 +20,8 @@ const MAGIC: [u8; 8] = *b"HOLDFAST";
 pub const PREAMBLE: usize = 32;
 /// Length of a frame's header in bytes.
 pub const HEADER: usize = 24;
+/// What `Accept` carries if the target answers [`Kind::Sync`].
+pub const SYNC: &[u8] = b"sync";
 /// Most bytes of RAM in one frame.
 pub const MAX_RAM: usize = 1 << 20;
 
@@ -129,7 +131,7 @@ kinds! {
     /// Source: its [`Plan`](crate::Plan), as JSON.
     Hello = 1, 16 << 20;
     /// Target: the plan fits and the VM is built. The argument is the size of its largest host pages, in bytes: pages that follow
-    /// the guest are to be whole ones.
+    /// the guest are to be whole ones. The payload is what else the target understands: [`SYNC`].
     Accept = 2, TEXT;
     /// Either: why it gives up, as text.
     Abort = 3, TEXT;
@@ -159,6 +161,10 @@ kinds! {
     Disk = 15, MAX_RAM + 4;
     /// Source: zeroes of a disk; the argument is their offset, the payload the disk's number (4 bytes) and their length (8 bytes).
     DiskZero = 16, 12;
+    /// Source: is everything before this in RAM? Only if `Accept` said [`SYNC`].
+    Sync = 17, 0;
+    /// Target: it is.
+    Synced = 18, 0;
 }
 
 /// A frame's header.

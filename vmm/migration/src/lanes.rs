@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::control::Control;
 use crate::frame::{self, HEADER, Kind};
 use crate::pages::{Run, is_zero};
+use crate::source::expect;
 use crate::{MigrationError, Stream};
 
 /// Pieces of RAM that wait for a connection.
@@ -68,6 +69,11 @@ pub(crate) trait Sink: Send {
     /// What was taken so far is on its way when this returns.
     fn flush(&mut self) -> Result<(), MigrationError>;
 
+    /// What was taken so far is where it belongs when this returns, if the other end can say so.
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.flush()
+    }
+
     /// Nothing more comes.
     fn end(&mut self) -> Result<(), MigrationError>;
 }
@@ -76,6 +82,15 @@ pub(crate) trait Sink: Send {
 pub(crate) struct Connection {
     pub(crate) encoder: Encoder,
     pub(crate) stream: Stream,
+    /// The other end says what has arrived.
+    pub(crate) syncs: bool,
+}
+
+/// Waits until the other end has taken all that was sent. Sockets hold megabytes, which would be worked off while the guest stands.
+fn sync(stream: &mut Stream) -> Result<(), MigrationError> {
+    const WHAT: &str = "waiting for the destination to have what was sent";
+    frame::write(stream, Kind::Sync, 0, &[]).map_err(MigrationError::broken(WHAT))?;
+    expect(stream, Kind::Synced, WHAT, "destination").map(drop)
 }
 
 impl Sink for Connection {
@@ -85,6 +100,11 @@ impl Sink for Connection {
 
     fn flush(&mut self) -> Result<(), MigrationError> {
         self.encoder.flush(&mut self.stream)
+    }
+
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.flush()?;
+        if self.syncs { sync(&mut self.stream) } else { Ok(()) }
     }
 
     fn end(&mut self) -> Result<(), MigrationError> {
@@ -98,6 +118,8 @@ impl Sink for Connection {
 pub(crate) struct First<'a> {
     pub(crate) encoder: &'a mut Encoder,
     pub(crate) stream: &'a mut Stream,
+    /// The other end says what has arrived.
+    pub(crate) syncs: bool,
 }
 
 impl Sink for First<'_> {
@@ -107,6 +129,11 @@ impl Sink for First<'_> {
 
     fn flush(&mut self) -> Result<(), MigrationError> {
         self.encoder.flush(self.stream)
+    }
+
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.flush()?;
+        if self.syncs { sync(self.stream) } else { Ok(()) }
     }
 
     fn end(&mut self) -> Result<(), MigrationError> {
@@ -202,7 +229,7 @@ impl Encoder {
 
 enum Job {
     Send(Run),
-    /// Says when everything before it has left.
+    /// Says when everything before it has arrived.
     Flush(SyncSender<Result<(), MigrationError>>),
     End(SyncSender<Result<(), MigrationError>>),
 }
@@ -240,7 +267,7 @@ fn serve(jobs: &Receiver<Job>, mut sink: Box<dyn Sink>) {
                 }
             }
             Job::Flush(answer) => {
-                let said = std::mem::replace(&mut result, Ok(())).and_then(|()| sink.flush());
+                let said = std::mem::replace(&mut result, Ok(())).and_then(|()| sink.settle());
                 // Who asked waits for it.
                 let _ = answer.send(said);
             }
@@ -289,8 +316,8 @@ impl Lanes {
         answers.into_iter().try_for_each(|answer| answer.recv().map_err(|_| gone())?)
     }
 
-    /// Waits until everything has left.
-    pub(crate) fn flush(&self) -> Result<(), MigrationError> {
+    /// Waits until everything has arrived.
+    pub(crate) fn settle(&self) -> Result<(), MigrationError> {
         self.ask(Job::Flush)
     }
 

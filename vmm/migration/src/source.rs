@@ -188,6 +188,7 @@ pub fn send(
         mirroring: false,
         behind: None,
         unit: 0,
+        syncs: false,
     };
     let result = sender.run();
     sender.finish(result)
@@ -209,6 +210,8 @@ struct Sender<'a> {
     behind: Option<PageSet>,
     /// Bytes that the destination can only bring in together (its huge pages); 0 if it has said nothing.
     unit: u64,
+    /// The destination says what has arrived.
+    syncs: bool,
 }
 
 fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
@@ -286,12 +289,13 @@ impl Sender<'_> {
         if self.to.local {
             main.send_fds(&files)?;
         }
-        let (accepted, _) =
+        let (accepted, understands) =
             expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
         self.unit = accepted.arg;
+        self.syncs = understands == frame::SYNC;
         for _ in 1..self.to.connections {
             let stream = self.connect(Role::Ram)?;
-            let sink = Box::new(Connection { encoder: self.encoder(), stream });
+            let sink = Box::new(Connection { encoder: self.encoder(), stream, syncs: self.syncs });
             self.lanes.add(sink, self.spawner.as_ref())?;
         }
         let setup = self.control.elapsed().as_millis() as u64;
@@ -342,7 +346,7 @@ impl Sender<'_> {
 
     fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
         let mut left = PageSet::empty(&self.ranges());
-        let mut encoder = self.encoder();
+        let (mut encoder, syncs) = (self.encoder(), self.syncs);
         let (source, control, limiter) = (self.source, self.control, Arc::clone(&self.limiter));
         let disks = DiskSender { source, control, limiter: &limiter, disks: &plan.mirror };
         self.mirroring = !plan.mirror.is_empty();
@@ -351,7 +355,7 @@ impl Sender<'_> {
             self.enter(Phase::Active);
         } else {
             left = self.begin()?;
-            self.converge(&mut left, &mut First { encoder: &mut encoder, stream: main })?;
+            self.converge(&mut left, &mut First { encoder: &mut encoder, stream: main, syncs })?;
         }
         disks.pass(main)?;
         self.wait_for_leave()?;
@@ -365,7 +369,7 @@ impl Sender<'_> {
             marks.mark("log");
             let behind = self.to.postcopy && self.control.wants_postcopy() && left.count() > 0;
             if !behind {
-                self.send_pages(&mut left, &mut First { encoder: &mut encoder, stream: main })?;
+                self.send_pages(&mut left, &mut First { encoder: &mut encoder, stream: main, syncs })?;
             }
             marks.mark("RAM");
         }
@@ -479,7 +483,8 @@ impl Sender<'_> {
             let before = self.control.counters.transferred.load(Relaxed);
             let began = host_monotonic();
             self.send_pages(left, first)?;
-            self.lanes.flush()?;
+            first.settle()?;
+            self.lanes.settle()?;
             let sent = self.control.counters.transferred.load(Relaxed) - before;
             let took = (host_monotonic() - began).max(1);
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;

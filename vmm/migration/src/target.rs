@@ -165,7 +165,8 @@ impl Session<'_> {
         let total: u64 = plan.ram.iter().map(|r| r.1).sum();
         self.control.counters.total.store(total, Relaxed);
         let unit = host_pages(&memory).max().unwrap_or(PAGE_SIZE);
-        frame::write(main, Kind::Accept, unit, &[]).map_err(MigrationError::broken("accepting the plan"))?;
+        frame::write(main, Kind::Accept, unit, frame::SYNC)
+            .map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
         let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
         self.fill(main, &memory, target, &plan)?;
@@ -312,6 +313,10 @@ impl Filler<'_> {
                 Kind::Abort => {
                     let reason = String::from_utf8_lossy(&payload).into_owned();
                     return Err(MigrationError::Refused { side: "source", reason });
+                }
+                Kind::Sync => {
+                    let said = frame::write(stream, Kind::Synced, 0, &[]);
+                    said.map_err(MigrationError::broken("saying what has arrived"))?;
                 }
                 Kind::Disk | Kind::DiskZero => disks(&header, &payload)?,
                 _ => self.put(&header, &payload)?,

@@ -231,7 +231,11 @@ fn without_harm_the_guest_is_there_and_whole() {
     assert_eq!(end.state, b"state");
     assert_eq!(end.kinds[0].first(), Some(&Kind::Hello));
     assert_eq!(end.kinds[0][end.kinds[0].len() - 3..], [Kind::End, Kind::State, Kind::Go]);
-    assert_eq!(end.kinds[1], [Kind::Accept, Kind::Ready, Kind::Done]);
+    let synced = |kinds: &[Kind], what| kinds.iter().filter(|kind| **kind == what).count();
+    assert!(synced(&end.kinds[0], Kind::Sync) > 0);
+    assert_eq!(synced(&end.kinds[0], Kind::Sync), synced(&end.kinds[1], Kind::Synced));
+    let others: Vec<_> = end.kinds[1].iter().copied().filter(|kind| *kind != Kind::Synced).collect();
+    assert_eq!(others, [Kind::Accept, Kind::Ready, Kind::Done]);
 }
 
 #[test]
@@ -247,12 +251,14 @@ fn whatever_section_is_hurt_at_most_one_runs() {
             for harm in [Harm::Cut, Harm::Alter(0), Harm::Alter(9), Harm::Alter(17), Harm::Alter(usize::MAX)]
             {
                 let end = migrate(dir.path(), way, victim, harm);
-                let case = format!("{:?} {victim} of way {way}, {harm:?}", kinds[victim]);
+                // How many passes there are depends on how fast they are: what was hurt may be another section than in the whole one.
+                let Some(&hurt) = end.kinds[way].get(victim) else { continue };
+                let case = format!("{hurt:?} {victim} of way {way}, {harm:?}");
                 end.sent.expect_err(&case);
-                if kinds[victim] == Kind::Done {
+                if hurt == Kind::Done {
                     // The target has it; the source cannot know and waits.
                     assert!(end.target_runs && !end.source_runs, "{case}");
-                } else if kinds[victim] == Kind::Go && harm == Harm::Cut {
+                } else if hurt == Kind::Go && harm == Harm::Cut {
                     // As little can it here, where nobody runs.
                     assert!(!end.target_runs, "{case}");
                 } else {
