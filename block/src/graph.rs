@@ -684,6 +684,13 @@ pub fn referenced_files(path: &Path, spawner: &Arc<dyn Spawner>) -> Result<Vec<(
             Some(driver) => driver,
             None => probe(&first)?,
         };
+        if kind == Driver::Vmdk {
+            let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+            let top = out.is_empty();
+            for name in vmdk::extent_files(&*file)? {
+                out.push((plain_path(&beside(&directory, &name))?, top));
+            }
+        }
         if kind != Driver::Qcow2 {
             break;
         }

@@ -347,6 +347,10 @@ impl<M: Map> BlockNode for Mapped<M> {
     }
 
     fn inactivate(&self) -> io::Result<()> {
+        self.can_inactivate()
+    }
+
+    fn can_inactivate(&self) -> io::Result<()> {
         if self.readonly {
             return Ok(());
         }

@@ -188,6 +188,14 @@ pub trait BlockNode: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Says whether [`BlockNode::inactivate`] can work at all: asked before a VM begins to move.
+    ///
+    /// # Errors
+    /// `Unsupported` with what stands in the way.
+    fn can_inactivate(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Takes it again, or for the first time: locks it and reads anew what another process may have changed. The nodes below
     /// have been taken. Does nothing if it is not given up.
     ///

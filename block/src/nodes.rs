@@ -299,6 +299,10 @@ impl BlockNode for NamedNode {
         self.ask(|n| n.inactivate()).unwrap_or(Ok(()))
     }
 
+    fn can_inactivate(&self) -> io::Result<()> {
+        self.ask(|n| n.can_inactivate()).unwrap_or(Ok(()))
+    }
+
     fn activate(&self) -> Result<(), BlockError> {
         self.ask(|n| n.activate()).unwrap_or(Ok(()))
     }
@@ -374,6 +378,17 @@ impl Nodes {
         let mut all: Vec<_> = self.list().into_iter().map(|n| (n.height(), n)).collect();
         all.sort_by_key(|(height, _)| std::cmp::Reverse(*height));
         all.into_iter().map(|(_, node)| node).collect()
+    }
+
+    /// Checks that all images can be given up for another process.
+    ///
+    /// # Errors
+    /// [`BlockError::Unsupported`] naming the first node that cannot, and why.
+    pub fn can_inactivate(&self) -> Result<(), BlockError> {
+        self.top_down().iter().try_for_each(|node| {
+            let text = |e: io::Error| BlockError::Unsupported(format!("node '{}': {e}", node.name()));
+            node.can_inactivate().map_err(text)
+        })
     }
 
     /// Gives all images up for another process; nobody has a request under way.

@@ -1,8 +1,10 @@
 //! Landlock around the whole program: what a VM's config names can be opened, and nothing else.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
+use holdfast_tests::devices::run;
 use holdfast_tests::http::Api;
 use holdfast_tests::{Program, riscv64_args, riscv64_guest};
 use serde_json::{Value, json};
@@ -108,6 +110,29 @@ fn the_first_vm_that_asks_for_landlock_decides_for_the_process() {
     // The same VM once more is within reach.
     std::fs::remove_file(&console).expect("the console's file");
     api.put("vm.create", &config(&console, Some(&good), true));
+    api.put("vm.boot", &Value::Null);
+    wait_in(&console, "OpenSBI");
+    api.put("vmm.shutdown", &Value::Null);
+    assert!(program.wait_exit(BOOT).success());
+}
+
+#[test]
+fn files_that_images_name_are_in_reach() {
+    let dir = tempfile::tempdir().expect("directory");
+    let path = |name: &str| dir.path().join(name);
+    let make = |args: &[&str]| {
+        run(Command::new("qemu-img").current_dir(dir.path()).args(["create", "-q", "-f"]).args(args));
+    };
+    make(&["vmdk", "-o", "subformat=twoGbMaxExtentFlat", "disk.vmdk", "4M"]);
+    make(&["qcow2", "base.qcow2", "4M"]);
+    make(&["qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]);
+    let (socket, console) = (path("api"), path("console"));
+    let mut program = Program::run(&["--api-socket", socket.to_str().expect("UTF-8")]);
+    let api = Api::connect(&socket);
+    let mut config = config(&console, None, true);
+    let disks = ["disk.vmdk", "top.qcow2"].map(|name| json!({ "path": path(name), "backing_files": true }));
+    config["disks"] = json!(disks);
+    api.put("vm.create", &config);
     api.put("vm.boot", &Value::Null);
     wait_in(&console, "OpenSBI");
     api.put("vmm.shutdown", &Value::Null);

@@ -1,14 +1,18 @@
 //! The storage graph of a running VM, driven over QMP, with Debian's own drivers on the other side. Needs root for a small
 //! file system, and qemu-utils.
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use holdfast_tests::devices::run;
+use holdfast_tests::devices::{run, sha256};
 use holdfast_tests::qmp::Qmp;
 use holdfast_tests::riscv64_args;
 use holdfast_tests::shell::Guest;
+use holdfast_tests::tls::certificates;
 use serde_json::json;
 
 fn qcow2(path: &Path, size: &str) {
@@ -252,7 +256,129 @@ fn a_disk_is_plugged_in_and_out() {
         assert!(std::fs::read(&image).expect("file").starts_with(text.as_bytes()));
     }
     assert!(qmp.fails("device_del", json!({ "id": "hot" })).contains("not found"));
+    only_some_clients(&mut qmp, dir.path(), &image);
+    legacy_encryption(&mut qmp, dir.path());
+    formats_that_stay(&mut qmp, dir.path());
+    from_the_web(&mut guest, &mut qmp, dir.path());
     guest.power_off();
+}
+
+/// An NBD server in the VM's process lets in those clients only whose certificates an object names.
+fn only_some_clients(qmp: &mut Qmp, dir: &Path, image: &Path) {
+    let (pki, socket) = (dir.join("pki"), dir.join("guarded"));
+    std::fs::create_dir(&pki).expect("directory");
+    certificates(&pki, "vm.example");
+    let creds = json!({ "qom-type": "tls-creds-x509", "id": "t", "endpoint": "server", "verify-peer": true, "dir": pki });
+    qmp.ok("object-add", creds);
+    qmp.ok("blockdev-add", json!({ "driver": "file", "node-name": "shown", "filename": image }));
+    for (name, enters) in [("CN=somebody.else", false), ("CN=vm.example", true)] {
+        qmp.ok("object-add", json!({ "qom-type": "authz-simple", "id": "z", "identity": name }));
+        let address = json!({ "type": "unix", "path": socket });
+        qmp.ok("nbd-server-start", json!({ "addr": address, "tls-creds": "t", "tls-authz": "z" }));
+        qmp.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "shown" }));
+        let client = Command::new("qemu-img")
+            .args(["info", "--object"])
+            .arg(format!("tls-creds-x509,id=c,endpoint=client,dir={}", pki.display()))
+            .arg("--image-opts")
+            .arg(format!(
+                "driver=nbd,server.type=unix,server.path={},export=shown,tls-creds=c,tls-hostname=vm.example",
+                socket.display()
+            ))
+            .output()
+            .expect("qemu-img");
+        assert_eq!(client.status.success(), enters, "{name}: {client:?}");
+        qmp.ok("nbd-server-stop", json!({}));
+        qmp.ok("object-del", json!({ "id": "z" }));
+    }
+    qmp.ok("blockdev-del", json!({ "node-name": "shown" }));
+}
+
+/// A VM does not open images with QEMU's first encryption, and says what to do.
+fn legacy_encryption(qmp: &mut Qmp, dir: &Path) {
+    let image = dir.join("old.qcow2");
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=old"])
+        .args(["-o", "encrypt.format=aes,encrypt.key-secret=s"])
+        .arg(&image)
+        .arg("1M"));
+    qmp.ok("object-add", json!({ "qom-type": "secret", "id": "s", "data": "old" }));
+    let said = qmp.fails(
+        "blockdev-add",
+        json!({
+            "driver": "qcow2", "node-name": "old", "encrypt": { "format": "aes", "key-secret": "s" },
+            "file": { "driver": "file", "filename": image },
+        }),
+    );
+    assert!(said.contains("no longer supported") && said.contains("'qemu-img convert'"), "{said}");
+}
+
+/// Images of other programs' formats that are written keep the VM where it is, and the refusal names them.
+fn formats_that_stay(qmp: &mut Qmp, dir: &Path) {
+    let image = dir.join("a.vdi");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vdi"]).arg(&image).arg("1M"));
+    let file = json!({ "driver": "file", "filename": image });
+    qmp.ok("blockdev-add", json!({ "driver": "vdi", "node-name": "foreign", "file": file }));
+    let said = qmp.fails("migrate", json!({ "uri": format!("unix:{}", dir.join("away").display()) }));
+    assert!(said.contains("'foreign'") && said.contains("'vdi'"), "{said}");
+    qmp.ok("blockdev-del", json!({ "node-name": "foreign" }));
+}
+
+/// Gives out ranges of `data` until the test ends. Returns its port.
+fn web_server(data: Arc<Vec<u8>>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("port");
+    let port = listener.local_addr().expect("address").port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let data = Arc::clone(&data);
+            std::thread::spawn(move || answer(stream, &data));
+        }
+    });
+    port
+}
+
+fn answer(stream: TcpStream, data: &[u8]) {
+    let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
+    let Some(first) = lines.next() else { return };
+    let headers: Vec<String> = lines.take_while(|l| !l.is_empty()).map(|l| l.to_ascii_lowercase()).collect();
+    let range = headers.iter().find_map(|l| l.strip_prefix("range: bytes=")?.split_once('-'));
+    let (status, part, more) = match range {
+        Some((from, to)) if first.starts_with("GET ") => {
+            let from: usize = from.parse().unwrap_or(0);
+            let to = to.parse().unwrap_or(usize::MAX).min(data.len() - 1);
+            let range = format!("Content-Range: bytes {from}-{to}/{}\r\n", data.len());
+            ("206 Partial Content", data.get(from..=to).unwrap_or_default(), range)
+        }
+        _ => ("200 OK", data, String::new()),
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nAccept-Ranges: bytes\r\nContent-Length: {}\r\n{more}Connection: close\r\n\r\n",
+        part.len()
+    );
+    // Clients that have heard enough go.
+    let _ = (&stream).write_all(head.as_bytes());
+    if !first.starts_with("HEAD ") {
+        let _ = (&stream).write_all(part);
+    }
+}
+
+/// A disk whose bytes a web server has.
+fn from_the_web(guest: &mut Guest, qmp: &mut Qmp, dir: &Path) {
+    let data: Vec<u8> = (0..3u32 << 20).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    std::fs::write(dir.join("web"), &data).expect("written");
+    let port = web_server(Arc::new(data));
+    let url = format!("http://127.0.0.1:{port}/disk");
+    qmp.ok(
+        "blockdev-add",
+        json!({
+            "driver": "raw", "node-name": "web", "read-only": true,
+            "file": { "driver": "http", "url": url, "read-only": true },
+        }),
+    );
+    qmp.ok("device_add", json!({ "driver": "virtio-blk-pci", "drive": "web", "id": "web", "serial": "web" }));
+    guest.run("echo 1 >/sys/bus/pci/rescan");
+    guest.wait_for("/sys/block/vda/serial", Some("web"));
+    assert!(guest.run("cat /sys/block/vda/ro").contains('1'));
+    assert!(guest.run("sha256sum </dev/vda").contains(&sha256(&dir.join("web"))));
 }
 
 /// A file system of a few megabytes, which goes when this does.

@@ -124,12 +124,30 @@ fn refuse_parent(text: &str) -> Result<(), BlockError> {
     }
 }
 
+/// Names of the files that an image consists of besides its own, as its descriptor has them.
+///
+/// # Errors
+/// [`BlockError::Host`] if it cannot be read.
+pub fn extent_files(file: &dyn BlockNode) -> Result<Vec<String>, BlockError> {
+    let bytes = read_part(file, 0, file.size().min(MAX_DESCRIPTOR), "Could not read the VMDK descriptor")?;
+    if !bytes.starts_with(b"# Disk DescriptorFile") {
+        return Ok(Vec::new());
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let names = extent_lines(&text).filter_map(|l| Some(l.split_once('"')?.1.split_once('"')?.0.to_owned()));
+    Ok(names.take(MAX_EXTENTS).collect())
+}
+
+fn extent_lines(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text.lines().map(str::trim);
+    lines.filter(|l| ["RW ", "RDONLY ", "NOACCESS "].iter().any(|a| l.starts_with(a)))
+}
+
 /// The extents of a descriptor: `ACCESS SECTORS TYPE "FILE" OFFSET`.
 fn described(text: &str, open: OpenExtent<'_>) -> Result<Vec<Extent>, BlockError> {
     refuse_parent(text)?;
     let mut out: Vec<Extent> = Vec::new();
-    let lines = text.lines().map(str::trim);
-    for line in lines.filter(|l| ["RW ", "RDONLY ", "NOACCESS "].iter().any(|a| l.starts_with(a))) {
+    for line in extent_lines(text) {
         let wrong = || BlockError::Format(format!("Invalid extent line: {line}"));
         let (head, tail) = line.split_once('"').unwrap_or((line, ""));
         let mut head = head.split_whitespace();

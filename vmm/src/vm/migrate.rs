@@ -85,6 +85,6 @@ impl Vm {
                     .into(),
             ));
         }
-        Ok(())
+        self.storage().nodes().can_inactivate().map_err(|e| VmError::Unsupported(e.to_string()))
     }
 }
