@@ -22,7 +22,14 @@ impl Guest {
     /// # Panics
     /// If it does not.
     pub fn boot(args: &[String]) -> Self {
-        let vm = Program::run(args);
+        Self::of(Program::run(args))
+    }
+
+    /// The guest that `vm` boots, at the shell.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    pub fn of(vm: Program) -> Self {
         vm.wait_for("BOOTED", BOOT);
         let at = vm.wait_for("# ", BOOT);
         Self { vm, at, count: 0 }

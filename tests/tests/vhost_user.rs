@@ -100,13 +100,52 @@ fn a_tap_of_ours_serves_our_card() {
     peer.check(&output);
 }
 
+#[test]
+fn a_tap_of_ours_serves_qemus_card() {
+    const TAP: &str = "hftapvu2";
+    let dir = tempfile::tempdir().expect("directory");
+    let (peer, socket) = (NetPeer::new(dir.path(), 300_000), dir.path().join("s"));
+    let keys = format!("socket={},tap={TAP},ip=192.168.77.1,mask=255.255.255.0,mtu=1400", socket.display());
+    let _back_end = BackEnd::net(&keys, &socket);
+    let options = [
+        "-chardev",
+        &format!("socket,id=c,path={}", socket.display()),
+        "-netdev",
+        "vhost-user,id=n,chardev=c",
+        "-device",
+        "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56,host_mtu=1400",
+    ];
+    let mut vm = qemu("net", &options.map(str::to_owned));
+    // The tap is there before the card is.
+    vm.wait_for("OpenSBI", BOOT);
+    let served = peer.serve();
+    let output = finished(&mut vm);
+    served.join().expect("served");
+    peer.check(&output);
+}
+
 /// A guest whose disk is killed again and again while it writes; `start` starts the back end.
 fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: Option<&dyn Fn()>) {
-    let mut back_end = start();
+    let back_end = start();
     let mut args = riscv64_args(2, "");
     shared_ram(&mut args);
     args.extend(["--disk".to_owned(), format!("vhost_user=on,socket={},num_queues=2", socket.display())]);
     let mut guest = Guest::boot(&args);
+    let _back_end = written_while_killed(&mut guest, image, back_end, start);
+    if let Some(grow) = grow {
+        grow();
+        guest.wait_for("/sys/block/vda/size", Some("196608"));
+    }
+    guest.power_off();
+}
+
+/// Nothing is lost that `guest` writes while its back end is killed; returns the last one.
+fn written_while_killed(
+    guest: &mut Guest,
+    image: &Path,
+    mut back_end: BackEnd,
+    start: &dyn Fn() -> BackEnd,
+) -> BackEnd {
     guest.run("dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null");
     guest.start("for i in $(seq 0 39); do dd if=/tmp/a of=/dev/vda bs=64k seek=$((i * 16)) conv=notrunc,fsync 2>/dev/null; done");
     for _ in 0..3 {
@@ -119,10 +158,23 @@ fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: Option
     assert!(sums.lines().any(|line| line.trim() == "1"), "{sums}");
     let bytes = std::fs::read(image).expect("the image");
     assert!(bytes[..40 << 20].chunks(1 << 20).all(|part| *part == bytes[..1 << 20]), "all parts are alike");
-    if let Some(grow) = grow {
-        grow();
-        guest.wait_for("/sys/block/vda/size", Some("196608"));
-    }
+    back_end
+}
+
+#[test]
+fn a_disk_of_ours_that_is_killed_under_qemu_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, socket) = (empty_image(dir.path()), dir.path().join("s"));
+    let start = || BackEnd::disk(&image, &socket);
+    let back_end = start();
+    let options = [
+        "-chardev",
+        &format!("socket,id=c,path={},reconnect=1", socket.display()),
+        "-device",
+        "vhost-user-blk-pci,chardev=c,num-queues=2",
+    ];
+    let mut guest = Guest::of(qemu("", &options.map(str::to_owned)));
+    let _back_end = written_while_killed(&mut guest, &image, back_end, &start);
     guest.power_off();
 }
 

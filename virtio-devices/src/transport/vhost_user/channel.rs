@@ -9,12 +9,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketType, recvmsg, send, sockopt,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketType, recv, recvmsg, send, sockopt,
 };
 
 /// Bytes of a message's header: request, flags, size.
 const HEADER: usize = 12;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const SET_VRING_ENABLE: u32 = 18;
+/// Flags: an answer is wanted; version 1, and this is one.
+const NEED_REPLY: u32 = 8;
+const REPLY: u32 = 1 | 4;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, version 1, without a payload.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
@@ -37,6 +41,31 @@ pub(super) fn look(connection: &UnixStream) -> Option<OwnedFd> {
     });
     let fd = fds.next()?.next()?;
     sockopt::socket_type(&fd).is_ok_and(|kind| kind == SocketType::STREAM).then_some(fd)
+}
+
+/// A `SET_VRING_ENABLE` that waits: the ring, whether it is to be on, and whether an answer is wanted.
+///
+/// The library refuses it before `SET_FEATURES`, which is when QEMU's network cards say it.
+pub(super) fn take_enable(connection: &UnixStream) -> Option<(u32, bool, bool)> {
+    let mut message = [0; HEADER + 8];
+    let got = recv(connection, &mut message[..], RecvFlags::PEEK).ok()?.0;
+    let word = |at: usize| message.get(at..at + 4)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    let (request, flags, size) = (word(0)?, word(4)?, word(8)?);
+    // Anything odd is the library's affair.
+    let whole = got == message.len() && flags & !NEED_REPLY == 1 && size == 8;
+    let (ring, on) = (word(HEADER)?, word(HEADER + 4)?);
+    if request != SET_VRING_ENABLE || !whole || on > 1 {
+        return None;
+    }
+    let taken = recv(connection, &mut message[..], RecvFlags::empty()).ok()?.0;
+    (taken == got).then_some((ring, on == 1, flags & NEED_REPLY != 0))
+}
+
+/// Answers it.
+pub(super) fn answer_enable(connection: &UnixStream, done: bool) -> rustix::io::Result<()> {
+    let answer = [SET_VRING_ENABLE, REPLY, 8, u32::from(!done), 0];
+    let message: Vec<u8> = answer.iter().flat_map(|word| word.to_le_bytes()).collect();
+    send(connection, &message, SendFlags::NOSIGNAL).map(drop)
 }
 
 /// Says that the config space is another one. Never blocks.

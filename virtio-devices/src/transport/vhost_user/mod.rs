@@ -26,7 +26,7 @@ use std::time::Duration;
 use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
-use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError, VhostUserBackendReqHandlerMut};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioDevice;
@@ -203,6 +203,16 @@ fn serve(device: &Arc<dyn VirtioDevice>, address: &Address, control: &Control) {
             }
             if let Some(fd) = channel::look(&watched) {
                 doorbells.set_channel(fd);
+            }
+            if let Some((ring, on, answer)) = channel::take_enable(&watched) {
+                let done = match session.lock() {
+                    Ok(mut session) => session.set_vring_enable(ring, on).is_ok(),
+                    Err(_) => false,
+                };
+                if answer && channel::answer_enable(&watched, done).is_err() {
+                    break ProtocolError::Disconnected;
+                }
+                continue;
             }
             match requests.handle_request() {
                 // A request that could not be done was answered, if the front end wants answers.
