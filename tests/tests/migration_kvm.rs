@@ -8,7 +8,7 @@ use holdfast_tests::small::{Counter, config};
 use serde_json::{Value, json};
 
 /// Moves the VM from `from` to a new process `name`, where it goes on on `accel`.
-fn moves(dir: &Path, from: Vmm, name: &str, accel: &str) -> Vmm {
+fn moves(dir: &Path, from: &Vmm, name: &str, accel: &str) -> Vmm {
     let there = Vmm::start(dir, name, &[]);
     let url = format!("unix:{}", dir.join(format!("{name}.m")).display());
     let came = there.receive(json!({ "receiver_url": url, "accel": accel }));
@@ -35,7 +35,7 @@ fn needs_kvm_a_running_vm_moves_between_kvm_and_translation_and_back() {
     let counter = Counter(dir.path().join("console"));
     counter.goes_on(3);
     for (name, accel) in [("b", "kvm"), ("c", "tcg"), ("d", "kvm"), ("e", "kvm"), ("f", "tcg")] {
-        vmm = moves(dir.path(), vmm, name, accel);
+        vmm = moves(dir.path(), &vmm, name, accel);
         counter.goes_on(3);
     }
 }
