@@ -330,14 +330,14 @@ fn web_server(data: Arc<Vec<u8>>) -> u16 {
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             let data = Arc::clone(&data);
-            std::thread::spawn(move || answer(stream, &data));
+            std::thread::spawn(move || answer(&stream, &data));
         }
     });
     port
 }
 
-fn answer(stream: TcpStream, data: &[u8]) {
-    let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
+fn answer(mut stream: &TcpStream, data: &[u8]) {
+    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let headers: Vec<String> = lines.take_while(|l| !l.is_empty()).map(|l| l.to_ascii_lowercase()).collect();
     let range = headers.iter().find_map(|l| l.strip_prefix("range: bytes=")?.split_once('-'));
@@ -355,9 +355,9 @@ fn answer(stream: TcpStream, data: &[u8]) {
         part.len()
     );
     // Clients that have heard enough go.
-    let _ = (&stream).write_all(head.as_bytes());
+    let _ = stream.write_all(head.as_bytes());
     if !first.starts_with("HEAD ") {
-        let _ = (&stream).write_all(part);
+        let _ = stream.write_all(part);
     }
 }
 
