@@ -98,9 +98,6 @@ pub trait VirtioDevice: Send + Sync + Debug {
         Ok(())
     }
 
-    /// See [`holdfast_device::Device::arrived`].
-    fn arrived(&self) {}
-
     /// See [`holdfast_device::Device::announce`].
     fn announce(&self) {}
 

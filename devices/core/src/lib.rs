@@ -47,9 +47,6 @@ pub trait Device: Send + Sync + Debug {
     /// [`StateError`] if the state is of another kind or version or does not fit.
     fn restore(&self, state: &DeviceState) -> Result<(), StateError>;
 
-    /// The VM has come from another process, and its guest is about to run here: connections that could not follow are over.
-    fn arrived(&self) {}
-
     /// Tells the network once more that the device is here: `announce-self`.
     fn announce(&self) {}
 

@@ -217,10 +217,6 @@ impl Device for MmioTransport {
         Ok(())
     }
 
-    fn arrived(&self) {
-        self.common.device.arrived();
-    }
-
     fn announce(&self) {
         self.common.device.announce();
     }

@@ -592,10 +592,6 @@ impl Device for PciTransport {
         }
     }
 
-    fn arrived(&self) {
-        self.common.device.arrived();
-    }
-
     fn announce(&self) {
         self.common.device.announce();
     }

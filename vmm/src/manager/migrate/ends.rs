@@ -326,7 +326,6 @@ impl Target for Newcomer {
     }
 
     fn run(&mut self) -> Result<(), Failure> {
-        self.vm()?.devices().iter().for_each(|d| d.arrived());
         // It belongs to this process now and must not be lost, whether it runs or not.
         if let Err(error) = self.vm()?.resume() {
             tracing::error!(%error, "the guest that has come does not run");
