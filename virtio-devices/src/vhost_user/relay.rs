@@ -107,8 +107,12 @@ fn mark(memory: &GuestMemory, chain: &Chain) {
 }
 
 impl Lane {
-    /// Gives waiting chains to the back end.
+    /// Gives waiting chains to the back end. Without a session they stay: whoever begins one (`without_session`)
+    /// has to have seen the request that does so first.
     fn forward(&mut self, bells: &Bells, shared: &Shared) -> Result<(), HandlerError> {
+        if !shared.session.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         let mut submitted = false;
         'full: loop {
             while let Some(chain) = self.queue.pop()? {
