@@ -14,6 +14,7 @@ NEWER = {
     ("query-machines", "acpi"),
     ("blockdev-add", "header"),
     ("blockdev-reopen", "header"),
+    ("chardev-add", "reconnect-ms"),
     ("migrate", "channels"),
     ("migrate-set-parameters", "direct-io"),
     ("query-migrate-parameters", "direct-io"),

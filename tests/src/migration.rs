@@ -78,6 +78,23 @@ impl Vmm {
     }
 }
 
+/// Waits until a process listens at a UNIX socket. Looks without connecting, which would be a peer's first word.
+///
+/// # Panics
+/// If nobody ever listens there.
+pub fn listening(socket: &Path) {
+    let deadline = Instant::now() + LIMIT;
+    // Address, users, protocol, flags (`__SO_ACCEPTCON` of a listener), type, state, inode, path.
+    let there = |line: &str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields.get(3) == Some(&"00010000") && fields.get(7).is_some_and(|path| Path::new(path) == socket)
+    };
+    while !std::fs::read_to_string("/proc/net/unix").expect("readable").lines().any(there) {
+        assert!(Instant::now() < deadline, "nobody listens at {}", socket.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// A riscv64 VM that runs `test` and writes to the file `console`.
 pub fn config(console: &Path, test: &str) -> Value {
     let guest = riscv64_guest();
@@ -117,6 +134,19 @@ impl Console {
             assert!(Instant::now() < deadline, "it does not count up to {want}:\n{}", self.text());
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until the checksum of the guest's memory has been found right.
+    ///
+    /// # Panics
+    /// If it never is, or was wrong once.
+    pub fn sum_is_good(&self) {
+        let deadline = Instant::now() + LIMIT;
+        while !self.text().contains("SUM GOOD") {
+            assert!(Instant::now() < deadline, "memory is never summed up:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!self.text().contains("SUM BAD"), "memory got lost:\n{}", self.text());
     }
 
     /// Waits until each of the disks has been written and verified `more` times further than now.

@@ -6,7 +6,7 @@ use std::process::Command;
 use holdfast_tests::Program;
 use holdfast_tests::devices::run;
 use holdfast_tests::http::Api;
-use holdfast_tests::migration::{Console, LIMIT, config};
+use holdfast_tests::migration::{Console, LIMIT, config, listening};
 use holdfast_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
@@ -23,6 +23,10 @@ fn vmm(dir: &Path, name: &str, options: &[&str]) -> Vmm {
     args.extend(options);
     let program = Program::run(&args);
     let qmp = Qmp::connect(&qmp);
+    let incoming = options.iter().skip_while(|o| **o != "--incoming").nth(1);
+    if let Some(socket) = incoming.and_then(|uri| uri.strip_prefix("unix:")) {
+        listening(Path::new(socket));
+    }
     Vmm { program, qmp }
 }
 
@@ -94,6 +98,7 @@ fn states_events_and_refusals() {
     second.qmp.until("query-migrate", "status", "failed");
     // Once more, to the end.
     soon(&mut second.qmp, "migrate-incoming", &json!({ "uri": uri }));
+    listening(&dir.path().join("m"));
     soon(qmp, "migrate", &json!({ "uri": uri }));
     qmp.until("query-migrate", "status", "pre-switchover");
     qmp.ok("migrate-continue", json!({ "state": "pre-switchover" }));
@@ -212,7 +217,7 @@ fn disks_go_along_to_other_storage() {
         std::fs::remove_file(at(name)).expect("nobody needs it");
     }
     console.disks_go_on(&disks, 2);
-    assert!(console.text().contains("SUM GOOD"));
+    console.sum_is_good();
     drop(second);
     run(Command::new("qemu-img").args(["check", "-q"]).arg(at("there/qcow2")));
 }
@@ -251,7 +256,7 @@ fn pages_follow_the_guest_even_when_the_connection_breaks() {
     drop(first);
     // Without the source nothing is missing.
     console.goes_on(5);
-    assert!(console.text().contains("SUM GOOD"));
+    console.sum_is_good();
 }
 
 #[test]
