@@ -161,7 +161,7 @@ impl MappedFile {
     }
 
     /// From now on pages may come that were written before.
-    pub(crate) fn written_before(&self) {
+    fn written_before(&self) {
         self.again.store(true, Ordering::Release);
     }
 
@@ -275,6 +275,12 @@ impl Sink for Writer {
     }
 
     fn flush(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    /// A pass is over: what the next brings was written before.
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.mapped.written_before();
         Ok(())
     }
 

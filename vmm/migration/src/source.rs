@@ -433,7 +433,6 @@ impl Sender<'_> {
         self.stop()?;
         self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
         left.take_dirty(&self.memory);
-        file.written_before();
         self.send_pages(&mut left, &mut first)?;
         self.lanes.end()?;
         let state = self.source.save().map_err(vm("the VM cannot be saved"))?;
