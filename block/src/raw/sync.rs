@@ -282,9 +282,8 @@ impl BlockNode for RawImage {
         }
         let size = RawImage::size(self);
         if !self.is_device && offset >= size && unmap {
-            self.file.set_len(end)?;
-            self.grown(end);
-            return Ok(());
+            // The last byte alone. A new length (`ftruncate`) would cut off what others write behind `end` at this moment.
+            return self.write_at(end - 1, &[0]);
         }
         let first = if unmap && self.options.sparse && end <= size {
             libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE

@@ -7,6 +7,7 @@ use holdfast_threads::PlainSpawner;
 use proptest::prelude::*;
 
 use super::*;
+use crate::node::is_zero;
 use crate::{Completion, IoVec, Op, Request};
 
 fn image(len: usize) -> tempfile::NamedTempFile {
@@ -306,5 +307,33 @@ proptest! {
             }
         }
         prop_assert_eq!(std::fs::read(file.path()).expect("reads"), model);
+    }
+}
+
+/// What goes past the end of a file makes it longer, never shorter: not even while others write further behind.
+#[test]
+fn who_makes_a_file_longer_cuts_nothing_off() {
+    use crate::BlockNode as _;
+    const PART: u64 = 8192;
+    for round in 0..200 {
+        let file = image(0);
+        let disk = RawImage::open(options(&file, false), PlainSpawner::shared()).expect("opens");
+        std::thread::scope(|scope| {
+            for n in 0..4 {
+                let disk = &disk;
+                scope.spawn(move || {
+                    for part in (n..32).step_by(4) {
+                        disk.write_zeroes(part * PART + PART / 2, PART / 2, true).expect("zeroes");
+                        disk.write_at(part * PART, &[1; PART as usize / 2]).expect("data");
+                    }
+                });
+            }
+        });
+        let found = std::fs::read(file.path()).expect("reads");
+        assert_eq!(found.len() as u64, 32 * PART, "round {round}");
+        for (part, bytes) in found.chunks(PART as usize).enumerate() {
+            let (data, zeroes) = bytes.split_at(PART as usize / 2);
+            assert!(data.iter().all(|b| *b == 1) && is_zero(zeroes), "round {round}, part {part}");
+        }
     }
 }

@@ -175,3 +175,37 @@ pub(super) fn scribble(image: &Qcow2, model: &mut [u8], rng: &mut Rng, count: us
         }
     }
 }
+
+/// Neighbours that share clusters, each written by another thread while the file grows.
+#[test]
+fn writers_at_once_lose_nothing() {
+    const PART: usize = 12 << 10;
+    let options = [
+        CreateOptions::new(3 << 20),
+        CreateOptions { extended_l2: true, ..CreateOptions::new(3 << 20) },
+        CreateOptions { cluster_size: 1 << 20, ..CreateOptions::new(3 << 20) },
+        CreateOptions { data_file: Some("data".into()), ..CreateOptions::new(3 << 20) },
+    ];
+    for round in 0..40 {
+        let bed = Bed::new(options[round % options.len()].clone());
+        let image = bed.create();
+        let count = (3 << 20) / PART;
+        std::thread::scope(|scope| {
+            for n in 0..8 {
+                let image = &image;
+                scope.spawn(move || {
+                    for part in (n..count).step_by(8) {
+                        image.write_at((part * PART) as u64, &[part as u8 | 1; PART]).expect("write");
+                    }
+                });
+            }
+        });
+        let mut model = vec![0; 3 << 20];
+        for (part, bytes) in model.chunks_mut(PART).take(count).enumerate() {
+            bytes.fill(part as u8 | 1);
+        }
+        assert!(contents(&*image) == model, "round {round}: {:?}", bed.options);
+        drop(image);
+        bed.assert_clean();
+    }
+}
