@@ -393,9 +393,10 @@ impl BlockQueue for NodeQueue {
         if !self.ready.is_empty() {
             return self.kick();
         }
-        let own = self.held.as_mut().and_then(VecDeque::pop_front);
+        // What is done here may wait for ranges that are in use. Those of requests to the file are only given back by `reap`.
+        let helping = self.held.is_some() && self.planned.is_empty();
+        let own = self.held.as_mut().filter(|_| helping).and_then(VecDeque::pop_front);
         self.hand_over();
-        let helping = self.held.is_some();
         let work =
             own.or_else(|| if helping { self.threads.shared.todo.lock().work.pop_front() } else { None });
         match (work, &mut self.file) {
