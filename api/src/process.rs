@@ -110,16 +110,18 @@ pub fn run(
     let status = spawn_manager(&**spawner, inbox, manager)
         .map_err(|error| ProcessError::Host("no VM manager thread", error))?;
     let gdb = listeners.start_gdb(&**spawner, handle.clone()).map_err(ProcessError::Serve)?;
-    let api = if listeners.is_empty() {
-        None
-    } else {
-        Some(ApiThread::start(&**spawner, handle.clone(), listeners).map_err(ProcessError::Serve)?)
-    };
+    // Before anyone is served: what clients ask for comes after what the command line asks for.
+    let mut begun = begin(&handle, options).map_err(ProcessError::Start);
+    let mut api = None;
+    if !listeners.is_empty() {
+        match ApiThread::start(&**spawner, handle.clone(), listeners) {
+            Ok(thread) => api = Some(thread),
+            Err(error) => begun = Err(ProcessError::Serve(error)),
+        }
+    }
     // All threads but those that the manager makes are there. This one only waits from now on.
-    let started = match confinement.main_thread() {
-        Ok(()) => start(&handle, options).map_err(ProcessError::Start),
-        Err(error) => Err(ProcessError::Confine(error)),
-    };
+    let confined = confinement.main_thread().map_err(ProcessError::Confine);
+    let started = confined.and(begun).and_then(|begun| begun.finish().map_err(ProcessError::Start));
     if started.is_err() {
         // It may have ended already, which is why the answer does not matter.
         let _ = handle.call(VmmShutdown(Origin::HostError));
@@ -141,8 +143,19 @@ pub fn run(
     }
 }
 
-/// Creates and boots, or restores, what the options describe.
-fn start(handle: &ControlHandle, options: RunOptions) -> Result<(), ControlError> {
+/// What the command line asks for is under way.
+struct Begun(Option<mpsc::Receiver<Result<(), ControlError>>>);
+
+impl Begun {
+    /// Waits for what takes long.
+    fn finish(self) -> Result<(), ControlError> {
+        // A manager that ends says why elsewhere.
+        self.0.map_or(Ok(()), |restored| restored.recv().unwrap_or(Ok(())))
+    }
+}
+
+/// Creates and boots, or begins to restore or to wait for, what the options describe.
+fn begin(handle: &ControlHandle, options: RunOptions) -> Result<Begun, ControlError> {
     if let Some(config) = options.config {
         handle.call(Create(config))?;
         if options.incoming.is_none() {
@@ -156,10 +169,13 @@ fn start(handle: &ControlHandle, options: RunOptions) -> Result<(), ControlError
             handle.call(MigrateIncoming(Some(uri), true))?;
         }
     }
-    if let Some(restore) = options.restore {
-        handle.call(Restore(restore, Vec::new()))?;
-    }
-    Ok(())
+    let restored = options.restore.map(|restore| {
+        let (sender, receiver) = mpsc::channel();
+        // The receiver waits unless the process ends.
+        handle.submit(Restore(restore, Vec::new()), move |result| drop(sender.send(result)));
+        receiver
+    });
+    Ok(Begun(restored))
 }
 
 fn spawn_manager(
