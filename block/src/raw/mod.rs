@@ -130,7 +130,12 @@ impl RawImage {
         }
         // Emptied only once it is known that nobody else uses it.
         let size = if options.create && !is_device {
-            file.set_len(0).map_err(fail)?;
+            if size != 0 {
+                file.set_len(0).map_err(fail)?;
+                // ext4 writes a file that was emptied to the disk at its next close, in case somebody replaces its contents so.
+                // Whoever wants that flushes; this is a close while there is nothing to write.
+                drop(File::open(path));
+            }
             0
         } else {
             size

@@ -51,6 +51,16 @@ pub(crate) struct Plan {
     pub(crate) limit: Option<Arc<ThrottleGroup>>,
 }
 
+impl Plan {
+    /// How many threads are worth it. Those that wait for a server cost nothing; others, if there are more of them than CPUs, take the
+    /// time of the one whose turn it is to write.
+    fn threads(&self) -> usize {
+        let remote = self.target.is_remote() || self.parts.iter().any(|part| part.node.is_remote());
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        self.workers.clamp(1, if remote { usize::MAX } else { cpus + 2 })
+    }
+}
+
 /// What is left to the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Offload {
@@ -89,7 +99,8 @@ struct Copier {
     /// The host does not copy between these files.
     refused: AtomicBool,
     shared: Mutex<Shared>,
-    turned: Condvar,
+    /// One for each worker, taken in turns: who waits for number n waits at place n.
+    turned: Vec<Condvar>,
 }
 
 /// A chunk whose data is known.
@@ -110,6 +121,11 @@ struct Chunk {
 impl Copier {
     fn lock(&self) -> MutexGuard<'_, Shared> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where chunk number `ticket` waits for its turn: there are never more under way than places.
+    fn place(&self, ticket: u64) -> &Condvar {
+        &self.turned[(ticket % self.turned.len() as u64) as usize]
     }
 
     /// The part that holds `offset`, and the bytes of it from there on.
@@ -333,7 +349,7 @@ impl Copier {
             };
             let mut shared = self.lock();
             while !self.plan.unordered && shared.turn != chunk.ticket && shared.error.is_none() {
-                shared = self.turned.wait(shared).unwrap_or_else(PoisonError::into_inner);
+                shared = self.place(chunk.ticket).wait(shared).unwrap_or_else(PoisonError::into_inner);
             }
             if shared.error.is_some() {
                 return;
@@ -353,18 +369,23 @@ impl Copier {
                 }
             }
             shared.turn += 1;
-            self.turned.notify_all();
+            if shared.error.is_some() {
+                self.turned.iter().for_each(Condvar::notify_all);
+            } else {
+                self.place(shared.turn).notify_all();
+            }
         }
     }
 }
 
 /// Copies.
 pub(crate) fn copy(plan: Plan, progress: Progress) -> Result<()> {
-    let workers = plan.workers.max(1);
+    let workers = plan.threads();
     let shared = Shared { cursor: 0, ticket: 0, turn: 0, error: None, progress, known: None };
     let offload = (plan.offload != Offload::No).then(|| Arc::clone(&plan.target).whole_file()).flatten();
     let refused = AtomicBool::new(false);
-    let copier = Copier { plan, offload, refused, shared: Mutex::new(shared), turned: Condvar::new() };
+    let turned = (0..workers).map(|_| Condvar::new()).collect();
+    let copier = Copier { plan, offload, refused, shared: Mutex::new(shared), turned };
     let copier = Arc::new(copier);
     let mut threads = Vec::new();
     for n in 1..workers {

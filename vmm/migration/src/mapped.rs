@@ -349,3 +349,34 @@ impl Mapped {
         Ok(Self { plan, state, file, ram_at })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Parameters;
+
+    /// What a page held in one pass must not come back if it is zeroes in the next, whether its neighbours are or not.
+    #[test]
+    fn a_page_that_became_zero_is_zero_in_the_file() {
+        const PAGES: u64 = 4;
+        let ram = (0x8000_0000, PAGES * PAGE_SIZE);
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(ram.0), ram.1 as usize)]).expect("RAM");
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("vm");
+        let mapped = Arc::new(MappedFile::create(&path, b"{}", vec![ram], false).expect("a file"));
+        let control = Arc::new(Control::new(Parameters::default()));
+        let mut writer = mapped.writer(memory.clone(), control, Arc::default()).expect("a writer");
+        let all = Run { gpa: ram.0, len: ram.1 };
+        let mut model = vec![7; ram.1 as usize];
+        memory.write_slice(&model, GuestAddress(ram.0)).expect("written");
+        writer.send(all).expect("the first pass");
+        writer.settle().expect("it is over");
+        model[PAGE_SIZE as usize..2 * PAGE_SIZE as usize].fill(0);
+        memory.write_slice(&model, GuestAddress(ram.0)).expect("written");
+        writer.send(all).expect("the second pass");
+        writer.end().expect("the last");
+        let found = std::fs::read(&path).expect("reads");
+        let at = mapped.places.ram_at as usize;
+        assert!(found[at..at + model.len()] == model);
+    }
+}
