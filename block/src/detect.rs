@@ -83,6 +83,10 @@ impl BlockNode for DetectZeroes {
         self.below.path()
     }
 
+    fn grows_by_zeroes(&self) -> bool {
+        self.below.grows_by_zeroes()
+    }
+
     fn disk_usage(&self) -> u64 {
         self.below.disk_usage()
     }

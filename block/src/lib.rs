@@ -4,6 +4,8 @@
 //! submits [`Request`]s and reaps [`Completion`]s, woken by an eventfd. Buffers are given as host
 //! memory ranges, so that data moves between a disk and guest RAM without a copy.
 
+#[cfg(test)]
+mod at_once;
 mod buffer;
 pub mod crypto;
 mod detect;

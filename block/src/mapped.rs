@@ -138,6 +138,12 @@ pub(crate) fn read_part(
     Ok(bytes)
 }
 
+/// Makes a file longer, which nobody else does now: bytes `from` to `to`, where it ends at `from` at most, are zeroes then.
+pub(crate) fn grow(file: &dyn BlockNode, from: u64, to: u64) -> io::Result<()> {
+    file.truncate(to, Preallocation::Off)?;
+    if file.grows_by_zeroes() { Ok(()) } else { file.write_zeroes(from, to - from, false) }
+}
+
 /// Little-endian fields out of a buffer; what is not there is 0.
 pub(crate) fn le16(b: &[u8], at: usize) -> u16 {
     b.get(at..at + 2).and_then(|s| s.try_into().ok()).map_or(0, u16::from_le_bytes)

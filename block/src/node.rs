@@ -151,6 +151,12 @@ pub trait BlockNode: Send + Sync + Debug {
         self.file().is_some_and(|f| f.is_remote()) || self.backing().is_some_and(|b| b.is_remote())
     }
 
+    /// True if bytes that were never written, past what was its end before it grew, read as zeroes. They do not where a file's
+    /// holes are decrypted.
+    fn grows_by_zeroes(&self) -> bool {
+        self.file().is_none_or(|f| f.grows_by_zeroes())
+    }
+
     /// Bytes that it takes on the host.
     fn disk_usage(&self) -> u64 {
         self.file().map_or(0, |f| f.disk_usage())

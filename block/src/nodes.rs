@@ -272,6 +272,10 @@ impl BlockNode for NamedNode {
         self.ask(|n| n.path()).flatten()
     }
 
+    fn grows_by_zeroes(&self) -> bool {
+        self.ask(|n| n.grows_by_zeroes()).unwrap_or(true)
+    }
+
     fn disk_usage(&self) -> u64 {
         self.ask(|n| n.disk_usage()).unwrap_or(0)
     }

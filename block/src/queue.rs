@@ -276,13 +276,16 @@ impl BlockBackend for NodeBackend {
         let fail = |source| failed("cannot make an eventfd")(source);
         let threads = self.threads().map_err(failed("cannot start I/O threads"))?;
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail)?;
-        let file = match self.node.data_file() {
+        let data_file = self.node.data_file();
+        let mask = data_file.as_ref().map_or(0, |file| file.alignment().offset - 1);
+        let file = match data_file {
             Some(file) => Some(file.queue_on(depth, event.try_clone().map_err(fail)?)?),
             None => None,
         };
         let sink = Arc::new(Sink { done: Mutex::default(), event });
         Ok(Box::new(NodeQueue {
             file,
+            mask,
             sink,
             planned: HashMap::new(),
             slow: 0,
@@ -313,6 +316,8 @@ impl BlockBackend for NodeBackend {
 struct NodeQueue {
     /// The queue of the file that the data is in. Dropped first: it waits for its requests.
     file: Option<Box<dyn BlockQueue>>,
+    /// The bits that are 0 in places and lengths that the file's queue can write.
+    mask: u64,
     sink: Arc<Sink>,
     /// What must not be let go before a request to the file is done.
     planned: HashMap<u64, VecDeque<RangeGuard>>,
@@ -338,6 +343,10 @@ impl NodeQueue {
         let Some(file) = &mut self.file else { return Some(request) };
         let len = request.buffers.iter().map(|b| b.len() as u64).sum();
         match self.backend.node.plan(request.op, request.offset, len) {
+            // Where direct I/O needs whole blocks, a part of one is read first, by a thread.
+            Some(Plan::File(offset, _)) if request.op == Op::Write && (offset | len) & self.mask != 0 => {
+                Some(request)
+            }
             Some(Plan::File(offset, guard)) => {
                 self.planned.entry(request.id).or_default().push_back(guard);
                 file.submit(Request { offset, ..request });

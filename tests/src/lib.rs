@@ -81,6 +81,28 @@ pub fn fio_archive() -> PathBuf {
     fetched("HOLDFAST_FIO_GUEST", "fetch-fio", &[]).join("fio.cpio")
 }
 
+/// As [`fio_archive`] for the x86_64 guest: Debian's cryptsetup, e2fsck and mke2fs, and the modules of dm-crypt in
+/// /lib/modules/crypt, whose `order` says in which order they are loaded.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn cryptsetup_archive() -> PathBuf {
+    fetched("HOLDFAST_CRYPTSETUP_GUEST", "fetch-programs", &["cryptsetup"]).join("cryptsetup.cpio")
+}
+
+/// Puts an archive behind the initramfs that `args` boot; both together go to a file in `dir`.
+///
+/// # Panics
+/// If there is no initramfs, or files cannot be read or written.
+pub fn add_archive(args: &mut [String], archive: &Path, dir: &Path) {
+    let at = args.iter().position(|arg| arg == "--initramfs").expect("an initramfs") + 1;
+    let mut bytes = std::fs::read(&args[at]).expect("initramfs");
+    bytes.extend(std::fs::read(archive).expect("archive"));
+    let both = dir.join("initramfs.cpio");
+    std::fs::write(&both, bytes).expect("written");
+    args[at] = both.display().to_string();
+}
+
 /// The directory with virtiofsd 1.14, vhost-device-vsock and fsx, built if they are missing, which takes minutes.
 ///
 /// # Panics

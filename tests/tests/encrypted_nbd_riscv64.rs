@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use holdfast_tests::devices::{run, sha256};
 use holdfast_tests::shell::{BOOT, Guest};
 use holdfast_tests::tls::certificates;
-use holdfast_tests::{fio_archive, printed, riscv64_args};
+use holdfast_tests::{add_archive, fio_archive, printed, riscv64_args};
 use serde_json::json;
 
 /// QEMU's server of a file, which ends with the test.
@@ -62,12 +62,7 @@ fn create(dir: &Path) {
 /// The riscv64 guest with fio, the disk as its only one.
 fn arguments(dir: &Path) -> Vec<String> {
     let mut args = riscv64_args(2, "");
-    let at = args.iter().position(|arg| arg == "--initramfs").expect("an initramfs") + 1;
-    let both = dir.join("initramfs.cpio");
-    let mut bytes = std::fs::read(&args[at]).expect("initramfs");
-    bytes.extend(std::fs::read(fio_archive()).expect("archive"));
-    std::fs::write(&both, bytes).expect("written");
-    args[at] = both.display().to_string();
+    add_archive(&mut args, &fio_archive(), dir);
     let node = json!({
         "driver": "qcow2", "node-name": "disk", "encrypt": { "format": "luks", "key-secret": "s" },
         "file": {

@@ -148,6 +148,10 @@ impl BlockNode for CryptFile {
         Some(Arc::clone(&self.file))
     }
 
+    fn grows_by_zeroes(&self) -> bool {
+        false
+    }
+
     fn refresh_size(&self) -> io::Result<()> {
         self.file.refresh_size()
     }

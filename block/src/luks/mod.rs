@@ -164,6 +164,10 @@ impl BlockNode for Luks {
         Some(Arc::clone(&self.file))
     }
 
+    fn grows_by_zeroes(&self) -> bool {
+        false
+    }
+
     fn refresh_size(&self) -> io::Result<()> {
         self.file.refresh_size()?;
         self.size.store(size_of(&*self.file, self.payload), Ordering::Release);

@@ -100,6 +100,8 @@ impl Qcow2 {
             (self.layout.align(offset), (offset + len).next_multiple_of(self.layout.cluster()));
         {
             let _shared = self.ranges.lock(start, end, false);
+            // While the range was waited for, the disk may have become smaller.
+            self.check_range(offset, len)?;
             self.note_write(offset, len)?;
             if let Some(places) = self.in_place(offset, len)? {
                 let mut rest = buf;
@@ -112,6 +114,7 @@ impl Qcow2 {
             }
         }
         let _exclusive = self.ranges.lock(start, end, true);
+        self.check_range(offset, len)?;
         self.write_locked(offset, buf)
     }
 
@@ -214,7 +217,7 @@ impl Qcow2 {
         self.read_unlocked(end, &mut tail)?;
         let around = (to - from) - data.len() as u64;
         if is_zero(&head) && is_zero(&tail) && around > JOIN {
-            if host < file.size() {
+            if host < file.size() || !file.grows_by_zeroes() {
                 file.write_zeroes(host, to - from, false)?;
             } else {
                 // Past the end there is nothing but zeroes; only the size has to cover it.
@@ -282,6 +285,13 @@ impl Qcow2 {
         };
         drop(state);
         self.files.file.write_at(at, &packed)?;
+        {
+            // Its place may be that of another one before, which was as long and was read last.
+            let mut cached = self.decompressed.lock();
+            if cached.0 == l2 {
+                cached.0 = 0;
+            }
+        }
         let mut state = self.state.lock();
         let mut old = Vec::new();
         state.entries(offset, 1, &mut old)?;

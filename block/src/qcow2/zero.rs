@@ -147,6 +147,7 @@ impl Qcow2 {
             self.zero_by_writing(to, end)?;
         }
         let _exclusive = self.ranges.lock(from, to, true);
+        self.check_range(offset, len)?;
         self.note_write(offset, len)?;
         if let (Some(data), true) = (&self.files.data, self.data_file_raw) {
             // Who reads the data file by itself must find the zeroes too.
@@ -167,6 +168,7 @@ impl Qcow2 {
             return Ok(());
         }
         let _exclusive = self.ranges.lock(from, to, true);
+        self.check_range(offset, len)?;
         self.note_write(from, to.min(end) - from)?;
         if let (Some(data), true) = (&self.files.data, self.data_file_raw) {
             // It has to go on saying the same as the tables.

@@ -239,6 +239,18 @@ impl RawImage {
         self.size.load(Ordering::Acquire)
     }
 
+    /// Asks the host how long it is. True if that was not known.
+    fn look_at_size(&self) -> io::Result<bool> {
+        loop {
+            let known = self.size();
+            let size = size_of(&self.file, self.is_device)?;
+            // Not over what a writer has found out meanwhile, whose write the host had not seen yet.
+            if self.size.compare_exchange(known, size, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return Ok(known != size);
+            }
+        }
+    }
+
     fn pool(&self) -> io::Result<Arc<Pool>> {
         if let Some(pool) = self.pool.get() {
             return Ok(Arc::clone(pool));
@@ -270,9 +282,7 @@ impl BlockBackend for RawImage {
     }
 
     fn refresh(&self) -> Result<bool, BlockError> {
-        let size =
-            size_of(&self.file, self.is_device).map_err(|e| self.host_error("cannot get its size", e))?;
-        Ok(self.size.swap(size, Ordering::AcqRel) != size)
+        self.look_at_size().map_err(|e| self.host_error("cannot get its size", e))
     }
 
     fn engine(&self) -> &'static str {

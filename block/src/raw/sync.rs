@@ -280,8 +280,13 @@ impl BlockNode for RawImage {
         if len == 0 {
             return Ok(());
         }
+        // Who writes a part of a block reads it first, and must not write back what was there before.
+        let blocks = self.align.offset;
+        let part = !offset.is_multiple_of(blocks) || !len.is_multiple_of(blocks);
+        let guard = part.then(|| self.unaligned.lock());
         let size = RawImage::size(self);
         if !self.is_device && offset >= size && unmap {
+            drop(guard);
             // The last byte alone. A new length (`ftruncate`) would cut off what others write behind `end` at this moment.
             return self.write_at(end - 1, &[0]);
         }
@@ -292,7 +297,10 @@ impl BlockNode for RawImage {
         };
         match fallocate(&self.file, first, offset, len) {
             Ok(()) => self.grown(end),
-            Err(e) if unsupported(&e) => self.zero_by_writing(offset, len)?,
+            Err(e) if unsupported(&e) => {
+                drop(guard);
+                self.zero_by_writing(offset, len)?;
+            }
             Err(e) => return Err(e),
         }
         Ok(())
@@ -355,9 +363,7 @@ impl BlockNode for RawImage {
     }
 
     fn refresh_size(&self) -> io::Result<()> {
-        let size = super::size_of(&self.file, self.is_device)?;
-        self.size.store(size, Ordering::Release);
-        Ok(())
+        self.look_at_size().map(drop)
     }
 
     fn inactivate(&self) -> io::Result<()> {

@@ -140,7 +140,7 @@ impl Map for Vdi {
                     // A block that was given out before a crash.
                     self.file.write_zeroes(at, BLOCK, false)?;
                 } else {
-                    self.file.truncate(at + BLOCK, crate::Preallocation::Off)?;
+                    crate::mapped::grow(&*self.file, at, at + BLOCK)?;
                 }
                 self.file.write_at(ALLOCATED_FIELD, &(next + 1).to_le_bytes())?;
                 self.file.write_at(self.map + n as u64 * 4, &next.to_le_bytes())?;

@@ -18,7 +18,6 @@ use parking_lot::Mutex;
 pub use create::create;
 
 use crate::mapped::{MAX_ENTRIES, Map, Mapped, Place, Run, bad, le16, le32, le64, read_part};
-use crate::node::Preallocation;
 use crate::{BlockError, BlockNode};
 use header::{Header, guid_at, whole};
 use log::{Log, MAX_PAGES, PAGE, Replay};
@@ -280,7 +279,7 @@ impl Map for Vhdx {
             Some(entry) if *entry & 7 == PRESENT => return Ok(()),
             Some(entry) if *entry & 7 <= 3 => {
                 // The file ends at or before `at`, so this is new space, which reads as zeroes.
-                self.file.truncate(at + self.block, Preallocation::Off)?;
+                crate::mapped::grow(&*self.file, at, at + self.block)?;
                 *entry = at | PRESENT;
             }
             _ => return Err(io::Error::other("the VHDX image is corrupt: it has no such block")),

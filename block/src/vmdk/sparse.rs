@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::MAX_DESCRIPTOR;
 use crate::mapped::{MAX_ENTRIES, Place, Run, bad, le16, le32, le64, read_part};
-use crate::{BlockError, BlockNode, Preallocation};
+use crate::{BlockError, BlockNode};
 
 pub(super) const SECTOR: u64 = 512;
 /// Flag: there is a second grain directory.
@@ -204,11 +204,12 @@ impl Sparse {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         let sector = u32::try_from(cached.next / SECTOR).map_err(|_| full())?;
-        if self.file.size() > cached.next {
-            self.file.write_zeroes(cached.next, len.min(self.file.size() - cached.next), false)?;
+        let there = self.file.size();
+        if there > cached.next {
+            self.file.write_zeroes(cached.next, len.min(there - cached.next), false)?;
         }
-        if self.file.size() < cached.next + len {
-            self.file.truncate(cached.next + len, Preallocation::Off)?;
+        if there < cached.next + len {
+            crate::mapped::grow(&*self.file, cached.next.max(there), cached.next + len)?;
         }
         Ok(sector)
     }

@@ -192,6 +192,9 @@ impl Map for Vpc {
                 if there > at {
                     self.file.write_zeroes(at, (there - at).min(end - at), false)?;
                 }
+                if there < end {
+                    crate::mapped::grow(&*self.file, at.max(there), end)?;
+                }
                 self.file.write_at(end, &dynamic.footer)?;
                 self.file.write_at(at, &vec![0xff; self.bitmap as usize])?;
                 self.file.write_at(dynamic.at + n as u64 * 4, &sector.to_be_bytes())?;

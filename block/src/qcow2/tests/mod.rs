@@ -209,3 +209,31 @@ fn writers_at_once_lose_nothing() {
         bed.assert_clean();
     }
 }
+
+/// What lies around the first data of a cluster is zeroes, in a file whose holes are not.
+#[test]
+fn around_data_that_is_encrypted_there_are_zeroes() {
+    let encrypt = Some(crate::luks::CreateOptions { iter_time: 1, ..Default::default() });
+    let options = CreateOptions { encrypt, ..CreateOptions::new(1 << 20) };
+    let bed = Bed::new(options);
+    let image = create(file(&bed.path(), true), None, &bed.options, Some(b"p")).expect("create");
+    let mut model = vec![0; 1 << 20];
+    for at in [40 << 10, 200 << 10, 1000 << 10] {
+        image.write_at(at, &[5; 512]).expect("write");
+        model[at as usize..at as usize + 512].fill(5);
+    }
+    assert!(contents(&*image) == model);
+}
+
+/// A compressed cluster may come to where another one was that is as long.
+#[test]
+fn a_compressed_cluster_is_not_taken_for_the_one_before_it() {
+    let bed = Bed::new(CreateOptions::new(1 << 20));
+    let image = bed.create();
+    for byte in 1..4 {
+        image.write_compressed(0, &[byte; 65536]).expect("packed");
+        assert!(contents(&*image)[..65536].iter().all(|b| *b == byte), "{byte}");
+        image.discard(0, 65536).expect("discard");
+        image.flush().expect("flush");
+    }
+}
