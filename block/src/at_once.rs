@@ -48,20 +48,26 @@ struct Case {
     format: Format,
     io_uring: bool,
     detect: bool,
+    /// Its file takes whole blocks of 4096 bytes only.
+    blocks: bool,
     /// It is full of compressed clusters at first.
     packed: bool,
 }
 
 impl Case {
     fn new(format: Format) -> Self {
-        Self { format, io_uring: false, detect: false, packed: false }
+        Self { format, io_uring: false, detect: false, blocks: false, packed: false }
     }
 
     fn file(&self, path: &Path, create: bool) -> Arc<dyn BlockNode> {
         let io_uring = self.io_uring;
         let options =
             RawOptions { create, io_uring, lock: LockRange::None, no_flush: true, ..RawOptions::new(path) };
-        RawImage::open(options, PlainSpawner::shared()).expect("file")
+        let file = match self.blocks {
+            true => RawImage::demanding(options),
+            false => RawImage::open(options, PlainSpawner::shared()),
+        };
+        file.expect("file")
     }
 
     fn node(&self, dir: &Path, create: bool) -> Arc<dyn BlockNode> {
@@ -219,6 +225,7 @@ fn by_queue(backend: &Arc<NodeBackend>, assist: bool, pieces: &mut [Piece], mut 
     if assist {
         queue.assist().expect("assist");
     }
+    let unit = u64::from(backend.geometry().logical_block);
     let mut flights: HashMap<u64, Flight> = HashMap::new();
     let mut done = Vec::new();
     let mut next = 0;
@@ -229,7 +236,7 @@ fn by_queue(backend: &Arc<NodeBackend>, assist: bool, pieces: &mut [Piece], mut 
                 break;
             }
             let (op, piece) = (operation(&mut rng), &pieces[which]);
-            let part = piece.part(&mut rng, 512);
+            let part = piece.part(&mut rng, unit);
             let mut data = bytes(&mut rng, part.len());
             // SAFETY: the vector's bytes stay where they are until the completion was reaped.
             let buffer = unsafe { IoVec::new(data.as_mut_ptr(), data.len()) };
@@ -286,13 +293,14 @@ fn contents(node: &dyn BlockNode) -> Vec<u8> {
     out
 }
 
-/// Cuts the disk into pieces for five users.
-fn cut(model: &[u8], rng: &mut Rng) -> Vec<Vec<Piece>> {
+/// Cuts the disk into pieces for five users, the first two of whom use whole blocks.
+fn cut(model: &[u8], block: usize, rng: &mut Rng) -> Vec<Vec<Piece>> {
     let mut users: Vec<Vec<Piece>> = (0..5).map(|_| Vec::new()).collect();
     let mut at = 0;
     while at < model.len() {
-        let len = ((1 + rng.below(60)) as usize * 512).min(model.len() - at);
-        users[rng.below(5) as usize].push(Piece { start: at as u64, data: model[at..at + len].to_vec() });
+        let len = ((1 + rng.below(30_000 / block as u64)) as usize * block).min(model.len() - at);
+        let user = if len.is_multiple_of(block) { rng.below(5) } else { 2 };
+        users[user as usize].push(Piece { start: at as u64, data: model[at..at + len].to_vec() });
         at += len;
     }
     users
@@ -324,7 +332,7 @@ fn exercise(case: &Case, seed: u64) {
     let node = case.node(dir.path(), true);
     assert!(node.size() >= SIZE);
     let mut model = contents(&*node);
-    let mut users = cut(&model, &mut Rng(seed));
+    let mut users = cut(&model, if case.blocks { 4096 } else { 512 }, &mut Rng(seed));
     let spawner: Arc<dyn Spawner> = PlainSpawner::shared();
     let backend = NodeBackend::new(Arc::clone(&node), "at-once", &spawner, true);
     let stop = AtomicBool::new(false);
@@ -377,7 +385,14 @@ fn run(cases: &[Case]) {
 
 #[test]
 fn raw_disks_and_volumes() {
-    run(&[Case::new(Format::Raw), Case { detect: true, ..Case::new(Format::Raw) }, Case::new(Format::Luks)]);
+    let raw = || Case::new(Format::Raw);
+    run(&[
+        raw(),
+        Case { detect: true, ..raw() },
+        Case { blocks: true, ..raw() },
+        Case::new(Format::Luks),
+        Case { blocks: true, ..Case::new(Format::Luks) },
+    ]);
 }
 
 #[test]
@@ -387,8 +402,10 @@ fn foreign_images() {
     let formats = [Driver::Vdi, Driver::Vhdx, Driver::Vpc, Driver::Vmdk];
     let mut cases: Vec<Case> =
         formats.iter().map(|driver| Case::new(Format::Foreign(*driver, options.clone()))).collect();
-    let zeroed = foreign::CreateOptions { zeroed_grain: true, ..options };
+    let zeroed = foreign::CreateOptions { zeroed_grain: true, ..options.clone() };
     cases.push(Case { detect: true, ..Case::new(Format::Foreign(Driver::Vmdk, zeroed)) });
+    let vpc = Format::Foreign(Driver::Vpc, options);
+    cases.push(Case { blocks: true, ..Case::new(vpc) });
     run(&cases);
 }
 
@@ -405,6 +422,7 @@ fn qcow2_images() {
         qcow2_case(|o| o.cluster_size = 4096),
         qcow2_case(|o| o.extended_l2 = true),
         Case { detect: true, ..qcow2_case(|o| o.cluster_size = 1 << 20) },
+        Case { blocks: true, ..qcow2_case(|o| o.cluster_size = 512) },
         Case { packed: true, ..qcow2_case(|o| o.cluster_size = 16384) },
     ]);
 }

@@ -311,6 +311,18 @@ impl RawImage {
     }
 }
 
+#[cfg(test)]
+impl RawImage {
+    /// An image whose every request must be aligned to 4096 bytes, without needing a disk that is so.
+    pub(crate) fn demanding(options: RawOptions) -> Result<Arc<Self>, BlockError> {
+        let mut disk = Self::open(options, holdfast_threads::PlainSpawner::shared())?;
+        if let Some(disk) = Arc::get_mut(&mut disk) {
+            disk.align = Alignment::SAFE;
+        }
+        Ok(disk)
+    }
+}
+
 fn create(path: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(path).map(|_| ())
 }

@@ -213,11 +213,8 @@ fn what_is_no_image_is_refused() {
     assert!(matches!(RawImage::open(folder, PlainSpawner::shared()), Err(BlockError::Kind { .. })));
 }
 
-/// An image whose every request must be aligned to 4096 bytes, without needing a disk that is so.
 fn demanding(file: &tempfile::NamedTempFile, io_uring: bool) -> Arc<RawImage> {
-    let mut disk = RawImage::open(options(file, io_uring), PlainSpawner::shared()).expect("opens");
-    Arc::get_mut(&mut disk).expect("sole owner").align = Alignment::SAFE;
-    disk
+    RawImage::demanding(options(file, io_uring)).expect("opens")
 }
 
 #[test]
