@@ -262,7 +262,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     }
     let preallocated = target
         .as_ref()
-        .is_some_and(|t| t.options.preallocation == Preallocation::Full || t.starts_as_noise());
+        .is_some_and(|t| t.options.preallocation == Preallocation::Full || t.starts_as_noise(&node));
     let skip_below = match (&backing, sources.first()) {
         (Some(b), Some(first)) => {
             let place = b.path().map(|p| p.display().to_string()).unwrap_or_default();

@@ -288,10 +288,14 @@ impl Target {
         Ok(())
     }
 
-    /// True if what was never written does not read as zeroes.
-    pub(crate) fn starts_as_noise(&self) -> bool {
+    /// True if what was never written of the image, `node`, does not read as zeroes.
+    pub(crate) fn starts_as_noise(&self, node: &Arc<dyn BlockNode>) -> bool {
+        let ahead = self.options.preallocation != Preallocation::Off || self.foreign.fixed;
+        let data = node.as_qcow2().and_then(|image| image.external_data());
         self.driver == Driver::Luks
-            || (!self.encrypt.is_empty() && self.options.preallocation != Preallocation::Off)
+            || (ahead && !self.encrypt.is_empty())
+            || ((ahead || self.driver == Driver::Raw) && on_device(node))
+            || data.is_some_and(|data| on_device(&data))
     }
 
     /// The options that open the image that was made.
@@ -385,6 +389,15 @@ impl Target {
             qcow2::create(file, data, &self.options, password.as_ref().map(|p| p.bytes())).map_err(fail)?;
         Ok(image)
     }
+}
+
+/// True if a node's bytes are a block device's, which has what was there before.
+fn on_device(node: &Arc<dyn BlockNode>) -> bool {
+    let mut bottom = Arc::clone(node);
+    while let Some(below) = bottom.file() {
+        bottom = below;
+    }
+    bottom.driver() == Driver::HostDevice.name()
 }
 
 /// Why an image cannot be made.

@@ -59,15 +59,19 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     let mut target = Target::new(target_driver(&args.target_format)?);
     target.options.size = end.saturating_sub(start).next_multiple_of(512);
     let out = target.make(output, false)?;
+    let noise = target.starts_as_noise(&out);
     let mut buf = vec![0; bs as usize];
     let mut at = start;
     while at < end {
         let n = bs.min(end - at);
         let part = buf.get_mut(..n as usize).unwrap_or_default();
         node.read_at(at, part).map_err(failed("error while reading from input image file"))?;
-        if !is_zero(part) {
-            out.write_at(at - start, part).map_err(failed("error while writing to output image file"))?;
-        }
+        let written = match is_zero(part) {
+            true if noise => out.write_zeroes(at - start, n, true),
+            true => Ok(()),
+            false => out.write_at(at - start, part),
+        };
+        written.map_err(failed("error while writing to output image file"))?;
         at += n;
     }
     out.flush().map_err(failed("error while flushing the output image file"))?;
