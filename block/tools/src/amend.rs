@@ -204,7 +204,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     }
     image.close().map_err(fail)?;
     if args.progress && !args.quiet {
-        drop(Progress::new(true, 0));
+        drop(Progress::new((true, false), 0));
     }
     Ok(0)
 }

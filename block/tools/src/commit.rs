@@ -128,11 +128,16 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         Some(group) => Throttle::new(base, group),
         None => base,
     };
-    if base.size() < node.size() {
+    let old = base.size();
+    if old < node.size() {
         base.truncate(node.size(), holdfast_block::Preallocation::Off)
             .map_err(failed("the backing file cannot be made as large as the image"))?;
+        if !base.grows_by_zeroes() {
+            base.write_zeroes(old, node.size() - old, true)
+                .map_err(failed("error while writing to the backing file"))?;
+        }
     }
-    let mut progress = Progress::new(args.progress && !args.quiet, node.size());
+    let mut progress = Progress::new((args.progress, args.quiet), node.size());
     copy_up(&node, &base, level + 1, &mut progress)?;
     base.flush().map_err(failed("the backing file cannot be flushed"))?;
     drop(progress);

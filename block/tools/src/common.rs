@@ -1,6 +1,6 @@
 //! What commands share: opening images, errors, progress, numbers.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
@@ -320,26 +320,51 @@ pub(crate) fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())
 }
 
-/// How far long work is, on the terminal.
+/// How long work takes, in nanoseconds, before a person who did not ask is told how far it is.
+const PATIENCE: u64 = 1_000_000_000;
+
+/// Who is told how far work is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// Nobody.
+    No,
+    /// Who asked for it, on standard output.
+    Asked,
+    /// Who sits at the terminal that standard error is, from this time of the host's clock on.
+    Watching(u64),
+}
+
+/// How far long work is.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    on: bool,
+    told: Told,
     total: u64,
     done: u64,
     shown: u64,
 }
 
 impl Progress {
-    pub(crate) fn new(on: bool, total: u64) -> Self {
-        let mut progress = Self { on, total, done: 0, shown: u64::MAX };
+    /// Work on `total` bytes by a command with `-p` and `-q`, or without.
+    pub(crate) fn new((asked, quiet): (bool, bool), total: u64) -> Self {
+        let told = match (quiet, asked) {
+            (true, _) => Told::No,
+            (false, true) => Told::Asked,
+            (false, false) if io::stderr().is_terminal() => {
+                Told::Watching(holdfast_clock::host_monotonic().saturating_add(PATIENCE))
+            }
+            (false, false) => Told::No,
+        };
+        let mut progress = Self { told, total, done: 0, shown: u64::MAX };
         progress.add(0);
         progress
     }
 
     pub(crate) fn add(&mut self, bytes: u64) {
         self.done += bytes;
-        if !self.on {
-            return;
+        match self.told {
+            Told::No => return,
+            Told::Watching(from) if holdfast_clock::host_monotonic() < from => return,
+            _ => {}
         }
         let part = if self.total == 0 {
             10_000
@@ -348,16 +373,23 @@ impl Progress {
         };
         if self.shown == u64::MAX || part / 10 != self.shown / 10 {
             self.shown = part;
-            print!("    ({}.{:02}/100%)\r", part / 100, part % 100);
-            let _ = io::stdout().flush();
+            let text = format!("    ({}.{:02}/100%)\r", part / 100, part % 100);
+            // It is no less done if nobody can be told.
+            let _ = match self.told {
+                Told::Asked => write!(io::stdout(), "{text}").and_then(|()| io::stdout().flush()),
+                _ => write!(io::stderr(), "{text}"),
+            };
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if self.on {
-            println!();
+        match self.told {
+            Told::Asked => println!(),
+            // What comes next begins on an empty line.
+            Told::Watching(_) if self.shown != u64::MAX => eprint!("{:20}\r", ""),
+            _ => {}
         }
     }
 }

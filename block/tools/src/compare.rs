@@ -138,7 +138,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         say("Strict mode: Image size mismatch!")?;
         return Ok(1);
     }
-    let mut progress = Progress::new(args.progress && !args.quiet, large);
+    let mut progress = Progress::new((args.progress, args.quiet), large);
     let mut comparison = Comparison { nodes, strict: args.strict, buffers: [Vec::new(), Vec::new()] };
     let mut offset = 0;
     while offset < small {

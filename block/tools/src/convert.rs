@@ -299,7 +299,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
         offload: offload(args),
         limit: rate_limit(args.rate_limit.as_deref())?,
     };
-    copy(plan, Progress::new(args.progress && !args.quiet, total))?;
+    copy(plan, Progress::new((args.progress, args.quiet), total))?;
     if args.bitmaps {
         copy_bitmaps(&sources, &node, args.skip_broken_bitmaps)?;
     }

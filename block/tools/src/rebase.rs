@@ -75,7 +75,7 @@ fn copy_differences(
     let image = qcow2(node, "rebase")?;
     let cluster = image.header().cluster_size();
     let size = node.size();
-    let mut progress = Progress::new(args.progress && !args.quiet, size);
+    let mut progress = Progress::new((args.progress, args.quiet), size);
     let (mut before, mut after) = (Vec::new(), Vec::new());
     let mut at = 0;
     while at < size {

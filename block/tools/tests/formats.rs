@@ -443,3 +443,22 @@ fn a_device_is_as_good_as_a_file() {
         }
     }
 }
+
+/// A person who watches is told how far long work is, others are not.
+#[test]
+fn who_watches_sees_how_far_it_is() {
+    let bed = Bed::new();
+    let convert = "convert -r 4M -S 0 -f raw -O raw in.raw out.raw";
+    let program = env!("CARGO_BIN_EXE_holdfast-img");
+    // A terminal; then none.
+    let seen = |command: String| {
+        let out =
+            Command::new("script").args(["-qec", &command, "/dev/null"]).current_dir(bed.dir()).output();
+        let out = out.expect("script (Debian: bsdutils)");
+        assert!(out.status.success(), "{command}: {}", text(&out.stdout));
+        text(&out.stdout)
+    };
+    assert!(seen(format!("{program} {convert}")).contains("/100%)"));
+    assert_eq!(seen(format!("{program} {convert} 2>log")), "");
+    assert_eq!(std::fs::read(bed.dir().join("log")).expect("log"), b"");
+}

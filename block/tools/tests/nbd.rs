@@ -234,6 +234,17 @@ fn we_read_and_write_what_others_serve() {
         let bytes = std::fs::read(bed.dir().join("b.raw")).expect("data");
         assert!(bytes[100..5100].iter().all(|b| *b == 9) && bytes[5100] == 0, "{program}");
     }
+    // A server that takes its time, for reads more than for writes.
+    std::fs::copy(bed.dir().join("in.raw"), bed.dir().join("b.raw")).expect("copied");
+    let slow = ["-f", "-U", "s", "--filter=delay", "file", "b.raw", "rdelay=80ms", "wdelay=20ms"];
+    let running = bed.serve("nbdkit", &slow);
+    bed.ok("img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &bed.uri("")]);
+    bed.ok(
+        "io",
+        &["-f", "raw", "-c", "aio_write -P 7 0 4k", "-c", "aio_read 1M 64k", "-c", "aio_flush", &bed.uri("")],
+    );
+    drop(running);
+    assert!(std::fs::read(bed.dir().join("b.raw")).expect("data")[..4096].iter().all(|b| *b == 7));
     // Errors of a server are errors of requests.
     let _running = bed.serve(
         "nbdkit",
