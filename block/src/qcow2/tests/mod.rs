@@ -1,5 +1,6 @@
 //! Images against QEMU's own `qemu-img` (`$QEMU_IMG`, or the one in the path), and against crashes.
 
+mod cached;
 mod crash;
 mod handover;
 mod hostile;
