@@ -216,8 +216,8 @@ impl Qcow2 {
         self.read_unlocked(from, &mut head)?;
         self.read_unlocked(end, &mut tail)?;
         let around = (to - from) - data.len() as u64;
-        if is_zero(&head) && is_zero(&tail) && around > JOIN {
-            if host < file.size() || !file.grows_by_zeroes() {
+        if around > JOIN && is_zero(&head) && is_zero(&tail) && file.grows_by_zeroes() {
+            if host < file.size() {
                 file.write_zeroes(host, to - from, false)?;
             } else {
                 // Past the end there is nothing but zeroes; only the size has to cover it.
