@@ -67,14 +67,14 @@ impl BackEnd {
     /// # Panics
     /// If nobody listens there.
     pub fn start(command: &mut Command, socket: &Path) -> Self {
-        let child = command.stdout(Stdio::null()).spawn().expect("the back end starts");
+        let this = Self::spawn(command);
         let deadline = Instant::now() + Duration::from_secs(60);
         // What a killed one left behind refuses connections.
         while std::os::unix::net::UnixStream::connect(socket).is_err() {
             assert!(Instant::now() < deadline, "nobody listens on {}", socket.display());
             std::thread::sleep(Duration::from_millis(20));
         }
-        Self(child)
+        this
     }
 
     /// Its process id.
@@ -85,6 +85,22 @@ impl BackEnd {
     /// A tap of ours.
     pub fn net(keys: &str, socket: &Path) -> Self {
         Self::start(Command::new(holdfast()).args(["net-backend", keys]), socket)
+    }
+
+    /// A tap of ours that connects to its front end (`client=on`), whenever that listens.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn connecting(keys: &str) -> Self {
+        Self::spawn(Command::new(holdfast()).args(["net-backend", keys]))
+    }
+
+    /// One that connects to its front end, whenever that listens.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn spawn(command: &mut Command) -> Self {
+        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("the back end starts"))
     }
 
     /// Our own disk.

@@ -81,6 +81,14 @@ pub fn fio_archive() -> PathBuf {
     fetched("HOLDFAST_FIO_GUEST", "fetch-fio", &[]).join("fio.cpio")
 }
 
+/// As [`fio_archive`], for Debian's socat.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn socat_archive() -> PathBuf {
+    fetched("HOLDFAST_SOCAT_GUEST", "fetch-programs", &["socat"]).join("socat.cpio")
+}
+
 /// As [`fio_archive`] for the x86_64 guest: Debian's cryptsetup, e2fsck and mke2fs, and the modules of dm-crypt in
 /// /lib/modules/crypt, whose `order` says in which order they are loaded.
 ///

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use holdfast_tests::back_ends::{BackEnd, Virtiofsd, shared_ram};
 use holdfast_tests::devices::{NetPeer, check_disk, ext4_image, run, sha256};
+use holdfast_tests::pc::{SEABIOS, bios_disk, grub_config};
 use holdfast_tests::shell::Guest;
-use holdfast_tests::{Program, printed, riscv64_args, riscv64_guest, x86_64_args};
+use holdfast_tests::{Program, printed, q35_args, riscv64_args, riscv64_guest, x86_64_args, x86_64_guest};
 
 const BOOT: Duration = Duration::from_secs(240);
 
@@ -80,6 +81,41 @@ fn qemu_uses_a_disk_of_ours() {
     check_disk(&output, &image);
 }
 
+/// Adds our disk behind `socket`.
+fn with_disk(args: &mut Vec<String>, socket: &Path) {
+    shared_ram(args);
+    args.extend(["--disk".to_owned(), format!("vhost_user=on,socket={},num_queues=2", socket.display())]);
+}
+
+#[test]
+fn an_x86_64_guest_mounts_a_disk_of_ours() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (image, socket) = (ext4_image(dir.path(), 500_000), dir.path().join("s"));
+    let _back_end = BackEnd::disk(&image, &socket);
+    let mut args = x86_64_args(2, "disk");
+    with_disk(&mut args, &socket);
+    check_disk(&finished(&mut Program::run(&args)), &image);
+}
+
+#[test]
+fn seabios_and_grub_boot_a_kernel_from_a_disk_of_qemus_daemon() {
+    let (dir, guest) = (tempfile::tempdir().expect("directory"), x86_64_guest());
+    let commands =
+        "linux $prefix/vmlinuz console=ttyS0 quiet holdfast.loader=GRUB holdfast.test=boot,firmware
+initrd $prefix/initramfs.cpio
+boot
+";
+    let mut files = vec![("grub.cfg", grub_config(dir.path(), commands))];
+    files.extend(["vmlinuz", "initramfs.cpio"].map(|name| (name, guest.join(name))));
+    let (image, socket) = (bios_disk(dir.path(), &files), dir.path().join("s"));
+    let _back_end = BackEnd::daemon(&image, &socket);
+    let mut args = q35_args(2);
+    with_disk(&mut args, &socket);
+    args.extend(["--firmware", SEABIOS].map(str::to_owned));
+    let output = finished(&mut Program::run(&args));
+    assert_eq!((printed(&output, "FIRMWARE"), printed(&output, "LOADER")), ("bios".into(), "GRUB".into()));
+}
+
 #[test]
 fn a_tap_of_ours_serves_our_card() {
     const TAP: &str = "hftapvu0";
@@ -128,8 +164,7 @@ fn a_tap_of_ours_serves_qemus_card() {
 fn killed(image: &Path, socket: &Path, start: &dyn Fn() -> BackEnd, grow: Option<&dyn Fn()>) {
     let back_end = start();
     let mut args = riscv64_args(2, "");
-    shared_ram(&mut args);
-    args.extend(["--disk".to_owned(), format!("vhost_user=on,socket={},num_queues=2", socket.display())]);
+    with_disk(&mut args, socket);
     let mut guest = Guest::boot(&args);
     let _back_end = written_while_killed(&mut guest, image, back_end, start);
     if let Some(grow) = grow {

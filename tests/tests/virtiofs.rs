@@ -8,19 +8,14 @@ use std::time::{Duration, Instant};
 use holdfast_tests::back_ends::{Virtiofsd, shared_ram};
 use holdfast_tests::migration::Vmm;
 use holdfast_tests::shell::{BOOT, Guest};
-use holdfast_tests::{back_ends_of_others, fio_archive, riscv64_args, x86_64_args};
+use holdfast_tests::{add_archive, back_ends_of_others, fio_archive, riscv64_args, x86_64_args};
 use serde_json::json;
 
 /// The guest with fio.
 fn arguments(dir: &Path, socket: &Path) -> Vec<String> {
     let mut args = riscv64_args(2, "");
     shared_ram(&mut args);
-    let at = args.iter().position(|arg| arg == "--initramfs").expect("an initramfs") + 1;
-    let both = dir.join("initramfs.cpio");
-    let mut bytes = std::fs::read(&args[at]).expect("initramfs");
-    bytes.extend(std::fs::read(fio_archive()).expect("archive"));
-    std::fs::write(&both, bytes).expect("written");
-    args[at] = both.display().to_string();
+    add_archive(&mut args, &fio_archive(), dir);
     args.extend(["--fs".to_owned(), format!("tag=share,socket={}", socket.display())]);
     args
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use holdfast_tests::back_ends::shared_ram;
 use holdfast_tests::devices::{run, sha256};
 use holdfast_tests::http::Api;
-use holdfast_tests::shell::Guest;
-use holdfast_tests::{Program, riscv64_args};
+use holdfast_tests::shell::{BOOT, Guest};
+use holdfast_tests::{Program, add_archive, riscv64_args, socat_archive};
 use serde_json::{Value, json};
 
 /// A disk with the guest's side of the conversation.
@@ -26,35 +26,46 @@ fn tools(dir: &Path) -> std::path::PathBuf {
     image
 }
 
-/// Connects to a port of the guest as Firecracker's and Cloud Hypervisor's users do.
-fn connect(socket: &Path, port: u32) -> UnixStream {
-    let mut stream = UnixStream::connect(socket).expect("the VM listens");
-    stream.set_read_timeout(Some(Duration::from_secs(240))).expect("a timeout");
-    stream.write_all(format!("CONNECT {port}\n").as_bytes()).expect("written");
+/// One line of an answer.
+fn line(stream: &mut impl Read) -> String {
     let mut answer = Vec::new();
     while answer.last() != Some(&b'\n') {
         let mut byte = [0];
         stream.read_exact(&mut byte).expect("an answer");
         answer.extend(byte);
     }
-    assert!(answer.starts_with(b"OK "), "{}", String::from_utf8_lossy(&answer));
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// Connects to a port of the guest as Firecracker's and Cloud Hypervisor's users do.
+fn connect(socket: &Path, port: u32) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).expect("the VM listens");
+    stream.set_read_timeout(Some(Duration::from_secs(240))).expect("a timeout");
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).expect("written");
+    let answer = line(&mut stream);
+    assert!(answer.starts_with("OK "), "{answer}");
     stream
 }
 
-/// A guest with these arguments more, whose sockets are at `dir/v`.
-fn conversation(dir: &Path, more: &[String]) -> Guest {
-    let (socket, image) = (dir.join("v"), tools(dir));
+/// A guest with these arguments more, a disk with [`tools`] and perhaps Debian's socat.
+fn boot(dir: &Path, more: &[String], with_socat: bool) -> Guest {
+    let image = tools(dir);
     let mut args = riscv64_args(2, "");
     args.extend(["--disk".to_owned(), format!("path={},image_type=raw,readonly=on", image.display())]);
     shared_ram(&mut args);
+    if with_socat {
+        add_archive(&mut args, &socat_archive(), dir);
+    }
     args.extend_from_slice(more);
     let mut guest = Guest::boot(&args);
     guest.run("mount -o ro /dev/vda /mnt && dd if=/dev/urandom of=/tmp/a bs=64k count=48 2>/dev/null");
-    let nobody = guest.run("echo x | /mnt/vsock connect 5000 2>&1");
-    // vhost-device-vsock lets the guest find out by itself.
-    assert!(nobody.contains("reset") || nobody.contains("timed out"), "{nobody}");
-    // Guest to host: socat takes a file.
+    guest
+}
+
+/// The guest sends a file by `command` to port 5000, where socat takes it.
+fn send(guest: &mut Guest, dir: &Path, command: &str) {
     let (out, port) = (dir.join("out"), dir.join("v_5000"));
+    let _ = std::fs::remove_file(&out);
     let mut socat = Command::new("socat");
     socat.args(["-u", &format!("UNIX-LISTEN:{}", port.display()), &format!("CREATE:{}", out.display())]);
     let mut socat = socat.stdin(Stdio::null()).spawn().expect("socat");
@@ -63,15 +74,28 @@ fn conversation(dir: &Path, more: &[String]) -> Guest {
         assert!(Instant::now() < deadline, "socat does not listen");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let sums = guest.run("/mnt/vsock connect 5000 </tmp/a; sha256sum </tmp/a");
+    let sums = guest.run(&format!("{command} </tmp/a; sha256sum </tmp/a"));
     assert!(socat.wait().expect("ends").success());
     assert!(sums.contains(&sha256(&out)), "{sums}");
-    // Host to guest and back, more than the buffers hold at once.
+}
+
+/// What is more than the buffers hold at once.
+fn much() -> Vec<u8> {
+    (0..750_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
+}
+
+/// A guest with these arguments more, whose sockets are at `dir/v`.
+fn conversation(dir: &Path, more: &[String]) -> Guest {
+    let mut guest = boot(dir, more, false);
+    let nobody = guest.run("echo x | /mnt/vsock connect 5000 2>&1");
+    assert!(nobody.contains("reset"), "{nobody}");
+    send(&mut guest, dir, "/mnt/vsock connect 5000");
+    // Host to guest and back.
     guest.start("/mnt/vsock echo 1234");
-    guest.vm.wait_for("LISTENS", holdfast_tests::shell::BOOT);
-    let mut stream = connect(&socket, 1234);
+    guest.vm.wait_for("LISTENS", BOOT);
+    let mut stream = connect(&dir.join("v"), 1234);
     let mut writer = stream.try_clone().expect("a descriptor");
-    let sent: Vec<u8> = (0..750_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let sent = much();
     let copy = sent.clone();
     let writing = std::thread::spawn(move || {
         writer.write_all(&copy).and_then(|()| writer.shutdown(std::net::Shutdown::Write)).expect("written");
@@ -82,6 +106,29 @@ fn conversation(dir: &Path, more: &[String]) -> Guest {
     assert!(back == sent, "{} of {} bytes", back.len(), sent.len());
     guest.finish();
     guest
+}
+
+/// Runs socat in the guest, which listens on `port` and gives back what it hears, and one here that is to say `sent`.
+/// Neither side's end is the other's before all is back: vhost-device-vsock knows no half-closed streams.
+fn socats(guest: &mut Guest, dir: &Path, port: u32, sent: &[u8]) {
+    let from = guest.vm.output().len();
+    guest.start(&format!("/usr/bin/socat -d -d VSOCK-LISTEN:{port} PIPE 2>&1"));
+    guest.vm.wait_for_after("listening on", from, BOOT);
+    let mut socat = Command::new("socat");
+    socat.args(["-", &format!("UNIX-CONNECT:{}", dir.join("v").display())]);
+    let mut socat = socat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("socat");
+    let (mut writer, mut reader) =
+        (socat.stdin.take().expect("its input"), socat.stdout.take().expect("its output"));
+    writer.write_all(format!("CONNECT {port}\n").as_bytes()).expect("written");
+    assert!(line(&mut reader).starts_with("OK "), "a connection");
+    let copy = sent.to_vec();
+    let writing = std::thread::spawn(move || writer.write_all(&copy).map(|()| writer).expect("written"));
+    let mut back = vec![0; sent.len()];
+    reader.read_exact(&mut back).expect("all comes back");
+    assert!(back == sent, "other bytes come back");
+    drop(writing.join().expect("written"));
+    assert!(socat.wait().expect("ends").success());
+    guest.finish();
 }
 
 #[test]
@@ -118,10 +165,15 @@ fn vhost_device_vsock_connects_them_and_may_be_killed() {
     shared_ram(&mut args);
     args.extend(["--vsock".to_owned(), wrong]);
     let mut refused = Program::run(&args);
-    assert!(!refused.wait_exit(holdfast_tests::shell::BOOT).success());
+    assert!(!refused.wait_exit(BOOT).success());
     assert!(refused.output().contains("was started for cid 42"), "{}", refused.output());
     let vsock = ["--vsock".to_owned(), format!("cid=42,vhost_user=on,socket={}", socket.display())];
-    let mut guest = conversation(dir.path(), &vsock);
+    let mut guest = boot(dir.path(), &vsock, true);
+    // It lets the guest find out by itself that nobody is there.
+    let nobody = guest.run("echo x | /usr/bin/socat -u STDIN VSOCK-CONNECT:2:5000 2>&1");
+    assert!(nobody.contains("reset") || nobody.contains("timed out"), "{nobody}");
+    send(&mut guest, dir.path(), "/usr/bin/socat -u STDIN VSOCK-CONNECT:2:5000");
+    socats(&mut guest, dir.path(), 1234, &much());
     let stream = greeted(&mut guest, &uds, 1001);
     first.kill().and_then(|()| first.wait()).expect("killed");
     let mut second = start();
@@ -138,7 +190,7 @@ fn vhost_device_vsock_connects_them_and_may_be_killed() {
 fn greeted(guest: &mut Guest, socket: &Path, port: u32) -> UnixStream {
     let from = guest.vm.output().len();
     guest.start(&format!("/mnt/vsock echo {port} 2>&1"));
-    guest.vm.wait_for_after("LISTENS", from, holdfast_tests::shell::BOOT);
+    guest.vm.wait_for_after("LISTENS", from, BOOT);
     let mut stream = connect(socket, port);
     stream.write_all(b"hello").expect("written");
     let mut back = [0; 5];

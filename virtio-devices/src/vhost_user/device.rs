@@ -182,6 +182,8 @@ pub(crate) struct VhostUser {
     worker: Worker,
     /// The driver's features and how it is told of things, while it is there.
     driver: Mutex<Option<(u64, Arc<dyn Interrupt>)>>,
+    /// After the worker, whose thread may remove no socket.
+    _door: Door,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -261,6 +263,7 @@ impl VhostUser {
             // A full counter wakes as well.
             let _ = bell.write(1);
         });
+        let door = spec.door.clone();
         let spec = Arc::new(spec);
         let calls = Epoll::new().map_err(|e| host("cannot make an epoll instance", e))?;
         let parts = Parts {
@@ -277,7 +280,7 @@ impl VhostUser {
         let relay = Relay::new(parts).map_err(|e| host("cannot watch the back end", e))?;
         let worker = Worker::start(&spec.id, Role::BackEnd, &*context.spawner, Box::new(relay))
             .map_err(|e| host("cannot start its thread", e))?;
-        Ok(Arc::new(Self { spec, features, shared, worker, driver: Mutex::new(None) }))
+        Ok(Arc::new(Self { spec, features, shared, worker, driver: Mutex::new(None), _door: door }))
     }
 
     fn invalid(&self, reason: impl Into<String>) -> StateError {

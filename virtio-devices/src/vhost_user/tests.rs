@@ -1,6 +1,6 @@
 //! A device whose back end is a thread of the test: the rust-vmm daemon with a queue that makes text large.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use super::generic::{self, config::GenericVhostUserConfig};
 use crate::device::{VirtioDevice, feature, kind};
+use crate::net::config::NetConfig;
 use crate::testing::{DATA, RAM, RAM_SIZE, Rig, WRITE, context, shared_context};
 
 const TYPE: u32 = 40;
@@ -390,4 +391,50 @@ fn a_wild_driver_meets_checked_chains() {
         Ok(())
     };
     runner.run(&crate::testing::mischief(), run).expect("survives");
+}
+
+#[test]
+fn a_back_end_that_can_is_asked_to_announce_a_card() {
+    const GET_FEATURES: u32 = 1;
+    const GET_PROTOCOL_FEATURES: u32 = 15;
+    const SEND_RARP: u32 = 19;
+    const ANSWER: u32 = 1 | 1 << 2;
+    let dir = tempfile::tempdir().expect("dir");
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).expect("binds");
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a front end");
+        let mut header = [0; 12];
+        while stream.read_exact(&mut header).is_ok() {
+            let [request, flags, size] =
+                [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes")));
+            let mut body = vec![0; size as usize];
+            stream.read_exact(&mut body).expect("the rest of the message");
+            let value = match request {
+                GET_FEATURES => feature::VERSION_1 | 1 << 30,
+                GET_PROTOCOL_FEATURES => VhostUserProtocolFeatures::RARP.bits(),
+                SEND_RARP => {
+                    tell.send((flags, body)).expect("somebody waits");
+                    continue;
+                }
+                _ => continue,
+            };
+            let mut answer: Vec<u8> =
+                [request, ANSWER, 8].iter().flat_map(|word| word.to_le_bytes()).collect();
+            answer.extend(value.to_le_bytes());
+            stream.write_all(&answer).expect("the front end reads");
+        }
+    });
+    let config = NetConfig {
+        vhost_user: true,
+        vhost_socket: Some(socket.display().to_string()),
+        mac: Some(holdfast_net::MacAddr([2, 0, 0, 1, 2, 3])),
+        ..NetConfig::default()
+    };
+    let device = super::net::build("n", &config, &shared_context()).expect("built");
+    device.announce();
+    let said = told.recv_timeout(std::time::Duration::from_secs(60)).expect("it is asked");
+    // Version 1 and nothing that wants an answer; the address in the first six of eight bytes.
+    assert_eq!(said, (1, vec![2, 0, 0, 1, 2, 3, 0, 0]));
 }
