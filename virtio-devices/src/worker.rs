@@ -128,6 +128,14 @@ impl Worker {
         Ok(Self { commands, wake, thread: Mutex::new(Some(join)) })
     }
 
+    /// Lets the thread run on these host CPUs only.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn pin(&self, cpus: &[usize]) -> io::Result<()> {
+        self.thread.lock().as_ref().map_or(Ok(()), |thread| holdfast_threads::pin(thread, cpus))
+    }
+
     fn send(&self, command: Command) -> bool {
         // A closed inbox means that the thread is gone, having said why.
         self.commands.send(command).is_ok() && self.wake.write(1).is_ok()

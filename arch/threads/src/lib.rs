@@ -4,10 +4,14 @@
 //! which the sandbox derives its seccomp allow-list. Crates below `vmm` never call
 //! `std::thread::spawn`: they take a [`Spawner`], so that no thread escapes its filter.
 
+mod affinity;
+
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+
+pub use affinity::{pin, pin_current};
 
 /// What a thread is for. The sandbox has one system-call allow-list per role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

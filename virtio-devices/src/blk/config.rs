@@ -171,7 +171,7 @@ impl DiskConfig {
         self.check_vhost_user(&mut check);
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.unsupported(self.rate_limit_group.is_some(), "rate_limit_group");
-        check.unsupported(self.queue_affinity.as_ref().is_some_and(|a| !a.is_empty()), "queue_affinity");
+        self.check_affinity(&mut check);
         if let Some(kind) = self.image_type {
             let known = matches!(kind, ImageType::Raw | ImageType::Qcow2 | ImageType::Unknown);
             check.refuse(
@@ -197,6 +197,21 @@ impl DiskConfig {
         check.0
     }
 
+    fn check_affinity(&self, check: &mut Checker) {
+        let all = self.queue_affinity.as_deref().unwrap_or_default();
+        for (i, one) in all.iter().enumerate() {
+            let n = one.queue_index;
+            let twice = all.iter().take(i).any(|other| other.queue_index == n);
+            check.refuse(
+                n >= self.num_queues,
+                "queue_affinity",
+                format!("names queue {n}, which is not there"),
+            );
+            check.refuse(twice, "queue_affinity", format!("names queue {n} twice"));
+            check.refuse(one.host_cpus.is_empty(), "queue_affinity", format!("names no CPU for queue {n}"));
+        }
+    }
+
     /// What another process decides.
     fn check_vhost_user(&self, check: &mut Checker) {
         let socket = self.vhost_socket.as_deref().unwrap_or_default();
@@ -215,6 +230,7 @@ impl DiskConfig {
             ("lock_granularity", self.lock_granularity != LockGranularity::default()),
             ("rerror", self.rerror.is_some()),
             ("werror", self.werror.is_some()),
+            ("queue_affinity", self.queue_affinity.as_ref().is_some_and(|a| !a.is_empty())),
         ];
         for (field, given) in of_back_end {
             check.refuse(given, field, "does not go with `vhost_user`: it is the back end's affair");

@@ -252,7 +252,12 @@ impl Blk {
                 .map_err(|e| host("cannot make a request queue", e))?;
             let name = if config.num_queues == 1 { id.to_owned() } else { format!("{id}_q{n}") };
             let worker = Worker::start(&name, Role::Block, &*context.spawner, Box::new(handler));
-            workers.push(worker.map_err(|e| host("cannot start its thread", e))?);
+            let worker = worker.map_err(|e| host("cannot start its thread", e))?;
+            let places = config.queue_affinity.iter().flatten().find(|a| a.queue_index == n);
+            if let Some(places) = places {
+                worker.pin(&places.host_cpus).map_err(|e| host("cannot pin its thread", e))?;
+            }
+            workers.push(worker);
         }
         Ok(Arc::new(Self { shared, workers, queue_size: config.queue_size, interrupt: Mutex::default() }))
     }

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::DiskConfig;
 use super::policy::{Action, DiskEvents, IoFailure, OnError};
 use super::{MAX_RANGES, bit};
+use crate::config::VirtQueueAffinity;
 use crate::device::feature;
 use crate::testing::{DATA, Desc, Rig, WRITE, context, eventually, mischief, run_wild};
 
@@ -609,4 +610,37 @@ fn failures_are_reported_or_ignored_as_asked() {
     let (mut rig, _, heard) = full_disk(&ignore);
     assert_eq!(request(&mut rig, 0, (OUT, 0), &[(BUF, 512, 0)]).0, 0);
     assert_eq!(heard.0.lock()[0].action, Action::Ignore);
+}
+
+/// Host CPUs on which the task of `status` may run, as the kernel writes them; its name.
+fn cpus_of(status: &str) -> (&str, &str) {
+    let field = |key| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim();
+    (field("Cpus_allowed_list:"), field("Name:"))
+}
+
+#[test]
+fn queues_are_worked_on_where_they_are_told() {
+    let file = image(8);
+    let on = |queue_index, cpu| VirtQueueAffinity { queue_index, host_cpus: vec![cpu] };
+    let with = |all| DiskConfig { num_queues: 2, queue_affinity: Some(all), ..config(&file) };
+    let errors = with(vec![on(2, 0), on(1, 0), on(1, 0)]).validate();
+    assert_eq!(errors.iter().filter(|e| e.field == "queue_affinity").count(), 2, "{errors:?}");
+    let here = std::fs::read_to_string("/proc/thread-self/status").expect("this thread");
+    let allowed = cpus_of(&here).0;
+    let first = allowed.split([',', '-']).next().and_then(|cpu| cpu.parse().ok()).expect("a CPU");
+    // A name of its own: other tests have disks too.
+    let disk = super::build("pinned", &with(vec![on(1, first)]), &context()).expect("builds");
+    let cpus_of_thread = |name: &str| {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
+        let mut found = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+        found.find(|status| cpus_of(status).1 == name).map(|status| cpus_of(&status).0.to_owned())
+    };
+    // A thread takes its name when it first runs.
+    eventually("two threads", || {
+        cpus_of_thread("pinned_q0").is_some() && cpus_of_thread("pinned_q1").is_some()
+    });
+    assert_eq!(cpus_of_thread("pinned_q1"), Some(first.to_string()));
+    assert_eq!(cpus_of_thread("pinned_q0").as_deref(), Some(allowed));
+    drop(disk);
+    super::build("pinned", &with(vec![on(0, 1 << 20)]), &context()).expect_err("no host has that many CPUs");
 }

@@ -311,7 +311,7 @@ fn start_thread(index: u32, setup: &VcpuSetup<'_>) -> Result<Thread, VcpuError> 
     let affinity = setup.affinity.get(index as usize).cloned().unwrap_or_default();
     let body = move || {
         if !affinity.is_empty()
-            && let Err(error) = pin_to(&affinity)
+            && let Err(error) = holdfast_threads::pin_current(&affinity)
         {
             tracing::warn!(index, %error, "vCPU affinity cannot be set");
         }
@@ -336,24 +336,6 @@ fn start_thread(index: u32, setup: &VcpuSetup<'_>) -> Result<Thread, VcpuError> 
     let made = made_rx.recv().map_err(|_| VcpuError::Gone { index })?;
     let (kicker, tid) = made.map_err(|source| VcpuError::Accel { index, source })?;
     Ok(Thread { commands: Mutex::new(tx), kicker, tid, join: Mutex::new(Some(join)) })
-}
-
-fn pin_to(cpus: &[usize]) -> io::Result<()> {
-    // SAFETY: an all-zero cpu_set_t is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus {
-        if cpu >= libc::CPU_SETSIZE as usize {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("host CPU {cpu} does not exist"),
-            ));
-        }
-        // SAFETY: `cpu` is below CPU_SETSIZE.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
-    }
-    // SAFETY: `set` is a valid set of the size given; 0 is the calling thread.
-    let rc = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The vCPU thread: runs guest code while told to, serves commands in between.
