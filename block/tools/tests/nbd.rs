@@ -171,7 +171,11 @@ fn others_read_and_write_what_we_serve() {
     ] {
         assert!(info.contains(word), "{word}: {info}");
     }
-    assert_eq!(bed.ok("nbd", &["-L", "-k", "s"]), bed.ok("qemu-nbd", &["-L", "-k", &bed.socket()]));
+    let (ours, theirs) =
+        (bed.ok("nbd", &["-L", "-k", "s"]), bed.ok("qemu-nbd", &["-L", "-k", &bed.socket()]));
+    // Before version 8.2 nobody asked for that.
+    let size = "  transaction size: 32-bit\n";
+    assert_eq!(if theirs.contains(size) { ours } else { ours.replace(size, "") }, theirs);
     let map = bed.ok("nbdinfo", &["--map", &uri]);
     assert!(map.contains("hole,zero") && map.contains("data"), "{map}");
     bed.ok("nbdcopy", &[&uri, "out.raw"]);

@@ -358,6 +358,8 @@ fn show_exports(args: &Args) -> Result<()> {
         if let Some((min, opt, max)) = export.block {
             out += &format!("  min block: {min}\n  opt block: {opt}\n  max block: {max}\n");
         }
+        // Extended headers, which have 64-bit lengths, are not asked for.
+        out += "  transaction size: 32-bit\n";
         if !export.contexts.is_empty() {
             out += &format!("  available meta contexts: {}\n", export.contexts.len());
             export.contexts.iter().for_each(|c| out += &format!("   {c}\n"));
