@@ -128,6 +128,12 @@ impl Copier {
         &self.turned[(ticket % self.turned.len() as u64) as usize]
     }
 
+    /// Nothing more is to be done, which those that wait for their turn hear too.
+    fn fail(&self, shared: &mut Shared, what: String, error: io::Error) {
+        shared.error.get_or_insert((what, error));
+        self.turned.iter().for_each(Condvar::notify_all);
+    }
+
     /// The part that holds `offset`, and the bytes of it from there on.
     fn part(&self, offset: u64) -> Option<(&Part, u64)> {
         let part = self.plan.parts.iter().rev().find(|p| p.start <= offset)?;
@@ -160,7 +166,7 @@ impl Copier {
             Ok(known) => known,
             Err(_) if self.plan.salvage => (Kind::Data, CHUNK.min(self.plan.total - offset)),
             Err(error) => {
-                shared.error = Some((format!("error while reading block status at offset {offset}"), error));
+                self.fail(&mut shared, format!("error while reading block status at offset {offset}"), error);
                 return None;
             }
         };
@@ -365,15 +371,11 @@ impl Copier {
                 Ok(()) => shared.progress.add(chunk.len),
                 Err((what, error)) => {
                     let text = format!("error while {what} at byte {}", chunk.offset);
-                    shared.error.get_or_insert((text, error));
+                    self.fail(&mut shared, text, error);
                 }
             }
             shared.turn += 1;
-            if shared.error.is_some() {
-                self.turned.iter().for_each(Condvar::notify_all);
-            } else {
-                self.place(shared.turn).notify_all();
-            }
+            self.place(shared.turn).notify_all();
         }
     }
 }
