@@ -179,6 +179,19 @@ fn others_read_and_write_what_we_serve() {
     let map = bed.ok("nbdinfo", &["--map", &uri]);
     assert!(map.contains("hole,zero") && map.contains("data"), "{map}");
     bed.ok("nbdcopy", &[&uri, "out.raw"]);
+    // By libnbd's shell (nbdsh, whatever python3 is first in the path), which can also ask for what is not there (Debian: python3-libnbd).
+    let script = "\
+assert h.get_size() == 2097152 and h.can_meta_context('base:allocation')
+assert h.pread(4096, 4096) == open('in.raw', 'rb').read(8192)[4096:]
+h.set_strict_mode(0)
+try:
+    h.pread(512, 1 << 62)
+    assert False
+except nbd.Error as error:
+    assert error.errno == 'EINVAL', error
+assert h.pread(512, 0) == open('in.raw', 'rb').read(512)
+";
+    bed.ok("/usr/bin/python3", &["-m", "nbd", "--base-allocation", "-u", &uri, "-c", script]);
     bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", "out.raw"]);
     bed.ok("qemu-img", &["compare", "-f", "raw", "-F", "raw", "in.raw", &uri]);
     // Written by others, read by ours, and back.

@@ -607,3 +607,31 @@ fn a_rate_limits_what_is_written() {
     let (ours, theirs) = (bed.ours(&args), bed.theirs(&args));
     assert_eq!(ours.status.code(), theirs.status.code());
 }
+
+#[test]
+fn images_that_are_their_own_backing_files_are_refused() {
+    let bed = Bed::new();
+    for name in ["a.qcow2", "b.qcow2", "c.qcow2"] {
+        bed.ok(false, &["create", "-q", "-f", "qcow2", name, "1M"]);
+    }
+    for (image, backing) in [("a.qcow2", "a.qcow2"), ("b.qcow2", "c.qcow2"), ("c.qcow2", "b.qcow2")] {
+        bed.ok(false, &["rebase", "-u", "-b", backing, "-F", "qcow2", image]);
+    }
+    for image in ["a.qcow2", "b.qcow2"] {
+        let out = bed.ours(&["convert", "-O", "raw", image, "out.raw"]);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains("refer to each other in a circle"), "{}", text(&out.stderr));
+    }
+}
+
+#[test]
+fn native_aio_without_direct_io_is_refused_as_by_others() {
+    let bed = Bed::new();
+    bed.data("a.raw", 1 << 20);
+    let args = ["info", "--image-opts", "driver=raw,file.driver=file,file.filename=a.raw,file.aio=native"];
+    let reason = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
+    for out in [bed.ours(&args), bed.theirs(&args)] {
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains(reason), "{}", text(&out.stderr));
+    }
+}

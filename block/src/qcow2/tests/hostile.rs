@@ -120,6 +120,26 @@ fn compressed_garbage_is_an_error() {
     image.read_at(0, &mut [0; 512]).expect_err("no deflate stream");
 }
 
+#[test]
+fn a_cluster_that_inflates_to_megabytes_is_one_cluster() {
+    let (_dir, path) = patched(|b| {
+        let mut bomb = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
+        std::io::Write::write_all(&mut bomb, &vec![0; 2 << 20]).expect("memory");
+        let bomb = bomb.finish().expect("memory");
+        assert!(bomb.len() < 4096);
+        let at = b.len() as u64;
+        b.extend(&bomb);
+        b.resize(at as usize + 4096, 0);
+        let l2 = u64::from_be_bytes(b[3 * 4096..3 * 4096 + 8].try_into().expect("entry")) & geometry::OFFSET;
+        // Clusters of 4 KiB: the number of further sectors is from bit 58 on.
+        put(b, l2 as usize, &(geometry::COMPRESSED | 7 << 58 | at).to_be_bytes());
+    });
+    let image = open(&path).expect("open");
+    let mut both = [1; 8192];
+    image.read_at(0, &mut both).expect("a cluster of it, and the next");
+    assert!(both[..4096].iter().all(|b| *b == 0) && both[4096..].iter().all(|b| *b == 7));
+}
+
 /// Uses an image in every way; nothing it contains may do more than make calls fail.
 fn use_up(image: &Qcow2, rng: &mut Rng) {
     let size = image.size();
