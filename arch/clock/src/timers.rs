@@ -1,6 +1,6 @@
 //! Alarms on guest-virtual time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Weak};
@@ -15,13 +15,56 @@ use holdfast_threads::{Role, Spawner};
 /// Called on the timer thread when an alarm is due. It must be short and must not block.
 type Callback = Arc<dyn Fn() + Send + Sync>;
 
+/// What an alarm does, and when it last did.
+struct Alarm {
+    callback: Callback,
+    /// The deadline that fired last; 0 for none.
+    fired: u64,
+}
+
+/// Alarms in a row that are no further apart than this, in nanoseconds, are taken for a beat.
+const BEAT: u64 = 20_000_000;
+
+/// How much later than asked for an alarm may fire for the thread's sake, in nanoseconds; the host's own slack is 50 microseconds.
+/// A guest arms its next tick relative to a clock that it read shortly before, so beats are not exact.
+const SLACK: u64 = 20_000;
+
 #[derive(Default)]
 struct Queue {
     /// Armed alarms by (deadline, id).
     due: BTreeSet<(u64, u64)>,
-    callbacks: std::collections::HashMap<u64, Callback>,
+    /// When alarms that just fired are likely to be due again, by (deadline, id): a guest's tick is armed anew each time, one
+    /// beat on. The thread sleeps no longer than that, so that arming them need not wake it.
+    expected: BTreeSet<(u64, u64)>,
+    /// Until when the thread sleeps at most; 0 while it is awake and will look before it sleeps.
+    asleep_until: u64,
+    alarms: HashMap<u64, Alarm>,
     next_id: u64,
     stop: bool,
+}
+
+impl Queue {
+    /// Takes what is due at `now`, if anything is: what is to be called.
+    fn take_due(&mut self, now: u64) -> Option<Callback> {
+        let (at, id) = self.due.first().copied().filter(|(at, _)| *at <= now)?;
+        self.due.remove(&(at, id));
+        let alarm = self.alarms.get_mut(&id)?;
+        let beat = at.saturating_sub(std::mem::replace(&mut alarm.fired, at));
+        if (1..=BEAT).contains(&beat) {
+            self.expected.insert((at.saturating_add(beat + SLACK / 2), id));
+        }
+        Some(Arc::clone(&alarm.callback))
+    }
+
+    /// When there will be something to do; none is known if `None`. What was expected before `now` did not come.
+    fn next(&mut self, now: u64) -> Option<u64> {
+        while self.expected.first().is_some_and(|(at, _)| *at <= now) {
+            self.expected.pop_first();
+        }
+        let due = self.due.first().map(|(at, _)| *at);
+        let expected = self.expected.first().map(|(at, _)| *at);
+        due.into_iter().chain(expected).min()
+    }
 }
 
 /// The VM's alarms, fired by one thread. Nothing fires while the clock stands.
@@ -62,7 +105,7 @@ impl Timers {
         let mut q = self.queue.lock();
         let id = q.next_id;
         q.next_id += 1;
-        q.callbacks.insert(id, Arc::new(callback));
+        q.alarms.insert(id, Alarm { callback: Arc::new(callback), fired: 0 });
         Timer { id, deadline: Mutex::new(None), timers: Arc::clone(self) }
     }
 
@@ -95,24 +138,20 @@ fn fire_loop(weak: &Weak<Timers>) {
         if q.stop {
             return;
         }
-        let now = timers.clock.now();
-        let running = timers.clock.is_running();
-        match q.due.first().copied() {
-            Some((at, id)) if running && at <= now => {
-                q.due.remove(&(at, id));
-                let callback = q.callbacks.get(&id).cloned();
-                drop(q);
-                if let Some(callback) = callback {
-                    callback();
-                }
-            }
-            Some((at, _)) if running => {
-                timers.wake.wait_for(&mut q, Duration::from_nanos(at - now).min(IDLE));
-            }
-            _ => {
-                timers.wake.wait_for(&mut q, IDLE);
-            }
+        if !timers.clock.is_running() {
+            timers.wake.wait_for(&mut q, IDLE);
+            continue;
         }
+        let now = timers.clock.now();
+        if let Some(callback) = q.take_due(now) {
+            drop(q);
+            callback();
+            continue;
+        }
+        let at = q.next(now).unwrap_or(u64::MAX);
+        q.asleep_until = at;
+        timers.wake.wait_for(&mut q, Duration::from_nanos(at.saturating_sub(now)).min(IDLE));
+        q.asleep_until = 0;
     }
 }
 
@@ -139,7 +178,9 @@ impl Timer {
             q.due.remove(&(old, self.id));
         }
         q.due.insert((deadline, self.id));
-        if q.due.first() == Some(&(deadline, self.id)) {
+        if deadline.saturating_add(SLACK) < q.asleep_until {
+            // Until it has looked it is as good as awake.
+            q.asleep_until = 0;
             self.timers.wake.notify_all();
         }
     }
@@ -161,7 +202,7 @@ impl Timer {
 impl Drop for Timer {
     fn drop(&mut self) {
         self.disarm();
-        self.timers.queue.lock().callbacks.remove(&self.id);
+        self.timers.queue.lock().alarms.remove(&self.id);
     }
 }
 
@@ -171,6 +212,48 @@ mod tests {
     use std::sync::mpsc;
 
     use holdfast_threads::PlainSpawner;
+
+    #[test]
+    fn a_beat_is_awaited_and_what_is_no_beat_is_not() {
+        let mut q = Queue::default();
+        let alarms = [(0, 4_000_000), (1, BEAT + 1)];
+        for (id, beat) in alarms {
+            q.alarms.insert(id, Alarm { callback: Arc::new(|| ()), fired: 0 });
+            for n in 6..8 {
+                q.due.insert((beat * n, id));
+                assert!(q.take_due(beat * n - 1).is_none());
+                assert!(q.take_due(beat * n).is_some());
+            }
+        }
+        // The first alarm's next beat, once; then nothing: the second one's are too far apart to wake up for.
+        let (id, beat) = alarms[0];
+        let expected = beat * 8 + SLACK / 2;
+        assert_eq!(q.expected.iter().copied().collect::<Vec<_>>(), [(expected, id)]);
+        assert_eq!(q.next(beat * 7), Some(expected));
+        q.due.insert((beat * 8 - 1, 1));
+        assert_eq!(q.next(beat * 7), Some(beat * 8 - 1));
+        q.due.clear();
+        assert_eq!(q.next(expected), None);
+    }
+
+    #[test]
+    fn an_alarm_armed_for_earlier_than_the_beat_fires_in_time() {
+        let clock = VmClock::stopped_at(0);
+        let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread");
+        let (tx, rx) = mpsc::channel();
+        let fired_at = Arc::clone(&clock);
+        let alarm = timers.timer(move || tx.send(fired_at.now()).expect("receiver"));
+        clock.resume();
+        timers.clock_changed();
+        // A beat of 15 ms, then half of one.
+        let mut at = clock.now();
+        for step in [15_000_000, 15_000_000, 15_000_000, 7_000_000, 15_000_000] {
+            at += step;
+            alarm.arm(at);
+            assert!(rx.recv_timeout(Duration::from_secs(20)).expect("fires") >= at);
+        }
+        timers.stop();
+    }
 
     #[test]
     fn fires_in_order_and_only_while_running() {

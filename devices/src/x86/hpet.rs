@@ -81,6 +81,11 @@ impl Comparator {
         self.due = now_ns.checked_add(nanoseconds(left, HZ));
     }
 
+    /// Whether a match raises no interrupt and sets no status: only a later look at the comparator shows that there was one.
+    fn is_silent(&self) -> bool {
+        self.config & (T_ENABLE | T_LEVEL) == 0
+    }
+
     /// Moves a periodic comparator past `counter`.
     fn advance(&mut self, counter: u64) {
         let mask = self.mask();
@@ -112,6 +117,16 @@ impl State {
             return self.counter;
         }
         self.counter.wrapping_add(ticks(now.saturating_sub(self.since), HZ))
+    }
+
+    /// Does what the matches of silent timers up to `now` did; there is no alarm for those. Firmware and Linux leave such
+    /// a timer behind that beats for as long as the machine runs.
+    fn catch_up(&mut self, now: u64) {
+        let counter = self.counter(now);
+        for timer in self.timers.iter_mut().filter(|t| t.is_silent() && t.due.is_some_and(|at| at <= now)) {
+            timer.advance(counter);
+            timer.schedule(counter, now, true);
+        }
     }
 }
 
@@ -177,7 +192,7 @@ impl Hpet {
         }
         timer.advance(counter);
         timer.schedule(counter, now, true);
-        let (config, due) = (timer.config, timer.due);
+        let config = timer.config;
         if config & T_LEVEL != 0 {
             s.status |= 1 << n;
         }
@@ -186,12 +201,12 @@ impl Hpet {
         {
             if config & T_LEVEL != 0 { line.set(true) } else { line.pulse() }
         }
-        self.arm(n, due);
+        self.arm(&s, n);
     }
 
-    fn arm(&self, n: usize, due: Option<u64>) {
-        let Some(alarm) = self.alarms.get(n) else { return };
-        match due {
+    fn arm(&self, s: &State, n: usize) {
+        let (Some(alarm), Some(timer)) = (self.alarms.get(n), s.timers.get(n)) else { return };
+        match timer.due.filter(|_| !timer.is_silent()) {
             Some(at) => alarm.arm(at),
             None => alarm.disarm(),
         }
@@ -207,8 +222,7 @@ impl Hpet {
         } else {
             timer.due = None;
         }
-        let due = timer.due;
-        self.arm(n, due);
+        self.arm(s, n);
     }
 
     fn write_config(&self, s: &mut State, value: u64, now: u64) {
@@ -281,7 +295,8 @@ impl Hpet {
 
 impl BusDevice for Hpet {
     fn read(&self, access: Access, data: &mut [u8]) {
-        let s = self.state.lock();
+        let mut s = self.state.lock();
+        s.catch_up(self.clock.now());
         let value = match access.offset & !7 {
             0x00 => CAPABILITIES,
             0x10 => s.config,
@@ -303,6 +318,7 @@ impl BusDevice for Hpet {
     fn write(&self, access: Access, data: &[u8]) {
         let mut s = self.state.lock();
         let now = self.clock.now();
+        s.catch_up(now);
         let shift = access.offset & 7;
         match access.offset & !7 {
             0x10 => {
@@ -339,7 +355,9 @@ impl Device for Hpet {
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
-        DeviceState::new(KIND, 1, &*self.state.lock())
+        let mut s = self.state.lock();
+        s.catch_up(self.clock.now());
+        DeviceState::new(KIND, 1, &*s)
     }
 
     fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
@@ -352,8 +370,7 @@ impl Device for Hpet {
         s.config &= ENABLE | LEGACY;
         self.config.gate.replace(s.config & LEGACY != 0);
         for n in 0..TIMERS {
-            let due = s.timers.get(n).and_then(|t| t.due);
-            self.arm(n, due);
+            self.arm(&s, n);
         }
         Ok(())
     }
@@ -411,6 +428,35 @@ mod tests {
         c.clock.set(2000);
         h.expired(1);
         assert!(pins.take().is_empty(), "3 is no route");
+    }
+
+    #[test]
+    fn a_timer_that_nobody_hears_needs_no_alarm_and_loses_no_beat() {
+        let (h, c, pins) = hpet();
+        writel(&*h, 0x10, 3);
+        writel(&*h, 0x100, 0x14c);
+        writel(&*h, 0x108, 100);
+        writel(&*h, 0x108, 100);
+        assert!(h.alarms[0].deadline().is_some());
+        // Linux switches off the interrupt and leaves the timer be.
+        writel(&*h, 0x100, 0x148);
+        assert_eq!(h.alarms[0].deadline(), None);
+        c.clock.set(5_500);
+        assert_eq!((readl(&*h, 0x108), readl(&*h, 0xf0)), (600, 550));
+        c.clock.set(7_500);
+        let saved = h.save().expect("save");
+        writel(&*h, 0x100, 0x14c);
+        assert_eq!(h.alarms[0].deadline(), Some(8_000));
+        assert!(pins.take().iter().all(|(_, high)| !high));
+        let (other, c, pins) = hpet();
+        c.clock.set(9_500);
+        other.restore(&saved).expect("restore");
+        assert_eq!((other.alarms[0].deadline(), readl(&*other, 0x108)), (None, 1_000));
+        writel(&*other, 0x100, 0x14c);
+        c.clock.set(10_000);
+        pins.take();
+        other.expired(0);
+        assert_eq!(pins.take(), [(0, true), (0, false)]);
     }
 
     #[test]

@@ -161,6 +161,7 @@ pub(crate) mod testing {
             spawner: PlainSpawner::shared(),
             system: Arc::clone(&requests) as Arc<dyn SystemSink>,
             msi: None,
+            windows: None,
         };
         (context, requests)
     }

@@ -325,7 +325,9 @@ fn states_move_to_another_machine() {
     assert_eq!(read(&other.build.pio, 0x604, 2), 1);
     let again: Vec<_> = other.machine.devices().iter().map(|d| d.save().expect("saves")).collect();
     for (a, b) in states.iter().zip(&again) {
-        assert_eq!(a, b);
+        assert_eq!(a.kind, b.kind);
+        // The clock follows the host's time of day, and a second may have begun meanwhile; its own tests have a time of theirs.
+        assert!(a == b || a.kind == "mc146818", "{a:?} came back as {b:?}");
     }
 }
 
