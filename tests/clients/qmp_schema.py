@@ -20,6 +20,8 @@ NEWER = {
     ("query-migrate-parameters", "direct-io"),
     ("migrate-incoming", "channels"),
     ("migrate-incoming", "exit-on-error"),
+    ("query-migrate", "postcopy-latency"),
+    ("query-migrate", "postcopy-latency-dist"),
     ("query-block", "active"),
     ("query-block", "detached-header"),
     ("query-named-block-nodes", "active"),

@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// What our back end is told of its tap.
+const TAP: &str = "tap=hftapvu1,ip=192.168.79.1,mask=255.255.255.0";
+
 struct Rig {
     dir: tempfile::TempDir,
     guest: Guest,
@@ -35,8 +38,12 @@ impl Rig {
     }
 
     fn chardev(&mut self, id: &str, socket: &Path) {
+        self.chardev_of(id, socket, false);
+    }
+
+    fn chardev_of(&mut self, id: &str, socket: &Path, server: bool) {
         let addr = json!({ "type": "unix", "data": { "path": socket } });
-        let backend = json!({ "type": "socket", "data": { "addr": addr, "server": false } });
+        let backend = json!({ "type": "socket", "data": { "addr": addr, "server": server } });
         self.qmp.ok("chardev-add", json!({ "id": id, "backend": backend }));
     }
 
@@ -115,22 +122,85 @@ impl Rig {
         }
     }
 
-    fn cards_over_rest(&mut self) {
-        const TAP: &str = "hftapvu1";
-        let socket = self.path("net");
-        let keys = format!("socket={},tap={TAP},ip=192.168.79.1,mask=255.255.255.0", socket.display());
-        let _back_end = BackEnd::net(&keys, &socket);
-        let net =
-            json!({ "vhost_user": true, "vhost_socket": socket, "id": "n", "mac": "52:54:00:12:34:57" });
-        let added = self.api.request("PUT", "vm.add-net", &net);
-        assert_eq!(added.status, 200, "{added:?}");
+    /// The card is in the guest: it reaches the other end of the back end's tap, then lets go of it.
+    fn card_works(&mut self) {
         self.guest.wait_for("/sys/class/net/eth0/address", Some("52:54:00:12:34:57"));
         let up = "ip addr add 192.168.79.2/24 dev eth0; ip link set eth0 up";
         let pinged = self.guest.run(&format!("{up}; until ping -c 1 -W 5 192.168.79.1; do sleep 0.2; done"));
         assert!(pinged.contains(" 0% packet loss"), "{pinged}");
+    }
+
+    fn cards_over_rest(&mut self) {
+        let socket = self.path("net");
+        let _back_end = BackEnd::net(&format!("socket={},{TAP}", socket.display()), &socket);
+        let net =
+            json!({ "vhost_user": true, "vhost_socket": socket, "id": "n", "mac": "52:54:00:12:34:57" });
+        let added = self.api.request("PUT", "vm.add-net", &net);
+        assert_eq!(added.status, 200, "{added:?}");
+        self.card_works();
         self.api.put("vm.remove-device", &json!({ "id": "n" }));
         self.deleted("n");
         self.guest.wait_for("/sys/class/net/eth0", None);
+    }
+
+    /// Two pairs of queues of a back end that listens, then one of a back end that connects.
+    fn cards_over_qmp(&mut self) {
+        let socket = self.path("card");
+        let add = json!({ "driver": "virtio-net-pci", "netdev": "b", "id": "n", "mac": "52:54:00:12:34:57",
+            "mq": true });
+        let unknown = self.qmp.fails("device_add", add.clone());
+        assert!(unknown.contains("netdev' can't find value 'b'"), "{unknown}");
+        for (listens, queues) in [(true, 2), (false, 1)] {
+            let keys = format!("socket={},{TAP},num_queues={}", socket.display(), 2 * queues);
+            let _back_end = match listens {
+                true => BackEnd::net(&keys, &socket),
+                false => BackEnd::connecting(&format!("{keys},client=on")),
+            };
+            let netdev = json!({ "type": "vhost-user", "id": "b", "chardev": "k", "queues": queues });
+            let unknown = self.qmp.fails("netdev_add", netdev.clone());
+            assert!(unknown.contains("chardev \"k\" not found"), "{unknown}");
+            self.chardev_of("k", &socket, !listens);
+            if !listens {
+                let fs = json!({ "driver": "vhost-user-fs-pci", "chardev": "k", "tag": "x" });
+                assert!(self.qmp.fails("device_add", fs).contains("does not take a server"));
+            }
+            self.qmp.ok("netdev_add", netdev.clone());
+            assert!(self.qmp.fails("netdev_add", netdev).contains("Duplicate ID 'b'"));
+            self.qmp.ok("device_add", add.clone());
+            self.card_works();
+            let pairs = self.guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l");
+            assert!(pairs.lines().any(|line| line == queues.to_string()), "{pairs}");
+            let second = json!({ "driver": "virtio-net-pci", "netdev": "b" });
+            assert!(self.qmp.fails("device_add", second).contains("it's in use"));
+            assert!(self.qmp.fails("netdev_del", json!({ "id": "b" })).contains("is in use"));
+            self.qmp.ok("device_del", json!({ "id": "n" }));
+            self.deleted("n");
+            self.guest.wait_for("/sys/class/net/eth0", None);
+            assert!(self.qmp.fails("chardev-remove", json!({ "id": "k" })).contains("is busy"));
+            self.qmp.ok("netdev_del", json!({ "id": "b" }));
+            self.qmp.ok("chardev-remove", json!({ "id": "k" }));
+            assert!(!socket.exists() || listens, "a socket of ours goes with its card");
+        }
+        assert!(self.qmp.fails("netdev_del", json!({ "id": "b" })).contains("Device 'b' not found"));
+    }
+
+    /// The same with a tap, which is made and goes with its card.
+    fn taps_over_qmp(&mut self) {
+        let interface = Path::new("/sys/class/net/hftapvu2");
+        self.qmp.ok("netdev_add", json!({ "type": "tap", "id": "t", "ifname": "hftapvu2", "script": "no" }));
+        let script = json!({ "type": "tap", "id": "u", "script": "/etc/qemu-ifup" });
+        assert!(self.qmp.fails("netdev_add", script).contains("`script` is not supported"));
+        let add = json!({ "driver": "virtio-net-pci", "netdev": "t", "id": "n", "host_mtu": 1400 });
+        let vectors = json!({ "driver": "virtio-net-pci", "netdev": "t", "vectors": 10 });
+        assert!(self.qmp.fails("device_add", vectors).contains("the card has 4 vectors"));
+        self.qmp.ok("device_add", add);
+        self.guest.wait_for("/sys/class/net/eth0/mtu", Some("1400"));
+        assert!(interface.exists());
+        self.qmp.ok("device_del", json!({ "id": "n" }));
+        self.deleted("n");
+        assert!(!interface.exists(), "the tap goes with the card");
+        self.guest.wait_for("/sys/class/net/eth0", None);
+        self.qmp.ok("netdev_del", json!({ "id": "t" }));
     }
 
     fn any_type_over_rest(&mut self) {
@@ -162,6 +232,8 @@ fn devices_of_back_ends_come_and_go() {
     rig.disks_over_qmp();
     rig.file_systems_over_both();
     rig.cards_over_rest();
+    rig.cards_over_qmp();
+    rig.taps_over_qmp();
     rig.any_type_over_rest();
     rig.guest.power_off();
 }

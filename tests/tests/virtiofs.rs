@@ -1,5 +1,5 @@
 //! A shared directory while its daemon is killed: Debian's riscv64 kernel with fio and virtiofsd, whichever there is.
-//! With virtiofsd 1.14, which has to be built, fsx and a move of the guest as well (`cargo test -- --ignored`).
+//! With virtiofsd 1.14, which is built once, fsx and a move of the guest as well.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -103,7 +103,6 @@ fn take_fsx(share: &Path) -> &'static str {
 }
 
 #[test]
-#[ignore = "builds virtiofsd 1.14 and fsx, which takes minutes"]
 fn fsx_on_virtiofsd_1_14_that_is_killed_in_the_middle() {
     let dir = tempfile::tempdir().expect("directory");
     let (share, socket) = (dir.path().join("share"), dir.path().join("s"));
@@ -136,7 +135,6 @@ fn fsx_on_virtiofsd_1_14_that_is_killed_in_the_middle() {
 }
 
 #[test]
-#[ignore = "builds virtiofsd 1.14, which takes minutes"]
 fn a_guest_moves_with_a_mounted_directory_and_open_files() {
     let dir = tempfile::tempdir().expect("directory");
     let (share, socket) = (dir.path().join("share"), dir.path().join("s"));

@@ -143,7 +143,6 @@ fn guest_and_host_connect_to_each_other() {
 }
 
 #[test]
-#[ignore = "builds vhost-device-vsock, which takes minutes"]
 fn vhost_device_vsock_connects_them_and_may_be_killed() {
     let dir = tempfile::tempdir().expect("directory");
     let (uds, socket) = (dir.path().join("v"), dir.path().join("back-end"));

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use holdfast_device::StateError;
 
 use crate::queue::VirtQueue;
+use crate::shared_memory::SharedMemory;
 use crate::worker::Activation;
 
 /// Virtio device types (virtio 1.2 section 5).
@@ -100,6 +102,11 @@ pub trait VirtioDevice: Send + Sync + Debug {
 
     /// See [`holdfast_device::Device::announce`].
     fn announce(&self) {}
+
+    /// The memory that it shows to the driver beside RAM.
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        None
+    }
 
     /// Counters for `vm.counters`.
     fn counters(&self) -> BTreeMap<String, u64> {

@@ -17,6 +17,7 @@ pub mod net;
 pub mod queue;
 pub mod registry;
 pub mod rng;
+pub mod shared_memory;
 pub mod transport;
 pub mod vhost_user;
 pub mod vsock;

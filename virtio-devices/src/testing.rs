@@ -1,14 +1,16 @@
 //! A driver for tests: it operates a device through its registers and rings, well or badly.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use holdfast_clock::{HostRandom, Timers, VmClock};
-use holdfast_device::{BuildContext, Bus, Device, IrqLine, IrqSink, SystemEvent, SystemSink};
-use holdfast_memory::GuestMemory;
+use holdfast_device::{BuildContext, Bus, Device, IrqLine, IrqSink, MemoryWindows, SystemEvent, SystemSink};
+use holdfast_memory::{GuestMemory, GuestRegion};
 use holdfast_threads::PlainSpawner;
-use vm_memory::{Bytes, GuestAddress};
+use parking_lot::Mutex;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
 use crate::device::VirtioDevice;
 use crate::registry::{Slot, plug};
@@ -45,6 +47,33 @@ impl IrqSink for Line {
     }
 }
 
+/// Memory of devices that the guest is shown, by address.
+#[derive(Debug, Default)]
+pub(crate) struct Shown(Mutex<BTreeMap<u64, (Arc<GuestRegion>, bool)>>);
+
+impl Shown {
+    /// Addresses, lengths, whether they are writable.
+    pub(crate) fn list(&self) -> Vec<(u64, u64, bool)> {
+        let shown = self.0.lock();
+        shown.iter().map(|(gpa, (region, writable))| (*gpa, region.len(), *writable)).collect()
+    }
+
+    pub(crate) fn region(&self, gpa: u64) -> Option<Arc<GuestRegion>> {
+        self.0.lock().get(&gpa).map(|(region, _)| Arc::clone(region))
+    }
+}
+
+impl MemoryWindows for Shown {
+    fn show(&self, gpa: u64, region: &Arc<GuestRegion>, writable: bool) -> std::io::Result<()> {
+        assert!(self.0.lock().insert(gpa, (Arc::clone(region), writable)).is_none(), "it is taken");
+        Ok(())
+    }
+
+    fn hide(&self, gpa: u64) {
+        assert!(self.0.lock().remove(&gpa).is_some(), "nothing is there");
+    }
+}
+
 pub(crate) fn context() -> BuildContext {
     let clock = VmClock::stopped_at(0);
     let memory = GuestMemory::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).expect("RAM");
@@ -59,6 +88,7 @@ pub(crate) fn context() -> BuildContext {
         spawner,
         system: Arc::new(NoSystem),
         msi: None,
+        windows: None,
     }
 }
 

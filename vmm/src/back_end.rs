@@ -119,6 +119,7 @@ impl BackEnd {
             spawner: Arc::clone(spawner),
             system: Arc::new(NoMachine),
             msi: None,
+            windows: None,
         };
         let address = match listener {
             Some(listener) => Address::Listener(listener),

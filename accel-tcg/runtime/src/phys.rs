@@ -96,7 +96,8 @@ pub struct PhysMemory {
     blocks: Vec<RamBlock>,
     /// Keeps the mappings alive.
     _memory: GuestMemory,
-    roms: Vec<(u64, Arc<GuestRegion>)>,
+    /// What is shown beside RAM: ROM, and memory of devices.
+    windows: Vec<(u64, Arc<GuestRegion>)>,
 }
 
 /// A host address found for a guest-physical one.
@@ -114,27 +115,28 @@ impl PhysMemory {
     /// All of `memory`.
     pub fn new(memory: &GuestMemory) -> Self {
         let blocks = memory.iter().map(|r| block(r.start_addr().raw_value(), r, false)).collect();
-        Self { blocks, _memory: memory.clone(), roms: Vec::new() }.sorted()
+        Self { blocks, _memory: memory.clone(), windows: Vec::new() }.sorted()
     }
 
-    /// The same with a ROM window more. Reads and fetches come from it, writes go to the bus.
-    pub fn with_rom(&self, gpa: u64, region: &Arc<GuestRegion>) -> Self {
-        let mut new = self.without_rom(gpa);
-        new.blocks.push(block(gpa, region, true));
-        new.roms.push((gpa, Arc::clone(region)));
+    /// The same with a window more. Reads and fetches come from it; writes too if it is `writable`, else they go to the bus.
+    pub fn with_window(&self, gpa: u64, region: &Arc<GuestRegion>, writable: bool) -> Self {
+        let mut new = self.without_window(gpa);
+        new.blocks.push(block(gpa, region, !writable));
+        new.windows.push((gpa, Arc::clone(region)));
         new.sorted()
     }
 
-    /// The same without the ROM window that starts at `gpa`.
-    pub fn without_rom(&self, gpa: u64) -> Self {
-        let blocks = self.blocks.iter().filter(|b| !(b.rom && b.gpa == gpa)).cloned().collect();
-        let roms = self.roms.iter().filter(|(at, _)| *at != gpa).cloned().collect();
-        Self { blocks, _memory: self._memory.clone(), roms }
+    /// The same without the window that starts at `gpa`.
+    pub fn without_window(&self, gpa: u64) -> Self {
+        let gone = |at: u64| at == gpa && self.has_window(gpa);
+        let blocks = self.blocks.iter().filter(|b| !gone(b.gpa)).cloned().collect();
+        let windows = self.windows.iter().filter(|(at, _)| !gone(*at)).cloned().collect();
+        Self { blocks, _memory: self._memory.clone(), windows }
     }
 
-    /// True if a ROM window starts at `gpa`.
-    pub fn has_rom(&self, gpa: u64) -> bool {
-        self.roms.iter().any(|(at, _)| *at == gpa)
+    /// True if a window starts at `gpa`.
+    pub fn has_window(&self, gpa: u64) -> bool {
+        self.windows.iter().any(|(at, _)| *at == gpa)
     }
 
     fn sorted(mut self) -> Self {

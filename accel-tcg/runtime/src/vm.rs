@@ -21,6 +21,9 @@ use crate::regions::{Killed, Regions};
 use crate::shared::{VcpuShared, request};
 use crate::table::Region;
 
+/// How long a change of memory that devices show waits for vCPUs.
+const SHORT: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// A VM or vCPU that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
@@ -318,6 +321,11 @@ impl TcgVm {
     /// changes mappings on a vCPU's thread does not wait: that vCPU sees the change at once, the others
     /// at their next safe point, and until then the old mapping is kept alive by them.
     fn remap_all(&self) {
+        self.remap(None);
+    }
+
+    /// As [`TcgVm::remap_all`]; waits no longer than `limit`.
+    fn remap(&self, limit: Option<std::time::Duration>) {
         for vcpu in self.vcpus.read().iter() {
             vcpu.request(request::REMAP);
         }
@@ -325,8 +333,11 @@ impl TcgVm {
         if crate::vcpu::IN_RUN.get() {
             return;
         }
-        while self.regions.epochs.passed() <= epoch {
-            std::thread::sleep(std::time::Duration::from_micros(20));
+        let step = std::time::Duration::from_micros(20);
+        let mut left = limit;
+        while self.regions.epochs.passed() <= epoch && left.is_none_or(|left| !left.is_zero()) {
+            std::thread::sleep(step);
+            left = left.map(|left| left.saturating_sub(step));
         }
     }
 
@@ -335,6 +346,39 @@ impl TcgVm {
     /// # Errors
     /// [`RuntimeError::Rom`] if it is not page aligned, empty, or overlaps RAM or another window.
     pub fn map_rom(&self, gpa: u64, region: &Arc<GuestRegion>) -> Result<(), RuntimeError> {
+        self.map_window(gpa, region, false)?;
+        self.remap_all();
+        Ok(())
+    }
+
+    /// Adds memory of a device, which vCPUs write as RAM if it is `writable`. A thread that a vCPU waits for may call
+    /// it: vCPUs that do not come to a safe point soon see it later.
+    ///
+    /// # Errors
+    /// As [`TcgVm::map_rom`].
+    pub fn map_shared(
+        &self,
+        gpa: u64,
+        region: &Arc<GuestRegion>,
+        writable: bool,
+    ) -> Result<(), RuntimeError> {
+        self.map_window(gpa, region, writable)?;
+        self.remap(Some(SHORT));
+        Ok(())
+    }
+
+    /// Removes what [`TcgVm::map_shared`] added at `gpa`. vCPUs that do not come to a safe point soon may use it until
+    /// then: they keep it.
+    ///
+    /// # Errors
+    /// As [`TcgVm::unmap_rom`].
+    pub fn unmap_shared(&self, gpa: u64) -> Result<(), RuntimeError> {
+        self.unmap_window(gpa)?;
+        self.remap(Some(SHORT));
+        Ok(())
+    }
+
+    fn map_window(&self, gpa: u64, region: &Arc<GuestRegion>, writable: bool) -> Result<(), RuntimeError> {
         use vm_memory::GuestMemoryRegion;
         let _one = self.changing.lock();
         let old = self.phys();
@@ -345,8 +389,7 @@ impl TcgVm {
         if old.blocks().iter().any(|b| gpa < b.gpa + b.len && b.gpa < gpa + len) {
             return Err(RuntimeError::Rom { gpa, reason: "overlaps RAM or another ROM" });
         }
-        *self.phys.write() = Arc::new(old.with_rom(gpa, region));
-        self.remap_all();
+        *self.phys.write() = Arc::new(old.with_window(gpa, region, writable));
         Ok(())
     }
 
@@ -355,15 +398,20 @@ impl TcgVm {
     /// # Errors
     /// [`RuntimeError::Rom`] if there is none.
     pub fn unmap_rom(&self, gpa: u64) -> Result<(), RuntimeError> {
+        self.unmap_window(gpa)?;
+        self.remap_all();
+        Ok(())
+    }
+
+    fn unmap_window(&self, gpa: u64) -> Result<(), RuntimeError> {
         let _one = self.changing.lock();
         let old = self.phys();
-        if !old.has_rom(gpa) {
+        if !old.has_window(gpa) {
             return Err(RuntimeError::Rom { gpa, reason: "is not mapped" });
         }
-        *self.phys.write() = Arc::new(old.without_rom(gpa));
+        *self.phys.write() = Arc::new(old.without_window(gpa));
         // Code translated from it goes too.
         self.clear_regions(&old);
-        self.remap_all();
         Ok(())
     }
 

@@ -153,6 +153,8 @@ commands! {
     "device_del" => devices::del: block::Id => Empty;
     "chardev-add" => devices::chardev_add: devices::ChardevAdd => devices::ChardevReturn;
     "chardev-remove" => devices::chardev_remove: block::Id => Empty;
+    "netdev_add" => devices::netdev_add: devices::NetdevAdd => Empty;
+    "netdev_del" => devices::netdev_del: block::Id => Empty;
     "query-pci" => query_pci: Empty => Vec<PciInfo>;
     "stop" => stop: Empty => Empty;
     "cont" => cont: Empty => Empty;

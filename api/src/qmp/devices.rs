@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use holdfast_config::{DiskConfig, FsConfig, GenericVhostUserConfig, VmRemoveDevice, VsockConfig};
+use holdfast_config::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, MacAddr, NetConfig, VmRemoveDevice, VsockConfig,
+};
 use holdfast_virtio::blk::OnError;
 use holdfast_virtio::blk::config::QemuBlk;
-use holdfast_vmm::control::{self as ops, ControlHandle};
+use holdfast_vmm::control::{self as ops, BackEndSocket, ControlHandle, Netdev, NetdevCard};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -64,13 +66,41 @@ pub(super) struct DeviceAdd {
     /// Their size.
     #[serde(default, rename = "vq_size", skip_serializing_if = "Option::is_none")]
     vq_size: Option<u16>,
+    /// Name of a card's back end (`netdev_add`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    netdev: Option<String>,
+    /// The card's MAC address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mac: Option<MacAddr>,
+    /// Use all queue pairs of the card's back end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mq: Option<bool>,
+    /// Number of the card's MSI-X vectors: two for each queue pair and two more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vectors: Option<u32>,
+    /// Largest packet that the card's driver is to send.
+    #[serde(default, rename = "host_mtu", skip_serializing_if = "Option::is_none")]
+    host_mtu: Option<u16>,
+    /// Descriptors in each of the card's receive queues, and in the others.
+    #[serde(default, rename = "rx_queue_size", skip_serializing_if = "Option::is_none")]
+    rx_queue_size: Option<u16>,
+    /// The same as `rx_queue_size`.
+    #[serde(default, rename = "tx_queue_size", skip_serializing_if = "Option::is_none")]
+    tx_queue_size: Option<u16>,
 }
+
+/// The names of a network card's driver.
+const CARDS: [&str; 4] =
+    ["virtio-net-pci", "virtio-net-pci-non-transitional", "virtio-net", "virtio-net-device"];
 
 /// The properties, apart from `driver`, `id` and `bus`, that a driver has.
 fn properties(driver: &str) -> Option<&'static [&'static str]> {
     let disk = QemuBlk::DRIVERS.contains(&driver);
     Some(match driver {
         _ if disk => &["drive", "serial", "num-queues", "queue-size", "rerror", "werror"],
+        _ if CARDS.contains(&driver) => {
+            &["netdev", "mac", "mq", "vectors", "host_mtu", "rx_queue_size", "tx_queue_size"]
+        }
         "vhost-user-blk-pci" | "vhost-user-blk" => &["chardev", "num-queues", "queue-size"],
         "vhost-user-fs-pci" | "vhost-user-fs" => &["chardev", "tag", "num-request-queues", "queue-size"],
         "vhost-user-vsock-pci" | "vhost-user-vsock" => &["chardev"],
@@ -100,7 +130,34 @@ impl DeviceAdd {
         let label = self.chardev.clone().ok_or_else(missing)?;
         let found = call(handle, ops::ChardevSocket(label.clone())).await?;
         let text = format!("Property '{}.chardev' can't find value '{label}'", self.driver);
-        found.ok_or_else(|| QmpError::generic(text))
+        let socket = found.ok_or_else(|| QmpError::generic(text))?;
+        if socket.listen {
+            let why = "its back end listens itself (server=false)";
+            return Err(QmpError::generic(format!("'{}' does not take a server: {why}", self.driver)));
+        }
+        Ok(socket.path)
+    }
+
+    /// The card, without its back end.
+    fn card(self) -> Reply<NetdevCard> {
+        let netdev = self.netdev.ok_or_else(|| QmpError::generic("Parameter 'netdev' is missing"))?;
+        let default = NetConfig::default();
+        let queue_size = match (self.rx_queue_size, self.tx_queue_size) {
+            (Some(rx), Some(tx)) if rx != tx => {
+                let text = "rx_queue_size and tx_queue_size are different: all queues have one size";
+                return Err(QmpError::generic(text));
+            }
+            (rx, tx) => rx.or(tx).unwrap_or(default.queue_size),
+        };
+        let card = NetConfig {
+            id: self.id,
+            bus: self.bus,
+            mac: self.mac,
+            mtu: self.host_mtu,
+            queue_size,
+            ..default
+        };
+        Ok(NetdevCard { netdev, multi_queue: self.mq.unwrap_or(false), vectors: self.vectors, card })
     }
 }
 
@@ -145,6 +202,9 @@ pub(super) async fn add(handle: ControlHandle, arguments: DeviceAdd) -> Reply<Em
                 GenericVhostUserConfig { id, bus, ..GenericVhostUserConfig::new(kind, sizes, socket) };
             call(&handle, ops::AddGenericVhostUser(device)).await?;
         }
+        _ if CARDS.contains(&arguments.driver.as_str()) => {
+            call(&handle, ops::AddCard(Box::new(arguments.card()?))).await?;
+        }
         _ => {
             let DeviceAdd { driver, drive, serial, num_queues, queue_size, rerror, werror, .. } = arguments;
             let disk = QemuBlk { driver, id, drive, bus, serial, num_queues, queue_size, rerror, werror };
@@ -176,7 +236,7 @@ enum ChardevBackend {
     Socket(ChardevSocket),
 }
 
-/// A socket of which this side is the client.
+/// A socket.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct ChardevSocket {
@@ -184,6 +244,9 @@ struct ChardevSocket {
     /// Whether this side listens; as with QEMU it does if nothing is said.
     #[serde(default)]
     server: Option<bool>,
+    /// Whether the command waits for a connection: never. A card waits when it is added.
+    #[serde(default)]
+    wait: Option<bool>,
     /// Seconds between attempts to connect again. Accepted as it is: back ends are waited for in any case.
     #[serde(default, rename = "reconnect")]
     _reconnect: Option<i64>,
@@ -213,16 +276,33 @@ pub(super) struct ChardevReturn {}
 
 pub(super) async fn chardev_add(handle: ControlHandle, arguments: ChardevAdd) -> Reply<ChardevReturn> {
     let ChardevBackend::Socket(socket) = arguments.backend;
-    if socket.server.unwrap_or(true) {
-        let text = "server=true is not supported: back ends of devices that are added listen themselves (server=false)";
+    if socket.wait == Some(true) {
+        let text =
+            "wait=true is not supported: the card that uses the socket waits for its back end (wait=false)";
         return Err(QmpError::generic(text));
     }
     let SocketAddress::Unix(address) = socket.addr;
-    call(&handle, ops::ChardevAdd(arguments.id, address.path)).await?;
+    let place = BackEndSocket { path: address.path, listen: socket.server.unwrap_or(true) };
+    call(&handle, ops::ChardevAdd(arguments.id, place)).await?;
     Ok(ChardevReturn {})
 }
 
 pub(super) async fn chardev_remove(handle: ControlHandle, arguments: Id) -> Reply<Empty> {
     call(&handle, ops::ChardevRemove(arguments.id)).await?;
+    Ok(Empty {})
+}
+
+/// Arguments of `netdev_add`: which there are depends on `type`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub(super) struct NetdevAdd(Netdev);
+
+pub(super) async fn netdev_add(handle: ControlHandle, arguments: NetdevAdd) -> Reply<Empty> {
+    call(&handle, ops::NetdevAdd(arguments.0)).await?;
+    Ok(Empty {})
+}
+
+pub(super) async fn netdev_del(handle: ControlHandle, arguments: Id) -> Reply<Empty> {
+    call(&handle, ops::NetdevDel(arguments.id)).await?;
     Ok(Empty {})
 }

@@ -9,6 +9,7 @@ use holdfast_threads::Spawner;
 use crate::bus::{Bus, BusError};
 use crate::irq::MsiController;
 use crate::system::SystemSink;
+use crate::windows::MemoryWindows;
 
 /// A device that could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -64,4 +65,6 @@ pub struct BuildContext {
     pub system: Arc<dyn SystemSink>,
     /// Where message-signalled interrupts go, if the machine has them.
     pub msi: Option<Arc<dyn MsiController>>,
+    /// Shows memory of devices to the guest, where there is one.
+    pub windows: Option<Arc<dyn MemoryWindows>>,
 }

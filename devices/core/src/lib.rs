@@ -9,12 +9,14 @@ mod context;
 pub mod irq;
 mod state;
 mod system;
+mod windows;
 
 pub use bus::{Access, Bus, BusDevice, BusError, IoEvents};
 pub use context::{BuildContext, BuildError};
 pub use irq::{CpuLines, ExtInt, FpuErrors, IrqLine, IrqSink, MsiController, MsiMessage, MsiVector};
 pub use state::{DeviceState, StateError};
 pub use system::{DeviceEvent, SystemEvent, SystemSink};
+pub use windows::MemoryWindows;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

@@ -352,6 +352,7 @@ impl Rig {
             spawner: PlainSpawner::shared(),
             system: Arc::new(NoSystem),
             msi: vm.msi(),
+            windows: None,
         };
         let (gsi, devices) = controllers(&vm, irqchip, &context)?;
         let shared = Arc::new(Shared::default());

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use holdfast_net::MacAddr;
+pub use holdfast_net::MacAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -89,6 +89,10 @@ impl MmioTransport {
         line: IrqLine,
         context: &BuildContext,
     ) -> Result<Arc<Self>, BuildError> {
+        if device.shared_memory().is_some() {
+            let reason = "its back end has shared memory, which virtio-mmio has no place for: use virtio-pci";
+            return Err(BuildError::Config { id: id.to_owned(), reason: reason.to_owned() });
+        }
         let flags = Arc::new(Flags::default());
         let interrupt = Arc::new(MmioInterrupt { flags: Arc::clone(&flags), causes: Mutex::new(0), line });
         let dynamic = Arc::clone(&interrupt) as Arc<dyn Interrupt>;

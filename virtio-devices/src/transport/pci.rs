@@ -19,10 +19,13 @@ use serde::{Deserialize, Serialize};
 
 use super::common::{Common, Flags};
 use crate::device::{Interrupt, VirtioDevice, kind, read_bytes};
+use crate::shared_memory::SharedMemory;
 
 /// The BAR that holds everything. It takes the next one as well.
 const BAR: u8 = 4;
 const BAR_SIZE: u64 = 0x8000;
+/// The BAR of shared memory, which takes the next one as well.
+const SHARED_BAR: u8 = 2;
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
 const DEVICE: u64 = 0x2000;
@@ -42,6 +45,7 @@ mod cfg_type {
     pub(super) const ISR: u8 = 3;
     pub(super) const DEVICE: u8 = 4;
     pub(super) const PCI: u8 = 5;
+    pub(super) const SHARED_MEMORY: u8 = 8;
 }
 
 /// Offset of `pci_cfg_data` in its capability.
@@ -180,6 +184,20 @@ fn capability(
     config.capability(cap::VENDOR, &body, writable)
 }
 
+/// The BAR of the device's shared memory and a capability for each region (`struct virtio_pci_cap64`, section 4.1.4).
+fn add_shared_memory(config: &mut ConfigBuilder, shared: &SharedMemory) -> Result<(), PciError> {
+    let Some(len) = shared.bar_len() else { return Ok(()) };
+    config.bar(SHARED_BAR, BarKind::Mem64 { prefetchable: true }, len)?;
+    for region in shared.regions() {
+        let mut body = vec![24, cfg_type::SHARED_MEMORY, SHARED_BAR, region.id, 0, 0];
+        for half in [region.offset, region.len, region.offset >> 32, region.len >> 32] {
+            body.extend((half as u32).to_le_bytes());
+        }
+        config.capability(cap::VENDOR, &body, &[])?;
+    }
+    Ok(())
+}
+
 /// The configuration space, its MSI-X table, and the offset of the configuration access capability.
 type Space = (Arc<PciConfig>, Option<Arc<Msix>>, u16);
 
@@ -217,6 +235,9 @@ fn config_space(
     capability(&mut config, cfg_type::NOTIFY, (NOTIFY, notify_len), &NOTIFY_MULTIPLIER.to_le_bytes())
         .map_err(other)?;
     let access = capability(&mut config, cfg_type::PCI, (0, 0), &[0; 4]).map_err(other)?;
+    if let Some(shared) = device.shared_memory() {
+        add_shared_memory(&mut config, &shared).map_err(other)?;
+    }
     Ok((config.build(), msix, access))
 }
 
@@ -531,8 +552,15 @@ impl PciDevice for PciTransport {
         }
     }
 
-    fn bar_moved(&self, _bar: u8, base: Option<u64>) {
-        self.move_events(base);
+    fn bar_moved(&self, bar: u8, base: Option<u64>) {
+        match bar {
+            BAR => self.move_events(base),
+            _ => {
+                if let Some(shared) = self.common.device.shared_memory() {
+                    shared.move_to(base);
+                }
+            }
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use super::relay::{Bells, Parts, Relay};
 use super::ring::SharedRings;
 use crate::device::{Interrupt, VirtioDevice, feature, kind, read_bytes};
 use crate::queue::{HandlerError, VirtQueue};
+use crate::shared_memory::{SharedMemory, SharedRegion};
 use crate::worker::{Activation, Worker};
 
 /// Most bytes of a back end's own state.
@@ -106,6 +107,8 @@ pub(crate) struct Spec {
     pub(crate) settles: fn(u16) -> bool,
     /// Whether the back end has state of its own, without which the guest cannot go on elsewhere.
     pub(crate) stateful: bool,
+    /// What the back end may show to the guest beside RAM.
+    pub(crate) shared: Option<Arc<SharedMemory>>,
 }
 
 impl Spec {
@@ -125,7 +128,22 @@ impl Spec {
             local: None,
             settles: |_| true,
             stateful: false,
+            shared: None,
         }
+    }
+
+    /// The same, and the back end may show memory to the guest, where there is one.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(crate) fn with_shared_memory(mut self, context: &BuildContext) -> Result<Self, BuildError> {
+        let host = |source| BuildError::Host {
+            id: self.id.clone(),
+            what: "cannot prepare its shared memory".to_owned(),
+            source,
+        };
+        self.shared = context.windows.as_ref().map(SharedMemory::new).transpose().map_err(host)?;
+        Ok(self)
     }
 
     /// The number of queues that the back end serves.
@@ -141,7 +159,7 @@ impl Spec {
     /// Connects to the back end.
     pub(super) fn connect(&self, guard: &Guard) -> Result<(Link, UnixStream), LinkError> {
         let listen = matches!(self.config, ConfigSource::BackEnd(_));
-        Link::connect(&self.door, self.back_end_queues(), listen, guard)
+        Link::connect(&self.door, self.back_end_queues(), (listen, self.shared.as_ref()), guard)
     }
 
     /// What the guest is to see of the back end's config space; nothing if there is none.
@@ -197,6 +215,9 @@ struct State {
     /// What the driver has set through the queue that is served here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     local: Option<serde_json::Value>,
+    /// The regions of its shared memory, in which nothing was mapped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    shared: Vec<SharedRegion>,
     /// Whether the back end has a session that the guest's requests belong to.
     #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
     session: bool,
@@ -285,6 +306,10 @@ impl VhostUser {
 
     fn invalid(&self, reason: impl Into<String>) -> StateError {
         StateError::Invalid { kind: self.spec.name, reason: reason.into() }
+    }
+
+    fn shared_regions(&self) -> Vec<SharedRegion> {
+        self.spec.shared.as_ref().map(|shared| shared.regions().to_vec()).unwrap_or_default()
     }
 
     /// The first `len` bytes of the back end's own config space, if it has one and answers.
@@ -402,11 +427,21 @@ impl VirtioDevice for VhostUser {
         }
     }
 
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        self.spec.shared.clone().filter(|shared| !shared.regions().is_empty())
+    }
+
     fn save(&self) -> Result<serde_json::Value, StateError> {
+        if self.spec.shared.as_ref().is_some_and(|shared| shared.is_used()) {
+            let why = "the back end has mapped files into the guest's sight (VHOST_USER_PROTOCOL_F_SHMEM), which \
+                       cannot be saved or moved";
+            return Err(self.invalid(why));
+        }
         let back_end = if self.spec.stateful { Some(self.save_back_end()?) } else { None };
         let local = self.spec.local.as_ref().map(|local| local.save()).transpose()?;
         let session = self.shared.session.load(Ordering::SeqCst);
-        let state = State { in_flight: self.shared.in_flight.lock().clone(), back_end, local, session };
+        let in_flight = self.shared.in_flight.lock().clone();
+        let state = State { in_flight, back_end, local, shared: self.shared_regions(), session };
         serde_json::to_value(state).map_err(|e| self.invalid(e.to_string()))
     }
 
@@ -415,6 +450,9 @@ impl VirtioDevice for VhostUser {
             State::deserialize(state).map_err(|source| StateError::Parse { kind: self.spec.name, source })?;
         if state.in_flight.keys().any(|queue| usize::from(*queue) >= self.spec.queue_sizes.len()) {
             return Err(self.invalid("it has requests of a queue that is not there"));
+        }
+        if state.shared != self.shared_regions() {
+            return Err(self.invalid("the back end has other regions of shared memory"));
         }
         match (&state.back_end, self.spec.stateful) {
             (Some(text), true) => self.load_back_end(text)?,

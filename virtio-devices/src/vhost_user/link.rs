@@ -1,6 +1,6 @@
 //! The connection to a back end and what is agreed on it.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -24,9 +24,16 @@ use super::door::Door;
 use super::news::News;
 use super::ring::{RelayRing, SharedRings};
 use crate::device::feature;
+use crate::shared_memory::SharedMemory;
 
 /// `VHOST_USER_SEND_RARP`.
 const SEND_RARP: u32 = 19;
+/// `VHOST_USER_GET_SHMEM_CONFIG`, and the most that its answer may have: a count, padding, 256 sizes.
+const GET_SHMEM_CONFIG: u32 = 44;
+const SHMEM_CONFIG_LEN: usize = 8 + 256 * 8;
+/// Version 1 of the protocol, and an answer in it.
+const VERSION: u32 = 1;
+const REPLY: u32 = VERSION | 1 << 2;
 /// How long a back end may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
@@ -47,6 +54,8 @@ pub(super) enum LinkError {
     Private,
     #[error("the rings cannot be shared")]
     Rings,
+    #[error("the back end's shared memory cannot be used: {reason}")]
+    SharedMemory { reason: String },
 }
 
 /// Ends the connection of a back end that does not answer. (The protocol's library waits for an answer for ever,
@@ -127,13 +136,44 @@ pub(super) fn has_ended(socket: &UnixStream) -> bool {
     polled && fds.iter().any(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL))
 }
 
+/// The sizes of the back end's shared memory regions by their numbers, which the library has no way to ask for.
+fn shared_regions(mut stream: &UnixStream) -> io::Result<Vec<u64>> {
+    let request: Vec<u8> =
+        [GET_SHMEM_CONFIG, VERSION, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+    stream.write_all(&request)?;
+    let mut header = [[0; 4]; 3];
+    for word in &mut header {
+        stream.read_exact(word)?;
+    }
+    let [what, flags, len] = header.map(u32::from_le_bytes);
+    let len = len as usize;
+    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "that is no answer");
+    if what != GET_SHMEM_CONFIG
+        || flags != REPLY
+        || !(8..=SHMEM_CONFIG_LEN).contains(&len)
+        || !len.is_multiple_of(8)
+    {
+        return Err(wrong());
+    }
+    let mut body = vec![0; len];
+    stream.read_exact(&mut body)?;
+    let (words, _) = body.as_chunks::<8>();
+    let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+    let count = words.next().ok_or_else(wrong)? & 0xffff_ffff;
+    let sizes: Vec<u64> = words.collect();
+    match sizes.iter().filter(|size| **size != 0).count() as u64 == count {
+        true => Ok(sizes),
+        false => Err(wrong()),
+    }
+}
+
 impl Link {
     /// Connects to the back end for `queues` queues. The stream is for watching only. `listen`: what the back end has
-    /// to say of its config space is of interest.
+    /// to say of its config space is of interest. `shared` is what it may show to the guest.
     pub(super) fn connect(
         door: &Door,
         queues: usize,
-        listen: bool,
+        (listen, shared): (bool, Option<&Arc<SharedMemory>>),
         guard: &Guard,
     ) -> Result<(Self, UnixStream), LinkError> {
         let connect = |source| LinkError::Connect { path: door.path().clone(), source };
@@ -142,14 +182,15 @@ impl Link {
         let kept = Arc::new(stream.try_clone().map_err(connect)?);
         let frontend = Frontend::from_stream(stream, queues as u64);
         let (features, protocol, news) =
-            guard.during(&kept, || Self::negotiate(&frontend, queues, listen))??;
+            guard.during(&kept, || Self::negotiate(&frontend, &kept, queues, (listen, shared)))??;
         Ok((Self { frontend, news, stream: kept, guard: guard.clone(), features, protocol }, watched))
     }
 
     fn negotiate(
         frontend: &Frontend,
+        stream: &UnixStream,
         queues: usize,
-        listen: bool,
+        (listen, shared): (bool, Option<&Arc<SharedMemory>>),
     ) -> Result<(u64, VhostUserProtocolFeatures, Option<News>), LinkError> {
         let mut frontend = frontend.clone();
         failed("SET_OWNER", frontend.set_owner())?;
@@ -164,10 +205,17 @@ impl Link {
                 | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::RARP
                 | VhostUserProtocolFeatures::DEVICE_STATE;
-            if listen {
+            if listen || shared.is_some() {
                 known |= VhostUserProtocolFeatures::BACKEND_REQ;
             }
+            if shared.is_some() {
+                known |= VhostUserProtocolFeatures::SHMEM;
+            }
             protocol = failed("GET_PROTOCOL_FEATURES", frontend.get_protocol_features())? & known;
+            if !protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+                // It has no way to say what is to be mapped.
+                protocol.remove(VhostUserProtocolFeatures::SHMEM);
+            }
             failed("SET_PROTOCOL_FEATURES", frontend.set_protocol_features(protocol))?;
         }
         if protocol.contains(VhostUserProtocolFeatures::MQ) {
@@ -179,9 +227,24 @@ impl Link {
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        let channel = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG;
-        let news = match protocol.contains(channel) {
-            true => Some(News::open(&mut frontend, protocol.contains(VhostUserProtocolFeatures::REPLY_ACK))?),
+        let has_shared = protocol.contains(VhostUserProtocolFeatures::SHMEM);
+        if let Some(shared) = shared {
+            let sizes = match has_shared {
+                true => shared_regions(stream).map_err(|source| LinkError::Protocol {
+                    what: "GET_SHMEM_CONFIG",
+                    source: host_error(source),
+                })?,
+                false => Vec::new(),
+            };
+            shared.agree(&sizes).map_err(|reason| LinkError::SharedMemory { reason })?;
+        }
+        let says_config = listen && protocol.contains(VhostUserProtocolFeatures::CONFIG);
+        let channel = protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ);
+        let news = match channel && (says_config || has_shared) {
+            true => {
+                let acknowledged = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+                Some(News::open(&mut frontend, acknowledged, shared.filter(|_| has_shared))?)
+            }
             false => None,
         };
         Ok((features, protocol, news))
@@ -230,7 +293,7 @@ impl Link {
         }
         // The library has no way to say it. Request, version, size; then the address in eight bytes.
         let mut message = Vec::new();
-        for word in [SEND_RARP, 1, 8] {
+        for word in [SEND_RARP, VERSION, 8] {
             message.extend(word.to_le_bytes());
         }
         message.extend(mac);
@@ -335,5 +398,50 @@ impl Link {
     /// Stops one ring: the back end does not look at it any more when this returns.
     pub(super) fn stop_ring(&mut self, queue: u16) -> Result<(), LinkError> {
         self.call(|f| failed("GET_VRING_BASE", f.get_vring_base(usize::from(queue))).map(|_| ()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is made of this answer.
+    fn answered(words: [u32; 3], body: &[u8]) -> io::Result<Vec<u64>> {
+        let (ours, mut theirs) = UnixStream::pair()?;
+        for word in words {
+            theirs.write_all(&word.to_le_bytes())?;
+        }
+        theirs.write_all(body)?;
+        let result = shared_regions(&ours);
+        let mut asked = [0; 12];
+        theirs.read_exact(&mut asked)?;
+        assert_eq!(asked, [44, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        result
+    }
+
+    #[test]
+    fn sizes_of_shared_memory_are_those_that_are_said_or_none() {
+        let body = |count: u32, sizes: &[u64]| {
+            let mut body = u64::from(count).to_le_bytes().to_vec();
+            body.extend(sizes.iter().flat_map(|size| size.to_le_bytes()));
+            body
+        };
+        let good = body(2, &[0x1000, 0, 0x2000]);
+        let len = good.len() as u32;
+        assert_eq!(answered([44, 5, len], &good).expect("good"), [0x1000, 0, 0x2000]);
+        assert!(answered([44, 5, 8], &body(0, &[])).expect("none").is_empty());
+        let all = body(256, &[0x1000; 256]);
+        assert_eq!(answered([44, 5, all.len() as u32], &all).expect("many").len(), 256);
+        for (words, body) in [
+            ([45, 5, len], &good),
+            ([44, 1, len], &good),
+            ([44, 5, len - 1], &good),
+            ([44, 5, 4], &good),
+            ([44, 5, all.len() as u32 + 8], &all),
+            ([44, 5, u32::MAX], &good),
+            ([44, 5, len], &body(3, &[0x1000, 0, 0x2000])),
+        ] {
+            assert!(answered(words, body).is_err(), "{words:?}");
+        }
     }
 }

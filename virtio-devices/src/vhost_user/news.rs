@@ -1,5 +1,6 @@
-//! What a back end says by itself: that its config space is another one.
+//! What a back end says by itself: that its config space is another one, what is to be mapped into its shared memory.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -8,18 +9,41 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Frontend, FrontendReqHandler, VhostUserFrontend, VhostUserFrontendReqHandler};
 
 use super::link::{Guard, LinkError, failed, host_error};
+use crate::shared_memory::{Place, SharedMemory};
 
-/// Notes that there was something.
-#[derive(Debug, Default)]
-struct Bell(AtomicBool);
+/// Notes that there was something, and maps what is asked for.
+#[derive(Debug)]
+struct Bell {
+    config: AtomicBool,
+    shared: Option<Arc<SharedMemory>>,
+}
+
+fn place(request: &VhostUserMMap) -> Place {
+    Place { id: request.shmid, offset: request.shm_offset, len: request.len }
+}
 
 impl VhostUserFrontendReqHandler for Bell {
     fn handle_config_change(&self) -> io::Result<u64> {
-        self.0.store(true, Ordering::SeqCst);
+        self.config.store(true, Ordering::SeqCst);
         Ok(0)
+    }
+
+    fn shmem_map(&self, request: &VhostUserMMap, fd: &dyn AsRawFd) -> io::Result<u64> {
+        let shared = self.shared.as_ref().ok_or(rustix::io::Errno::NOSYS)?;
+        // SAFETY: the descriptor came with the message and is open until this returns.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let file = File::from(fd.try_clone_to_owned()?);
+        let writable = request.flags & VhostUserMMapFlags::WRITABLE.bits() != 0;
+        shared.map(place(request), (file, request.fd_offset), writable).map(|()| 0)
+    }
+
+    fn shmem_unmap(&self, request: &VhostUserMMap) -> io::Result<u64> {
+        let shared = self.shared.as_ref().ok_or(rustix::io::Errno::NOSYS)?;
+        shared.unmap(place(request)).map(|()| 0)
     }
 }
 
@@ -34,9 +58,13 @@ pub(super) struct News {
 
 impl News {
     /// Gives the back end its end.
-    pub(super) fn open(frontend: &mut Frontend, acknowledged: bool) -> Result<Self, LinkError> {
+    pub(super) fn open(
+        frontend: &mut Frontend,
+        acknowledged: bool,
+        shared: Option<&Arc<SharedMemory>>,
+    ) -> Result<Self, LinkError> {
         let what = "SET_BACKEND_REQ_FD";
-        let bell = Arc::new(Bell::default());
+        let bell = Arc::new(Bell { config: AtomicBool::new(false), shared: shared.cloned() });
         let handler = FrontendReqHandler::new(Arc::clone(&bell)).map_err(|e| io::Error::other(e.to_string()));
         let failure = |source| LinkError::Protocol { what, source: host_error(source) };
         let mut handler = handler.map_err(failure)?;
@@ -60,13 +88,20 @@ impl News {
             let mut fds = [PollFd::new(&*self.stream, PollFlags::IN)];
             // An error is met again when it is read.
             if !poll(&mut fds, Some(&now)).is_ok_and(|n| n != 0) {
-                return Ok(self.bell.0.swap(false, Ordering::SeqCst));
+                return Ok(self.bell.config.swap(false, Ordering::SeqCst));
             }
             let heard = guard.during(&self.stream, || self.handler.lock().handle_request())?;
-            heard.map_err(|e| {
-                let source = host_error(io::Error::other(e.to_string()));
-                LinkError::Protocol { what: "what it says by itself", source }
-            })?;
+            match heard {
+                Ok(_) => {}
+                // It has heard so, if it wanted to.
+                Err(vhost::vhost_user::Error::ReqHandlerError(error)) => {
+                    tracing::warn!(%error, "a request of a vhost-user back end is refused");
+                }
+                Err(error) => {
+                    let source = host_error(io::Error::other(error.to_string()));
+                    return Err(LinkError::Protocol { what: "what it says by itself", source });
+                }
+            }
         }
     }
 }

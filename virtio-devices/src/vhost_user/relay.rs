@@ -321,6 +321,10 @@ impl Relay {
         if let Some(socket) = self.socket.take() {
             watch.remove(socket.as_raw_fd());
         }
+        if let Some(shared) = &self.parts.spec.shared {
+            // The next one does not know what this one has mapped.
+            shared.clear();
+        }
         if self.parts.spec.has_session() {
             self.parts.shared.session.store(false, Ordering::SeqCst);
         }
@@ -415,6 +419,13 @@ impl Relay {
             Ok(true) => self.look_at_config(watch),
             Ok(false) => {}
             Err(error) => self.lost(watch, &error),
+        }
+        let shared = self.parts.spec.shared.as_ref();
+        if shared.is_some_and(|shared| shared.was_shortened()) {
+            tracing::warn!(
+                id = self.parts.spec.id,
+                "a file that the guest sees was shortened: there are zeroes instead"
+            );
         }
     }
 

@@ -76,25 +76,34 @@ impl Slots {
 
     /// Maps a ROM window.
     pub fn map_rom(&mut self, vm: &VmFd, rom: &RomWindow) -> Result<(), AccelError> {
-        let gpa = rom.gpa;
+        self.map(vm, (rom.gpa, &rom.region), false)
+    }
+
+    /// Maps a region outside of RAM.
+    pub fn map(
+        &mut self,
+        vm: &VmFd,
+        (gpa, region): (u64, &Arc<GuestRegion>),
+        writable: bool,
+    ) -> Result<(), AccelError> {
         if self.rom.contains_key(&gpa) {
-            return Err(host(format!("ROM at {gpa:#x}"), io::Error::from(io::ErrorKind::AlreadyExists)));
+            return Err(host(format!("memory at {gpa:#x}"), io::Error::from(io::ErrorKind::AlreadyExists)));
         }
         let id = (self.ram.len() as u32..self.limit).find(|id| self.rom.values().all(|r| r.id != *id));
         let id =
             id.ok_or_else(|| host("no memory slot is left", io::Error::from_raw_os_error(libc::ENOSPC)))?;
-        let hva = host_address(&rom.region).map_err(|e| host("ROM has no host address", e))?;
+        let hva = host_address(region).map_err(|e| host("it has no host address", e))?;
         let slot = kvm_userspace_memory_region {
             slot: id,
-            flags: KVM_MEM_READONLY,
+            flags: if writable { 0 } else { KVM_MEM_READONLY },
             guest_phys_addr: gpa,
-            memory_size: rom.region.len(),
+            memory_size: region.len(),
             userspace_addr: hva,
         };
         // SAFETY: the region is kept in `self.rom` until its slot is deleted, or dropped with the VM.
         unsafe { sys::set_memory_slot(vm, slot) }
-            .map_err(|e| host(format!("cannot map ROM at {gpa:#x}"), e))?;
-        self.rom.insert(gpa, RomSlot { id, _region: Arc::clone(&rom.region) });
+            .map_err(|e| host(format!("cannot map memory at {gpa:#x}"), e))?;
+        self.rom.insert(gpa, RomSlot { id, _region: Arc::clone(region) });
         Ok(())
     }
 

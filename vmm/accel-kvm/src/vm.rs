@@ -8,7 +8,7 @@ use holdfast_accel::{AccelError, IrqChip, RomWindow, Vcpu, Vm, VmSpec};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::{CpuTopology, CpuidEntry, cpuid, features};
 use holdfast_device::{Bus, CpuLines, ExtInt, IoEvents, IrqSink, MsiController, MsiMessage};
-use holdfast_memory::GuestMemory;
+use holdfast_memory::{GuestMemory, GuestRegion};
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
@@ -355,6 +355,14 @@ impl Vm for VmRef {
 
     fn map_rom(&self, rom: &RomWindow) -> Result<(), AccelError> {
         self.0.slots.write().map_rom(&self.0.fd, rom)
+    }
+
+    fn map_shared(&self, gpa: u64, region: &Arc<GuestRegion>, writable: bool) -> Result<(), AccelError> {
+        self.0.slots.write().map(&self.0.fd, (gpa, region), writable)
+    }
+
+    fn unmap_shared(&self, gpa: u64) -> Result<(), AccelError> {
+        self.unmap_rom(gpa)
     }
 
     fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {

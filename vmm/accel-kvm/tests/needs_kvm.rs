@@ -167,11 +167,8 @@ fn needs_kvm_dirty_log_names_exactly_the_pages_written() {
     }
 }
 
-#[test]
-fn needs_kvm_rom_reads_come_from_it_and_writes_go_to_the_bus() {
-    if absent() {
-        return;
-    }
+/// A guest that prints the byte at 0x100010, writes `w` there and prints it again.
+fn reader() -> Guest {
     let code = [
         0xb8, 0x00, 0xff, // mov ax, 0xff00
         0x8e, 0xd8, // mov ds, ax
@@ -182,7 +179,36 @@ fn needs_kvm_rom_reads_come_from_it_and_writes_go_to_the_bus() {
         0xe6, OUT as u8, // out 0xe9, al
         0xf4,
     ];
-    let mut g = split(&code);
+    split(&code)
+}
+
+#[test]
+fn needs_kvm_memory_of_a_device_is_read_and_written_if_it_is_writable() {
+    if absent() {
+        return;
+    }
+    for writable in [true, false] {
+        let mut g = reader();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0x10_0000), 0x1000)]).expect("memory");
+        memory.write_obj(b'd', GuestAddress(0x10_0010)).expect("memory");
+        let region = memory.find_region(GuestAddress(0x10_0000)).expect("region");
+        let region = arc_of(&memory, region);
+        g.vm.map_shared(0x10_0000, &region, writable).expect("map");
+        assert!(g.vm.map_shared(0x10_0000, &region, writable).is_err(), "it is taken");
+        run_to_halt(&mut g);
+        let text: &[u8] = if writable { b"dw" } else { b"dd" };
+        assert_eq!(&g.console.0.lock()[..], text);
+        g.vm.unmap_shared(0x10_0000).expect("unmap");
+        assert!(g.vm.unmap_shared(0x10_0000).is_err());
+    }
+}
+
+#[test]
+fn needs_kvm_rom_reads_come_from_it_and_writes_go_to_the_bus() {
+    if absent() {
+        return;
+    }
+    let mut g = reader();
     let rom = GuestMemory::from_ranges(&[(GuestAddress(0x10_0000), 0x1000)]).expect("ROM");
     rom.write_obj(b'r', GuestAddress(0x10_0010)).expect("ROM");
     let region = rom.find_region(GuestAddress(0x10_0000)).expect("region");

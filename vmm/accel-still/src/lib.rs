@@ -15,7 +15,7 @@ use holdfast_clock::{HostRandom, Timers, VmClock};
 use holdfast_device::{
     BuildContext, Bus, CpuLines, ExtInt, IoEvents, IrqSink, MsiController, MsiMessage, SystemSink,
 };
-use holdfast_memory::GuestMemory;
+use holdfast_memory::{GuestMemory, GuestRegion};
 use holdfast_threads::PlainSpawner;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -114,6 +114,7 @@ impl StillVm {
             spawner,
             system: Arc::clone(&self.told) as Arc<dyn SystemSink>,
             msi: self.msi(),
+            windows: None,
         }
     }
 }
@@ -136,6 +137,12 @@ impl Vm for StillVm {
     fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {
         self.roms.lock().retain(|rom| rom.gpa != gpa);
         Ok(())
+    }
+    fn map_shared(&self, gpa: u64, region: &Arc<GuestRegion>, _writable: bool) -> Result<(), AccelError> {
+        self.map_rom(&RomWindow { gpa, region: Arc::clone(region) })
+    }
+    fn unmap_shared(&self, gpa: u64) -> Result<(), AccelError> {
+        self.unmap_rom(gpa)
     }
     fn cpu_lines(&self) -> Arc<dyn CpuLines> {
         Arc::clone(&self.told) as Arc<dyn CpuLines>

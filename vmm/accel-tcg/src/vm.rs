@@ -7,6 +7,7 @@ use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::CpuTopology;
 use holdfast_device::{CpuLines, ExtInt, FpuErrors, IoEvents, IrqSink, MsiController};
 use holdfast_devices::x86::LapicBus;
+use holdfast_memory::GuestRegion;
 use holdfast_tcg::{LogOptions, TcgVcpu, TcgVm, TraceLog};
 
 use crate::vcpu::TcgVcpuHandle;
@@ -76,6 +77,14 @@ impl Vm for TcgVmHandle {
 
     fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError> {
         self.vm.unmap_rom(gpa).map_err(|e| explain(None, e))
+    }
+
+    fn map_shared(&self, gpa: u64, region: &Arc<GuestRegion>, writable: bool) -> Result<(), AccelError> {
+        self.vm.map_shared(gpa, region, writable).map_err(|e| explain(None, e))
+    }
+
+    fn unmap_shared(&self, gpa: u64) -> Result<(), AccelError> {
+        self.vm.unmap_shared(gpa).map_err(|e| explain(None, e))
     }
 
     fn cpu_lines(&self) -> Arc<dyn CpuLines> {

@@ -185,6 +185,26 @@ pub trait Vm: Send + Sync + Debug {
     /// [`AccelError`].
     fn unmap_rom(&self, gpa: u64) -> Result<(), AccelError>;
 
+    /// Shows memory of a device at `gpa`, a page's: vCPUs read it and fetch from it, and write it if it is `writable`;
+    /// if not, writes go to the memory bus. What they write is not in the dirty log, and code that others change in it
+    /// may have been translated before.
+    ///
+    /// # Errors
+    /// [`AccelError`].
+    fn map_shared(
+        &self,
+        gpa: u64,
+        region: &Arc<holdfast_memory::GuestRegion>,
+        writable: bool,
+    ) -> Result<(), AccelError>;
+
+    /// Hides what is shown at `gpa`. May be called by threads that vCPUs wait for: those that are about to use it may
+    /// do so a last time.
+    ///
+    /// # Errors
+    /// [`AccelError`].
+    fn unmap_shared(&self, gpa: u64) -> Result<(), AccelError>;
+
     /// The vCPUs' interrupt pins.
     fn cpu_lines(&self) -> Arc<dyn CpuLines>;
 

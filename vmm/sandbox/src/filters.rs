@@ -247,6 +247,9 @@ const CONNECT: &[Permit] = &[Any(libc::SYS_socket), Any(libc::SYS_connect), Any(
 /// Making memory that is shared with a peer.
 const SHARED_MEMORY: &[Permit] = &[Any(libc::SYS_memfd_create), Any(libc::SYS_ftruncate)];
 
+/// Showing memory of a device to the guest.
+const WINDOWS: &[Permit] = &[ioctl(0x4020_ae46)]; // KVM_SET_USER_MEMORY_REGION
+
 /// Who this is.
 const IDENTITY: &[Permit] = &[
     Any(libc::SYS_getuid),
@@ -310,7 +313,7 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         Role::Net => vec![LIFE, INTERRUPTS, SOCKET_IO, TAP],
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
         // A back end that is gone is looked for again.
-        Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT, SHARED_MEMORY],
+        Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT, SHARED_MEMORY, WINDOWS],
         // Requests bring descriptors and name files; each connection has its thread.
         Role::Api => vec![LIFE, FILE_IO, SOCKET_IO, SOCKETS, PLUMBING, FILES, THREADS, IDENTITY],
         // The VM is reached through its manager.

@@ -1,7 +1,6 @@
 //! What the VM's manager can do.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
@@ -11,6 +10,7 @@ use holdfast_config::{
 };
 
 use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
+use super::netdev::{BackEndSocket, Netdev, NetdevCard};
 use super::reply::*;
 use super::{ControlError, DebugListener, DebugTarget, MemoryRead, MemoryWrite, Responder};
 use crate::storage::StorageRequest;
@@ -75,6 +75,21 @@ pub trait VmManager {
     /// # Errors
     /// Like [`VmManager::add_disk`].
     fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<Option<PciDeviceInfo>, ControlError>;
+    /// Names a network back end. Nothing is opened before a card uses it.
+    ///
+    /// # Errors
+    /// [`super::ErrorKind::Conflict`] if the name is taken; what it says that is not there.
+    fn netdev_add(&mut self, netdev: Netdev) -> Result<(), ControlError>;
+    /// Forgets one.
+    ///
+    /// # Errors
+    /// If it is not there or a card uses it.
+    fn netdev_del(&mut self, id: String) -> Result<(), ControlError>;
+    /// Adds a network device by such a back end. Before boot the answer is `None`.
+    ///
+    /// # Errors
+    /// If the back end is not there or has a card; like [`VmManager::add_net`].
+    fn add_card(&mut self, card: Box<NetdevCard>) -> Result<Option<PciDeviceInfo>, ControlError>;
     /// Adds a directory shared by a vhost-user back end. Before boot the answer is `None`.
     ///
     /// # Errors
@@ -93,18 +108,18 @@ pub trait VmManager {
     /// # Errors
     /// Like [`VmManager::add_disk`].
     fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Option<PciDeviceInfo>, ControlError>;
-    /// Names a UNIX socket on which the back end of a device listens.
+    /// Names the UNIX socket of a device's back end.
     ///
     /// # Errors
     /// [`super::ErrorKind::Conflict`] if the name is taken.
-    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError>;
+    fn chardev_add(&mut self, label: String, socket: BackEndSocket) -> Result<(), ControlError>;
     /// Forgets one.
     ///
     /// # Errors
     /// If it is not there or a device uses it.
     fn chardev_remove(&mut self, label: String) -> Result<(), ControlError>;
-    /// The path of one.
-    fn chardev_socket(&mut self, label: String) -> Option<PathBuf>;
+    /// Where one is.
+    fn chardev_socket(&mut self, label: String) -> Option<BackEndSocket>;
     /// Removes a device.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ mod event;
 mod handle;
 mod manager;
 mod migration;
+mod netdev;
 mod operation;
 mod reply;
 
@@ -27,5 +28,6 @@ pub use event::{Event, EventBus, Origin, TimedEvent};
 pub use handle::{ControlHandle, ControlInbox, Request, Responder, control};
 pub use manager::VmManager;
 pub use migration::*;
+pub use netdev::*;
 pub use operation::*;
 pub use reply::*;

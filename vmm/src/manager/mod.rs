@@ -8,6 +8,7 @@ mod chardev;
 mod debug;
 mod lifecycle;
 mod migrate;
+mod netdev;
 mod query;
 mod serve;
 mod storage;
@@ -178,6 +179,8 @@ pub struct Manager {
     storage: Arc<Storage>,
     /// The sockets of back ends that were named.
     sockets: chardev::Sockets,
+    /// The network back ends that were named.
+    netdevs: netdev::Netdevs,
     stage: Stage,
     /// The job under way, by name.
     job: Option<&'static str>,
@@ -207,6 +210,7 @@ impl Manager {
             spawner,
             storage,
             sockets: chardev::Sockets::default(),
+            netdevs: netdev::Netdevs::default(),
             options,
             wire,
             messages,

@@ -25,6 +25,7 @@ use parking_lot::RwLock;
 
 use super::plug::Plugs;
 use super::vcpus::{VcpuEvents, VcpuSetup, Vcpus};
+use super::windows::Windows;
 use super::{Vm, VmError};
 use crate::accel;
 use crate::control::EventBus;
@@ -111,9 +112,6 @@ impl Vm {
             Some(accelerator) => accelerator.create_vm(spec)?,
             None => accel::create_vm(&config.accel, &spec)?,
         };
-        if config.perf_map {
-            vm.start_perf_map()?;
-        }
         start_log(&config, vm.as_ref())?;
         if let Some((memory_events, port_events)) = vm.io_events() {
             mmio.accelerate(memory_events);
@@ -129,6 +127,7 @@ impl Vm {
             spawner: Arc::clone(&host.spawner),
             system: Arc::clone(&host.system),
             msi: vm.msi(),
+            windows: Some(Arc::new(Windows::new(&vm))),
         };
         let cpu = request.cpu.clone();
         let machine = module.build(request, MachineContext { build: build.clone(), vm: Arc::clone(&vm) })?;
@@ -408,8 +407,11 @@ fn port(machine: &dyn Machine, name: &str) -> Result<VirtioSlot, VmError> {
     Ok(VirtioSlot::Port(bus, port))
 }
 
-/// Starts the log of translations, if there is to be one.
+/// Starts the map and the log of translations, if there are to be any.
 fn start_log(config: &VmConfig, vm: &dyn AccelVm) -> Result<(), VmError> {
+    if config.perf_map {
+        vm.start_perf_map()?;
+    }
     let Some(log) = &config.tcg_log else { return Ok(()) };
     let what = CodeLog {
         guest: log.guest,

@@ -6,6 +6,7 @@ mod migrate;
 mod plug;
 mod state;
 pub mod vcpus;
+mod windows;
 
 use std::fmt;
 use std::sync::Arc;

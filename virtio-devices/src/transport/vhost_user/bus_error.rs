@@ -1,4 +1,4 @@
-//! RAM whose file its front end may shorten.
+//! Memory whose file another process may shorten: RAM of a front end, what a back end shows to the guest.
 //!
 //! What lies behind a file's new end cannot be touched any more: the kernel sends `SIGBUS`. The handler puts memory
 //! without contents in the place of the whole region, so that whoever was about to use it goes on, and rings the
@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicI32, AtomicU8, AtomicUsize, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// Regions of one connection's tables, the old and the new one at once, with room for more.
-const SLOTS: usize = 4 * super::memory::MAX_REGIONS;
+/// Regions of one connection's tables, the old and the new one at once, with room for more; or all that a few devices
+/// have in their shared memory.
+const SLOTS: usize = 16 * super::memory::MAX_REGIONS;
 
 const FREE: u8 = 0;
 const TAKEN: u8 = 1;
@@ -48,7 +49,7 @@ impl Slot {
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: the range is one mapping of guest RAM, which stays there for as long as it is in the table, and is only
+        // SAFETY: the range is one mapping that the guest sees, which stays there for as long as it is in the table, and is only
         // used through volatile accesses and system calls.
         let mapped = unsafe { libc::mmap(start as *mut _, len, access, flags, -1, 0) };
         if mapped == libc::MAP_FAILED {
@@ -81,7 +82,7 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
 ///
 /// # Errors
 /// The host's.
-pub(super) fn catch() -> io::Result<()> {
+pub(crate) fn catch() -> io::Result<()> {
     static ONCE: Once = Once::new();
     let mut result = Ok(());
     ONCE.call_once(|| {
@@ -99,7 +100,7 @@ pub(super) fn catch() -> io::Result<()> {
 
 /// A region that is watched until this is dropped. It has to be dropped before the mapping is.
 #[derive(Debug)]
-pub(super) struct Watched {
+pub(crate) struct Watched {
     slot: usize,
     /// Open for as long as the handler may ring it.
     _alarm: Arc<EventFd>,
@@ -107,7 +108,7 @@ pub(super) struct Watched {
 
 impl Watched {
     /// Watches `len` bytes at `start`. `None`: too many regions are watched.
-    pub(super) fn new(start: usize, len: usize, alarm: &Arc<EventFd>) -> Option<Self> {
+    pub(crate) fn new(start: usize, len: usize, alarm: &Arc<EventFd>) -> Option<Self> {
         let free = |slot: &Slot| {
             slot.state.compare_exchange(FREE, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };

@@ -5,7 +5,7 @@
 //! files, and where the rings are in it; every chain in them is checked as usual. A front end that goes
 //! away leaves the device as a reset does, and the next one finds it so.
 
-mod bus_error;
+pub(crate) mod bus_error;
 mod channel;
 mod log;
 mod memory;

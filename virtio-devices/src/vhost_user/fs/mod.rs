@@ -33,5 +33,5 @@ pub fn build(
         stateful: true,
         ..Spec::new(id, "vhost-user-fs", kind::FS, Door::Connect(config.socket.clone()))
     };
-    Ok(VhostUser::build(spec, context)?)
+    Ok(VhostUser::build(spec.with_shared_memory(context)?, context)?)
 }

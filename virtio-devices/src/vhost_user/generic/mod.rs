@@ -34,5 +34,5 @@ pub fn build(
         settles: |_| false,
         ..Spec::new(id, "vhost-user-generic", config.device_type, Door::Connect(config.socket.clone()))
     };
-    Ok(VhostUser::build(spec, context)?)
+    Ok(VhostUser::build(spec.with_shared_memory(context)?, context)?)
 }

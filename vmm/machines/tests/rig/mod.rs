@@ -129,6 +129,7 @@ impl Rig {
             spawner: PlainSpawner::shared(),
             system: Arc::new(Events(Mutex::new(events.0.clone()))),
             msi: vm.msi(),
+            windows: None,
         };
         let cpu = request.cpu.clone();
         let context = MachineContext { build: build.clone(), vm: Arc::clone(&vm) };
