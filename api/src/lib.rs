@@ -7,6 +7,7 @@ pub mod http;
 pub mod logging;
 pub mod monitor;
 pub mod process;
+pub mod progress;
 pub mod qmp;
 pub mod serve;
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use holdfast_api::back_end;
 use holdfast_api::cli::{self, CliError, Ctl, Invocation, RunOptions};
-use holdfast_api::client;
 use holdfast_api::process::{self, Confinement, describe};
+use holdfast_api::{client, progress};
 use holdfast_config::RestoreConfig;
 use holdfast_objects::Objects;
 use holdfast_sandbox::{Sandbox, SandboxError};
@@ -53,7 +53,8 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn control(ctl: &Ctl) -> ExitCode {
-    match client::send(ctl) {
+    let answer = if ctl.progress { progress::send(ctl) } else { client::send(ctl) };
+    match answer {
         Ok(body) if body.is_empty() => ExitCode::SUCCESS,
         Ok(body) => print(&body),
         Err(error) => fail(&describe(&error), 1),

@@ -111,7 +111,7 @@ pub fn add_archive(args: &mut [String], archive: &Path, dir: &Path) {
     args[at] = both.display().to_string();
 }
 
-/// The directory with virtiofsd 1.14, vhost-device-vsock and fsx, built if they are missing, which takes minutes.
+/// The directory with virtiofsd 1.14, vhost-device-vsock and fsx, built if they are missing, which takes three minutes.
 ///
 /// # Panics
 /// If they cannot be built.

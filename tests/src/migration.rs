@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::counter::Count;
 use crate::http::{Api, Response};
-use crate::{Program, riscv64_guest};
+use crate::{Program, riscv64_guest, x86_64_guest};
 
 /// How long a guest may take for anything.
 pub const LIMIT: Duration = Duration::from_secs(240);
@@ -97,17 +97,30 @@ pub fn listening(socket: &Path) {
 
 /// A riscv64 VM that runs `test` and writes to the file `console`.
 pub fn config(console: &Path, test: &str) -> Value {
-    let guest = riscv64_guest();
+    let payload = json!({
+        "kernel": riscv64_guest().join("Image"),
+        "initramfs": riscv64_guest().join("initramfs.cpio"),
+    });
+    config_of("riscv64", payload, console, test)
+}
+
+/// The same for a PC with Debian's amd64 kernel.
+pub fn pc_config(console: &Path, test: &str) -> Value {
+    let payload = json!({
+        "kernel": x86_64_guest().join("vmlinuz"),
+        "initramfs": x86_64_guest().join("initramfs.cpio"),
+    });
+    config_of("x86_64", payload, console, test)
+}
+
+fn config_of(arch: &str, mut payload: Value, console: &Path, test: &str) -> Value {
+    payload["cmdline"] = format!("console=ttyS0 quiet holdfast.test={test}").into();
     json!({
-        "arch": "riscv64",
+        "arch": arch,
         "accel": "tcg",
         "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
         "memory": { "size": 256u64 << 20 },
-        "payload": {
-            "kernel": guest.join("Image"),
-            "initramfs": guest.join("initramfs.cpio"),
-            "cmdline": format!("console=ttyS0 quiet holdfast.test={test}"),
-        },
+        "payload": payload,
         "serial": { "mode": "File", "file": console },
         "console": { "mode": "Off" },
     })
@@ -167,6 +180,11 @@ impl Console {
             assert!(Instant::now() < deadline, "{disks:?} do not come to {want:?}:\n{text}");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// What the guest's clock showed when it last counted, in seconds since it started; 0 before that.
+    pub fn clock(&self) -> f64 {
+        Count::all(&self.text()).last().map_or(0.0, |count| count.uptime)
     }
 
     /// The last number, all checked.

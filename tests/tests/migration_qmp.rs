@@ -243,11 +243,32 @@ fn pages_follow_the_guest_even_when_the_connection_breaks() {
     second.qmp.until("query-migrate", "status", "postcopy-paused");
     let again = format!("unix:{}", dir.path().join("again").display());
     second.qmp.ok("migrate-recover", json!({ "uri": again }));
-    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
     qmp.ok("migrate", json!({ "uri": again, "resume": true }));
+    qmp.until("query-migrate", "status", "postcopy-active");
+    // It breaks once more, and REST mends it.
+    let [source, destination] = ["a", "b"].map(|name| Api::connect(&dir.path().join(name)));
+    let status = |api: &Api| api.get("vm.migration-progress")["status"].as_str().map(str::to_owned);
+    source.put("vm.pause-migration", &Value::Null);
+    for api in [&source, &destination] {
+        let deadline = std::time::Instant::now() + LIMIT;
+        while status(api).as_deref() != Some("postcopy-paused") {
+            assert!(std::time::Instant::now() < deadline, "{:?}", status(api));
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+    let neither = source.request("PUT", "vm.recover-migration", &json!({}));
+    assert!(neither.status == 400 && neither.body.contains("`destination_url` at the source"), "{neither:?}");
+    let last = format!("unix:{}", dir.path().join("last").display());
+    destination.put("vm.recover-migration", &json!({ "receiver_url": last }));
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
+    source.put("vm.recover-migration", &json!({ "destination_url": last }));
     let done = qmp.until("query-migrate", "status", "completed");
     assert!(done["ram"]["postcopy-requests"].as_u64() > Some(0), "{done}");
-    second.qmp.until("query-migrate", "status", "completed");
+    let came = second.qmp.until("query-migrate", "status", "completed");
+    let waited: Vec<u64> = serde_json::from_value(came["postcopy-latency-dist"].clone()).expect("numbers");
+    // Each page that was asked for came, and has been counted; by now nobody waits.
+    assert_eq!(waited.len(), 24, "{came}");
+    assert!(waited.iter().sum::<u64>() > 0 && came["postcopy-latency"].as_u64() > Some(0), "{came}");
     assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
     let states = qmp.heard("MIGRATION", "status");
     for state in ["postcopy-active", "postcopy-paused", "postcopy-recover"] {

@@ -1,10 +1,11 @@
 //! A VM moves from process to process over REST while it works, and stays where it is if that fails.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use holdfast_tests::devices::run;
-use holdfast_tests::migration::{Console, Vmm, config};
+use holdfast_tests::holdfast;
+use holdfast_tests::migration::{Console, LIMIT, Vmm, config};
 use serde_json::{Value, json};
 
 /// A running guest in one process, and a second process.
@@ -153,6 +154,32 @@ fn whatever_fails_the_guest_stays() {
     assert_eq!(received.join().expect("an answer").status, 500);
     assert_eq!((first.state().as_str(), second.state().as_str()), ("Running", ""));
     console.goes_on(2);
+    // Cancelled, by who watches it on the command line.
+    let received = second.receive(json!({ "receiver_url": url }));
+    let socket = dir.path().join("a").display().to_string();
+    let ctl = |more: &[&str]| {
+        let mut command = Command::new(holdfast());
+        command.args(["ctl", "--api-socket", &socket]).args(more);
+        command
+    };
+    let keys = format!("destination_url={url},bandwidth=1M");
+    let migrate = ctl(&["migrate", &keys]).stderr(Stdio::piped()).spawn().expect("it starts");
+    let progress = || first.api.get("vm.migration-progress");
+    let deadline = std::time::Instant::now() + LIMIT;
+    while progress()["ram"]["transferred"].as_u64().unwrap_or(0) == 0 || progress()["status"] != "active" {
+        assert!(std::time::Instant::now() < deadline, "{}", progress());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    // Long enough for a line to have been written.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    run(&mut ctl(&["cancel-migration"]));
+    let ended = migrate.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(!ended.status.success() && said.contains(" %  active, pass 1, "), "{said}");
+    assert!(said.contains("the migration was cancelled"), "{said}");
+    assert_eq!(progress()["status"], "cancelled");
+    assert_eq!(received.join().expect("an answer").status, 500);
+    assert_eq!(first.state(), "Running");
     // The destination is killed in the middle.
     let received = second.receive(json!({ "receiver_url": url }));
     let api = first.api.clone();

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Command};
 use holdfast_config::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigrationData, RestoreConfig,
-    RestoredNet, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigrationData, RecoverMigrationData,
+    RestoreConfig, RestoredNet, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig,
+    VsockConfig,
 };
 use holdfast_keyval::parse_size;
 use schemars::JsonSchema;
@@ -29,6 +30,8 @@ pub struct Ctl {
     pub body: Option<String>,
     /// File descriptors that go with it. They were inherited.
     pub fds: Vec<RawFd>,
+    /// How far the migration has come is shown until the answer is there.
+    pub progress: bool,
 }
 
 /// Verbs without arguments: verb, endpoint, GET, text.
@@ -44,6 +47,14 @@ const PLAIN: &[(&str, &str, bool, &str)] = &[
     ("shutdown", "vm.shutdown", false, "Switch the VM off"),
     ("power-button", "vm.power-button", false, "Press the VM's power button"),
     ("nmi", "vm.nmi", false, "Inject a non-maskable interrupt"),
+    (
+        "migration-progress",
+        "vm.migration-progress",
+        true,
+        "Print where the migration is, or how the last one ended",
+    ),
+    ("cancel-migration", "vm.cancel-migration", false, "Cancel the migration: the VM goes on here"),
+    ("pause-migration", "vm.pause-migration", false, "Interrupt a post-copy migration"),
     ("shutdown-vmm", "vmm.shutdown", false, "End Holdfast"),
 ];
 
@@ -86,7 +97,7 @@ struct NetFds {
 /// A verb whose one argument is `key=value,...`: its name, what it does, what the argument is, and the keys.
 type Keyed = (&'static str, &'static str, &'static str, fn() -> Vec<holdfast_keyval::Key>);
 
-fn keyed() -> [Keyed; 8] {
+fn keyed() -> [Keyed; 10] {
     use holdfast_keyval::keys;
     [
         ("add-disk", "Add a disk", "The disk", keys::<DiskConfig>),
@@ -100,6 +111,18 @@ fn keyed() -> [Keyed; 8] {
         ),
         ("add-vsock", "Add sockets between the guest and the host", "The sockets", keys::<VsockConfig>),
         ("restore", "Restore a VM from a snapshot", "What is restored, and how", keys::<CtlRestore>),
+        (
+            "migrate",
+            "Move the VM elsewhere, with a progress bar",
+            "Where it goes, and how",
+            keys::<SendMigrationData>,
+        ),
+        (
+            "recover-migration",
+            "Go on with an interrupted post-copy migration",
+            "Where, at the destination first",
+            keys::<RecoverMigrationData>,
+        ),
         ("send-migration", "Move the VM elsewhere", "Where it goes, and how", keys::<SendMigrationData>),
         (
             "receive-migration",
@@ -158,10 +181,10 @@ pub(super) fn read(matches: &ArgMatches) -> Result<Ctl, CliError> {
         return Err(CliError::Together("no verb; `holdfast ctl --help` lists them".into()));
     };
     if let Some((_, endpoint, get, _)) = PLAIN.iter().find(|(name, ..)| *name == verb) {
-        return Ok(Ctl { socket, endpoint, get: *get, body: None, fds: Vec::new() });
+        return Ok(Ctl { socket, endpoint, get: *get, body: None, fds: Vec::new(), progress: false });
     }
     let (endpoint, body, fds) = request(verb, arguments)?;
-    Ok(Ctl { socket, endpoint, get: false, body: Some(body), fds })
+    Ok(Ctl { socket, endpoint, get: false, body: Some(body), fds, progress: verb == "migrate" })
 }
 
 fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, Vec<RawFd>), CliError> {
@@ -205,8 +228,12 @@ fn request(verb: &str, arguments: &ArgMatches) -> Result<(&'static str, String, 
             let (restore, fds) = restore(argument("keys").unwrap_or_default())?;
             Ok(("vm.restore", json(&restore)?, fds))
         }
-        "send-migration" => {
-            let data: SendMigrationData = read_keys("send-migration", argument("keys").unwrap_or_default())?;
+        "recover-migration" => {
+            let data: RecoverMigrationData = read_keys(verb, argument("keys").unwrap_or_default())?;
+            Ok(("vm.recover-migration", json(&data)?, Vec::new()))
+        }
+        "migrate" | "send-migration" => {
+            let data: SendMigrationData = read_keys(verb, argument("keys").unwrap_or_default())?;
             data.check().map_err(CliError::Together)?;
             Ok(("vm.send-migration", json(&data)?, Vec::new()))
         }

@@ -1,6 +1,6 @@
 //! What the routes do: read the body, call the handle, write the reply.
 
-use holdfast_config::{ConfigError, NetConfig, RestoreConfig, VmConfig, parse_json};
+use holdfast_config::{ConfigError, NetConfig, RecoverMigrationData, RestoreConfig, VmConfig, parse_json};
 use holdfast_vmm::control::{self as ops, ControlError, ErrorKind, Operation, Origin};
 use hyper::StatusCode;
 use schemars::JsonSchema;
@@ -216,6 +216,33 @@ pub(super) async fn send_migration(call: Call) -> Result<Answer, HttpError> {
 pub(super) async fn receive_migration(call: Call) -> Result<Answer, HttpError> {
     let data = call.read()?;
     call.done(ops::ReceiveMigration(data)).await
+}
+
+pub(super) async fn migration_progress(call: Call) -> Result<Answer, HttpError> {
+    call.report(ops::QueryMigrate).await
+}
+
+pub(super) async fn cancel_migration(call: Call) -> Result<Answer, HttpError> {
+    call.done(ops::MigrateCancel).await
+}
+
+pub(super) async fn pause_migration(call: Call) -> Result<Answer, HttpError> {
+    call.done(ops::MigratePause).await
+}
+
+pub(super) async fn recover_migration(call: Call) -> Result<Answer, HttpError> {
+    match call.read()? {
+        RecoverMigrationData { receiver_url: Some(url), destination_url: None } => {
+            call.done(ops::MigrateRecover(url)).await
+        }
+        RecoverMigrationData { receiver_url: None, destination_url: Some(url) } => {
+            call.done(ops::Migrate(url, true, false)).await
+        }
+        _ => {
+            let reason = "`receiver_url` at the destination or `destination_url` at the source is needed";
+            Err(call.refuse(&ControlError::new(ErrorKind::Invalid, reason)))
+        }
+    }
 }
 
 pub(super) async fn unsupported(call: Call) -> Result<Answer, HttpError> {

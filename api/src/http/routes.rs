@@ -6,9 +6,10 @@ use std::pin::Pin;
 use bytes::Bytes;
 use holdfast_config::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PciDeviceInfo, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize, VmSnapshotConfig, VsockConfig,
+    RecoverMigrationData, RestoreConfig, SendMigrationData, VmConfig, VmRemoveDevice, VmResize,
+    VmSnapshotConfig, VsockConfig,
 };
-use holdfast_vmm::control::{ControlHandle, Counters, VmInfo};
+use holdfast_vmm::control::{ControlHandle, Counters, MigrationInfo, VmInfo};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use super::HttpError;
@@ -148,6 +149,26 @@ pub(super) static ROUTES: &[Route] = &[
         &[204, 400, 404, 429, 500], body: Some(schema::<SendMigrationData>)),
     route!("vm.receive-migration", "Receive a VM migration from URL", "The VM could not be received",
         handlers::receive_migration, &[204, 400, 429, 500], body: Some(schema::<ReceiveMigrationData>)),
+    route!("vm.migration-progress", "Where the migration under way is, or how the last one ended",
+        "The progress of the migration is not available", handlers::migration_progress, &[200, 400, 500],
+        get: true, reply: Some(schema::<MigrationInfo>)),
+    route!(
+        "vm.cancel-migration",
+        "Let the VM go on here; without effect once it has gone over",
+        "The migration could not be cancelled",
+        handlers::cancel_migration,
+        &[204, 400, 500]
+    ),
+    route!(
+        "vm.pause-migration",
+        "Interrupt a post-copy migration",
+        "The migration could not be interrupted",
+        handlers::pause_migration,
+        &[204, 400, 500]
+    ),
+    route!("vm.recover-migration", "Go on with an interrupted post-copy migration, at the destination first",
+        "The migration could not be recovered", handlers::recover_migration, &[204, 400, 500],
+        body: Some(schema::<RecoverMigrationData>)),
 ];
 
 macro_rules! unsupported {

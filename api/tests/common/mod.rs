@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use holdfast_config::{
@@ -18,7 +17,8 @@ use holdfast_vmm::storage::StorageRequest;
 #[derive(Default)]
 pub struct FakeManager {
     config: Option<Box<VmConfig>>,
-    sockets: BTreeMap<String, PathBuf>,
+    sockets: BTreeMap<String, BackEndSocket>,
+    netdevs: Vec<Netdev>,
     running: Option<bool>,
     ids: IdAllocator,
     fds: BTreeMap<String, Vec<OwnedFd>>,
@@ -207,8 +207,23 @@ impl VmManager for FakeManager {
         Ok(None)
     }
 
-    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError> {
-        self.sockets.insert(label, path);
+    fn netdev_add(&mut self, netdev: Netdev) -> Result<(), ControlError> {
+        self.netdevs.push(netdev);
+        Ok(())
+    }
+
+    fn netdev_del(&mut self, id: String) -> Result<(), ControlError> {
+        let missing = || ControlError::new(ErrorKind::DeviceNotFound, format!("Device '{id}' not found"));
+        self.netdevs.pop().map(drop).ok_or_else(missing)
+    }
+
+    fn add_card(&mut self, card: Box<NetdevCard>) -> Result<Option<PciDeviceInfo>, ControlError> {
+        self.config()?.net.get_or_insert_default().push(card.card);
+        Ok(None)
+    }
+
+    fn chardev_add(&mut self, label: String, socket: BackEndSocket) -> Result<(), ControlError> {
+        self.sockets.insert(label, socket);
         Ok(())
     }
 
@@ -217,7 +232,7 @@ impl VmManager for FakeManager {
         self.sockets.remove(&label).map(drop).ok_or_else(missing)
     }
 
-    fn chardev_socket(&mut self, label: String) -> Option<PathBuf> {
+    fn chardev_socket(&mut self, label: String) -> Option<BackEndSocket> {
         self.sockets.get(&label).cloned()
     }
 

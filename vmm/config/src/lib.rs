@@ -31,7 +31,7 @@ pub use holdfast_virtio::blk::back_end::BlkBackEndConfig;
 pub use holdfast_virtio::blk::config::DiskConfig;
 pub use holdfast_virtio::console::config::{ConsoleConfig, ConsoleMode};
 pub use holdfast_virtio::net::back_end::NetBackEndConfig;
-pub use holdfast_virtio::net::config::{NetConfig, VhostMode};
+pub use holdfast_virtio::net::config::{MacAddr, NetConfig, VhostMode};
 pub use holdfast_virtio::rng::config::RngConfig;
 pub use holdfast_virtio::vhost_user::fs::config::FsConfig;
 pub use holdfast_virtio::vhost_user::generic::config::GenericVhostUserConfig;
@@ -41,7 +41,9 @@ pub use machine::{
     AccelChoice, AccelKind, IrqChipMode, MachineConfig, PflashConfig, UnknownAccel, VirtioTransport,
 };
 pub use memory::MemoryConfig;
-pub use migration::{MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy};
+pub use migration::{
+    MigrationMode, ReceiveMigrationData, RecoverMigrationData, SendMigrationData, TimeoutStrategy,
+};
 pub use platform::{LandlockAccess, LandlockConfig, PlatformConfig};
 pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNet, VmRemoveDevice, VmResize, VmSnapshotConfig,

@@ -15,6 +15,8 @@ pub enum MigrationMode {
     /// The guest runs at the destination first, and its pages follow as it touches them.
     #[serde(alias = "postcopy")]
     Postcopy,
+    /// A pass while the guest runs, then as `Postcopy`, unless what is left fits into the downtime.
+    Hybrid,
 }
 
 /// What happens when the time of a migration is up.
@@ -103,12 +105,24 @@ pub struct ReceiveMigrationData {
     /// Directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`: TLS is insisted on (`tcp:` only).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<PathBuf>,
-    /// When RAM moves. The source decides; it must be `Postcopy` for a source that wants that.
+    /// When RAM moves. The source decides; it must not be `Precopy` for a source that wants another.
     #[serde(default)]
     pub memory_mode: MigrationMode,
     /// Accelerators to try instead of those of the VM at the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accel: Option<crate::AccelChoice>,
+}
+
+/// How a post-copy migration whose connections were lost goes on. One of the two is given.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverMigrationData {
+    /// At the destination, which comes first: `tcp:HOST:PORT` or `unix:PATH` at which to listen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receiver_url: Option<String>,
+    /// At the source: where the destination listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination_url: Option<String>,
 }
 
 impl SendMigrationData {

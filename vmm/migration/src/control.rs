@@ -9,6 +9,9 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::{Address, Listener, MigrationError, Stream};
 
+/// How long a pass goes on when post-copy is asked for.
+const GRACE: Duration = Duration::from_millis(50);
+
 /// Where a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Phase {
@@ -120,6 +123,44 @@ pub struct Statistics {
     pub setup: u64,
     /// Pages that the guest waited for.
     pub requests: u64,
+    /// How long it waited for them at this end, which only the destination knows.
+    pub latency: Latency,
+}
+
+/// How many doublings a [`Latency`] tells apart.
+pub const LATENCY_BUCKETS: usize = 24;
+
+/// How long pages that were touched before they were there took to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Latency {
+    /// Number `n` counts those that took from 2^n to 2^(n+1) microseconds; the first also what was faster, the last what was slower.
+    pub buckets: [u64; LATENCY_BUCKETS],
+    /// All times together, in nanoseconds.
+    pub sum: u64,
+    /// The longest, in nanoseconds.
+    pub longest: u64,
+}
+
+impl Latency {
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// The mean, in nanoseconds.
+    pub fn mean(&self) -> Option<u64> {
+        self.sum.checked_div(self.count())
+    }
+
+    /// A page took this long, in nanoseconds.
+    pub(crate) fn add(&mut self, took: u64) {
+        let bucket = (took / 1000).checked_ilog2().unwrap_or(0) as usize;
+        if let Some(count) = self.buckets.get_mut(bucket.min(LATENCY_BUCKETS - 1)) {
+            *count += 1;
+        }
+        self.sum += took;
+        self.longest = self.longest.max(took);
+    }
 }
 
 macro_rules! counters {
@@ -166,11 +207,15 @@ pub struct Control {
     /// The target may run the guest: there is no way back.
     committed: AtomicBool,
     postcopy: AtomicBool,
+    hybrid: AtomicBool,
+    /// When post-copy was asked for; host monotonic nanoseconds.
+    asked: AtomicU64,
     go_on: AtomicBool,
     sockets: Mutex<Vec<OwnedFd>>,
     way_back: Mutex<Option<Address>>,
     listener: Mutex<Option<Listener>>,
     error: Mutex<Option<String>>,
+    pub(crate) latency: Mutex<Latency>,
 }
 
 impl Control {
@@ -185,11 +230,14 @@ impl Control {
             cancelled: AtomicBool::new(false),
             committed: AtomicBool::new(false),
             postcopy: AtomicBool::new(false),
+            hybrid: AtomicBool::new(false),
+            asked: AtomicU64::new(0),
             go_on: AtomicBool::new(false),
             sockets: Mutex::default(),
             way_back: Mutex::default(),
             listener: Mutex::default(),
             error: Mutex::default(),
+            latency: Mutex::default(),
         }
     }
 
@@ -209,7 +257,8 @@ impl Control {
             0 => host_monotonic(),
             at => at,
         };
-        Statistics { elapsed: end.saturating_sub(self.started) / 1_000_000, ..self.counters.read() }
+        let elapsed = end.saturating_sub(self.started) / 1_000_000;
+        Statistics { elapsed, latency: *self.latency.lock(), ..self.counters.read() }
     }
 
     /// Where it is.
@@ -312,9 +361,31 @@ impl Control {
         Ok(())
     }
 
-    /// Asks for post-copy: the guest goes over as soon as it can, and pages follow.
+    /// Asks for post-copy: the guest goes over soon, and pages follow. A pass that is under way goes on for a moment: what it still
+    /// sends need not be waited for by the guest.
     pub fn start_postcopy(&self) {
+        self.asked.store(host_monotonic(), Ordering::Release);
         self.postcopy.store(true, Ordering::Release);
+    }
+
+    /// The same before any RAM is sent.
+    pub fn start_postcopy_at_once(&self) {
+        self.postcopy.store(true, Ordering::Release);
+    }
+
+    /// Whether a pass ends for the sake of post-copy.
+    pub(crate) fn postcopy_is_due(&self) -> bool {
+        let moment = GRACE.as_nanos() as u64;
+        self.wants_postcopy() && host_monotonic().saturating_sub(self.asked.load(Ordering::Acquire)) >= moment
+    }
+
+    /// Asks for post-copy once one pass is done, if what is left then takes longer than the guest may stand.
+    pub fn start_postcopy_if_slow(&self) {
+        self.hybrid.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_hybrid(&self) -> bool {
+        self.hybrid.load(Ordering::Acquire)
     }
 
     /// Whether somebody asked for it.
@@ -350,6 +421,18 @@ impl Control {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn latencies_are_counted_by_doublings() {
+        let mut latency = Latency::default();
+        assert_eq!(latency.mean(), None);
+        for took in [0, 999, 1000, 1999, 2000, 1_500_000, u64::from(u32::MAX) * 1_000_000] {
+            latency.add(took);
+        }
+        assert_eq!((latency.buckets[0], latency.buckets[1], latency.buckets[10]), (4, 1, 1));
+        assert_eq!((latency.buckets[LATENCY_BUCKETS - 1], latency.count()), (1, 7));
+        assert_eq!(latency.longest, u64::from(u32::MAX) * 1_000_000);
+    }
 
     #[test]
     fn what_is_committed_cannot_be_cancelled() {

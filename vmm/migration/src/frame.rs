@@ -22,6 +22,10 @@ pub const PREAMBLE: usize = 32;
 pub const HEADER: usize = 24;
 /// What `Accept` carries if the target answers [`Kind::Sync`].
 pub const SYNC: &[u8] = b"sync";
+/// The same if it takes [`Kind::Sparse`].
+pub const SPARSE: &[u8] = b"sparse";
+/// All of them, separated by spaces.
+pub const KNOWN: &[u8] = b"sync sparse";
 /// Most bytes of RAM in one frame.
 pub const MAX_RAM: usize = 1 << 20;
 
@@ -165,6 +169,9 @@ kinds! {
     Sync = 17, 0;
     /// Target: it is.
     Synced = 18, 0;
+    /// Source: RAM without its empty lines; the argument is its guest-physical address. Each page is a mask of its 64 lines of 64 bytes
+    /// (8 bytes, bit 0 for the first) and those whose bit is set; the others are zeroes. Only if `Accept` said `sparse`.
+    Sparse = 19, MAX_RAM + MAX_RAM / 512;
 }
 
 /// A frame's header.
@@ -212,8 +219,10 @@ pub fn write(to: &mut impl Write, kind: Kind, arg: u64, payload: &[u8]) -> io::R
         let text = format!("{} bytes are too many for a {kind:?} frame", payload.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    to.write_all(&header(kind, arg, payload))?;
-    to.write_all(payload)?;
+    // In one piece: two would be two segments and two wake-ups.
+    let mut frame = Vec::with_capacity(HEADER + payload.len());
+    append(&mut frame, kind, arg, payload);
+    to.write_all(&frame)?;
     to.flush()
 }
 
@@ -251,13 +260,16 @@ pub fn read(from: &mut impl Read, payload: &mut Vec<u8>) -> io::Result<Header> {
     let mut bytes = [0; HEADER];
     from.read_exact(&mut bytes)?;
     let header = Header::decode(&bytes)?;
-    payload.clear();
     if header.len <= MAX_RAM + 4096 {
+        // What it held is overwritten, which is cheaper than to clear it first.
         payload.resize(header.len, 0);
         from.read_exact(payload)?;
-    } else if from.take(header.len as u64).read_to_end(payload)? < header.len {
+    } else {
+        payload.clear();
         // Long payloads take memory as they come, not as they are announced.
-        return Err(io::ErrorKind::UnexpectedEof.into());
+        if from.take(header.len as u64).read_to_end(payload)? < header.len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
     if checksum(&header.head, payload) != header.sum {
         return Err(invalid(format!("the checksum of a {:?} section is wrong", header.kind)));

@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::frame::{self, HEADER, Kind};
 use crate::pages::{Run, is_zero};
 use crate::source::expect;
+use crate::sparse;
 use crate::{MigrationError, Stream};
 
 /// Pieces of RAM that wait for a connection.
@@ -26,7 +27,7 @@ const QUEUE: usize = 16;
 /// Frames are collected up to this size, in bytes.
 const BATCH: usize = 128 << 10;
 /// RAM goes to connections in blocks of this size, in bytes.
-const BLOCK: u64 = 2 << 20;
+pub(crate) const BLOCK: u64 = 2 << 20;
 
 /// Keeps all connections together to the bandwidth.
 #[derive(Debug, Default)]
@@ -147,17 +148,26 @@ pub(crate) struct Encoder {
     control: Arc<Control>,
     limiter: Arc<Limiter>,
     urgent: bool,
+    /// Lines of zeroes are left out.
+    sparse: bool,
     out: Vec<u8>,
+    page: [u8; PAGE_SIZE as usize],
 }
 
 impl Encoder {
     pub(crate) fn new(memory: GuestMemory, control: Arc<Control>, limiter: Arc<Limiter>) -> Self {
-        Self { memory, control, limiter, urgent: false, out: Vec::new() }
+        let page = [0; PAGE_SIZE as usize];
+        Self { memory, control, limiter, urgent: false, sparse: false, out: Vec::new(), page }
     }
 
     /// What it sends does not wait for bandwidth.
     pub(crate) fn urgent(self) -> Self {
         Self { urgent: true, ..self }
+    }
+
+    /// Whether the other end knows [`Kind::Sparse`].
+    pub(crate) fn sparse(self, sparse: bool) -> Self {
+        Self { sparse, ..self }
     }
 
     /// Sends the pages of `run`, or keeps them until there are more or [`Encoder::flush`] is called.
@@ -187,20 +197,25 @@ impl Encoder {
     fn frame(&mut self, run: Run) -> Result<u64, MigrationError> {
         let start = self.out.len();
         self.out.resize(start + HEADER, 0);
+        let level = self.control.parameters().zstd;
+        // What is compressed needs no such help.
+        let sparse = self.sparse && level.is_none();
         let (mut zeroes, mut data) = (0, 0);
         while zeroes + data < run.len {
-            let page = self.out.len();
-            self.out.resize(page + PAGE_SIZE as usize, 0);
             let from = GuestAddress(run.gpa + zeroes + data);
-            let bytes = &mut self.out[page..];
-            self.memory.read_slice(bytes, from).map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
-            let zero = is_zero(bytes);
-            if zero || zeroes > 0 {
-                self.out.truncate(page);
-            }
-            match (zero, zeroes, data) {
-                (true, _, 0) => zeroes += PAGE_SIZE,
-                (false, 0, _) => data += PAGE_SIZE,
+            let read = self.memory.read_slice(&mut self.page, from);
+            read.map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
+            let mask = if sparse { sparse::mask(&self.page) } else { u64::from(!is_zero(&self.page)) };
+            match (mask, zeroes, data) {
+                (0, _, 0) => zeroes += PAGE_SIZE,
+                (1.., 0, _) => {
+                    data += PAGE_SIZE;
+                    if sparse {
+                        sparse::append(&mut self.out, &self.page, mask);
+                    } else {
+                        self.out.extend_from_slice(&self.page);
+                    }
+                }
                 _ => break,
             }
         }
@@ -211,7 +226,7 @@ impl Encoder {
             return Ok(zeroes);
         }
         self.control.counters.normal.fetch_add(data / PAGE_SIZE, Relaxed);
-        if let Some(level) = self.control.parameters().zstd
+        if let Some(level) = level
             && let Ok(packed) = zstd::bulk::compress(&self.out[start + HEADER..], level)
             && (packed.len() as u64) + 4 < data
         {
@@ -221,7 +236,8 @@ impl Encoder {
             frame::append(&mut self.out, Kind::Zstd, run.gpa, &payload);
             return Ok(data);
         }
-        let header = frame::header(Kind::Ram, run.gpa, &self.out[start + HEADER..]);
+        let kind = if sparse { Kind::Sparse } else { Kind::Ram };
+        let header = frame::header(kind, run.gpa, &self.out[start + HEADER..]);
         self.out[start..start + HEADER].copy_from_slice(&header);
         Ok(data)
     }

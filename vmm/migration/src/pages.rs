@@ -153,6 +153,37 @@ impl PageSet {
         true
     }
 
+    /// The first run at or behind `gpa`, or, if there is none, the first of all.
+    pub fn next_from(&self, gpa: u64) -> Option<Run> {
+        let behind = self.regions.iter().filter(|r| r.gpa + r.pages * PAGE_SIZE > gpa);
+        let next = |r| RunsOf { region: r, next: gpa.saturating_sub(r.gpa) / PAGE_SIZE }.next();
+        behind.map(next).find_map(|run| run).or_else(|| self.runs().next())
+    }
+
+    /// The pages of `run` that are there, as runs.
+    pub fn within(&self, run: Run) -> Vec<Run> {
+        let Some((index, first)) = self.place(run.gpa) else { return Vec::new() };
+        let end = run.gpa.saturating_add(run.len);
+        let runs = self.regions.get(index).into_iter().flat_map(|region| RunsOf { region, next: first });
+        let cut = |found: Run| Run { len: found.len.min(end - found.gpa), ..found };
+        runs.take_while(|found| found.gpa < end).map(cut).collect()
+    }
+
+    /// The pages in order, in as few runs as there can be; none crosses a range of RAM.
+    pub fn joined(&self) -> Vec<Run> {
+        let mut all: Vec<Run> = Vec::new();
+        for region in &self.regions {
+            let begin = all.len();
+            for run in (RunsOf { region, next: 0 }) {
+                match all.get_mut(begin..).and_then(<[Run]>::last_mut) {
+                    Some(last) if last.gpa + last.len == run.gpa => last.len += run.len,
+                    _ => all.push(run),
+                }
+            }
+        }
+        all
+    }
+
     /// The pages in order, as runs that do not cross [`CHUNK`]s.
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
         self.regions.iter().flat_map(|region| RunsOf { region, next: 0 })
@@ -206,8 +237,11 @@ pub fn log_writes(memory: &GuestMemory, on: bool) {
 
 /// Whether `page` is all zeroes.
 pub fn is_zero(page: &[u8]) -> bool {
-    let (words, rest) = page.as_chunks::<8>();
-    words.iter().all(|w| u64::from_ne_bytes(*w) == 0) && rest.iter().all(|b| *b == 0)
+    // In lines: the compiler takes several words at once then.
+    let (lines, rest) = page.as_chunks::<64>();
+    let empty =
+        |line: &[u8; 64]| line.as_chunks::<8>().0.iter().fold(0, |all, w| all | u64::from_ne_bytes(*w)) == 0;
+    lines.iter().all(empty) && rest.iter().all(|b| *b == 0)
 }
 
 /// Reads a list of runs as `Missing` and `Request` frames carry it.
@@ -254,6 +288,7 @@ mod tests {
         assert_eq!(runs[1], Run { gpa: 1 << 32, len: 64 * PAGE_SIZE });
         assert_eq!(runs[2], Run { gpa: (1 << 32) + 64 * PAGE_SIZE, len: 6 * PAGE_SIZE });
         assert_eq!(runs.len(), 3);
+        assert_eq!(full.joined().iter().map(|run| run.len / PAGE_SIZE).collect::<Vec<_>>(), [3, 70]);
         let mut some = PageSet::empty(&RAM);
         assert!(some.set(Run { gpa: (1 << 32) + 65 * PAGE_SIZE, len: PAGE_SIZE }, true));
         assert!(some.contains((1 << 32) + 65 * PAGE_SIZE + 5) && !some.contains(0x1000));
@@ -270,6 +305,14 @@ mod tests {
         );
         wide.widen(128 * PAGE_SIZE);
         assert_eq!(wide.count(), 70);
+        let page = |n: u64| (1 << 32) + n * PAGE_SIZE;
+        assert_eq!(full.next_from(page(3)), Some(Run { gpa: page(3), len: 61 * PAGE_SIZE }));
+        assert_eq!(full.next_from(page(70)).map(|run| run.gpa), Some(0x1000), "from the start again");
+        assert_eq!(full.next_from(0x4000).map(|run| run.gpa), Some(page(0)), "between ranges");
+        let window = Run { gpa: page(60), len: 8 * PAGE_SIZE };
+        assert_eq!(full.within(window).iter().map(|run| run.len / PAGE_SIZE).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!(some.within(window), [Run { gpa: page(65), len: PAGE_SIZE }]);
+        assert_eq!(some.within(Run { gpa: page(66), len: PAGE_SIZE }), []);
         decode_runs(&[0; 15]).expect_err("cut");
         decode_runs(&[1; 16]).expect_err("no whole pages");
     }

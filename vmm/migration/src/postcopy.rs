@@ -1,14 +1,16 @@
 //! Post-copy: the guest runs at the target, and its pages follow.
 //!
-//! The first connection carries pages in order. Pages that the guest waits for are asked for, and come, on a connection of
-//! their own. If either breaks, both ends wait until somebody brings them together again; the target then says what it lacks.
+//! The first connection carries pages in order, from where the guest was last seen to wait. Pages that it waits for are asked for,
+//! and come, on a connection of their own, with what is around them; several may be asked for before the first comes. If either breaks, both ends wait until somebody brings them together again; the target then says what it lacks.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use holdfast_clock::host_monotonic;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_threads::{Role as ThreadRole, Spawner};
 use parking_lot::Mutex;
@@ -20,6 +22,7 @@ use crate::huge::Gathered;
 use crate::lanes::{Encoder, Limiter};
 use crate::pages::{self, CHUNK, PageSet, Run};
 use crate::source::{SendTo, Source, expect};
+use crate::sparse;
 use crate::target::{Filler, unpack};
 use crate::uffd::Userfault;
 use crate::{Listener, MigrationError, Stream};
@@ -32,6 +35,8 @@ const FOLLOW: Duration = Duration::from_secs(30);
 const FAULT_MS: i32 = 50;
 /// Most pages that are asked for at once.
 const BATCH: usize = 64;
+/// What is within the same block of this many bytes comes along with a page that is asked for.
+const AROUND: u64 = 64 << 10;
 
 /// The source's part.
 pub(crate) struct Pusher<'a> {
@@ -41,8 +46,57 @@ pub(crate) struct Pusher<'a> {
     pub(crate) spawner: &'a Arc<dyn Spawner>,
     pub(crate) memory: GuestMemory,
     pub(crate) limiter: Arc<Limiter>,
+    /// The target takes pages without their empty lines.
+    pub(crate) sparse: bool,
     /// What the target lacks, as far as is known here.
-    pub(crate) left: Arc<Mutex<PageSet>>,
+    pub(crate) left: Arc<Mutex<Left>>,
+}
+
+/// Pages that are still to be sent.
+#[derive(Debug)]
+pub(crate) struct Left {
+    pages: PageSet,
+    /// How many there are.
+    count: u64,
+    /// Where to go on: behind what was asked for last.
+    next: u64,
+}
+
+impl Left {
+    /// These.
+    pub(crate) fn new(pages: PageSet) -> Self {
+        Self { count: pages.count(), pages, next: 0 }
+    }
+
+    /// Takes out the next ones.
+    fn pop(&mut self) -> Option<Run> {
+        let run = self.pages.next_from(self.next)?;
+        self.take(run);
+        Some(run)
+    }
+
+    /// Takes out `run`, all of which is there.
+    fn take(&mut self, run: Run) {
+        self.pages.set(run, false);
+        self.count -= run.len / PAGE_SIZE;
+        self.next = run.gpa + run.len;
+    }
+
+    /// Takes out what is asked for and what is around it, which is returned without the first. False if it is no RAM.
+    fn asked_for(&mut self, run: Run) -> Option<Vec<Run>> {
+        if !self.pages.covers(run) {
+            return None;
+        }
+        self.pages.within(run).into_iter().for_each(|run| self.take(run));
+        let start = run.gpa / AROUND * AROUND;
+        // From the page on to the end, then what is before it.
+        let behind = Run { gpa: run.gpa, len: (start + AROUND).saturating_sub(run.gpa) };
+        let before = Run { gpa: start, len: run.gpa - start };
+        let around: Vec<_> = [behind, before].into_iter().flat_map(|part| self.pages.within(part)).collect();
+        around.iter().for_each(|run| self.take(*run));
+        self.next = (start + AROUND).max(run.gpa + run.len);
+        Some(around)
+    }
 }
 
 impl Pusher<'_> {
@@ -69,9 +123,10 @@ impl Pusher<'_> {
     }
 
     fn attempt(&self, mut main: Stream, priority: Stream) -> Result<(), MigrationError> {
-        let mut encoder =
-            Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter));
-        let urgent = Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::default()).urgent();
+        let encoder = |limiter| {
+            Encoder::new(self.memory.clone(), Arc::clone(self.control), limiter).sparse(self.sparse)
+        };
+        let (mut pushed, urgent) = (encoder(Arc::clone(&self.limiter)), encoder(Arc::default()).urgent());
         let (left, control) = (Arc::clone(&self.left), Arc::clone(self.control));
         let body = move || {
             if let Err(error) = serve_requests(priority, urgent, &left, &control) {
@@ -83,7 +138,7 @@ impl Pusher<'_> {
         let failed = |source| MigrationError::Host { what: "no thread for urgent pages", source };
         let thread =
             self.spawner.spawn("migrate-urgent", ThreadRole::Migration, Box::new(body)).map_err(failed)?;
-        let pushed = self.push(&mut main, &mut encoder);
+        let pushed = self.push(&mut main, &mut pushed);
         // It ends with its connection.
         self.control.break_connections();
         // A panic was reported by the thread itself.
@@ -95,11 +150,8 @@ impl Pusher<'_> {
         loop {
             let next = {
                 let mut left = self.left.lock();
-                let next = left.runs().next();
-                if let Some(run) = next {
-                    left.set(run, false);
-                }
-                self.control.counters.remaining.store(left.count() * PAGE_SIZE, Ordering::Relaxed);
+                let next = left.pop();
+                self.control.counters.remaining.store(left.count * PAGE_SIZE, Ordering::Relaxed);
                 next
             };
             let Some(run) = next else { break };
@@ -133,7 +185,7 @@ impl Pusher<'_> {
                 if !runs.into_iter().all(|run| left.set(run, true)) {
                     return Err(MigrationError::Protocol("pages are missing outside of RAM".into()));
                 }
-                *self.left.lock() = left;
+                *self.left.lock() = Left::new(left);
                 Ok((main, priority))
             });
             match connected {
@@ -152,25 +204,40 @@ impl Pusher<'_> {
 fn serve_requests(
     mut stream: Stream,
     mut encoder: Encoder,
-    left: &Mutex<PageSet>,
+    left: &Mutex<Left>,
     control: &Control,
 ) -> Result<(), MigrationError> {
     const WHAT: &str = "serving urgent pages";
     stream.set_timeouts(None)?;
     loop {
         let (_, runs) = expect(&mut stream, Kind::Request, WHAT, "destination")?;
+        let mut around = Vec::new();
         for run in pages::decode_runs(&runs).map_err(MigrationError::broken(WHAT))? {
-            if !left.lock().set(run, false) {
-                return Err(MigrationError::Protocol("the destination asks for what is no RAM".into()));
-            }
+            let more = left.lock().asked_for(run);
+            let outside = || MigrationError::Protocol("the destination asks for what is no RAM".into());
+            around.extend(more.ok_or_else(outside)?);
             control.counters.requests.fetch_add(1, Ordering::Relaxed);
+            // Again, if it was sent already: there it may stand behind much else.
             let end = run.gpa + run.len;
             for gpa in (run.gpa..end).step_by(CHUNK as usize) {
                 encoder.send(Run { gpa, len: CHUNK.min(end - gpa) }, &mut stream)?;
             }
         }
         encoder.flush(&mut stream)?;
+        for run in around {
+            encoder.send(run, &mut stream)?;
+        }
+        encoder.flush(&mut stream)?;
     }
+}
+
+/// The connection for urgent pages. The thread that serves faults has it.
+#[derive(Debug)]
+struct Urgent {
+    /// It is not known to have broken.
+    works: bool,
+    /// The thread is to take this one.
+    next: Option<Stream>,
 }
 
 /// RAM at the target while pages are missing.
@@ -180,8 +247,9 @@ pub(crate) struct Arrivals {
     missing: Mutex<PageSet>,
     /// Of RAM in huge pages.
     gathered: Mutex<Gathered>,
-    /// The connection for urgent pages, if there is one.
-    urgent: Mutex<Option<Stream>>,
+    urgent: Mutex<Urgent>,
+    /// Pages that were asked for, by their addresses, and when; host monotonic nanoseconds.
+    waiting: Mutex<HashMap<u64, u64>>,
     over: AtomicBool,
     control: Arc<Control>,
     session: [u8; 16],
@@ -235,19 +303,15 @@ impl Arrivals {
             uffd,
             missing: Mutex::new(missing),
             gathered: Mutex::default(),
-            urgent: Mutex::new(Some(urgent)),
+            urgent: Mutex::new(Urgent { works: true, next: Some(urgent) }),
+            waiting: Mutex::default(),
             over: AtomicBool::new(false),
             control: Arc::clone(control),
             session,
         };
-        for run in this.missing.lock().runs() {
-            match this.unit_at(run.gpa) {
-                Some((_, PAGE_SIZE)) => this.discard(run)?,
-                Some((start, unit)) if start == run.gpa => this.discard(Run { gpa: start, len: unit })?,
-                // The rest of a huge page.
-                _ => {}
-            }
-        }
+        // In as few calls as there can be: the guest stands meanwhile. Huge pages are missing as whole ones.
+        let missing = this.missing.lock().joined();
+        missing.into_iter().try_for_each(|run| this.discard(run))?;
         for (start, len) in this.mappings()? {
             this.uffd.register(start, len).map_err(host("RAM cannot be watched by userfaultfd"))?;
         }
@@ -319,6 +383,10 @@ impl Arrivals {
                 unpacked = unpack(payload)?;
                 (unpacked.as_slice(), unpacked.len() as u64)
             }
+            Kind::Sparse => {
+                unpacked = sparse::expand(payload)?;
+                (unpacked.as_slice(), unpacked.len() as u64)
+            }
             Kind::Zero => (&[][..], Filler::zeroes(header.arg, payload)?),
             kind => return Err(MigrationError::Protocol(format!("a {kind:?} section among pages"))),
         };
@@ -338,8 +406,26 @@ impl Arrivals {
         let hva = self.hva(run.gpa).ok_or_else(outside)?;
         let filled = if data.is_empty() { self.uffd.zero(hva, len) } else { self.uffd.fill(hva, data) };
         filled.map_err(host("a page cannot be put into RAM"))?;
-        self.missing.lock().set(run, false);
+        self.there(run);
         Ok(len)
+    }
+
+    /// The pages of `run` are in RAM.
+    fn there(&self, run: Run) {
+        self.missing.lock().set(run, false);
+        let mut waiting = self.waiting.lock();
+        if waiting.is_empty() {
+            return;
+        }
+        let now = host_monotonic();
+        let mut latency = self.control.latency.lock();
+        waiting.retain(|gpa, asked| {
+            let came = (run.gpa..run.gpa + run.len).contains(gpa);
+            if came {
+                latency.add(now.saturating_sub(*asked));
+            }
+            !came
+        });
     }
 
     /// Keeps parts of huge pages until these are whole.
@@ -357,7 +443,7 @@ impl Arrivals {
             {
                 let filled = self.uffd.fill_pages(hva, &whole, unit);
                 filled.map_err(host("a page cannot be put into RAM"))?;
-                self.missing.lock().set(Run { gpa: start, len: unit }, false);
+                self.there(Run { gpa: start, len: unit });
             }
             at += len;
         }
@@ -366,62 +452,95 @@ impl Arrivals {
 
     /// Brings in the pages that the guest waits for.
     fn serve_faults(&self) -> io::Result<()> {
+        let (mut stream, mut payload) = (None, Vec::new());
         while !self.over.load(Ordering::Acquire) {
-            let Some(first) = self.uffd.next_fault(FAULT_MS)? else { continue };
-            let mut wanted = HashSet::from([first]);
-            while wanted.len() < BATCH
-                && let Some(next) = self.uffd.next_fault(0)?
-            {
-                wanted.insert(next);
-            }
             let mut ask = Vec::new();
-            let units: HashSet<_> =
-                wanted.into_iter().filter_map(|hva| self.unit_at(self.gpa(hva)?)).collect();
-            for (gpa, unit) in units {
-                let Some(hva) = self.hva(gpa) else { continue };
-                if self.missing.lock().contains(gpa) {
-                    ask.push(Run { gpa, len: unit });
-                } else if unit == PAGE_SIZE {
-                    // It was never written, or has come meanwhile.
-                    self.uffd.zero(hva, PAGE_SIZE)?;
-                } else {
-                    self.uffd.fill_pages(hva, &vec![0; unit as usize], unit)?;
-                }
+            if let Some(new) = self.urgent.lock().next.take() {
+                stream = Some(new);
+                // What the last one was asked for.
+                let waiting = self.waiting.lock();
+                ask.extend(waiting.keys().filter_map(|gpa| self.unit_at(*gpa)));
             }
-            while !ask.is_empty() && !self.over.load(Ordering::Acquire) {
-                self.ask_for(&ask);
-                ask.retain(|run| self.missing.lock().contains(run.gpa));
+            let patience = if stream.is_some() { FAULT_MS } else { PATIENCE.as_millis() as i32 };
+            let patience = if ask.is_empty() { patience } else { 0 };
+            let (faults, came) = self.uffd.wait(stream.as_ref().map(AsFd::as_fd), patience)?;
+            if faults {
+                self.take_faults(&mut ask)?;
+            }
+            let Some(working) = &mut stream else { continue };
+            let done = self
+                .ask_for(&ask, working)
+                .and_then(|()| if came { self.take_urgent(working, &mut payload) } else { Ok(()) });
+            if let Err(error) = done {
+                tracing::debug!("urgent pages do not come: {}", error.describe());
+                stream = None;
+                self.urgent_broke();
             }
         }
         Ok(())
     }
 
-    /// Asks for pages and waits for them, or a moment if there is nobody to be asked.
-    fn ask_for(&self, runs: &[Run]) {
-        let mut slot = self.urgent.lock();
-        if let Some(stream) = slot.as_mut() {
-            let Err(error) = self.exchange(runs, stream) else { return };
-            tracing::debug!("urgent pages do not come: {}", error.describe());
-            // Under the lock: new connections are made by who has seen that this one is gone.
-            *slot = None;
+    /// Unless somebody has seen to it already, the other connection is broken too, so that its thread notices.
+    fn urgent_broke(&self) {
+        let mut urgent = self.urgent.lock();
+        // Under the lock: new connections are made by who has seen that this one is gone.
+        if urgent.works && urgent.next.is_none() {
+            urgent.works = false;
             self.control.break_connections();
         }
-        drop(slot);
-        std::thread::sleep(PATIENCE);
     }
 
-    fn exchange(&self, runs: &[Run], stream: &mut Stream) -> Result<(), MigrationError> {
-        const WHAT: &str = "waiting for urgent pages";
-        self.control.counters.requests.fetch_add(runs.len() as u64, Ordering::Relaxed);
-        frame::write(stream, Kind::Request, 0, &pages::encode_runs(runs.iter().copied()))
-            .map_err(MigrationError::broken(WHAT))?;
-        let (mut came, mut payload) = (0, Vec::new());
-        let wanted: u64 = runs.iter().map(|run| run.len).sum();
-        while came < wanted {
-            let header = frame::read(stream, &mut payload).map_err(MigrationError::broken(WHAT))?;
-            came += self.put(&header, &payload)?;
+    /// Adds the pages whose faults have been taken, and that are missing, to `ask`, as start and length.
+    fn take_faults(&self, ask: &mut Vec<(u64, u64)>) -> io::Result<()> {
+        let mut wanted = HashSet::new();
+        while wanted.len() < BATCH
+            && let Some(next) = self.uffd.take_fault()?
+        {
+            wanted.extend(self.gpa(next).and_then(|gpa| self.unit_at(gpa)));
+        }
+        for (gpa, unit) in wanted {
+            let Some(hva) = self.hva(gpa) else { continue };
+            // Noted first: it may come in this moment.
+            let news = self.waiting.lock().insert(gpa, host_monotonic()).is_none();
+            if self.missing.lock().contains(gpa) {
+                if news {
+                    ask.push((gpa, unit));
+                }
+                continue;
+            }
+            self.waiting.lock().remove(&gpa);
+            if unit == PAGE_SIZE {
+                // It was never written, or has come meanwhile.
+                self.uffd.zero(hva, PAGE_SIZE)?;
+            } else {
+                self.uffd.fill_pages(hva, &vec![0; unit as usize], unit)?;
+            }
         }
         Ok(())
+    }
+
+    fn ask_for(&self, pages: &[(u64, u64)], stream: &mut Stream) -> Result<(), MigrationError> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        self.control.counters.requests.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        let runs = pages.iter().map(|&(gpa, len)| Run { gpa, len });
+        frame::write(stream, Kind::Request, 0, &pages::encode_runs(runs))
+            .map_err(MigrationError::broken("asking for urgent pages"))
+    }
+
+    /// Puts into RAM what has come.
+    fn take_urgent(&self, stream: &mut Stream, payload: &mut Vec<u8>) -> Result<(), MigrationError> {
+        loop {
+            let header =
+                frame::read(stream, payload).map_err(MigrationError::broken("receiving urgent pages"))?;
+            self.put(&header, payload)?;
+            let bytes = (frame::HEADER + header.len) as u64;
+            self.control.counters.transferred.fetch_add(bytes, Ordering::Relaxed);
+            if !stream.has_more() {
+                return Ok(());
+            }
+        }
     }
 
     /// Takes pages from `main` until all are there; fails if the connection breaks.
@@ -441,7 +560,7 @@ impl Arrivals {
         }
         // What the guest waited for may still be on its way over the other connection.
         while self.missing.lock().count() > 0 {
-            if self.urgent.lock().is_none() {
+            if !self.urgent.lock().works {
                 return Err(MigrationError::Protocol("the connection for urgent pages broke".into()));
             }
             std::thread::sleep(PATIENCE);
@@ -504,8 +623,8 @@ impl Arrivals {
     }
 
     fn accept_again(&self, listener: &Listener) -> Result<Stream, MigrationError> {
-        // The thread that serves faults is done with the old connection when this has the lock.
-        self.urgent.lock().take();
+        // From here on the end of the old one is no news to the thread that serves faults.
+        *self.urgent.lock() = Urgent { works: false, next: None };
         self.control.forget_connections();
         let wanted = |role, limit| loop {
             let (stream, preamble) = listener.accept(&self.control, limit)?;
@@ -519,7 +638,7 @@ impl Arrivals {
         let missing = pages::encode_runs(self.missing.lock().runs());
         frame::write(&mut main, Kind::Missing, 0, &missing)
             .map_err(MigrationError::broken("saying what is missing"))?;
-        *self.urgent.lock() = Some(priority);
+        *self.urgent.lock() = Urgent { works: true, next: Some(priority) };
         Ok(main)
     }
 

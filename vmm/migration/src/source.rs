@@ -20,7 +20,7 @@ use crate::lanes::{Connection, Encoder, First, Lanes, Limiter, Sink};
 use crate::mapped::MappedFile;
 use crate::marks::Marks;
 use crate::pages::{self, PageSet};
-use crate::postcopy::Pusher;
+use crate::postcopy::{Left, Pusher};
 use crate::{Address, MAX_CONNECTIONS, MigrationError, MirroredDisk, Plan, Stream, Tls};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -189,6 +189,7 @@ pub fn send(
         behind: None,
         unit: 0,
         syncs: false,
+        sparse: false,
     };
     let result = sender.run();
     sender.finish(result)
@@ -212,6 +213,8 @@ struct Sender<'a> {
     unit: u64,
     /// The destination says what has arrived.
     syncs: bool,
+    /// It takes pages without their empty lines.
+    sparse: bool,
 }
 
 fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
@@ -292,7 +295,8 @@ impl Sender<'_> {
         let (accepted, understands) =
             expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
         self.unit = accepted.arg;
-        self.syncs = understands == frame::SYNC;
+        let knows = |word: &[u8]| understands.split(|byte| *byte == b' ').any(|known| known == word);
+        (self.syncs, self.sparse) = (knows(frame::SYNC), knows(frame::SPARSE));
         for _ in 1..self.to.connections {
             let stream = self.connect(Role::Ram)?;
             let sink = Box::new(Connection { encoder: self.encoder(), stream, syncs: self.syncs });
@@ -313,7 +317,8 @@ impl Sender<'_> {
                 spawner: self.spawner,
                 memory: self.memory.clone(),
                 limiter: Arc::clone(&self.limiter),
-                left: Arc::new(Mutex::new(left)),
+                sparse: self.sparse,
+                left: Arc::new(Mutex::new(Left::new(left))),
             };
             pusher.run(main, priority)?;
             return result;
@@ -342,6 +347,7 @@ impl Sender<'_> {
 
     fn encoder(&self) -> Encoder {
         Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter))
+            .sparse(self.sparse)
     }
 
     fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
@@ -512,6 +518,10 @@ impl Sender<'_> {
                 }
                 return Ok(());
             }
+            if self.to.postcopy && self.control.is_hybrid() {
+                self.control.start_postcopy();
+                return Ok(());
+            }
             if parameters.timeout.is_some_and(|limit| self.control.elapsed() >= limit) {
                 match parameters.strategy {
                     TimeoutStrategy::Cancel => {
@@ -537,7 +547,7 @@ impl Sender<'_> {
         let runs: Vec<_> = set.runs().collect();
         for run in runs {
             self.control.check()?;
-            if self.to.postcopy && self.control.wants_postcopy() {
+            if self.to.postcopy && self.control.postcopy_is_due() {
                 return first.flush();
             }
             set.set(run, false);

@@ -274,6 +274,17 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether there is something to read that poll(2) does not know of: TLS has taken it off the socket.
+    pub(crate) fn has_more(&mut self) -> bool {
+        let state = match self {
+            Self::Tcp(_) | Self::Unix(_) => return false,
+            Self::TlsClient(stream) => stream.conn.process_new_packets(),
+            Self::TlsServer(stream) => stream.conn.process_new_packets(),
+        };
+        // Reading finds out about errors.
+        state.map_or(true, |state| state.plaintext_bytes_to_read() > 0)
+    }
+
     /// Sends file descriptors, with one byte.
     pub(crate) fn send_fds(&self, fds: &[RawFd]) -> Result<(), MigrationError> {
         let Self::Unix(socket) = self else { return Err(only_unix()) };

@@ -13,11 +13,13 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::control::{Control, Phase};
 use crate::disks;
+use crate::fillers::Fillers;
 use crate::frame::{self, Header, Kind, Role};
 use crate::marks::Marks;
 use crate::pages::{decode_runs, host_pages, is_zero};
 use crate::postcopy::{Arrivals, Arriving};
 use crate::source::expect;
+use crate::sparse;
 use crate::{Listener, MAX_CONNECTIONS, MigrationError, Plan, Stream};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -165,7 +167,7 @@ impl Session<'_> {
         let total: u64 = plan.ram.iter().map(|r| r.1).sum();
         self.control.counters.total.store(total, Relaxed);
         let unit = host_pages(&memory).max().unwrap_or(PAGE_SIZE);
-        frame::write(main, Kind::Accept, unit, frame::SYNC)
+        frame::write(main, Kind::Accept, unit, frame::KNOWN)
             .map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
         let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
@@ -224,11 +226,13 @@ impl Session<'_> {
             let (done, result) = channel();
             let (memory, control) = (memory.clone(), Arc::clone(self.control));
             let body = move || {
-                let filled =
-                    Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
+                let filled = Filler { memory: &memory, control: &control, helpers: None }.until_end(
+                    &mut stream,
+                    &mut |header, _| {
                         let text = format!("a {:?} section on a connection for RAM", header.kind);
                         Err(MigrationError::Protocol(text))
-                    });
+                    },
+                );
                 if filled.is_err() {
                     // The first connection's thread is not to wait for what no longer comes.
                     control.break_connections();
@@ -252,7 +256,14 @@ impl Session<'_> {
         plan: &Plan,
     ) -> Result<(), MigrationError> {
         let mut disks = |header: &Header, payload: &[u8]| disks::put(target, &plan.mirror, header, payload);
-        Filler { memory, control: self.control }.until_end(main, &mut disks)?;
+        // Several connections have a thread each.
+        let helpers = if plan.connections == 1 && !plan.local {
+            Fillers::start(memory, self.control, self.spawner.as_ref())?
+        } else {
+            None
+        };
+        let filler = Filler { memory, control: self.control, helpers: helpers.as_ref() };
+        filler.until_end(main, &mut disks)?;
         target.flush_disks().map_err(vm("the disks cannot be flushed"))
     }
 }
@@ -298,6 +309,8 @@ type Aside<'a> = dyn FnMut(&Header, &[u8]) -> Result<(), MigrationError> + 'a;
 pub(crate) struct Filler<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) control: &'a Control,
+    /// Who does it.
+    pub(crate) helpers: Option<&'a Fillers>,
 }
 
 impl Filler<'_> {
@@ -309,19 +322,28 @@ impl Filler<'_> {
                 frame::read(stream, &mut payload).map_err(MigrationError::broken("receiving RAM"))?;
             self.control.counters.transferred.fetch_add((frame::HEADER + header.len) as u64, Relaxed);
             match header.kind {
-                Kind::End => return Ok(()),
+                Kind::End => return self.settle(),
                 Kind::Abort => {
                     let reason = String::from_utf8_lossy(&payload).into_owned();
                     return Err(MigrationError::Refused { side: "source", reason });
                 }
                 Kind::Sync => {
+                    self.settle()?;
                     let said = frame::write(stream, Kind::Synced, 0, &[]);
                     said.map_err(MigrationError::broken("saying what has arrived"))?;
                 }
                 Kind::Disk | Kind::DiskZero => disks(&header, &payload)?,
-                _ => self.put(&header, &payload)?,
+                _ => match self.helpers {
+                    Some(helpers) => helpers.put(&header, &mut payload)?,
+                    None => self.put(&header, &payload)?,
+                },
             }
         }
+    }
+
+    /// Waits until all is in RAM.
+    fn settle(&self) -> Result<(), MigrationError> {
+        self.helpers.map_or(Ok(()), Fillers::settle)
     }
 
     /// Puts one frame's contents into RAM.
@@ -334,6 +356,7 @@ impl Filler<'_> {
                 &unpacked
             }
             Kind::Zero => return self.zero(header.arg, payload),
+            Kind::Sparse => return self.sparse(header.arg, payload),
             kind => return Err(MigrationError::Protocol(format!("a {kind:?} section within RAM"))),
         };
         let pages = data.len() as u64 / PAGE_SIZE;
@@ -359,6 +382,21 @@ impl Filler<'_> {
             return Err(MigrationError::Protocol(format!("{len} zeroes at {gpa:#x} are no whole pages")));
         }
         gpa.checked_add(len).map(|_| len).ok_or_else(|| outside(gpa, usize::MAX))
+    }
+
+    fn sparse(&self, gpa: u64, payload: &[u8]) -> Result<(), MigrationError> {
+        if !gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(MigrationError::Protocol(format!("RAM at {gpa:#x} is no whole pages")));
+        }
+        let mut at = gpa;
+        let pages = sparse::for_each(payload, |page| {
+            let put = self.memory.write_slice(page, GuestAddress(at));
+            put.map_err(|_| outside(gpa, payload.len()))?;
+            at = at.checked_add(PAGE_SIZE).ok_or_else(|| outside(gpa, payload.len()))?;
+            Ok(())
+        })?;
+        self.control.counters.normal.fetch_add(pages, Relaxed);
+        Ok(())
     }
 
     fn zero(&self, gpa: u64, payload: &[u8]) -> Result<(), MigrationError> {

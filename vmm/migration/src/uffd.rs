@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
 use holdfast_memory::PAGE_SIZE;
 
@@ -179,12 +179,31 @@ impl Userfault {
     /// # Errors
     /// The host's error.
     pub fn next_fault(&self, timeout_ms: i32) -> io::Result<Option<u64>> {
-        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd.
-        if unsafe { libc::poll(&mut poll, 1, timeout_ms) } < 0 {
+        let (fault, _) = self.wait(None, timeout_ms)?;
+        if fault { self.take_fault() } else { Ok(None) }
+    }
+
+    /// Waits until there may be a fault, or something to read from `other`, and says which.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn wait(&self, other: Option<BorrowedFd<'_>>, timeout_ms: i32) -> io::Result<(bool, bool)> {
+        let polled = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // A negative descriptor is passed over.
+        let mut fds = [polled(self.0.as_raw_fd()), polled(other.map_or(-1, |fd| fd.as_raw_fd()))];
+        // SAFETY: two valid pollfds.
+        if unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout_ms) } < 0 {
             let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::Interrupted { Ok(None) } else { Err(error) };
+            return if error.kind() == io::ErrorKind::Interrupted { Ok((false, false)) } else { Err(error) };
         }
+        Ok((fds[0].revents != 0, fds[1].revents != 0))
+    }
+
+    /// The next fault's page-aligned host-virtual address, if there is one.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn take_fault(&self) -> io::Result<Option<u64>> {
         let mut msg = UffdMsg::default();
         // SAFETY: the kernel writes at most one message of exactly this size.
         let n = unsafe {

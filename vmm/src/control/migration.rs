@@ -206,6 +206,13 @@ pub struct MigrationInfo {
     /// Percent by which vCPUs are slowed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_throttle_percentage: Option<u64>,
+    /// At the destination, in post-copy: how long the guest waited for a page in the mean, in nanoseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_latency: Option<u64>,
+    /// At the destination, in post-copy: how many pages took how long to come. Number n counts those that took from 2^n to 2^(n+1)
+    /// microseconds; the first also what was faster, the last what was slower.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_latency_dist: Option<Vec<u64>>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,

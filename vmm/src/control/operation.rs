@@ -1,7 +1,6 @@
 //! The operations: one request type, one reply type each.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 
 use holdfast_accel::DebugControl;
 use holdfast_arch::CpuState;
@@ -11,6 +10,7 @@ use holdfast_config::{
 };
 
 use super::migration::{AnnounceParameters, MigrationCapabilityStatus, MigrationInfo, MigrationParameters};
+use super::netdev::{BackEndSocket, Netdev, NetdevCard};
 use super::reply::*;
 use crate::storage::StorageRequest;
 
@@ -87,7 +87,7 @@ infallible!(
     Vec<CpuInfoFast>,
     Vec<MachineInfo>,
     Vec<ChardevInfo>,
-    Option<PathBuf>,
+    Option<BackEndSocket>,
     Vec<PciInfo>,
     MigrationInfo,
     MigrationParameters,
@@ -111,6 +111,12 @@ quick! {
     AddDisk(disk: DiskConfig) -> Option<PciDeviceInfo> = add_disk;
     /// Adds a network device, with its tap file descriptors.
     AddNet(net: NetConfig, fds: Vec<OwnedFd>) -> Option<PciDeviceInfo> = add_net;
+    /// Names a network back end.
+    NetdevAdd(netdev: Netdev) -> () = netdev_add;
+    /// Forgets one that no card uses.
+    NetdevDel(id: String) -> () = netdev_del;
+    /// Adds a network device by such a back end.
+    AddCard(card: Box<NetdevCard>) -> Option<PciDeviceInfo> = add_card;
     /// Adds a directory shared by a vhost-user back end.
     AddFs(fs: FsConfig) -> Option<PciDeviceInfo> = add_fs;
     /// Adds a device by a vhost-user back end.
@@ -127,12 +133,12 @@ quick! {
     QueryCpus -> Vec<CpuInfoFast> = cpus;
     /// The machines.
     QueryMachines -> Vec<MachineInfo> = machines;
-    /// Names a UNIX socket on which the back end of a device listens.
-    ChardevAdd(label: String, path: PathBuf) -> () = chardev_add;
+    /// Names the UNIX socket of a device's back end.
+    ChardevAdd(label: String, socket: BackEndSocket) -> () = chardev_add;
     /// Forgets one that no device uses.
     ChardevRemove(label: String) -> () = chardev_remove;
-    /// The path of one.
-    ChardevSocket(label: String) -> Option<PathBuf> = chardev_socket;
+    /// Where one is.
+    ChardevSocket(label: String) -> Option<BackEndSocket> = chardev_socket;
     /// The character back ends.
     QueryChardev -> Vec<ChardevInfo> = chardevs;
     /// The PCI buses.

@@ -1,7 +1,6 @@
 //! The manager's side of the control handle.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use holdfast_accel::DebugControl;
@@ -16,9 +15,10 @@ use holdfast_devices::pci::Removal;
 use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
-    AnnounceParameters, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener, DebugTarget,
-    ErrorKind, Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, Origin, PciInfo, Responder, RunState, VmInfo, VmManager,
+    AnnounceParameters, BackEndSocket, ChardevInfo, ControlError, Counters, CpuInfoFast, DebugListener,
+    DebugTarget, ErrorKind, Event, KvmInfo, MachineInfo, MemoryRead, MemoryWrite, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, Netdev, NetdevCard, Origin, PciInfo, Responder, RunState, VmInfo,
+    VmManager,
 };
 use crate::storage::StorageRequest;
 use crate::vm::HotDevice;
@@ -248,6 +248,22 @@ impl VmManager for Manager {
         Ok(place)
     }
 
+    fn netdev_add(&mut self, netdev: Netdev) -> Result<(), ControlError> {
+        self.netdevs.add(netdev, &self.sockets)
+    }
+
+    fn netdev_del(&mut self, id: String) -> Result<(), ControlError> {
+        self.netdevs.remove(&id, &self.config)
+    }
+
+    fn add_card(&mut self, card: Box<NetdevCard>) -> Result<Option<PciDeviceInfo>, ControlError> {
+        let net = self.netdevs.card(&card, &self.sockets, &self.config)?;
+        let place = self.add_net(net, Vec::new())?;
+        let made = self.config.net().last().and_then(|net| net.id.clone());
+        self.netdevs.made(&card.netdev, made);
+        Ok(place)
+    }
+
     fn add_fs(&mut self, mut fs: FsConfig) -> Result<Option<PciDeviceInfo>, ControlError> {
         self.idle()?;
         validate_fs(&fs)?;
@@ -283,16 +299,16 @@ impl VmManager for Manager {
         Ok(place)
     }
 
-    fn chardev_add(&mut self, label: String, path: PathBuf) -> Result<(), ControlError> {
-        self.sockets.add(label, path)
+    fn chardev_add(&mut self, label: String, socket: BackEndSocket) -> Result<(), ControlError> {
+        self.sockets.add(label, socket)
     }
 
     fn chardev_remove(&mut self, label: String) -> Result<(), ControlError> {
-        self.sockets.remove(&label, &self.config)
+        self.sockets.remove(&label, &self.config, &self.netdevs)
     }
 
-    fn chardev_socket(&mut self, label: String) -> Option<PathBuf> {
-        self.sockets.path(&label)
+    fn chardev_socket(&mut self, label: String) -> Option<BackEndSocket> {
+        self.sockets.get(&label)
     }
 
     fn remove_device(&mut self, device: VmRemoveDevice) -> Result<(), ControlError> {

@@ -20,7 +20,7 @@ const RAM: u64 = 1 << 20;
 /// Less than a socket holds, so that nobody has to read while we write.
 const MOST: usize = 64 << 10;
 
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 16] = [
     Kind::Ram,
     Kind::Zero,
     Kind::Zstd,
@@ -35,6 +35,8 @@ const KINDS: [Kind; 14] = [
     Kind::Done,
     Kind::Request,
     Kind::Complete,
+    Kind::Sync,
+    Kind::Sparse,
 ];
 
 struct Nobody(GuestMemory);
@@ -80,6 +82,13 @@ fn sections(mut data: &[u8], out: &mut Vec<u8>) {
         let mut payload = payload.to_vec();
         if kind == Kind::Ram && wanted % 3 == 0 {
             payload.resize(payload.len().next_multiple_of(PAGE_SIZE as usize), 7);
+        }
+        if kind == Kind::Sparse
+            && wanted % 3 == 0
+            && let Some(mask) = payload.first_chunk::<8>()
+        {
+            let lines = u64::from_le_bytes(*mask).count_ones() as usize;
+            payload.resize(8 + 64 * lines, 7);
         }
         frame::append(out, kind, gpa, &payload);
         data = rest;

@@ -74,8 +74,19 @@ struct Start {
     parameters: Parameters,
     /// The process ends when the VM has moved.
     exit: bool,
-    /// The guest goes over before any RAM has.
-    at_once: bool,
+    /// When it goes over to post-copy without being told.
+    postcopy: Switch,
+}
+
+/// When the guest goes over before all of its RAM has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Switch {
+    /// Not before somebody says so.
+    Never,
+    /// Before any RAM has.
+    AtOnce,
+    /// After one pass, if much is left then.
+    BehindFirstPass,
 }
 
 fn invalid(message: impl Into<String>) -> ControlError {
@@ -98,9 +109,9 @@ fn socket_path(address: &Address) -> Option<PathBuf> {
 fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
     data.check().map_err(invalid)?;
     let address = address(&data.destination_url)?;
-    let postcopy = data.memory_mode == MigrationMode::Postcopy;
+    let postcopy = data.memory_mode != MigrationMode::Precopy;
     if data.local && postcopy {
-        return Err(invalid("`local` and `memory_mode=Postcopy` exclude each other"));
+        return Err(invalid("`local` goes with `memory_mode=Precopy` only"));
     }
     if data.local && !matches!(address, Address::Unix(_)) {
         return Err(invalid("`local` needs a destination_url that begins with unix:"));
@@ -123,7 +134,12 @@ fn plan_send(data: &SendMigrationData) -> Result<Start, ControlError> {
     let (connections, local, direct) = (data.connections, data.local, data.direct_io);
     let mirror = data.mirror_disks;
     let to = SendTo { address, tls, connections, local, postcopy, mirror, direct, session };
-    Ok(Start { to, parameters, exit: !data.preserve_source, at_once: postcopy })
+    let postcopy = match data.memory_mode {
+        MigrationMode::Precopy => Switch::Never,
+        MigrationMode::Postcopy => Switch::AtOnce,
+        MigrationMode::Hybrid => Switch::BehindFirstPass,
+    };
+    Ok(Start { to, parameters, exit: !data.preserve_source, postcopy })
 }
 
 /// Restores a VM out of a file; the guest stands. Its RAM follows as it is touched if `demand`.
@@ -210,8 +226,10 @@ impl Manager {
         let (vm, running) = self.movable()?;
         self.socket_in_reach(&start.to.address)?;
         let control = Arc::new(Control::new(start.parameters));
-        if start.at_once {
-            control.start_postcopy();
+        match start.postcopy {
+            Switch::Never => {}
+            Switch::AtOnce => control.start_postcopy_at_once(),
+            Switch::BehindFirstPass => control.start_postcopy_if_slow(),
         }
         let mut link = Link::new(vm, running, self.wire.clone(), Arc::clone(&self.spawner));
         link.events = self.migration.settings.events().then(|| self.events.clone());

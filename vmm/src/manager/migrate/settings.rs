@@ -6,7 +6,7 @@ use holdfast_memory::PAGE_SIZE;
 use holdfast_migration::{Address, Listener, MigrationError, Parameters, Phase, SendTo, Tls};
 
 use super::super::{Manager, Stage};
-use super::{Migration, RECEIVE, SEND, Start, Wait, address, invalid};
+use super::{Migration, RECEIVE, SEND, Start, Switch, Wait, address, invalid};
 use crate::control::{
     AnnounceParameters, ControlError, ErrorKind, Event, MigrationCapability, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationStats, MultifdCompression, Origin,
@@ -330,7 +330,7 @@ impl Manager {
             session: uuid::Uuid::new_v4().into_bytes(),
         };
         let parameters = Parameters { zstd: settings.zstd(), ..settings.parameters };
-        self.give(Start { to, parameters, exit: false, at_once: false }, |_| {})
+        self.give(Start { to, parameters, exit: false, postcopy: Switch::Never }, |_| {})
     }
 
     /// `migrate-incoming`, and `--incoming`.
@@ -461,6 +461,8 @@ impl Manager {
             downtime: (phase == Phase::Completed).then_some(figures.downtime),
             setup_time: Some(figures.setup),
             cpu_throttle_percentage: (figures.throttle > 0).then_some(figures.throttle),
+            postcopy_latency: figures.latency.mean(),
+            postcopy_latency_dist: (figures.latency.count() > 0).then(|| figures.latency.buckets.to_vec()),
             error_desc: control.error().filter(|_| phase != Phase::Completed),
         }
     }

@@ -1,0 +1,108 @@
+//! Pages without their empty lines, as [`Kind::Sparse`](crate::frame::Kind::Sparse) carries them.
+
+use holdfast_memory::PAGE_SIZE;
+
+use crate::MigrationError;
+use crate::frame::MAX_RAM;
+
+/// Bytes of a line.
+const LINE: usize = 64;
+/// Bytes of a page.
+const PAGE: usize = PAGE_SIZE as usize;
+const _: () = assert!(PAGE / LINE == 64);
+
+/// Which lines of `page` are not all zeroes; bit 0 is the first.
+pub(crate) fn mask(page: &[u8; PAGE]) -> u64 {
+    let (lines, _) = page.as_chunks::<LINE>();
+    lines.iter().enumerate().fold(0, |mask, (n, line)| mask | u64::from(!is_empty(line)) << n)
+}
+
+fn is_empty(line: &[u8; LINE]) -> bool {
+    let (words, _) = line.as_chunks::<8>();
+    words.iter().fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0
+}
+
+/// Appends `page`, whose mask is `mask`, to `out`.
+pub(crate) fn append(out: &mut Vec<u8>, page: &[u8; PAGE], mask: u64) {
+    out.extend_from_slice(&mask.to_le_bytes());
+    if mask == u64::MAX {
+        return out.extend_from_slice(page);
+    }
+    let (lines, _) = page.as_chunks::<LINE>();
+    for (n, line) in lines.iter().enumerate() {
+        if mask >> n & 1 != 0 {
+            out.extend_from_slice(line);
+        }
+    }
+}
+
+/// Gives `put` each page out of the payload of a frame; returns how many there were.
+///
+/// # Errors
+/// [`MigrationError::Protocol`] if it is none; those of `put`.
+pub(crate) fn for_each(
+    mut payload: &[u8],
+    mut put: impl FnMut(&[u8; PAGE]) -> Result<(), MigrationError>,
+) -> Result<u64, MigrationError> {
+    let wrong = || MigrationError::Protocol("sparse RAM that makes no sense".into());
+    let (mut page, mut count) = ([0; PAGE], 0);
+    while let Some((mask, rest)) = payload.split_first_chunk::<8>() {
+        let mask = u64::from_le_bytes(*mask);
+        let (lines, rest) = rest.split_at_checked(mask.count_ones() as usize * LINE).ok_or_else(wrong)?;
+        if count >= (MAX_RAM / PAGE) as u64 {
+            return Err(wrong());
+        }
+        payload = rest;
+        count += 1;
+        if let Ok(whole) = lines.try_into() {
+            put(whole)?;
+            continue;
+        }
+        let mut lines = lines.as_chunks::<LINE>().0.iter();
+        for (n, to) in page.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
+            *to = *(if mask >> n & 1 != 0 { lines.next() } else { None }).unwrap_or(&[0; LINE]);
+        }
+        put(&page)?;
+    }
+    if payload.is_empty() && count > 0 { Ok(count) } else { Err(wrong()) }
+}
+
+/// Whole pages out of the payload of a frame.
+///
+/// # Errors
+/// [`MigrationError::Protocol`] if it is none.
+pub(crate) fn expand(payload: &[u8]) -> Result<Vec<u8>, MigrationError> {
+    let mut pages = Vec::with_capacity(payload.len());
+    for_each(payload, |page| {
+        pages.extend_from_slice(page);
+        Ok(())
+    })?;
+    Ok(pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_come_back_whole() {
+        let mut pages = [[0_u8; PAGE]; 4];
+        pages[0].fill(7);
+        pages[1][4095] = 1;
+        pages[2][64..192].fill(9);
+        let mut payload = Vec::new();
+        for page in &pages {
+            append(&mut payload, page, mask(page));
+        }
+        // A page, a line, two lines, none.
+        assert_eq!(payload.len(), 4 * 8 + PAGE + 3 * LINE);
+        assert_eq!(expand(&payload).expect("ours"), pages.concat());
+        for cut in 1..payload.len() {
+            let whole = [8 + PAGE, 16 + PAGE + LINE, 24 + PAGE + 3 * LINE].contains(&cut);
+            assert_eq!(expand(&payload[..cut]).is_ok(), whole, "{cut}");
+        }
+        expand(&[]).expect_err("nothing");
+        expand(&[0; MAX_RAM / 512]).expect("as much as there may be");
+        expand(&[0; MAX_RAM / 512 + 8]).expect_err("too much");
+    }
+}
