@@ -12,8 +12,10 @@ post-copy. `--large` adds guests of 2 GiB. Each side runs the guest alone; what 
 byte. `pause seen` is measured from outside, the same way for both: the guest writes a dot to its serial port every few milliseconds, both processes
 have it go to one FIFO, and the longest gap between two dots from the beginning of the migration to a second behind its end counts. It includes
 what host CPUs that are busy with the migration add. `full speed` (post-copy) is the time from the first dot at the destination to the end
-of the last gap that is longer than twice the longest before the migration.
+of the last gap that is longer than twice the longest before the migration. Behind each post-copy case comes the histogram of how long our faults took,
+from the fault to its page (`postcopy-latency-dist` of QMP's query-migrate, which QEMU has from 10.1 on), and QEMU's `postcopy-blocktime`.
 """
+import collections
 import json
 import os
 import shutil
@@ -30,6 +32,10 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 HOLDFAST = os.environ.get("HOLDFAST_BIN", os.path.join(os.environ.get("CARGO_TARGET_DIR", ROOT + "/target"), "release/holdfast"))
 QEMU = os.environ.get("QEMU", "qemu-system-riscv64")
 LIMIT = 300
+# How long faults of one post-copy case took, by doublings from a microsecond on, all rounds together.
+LATENCY = collections.Counter()
+# QEMU's figures of the case, one of each round.
+BLOCKTIME = []
 
 
 class Qmp:
@@ -130,7 +136,9 @@ def move(ours, guest, test, mib, postcopy):
             wanted = [{"capability": "postcopy-ram" if postcopy else "auto-converge", "state": True}]
             here.command("migrate-set-capabilities", capabilities=wanted)
             if postcopy:
-                there.command("migrate-set-capabilities", capabilities=wanted)
+                # QEMU counts how long vCPUs stood if told to; we always count.
+                blocktime = [] if ours else [{"capability": "postcopy-blocktime", "state": True}]
+                there.command("migrate-set-capabilities", capabilities=wanted + blocktime)
             there.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
             here.command("migrate-set-parameters", **{"max-bandwidth": 10 << 30, "downtime-limit": 300})
             time.sleep(0.5)
@@ -160,6 +168,11 @@ def move(ours, guest, test, mib, postcopy):
             if postcopy:
                 slow = [at for gap, at in gaps if at >= resumed and gap > 2 * usual]
                 result["full speed ms"] = (max(slow) - resumed) * 1000 if slow else 0
+                result["faults"] = info["ram"]["postcopy-requests"]
+                waited = there.command("query-migrate")
+                if "postcopy-blocktime" in waited:
+                    BLOCKTIME.append(waited)
+                LATENCY.update({n: count for n, count in enumerate(waited.get("postcopy-latency-dist", []))})
             else:
                 result["downtime ms"] = info["downtime"]
             return result
@@ -187,6 +200,14 @@ def main():
         for figure in results[True][0]:
             ours, theirs = (statistics.median(r[figure] for r in results[who]) for who in (True, False))
             print(f"{name:18} {figure:14} {ours:10.2f} {theirs:10.2f} {theirs / max(ours, 0.01):7.2f}", flush=True)
+        faults = [f"{1 << n}: {LATENCY[n]}" for n in sorted(LATENCY) if LATENCY[n]]
+        if faults:
+            print(f"{name:18} Holdfast's faults by how long they took, from so many µs to twice as many: {', '.join(faults)}")
+        if BLOCKTIME:
+            both = [(round["postcopy-blocktime"], round["postcopy-vcpu-blocktime"]) for round in BLOCKTIME]
+            print(f"{name:18} QEMU's ms in which all vCPUs stood, and each of them: {both}")
+        LATENCY.clear()
+        BLOCKTIME.clear()
 
 
 main()

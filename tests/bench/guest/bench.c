@@ -311,11 +311,11 @@ static uint64_t k_pipe(void) {
 }
 
 // -- two vCPUs -------------------------------------------------------------------------------------
-// A job of at least a second on every engine, so that what is compared is the job and not how long a thread takes to start:
+// A job of about three seconds or more on every engine, so that what is compared is the job and not how long a thread takes to start:
 // alone, then two of it at once.
 static uint64_t job(void) {
     uint64_t sum = 0;
-    for (int i = 0; i < 10; i++) sum = sum * 31 + k_sha256();
+    for (int i = 0; i < 30; i++) sum = sum * 31 + k_sha256();
     return sum;
 }
 static void *job_of_thread(void *arg) { *(uint64_t *)arg = job(); return 0; }
