@@ -177,7 +177,10 @@ impl VcpuCore {
                 Some(mine) => mine,
                 None => {
                     let segment = self.take_segment(cache);
-                    self.engine.prepared = cache.start_of(segment);
+                    let start = cache.start_of(segment);
+                    // What translates little shall not have a huge page for it.
+                    let huge = self.engine.prepared > 0 && cache.collapse(segment);
+                    self.engine.prepared = if huge { start + cache.segment_len() } else { start };
                     (segment, 0)
                 }
             };
