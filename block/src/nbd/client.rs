@@ -77,8 +77,8 @@ struct Connection {
 }
 
 /// A talk with a server before an export is chosen.
-struct Talk {
-    stream: Stream,
+pub(super) struct Talk {
+    pub(super) stream: Stream,
     fixed: bool,
     no_zeroes: bool,
 }
@@ -89,9 +89,18 @@ fn string(text: &str) -> Vec<u8> {
 
 impl Talk {
     fn start(options: &ClientOptions) -> io::Result<Self> {
-        let mut stream = Stream::Plain(Socket::connect(&options.address)?);
+        let socket = Socket::connect(&options.address)?;
         // A server that says nothing is none.
-        stream.socket().set_timeout(Some(Duration::from_secs(30)))?;
+        socket.set_timeout(Some(Duration::from_secs(30)))?;
+        let mut talk = Self::over(Stream::Plain(socket))?;
+        if let Some(tls) = &options.tls {
+            talk.start_tls(tls)?;
+        }
+        Ok(talk)
+    }
+
+    /// Begins on a connection that is there.
+    pub(super) fn over(mut stream: Stream) -> io::Result<Self> {
         if u64_from(&mut stream)? != SERVER_MAGIC {
             return Err(garbage("the server does not speak it"));
         }
@@ -103,20 +112,21 @@ impl Talk {
         let no_zeroes = flags & handshake::NO_ZEROES != 0;
         let ours = flags & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
         stream.write_all(&u32::from(ours).to_be_bytes())?;
-        let mut talk = Self { stream, fixed, no_zeroes };
-        if let Some(tls) = &options.tls {
-            if !fixed {
-                return Err(io::Error::other("Server does not support STARTTLS"));
-            }
-            talk.ask(option::STARTTLS, &[])?;
-            match talk.reply(option::STARTTLS)? {
-                (reply::ACK, _) => {}
-                (_, _) => return Err(io::Error::other("Server does not support TLS, which is required")),
-            }
-            let handle = talk.stream.socket().try_clone()?;
-            talk.stream = std::mem::replace(&mut talk.stream, Stream::Plain(handle)).into_tls_client(tls)?;
+        Ok(Self { stream, fixed, no_zeroes })
+    }
+
+    fn start_tls(&mut self, tls: &TlsClient) -> io::Result<()> {
+        if !self.fixed {
+            return Err(io::Error::other("Server does not support STARTTLS"));
         }
-        Ok(talk)
+        self.ask(option::STARTTLS, &[])?;
+        match self.reply(option::STARTTLS)? {
+            (reply::ACK, _) => {}
+            (_, _) => return Err(io::Error::other("Server does not support TLS, which is required")),
+        }
+        let handle = self.stream.socket().try_clone()?;
+        self.stream = std::mem::replace(&mut self.stream, Stream::Plain(handle)).into_tls_client(tls)?;
+        Ok(())
     }
 
     fn ask(&mut self, kind: u32, data: &[u8]) -> io::Result<()> {
@@ -160,7 +170,7 @@ impl Talk {
         }
     }
 
-    fn info(&mut self, kind: u32, name: &str) -> io::Result<Result<ExportInfo, (u32, String)>> {
+    pub(super) fn info(&mut self, kind: u32, name: &str) -> io::Result<Result<ExportInfo, (u32, String)>> {
         let mut data = string(name);
         let asked = [info::BLOCK_SIZE, info::DESCRIPTION];
         data.extend_from_slice(&(asked.len() as u16).to_be_bytes());
@@ -227,7 +237,7 @@ impl Talk {
     }
 }
 
-fn refusal((kind, text): (u32, String), name: &str) -> io::Error {
+pub(super) fn refusal((kind, text): (u32, String), name: &str) -> io::Error {
     let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
     let text = match kind {
         reply::TLS_REQUIRED => format!("Server requires TLS, which is not configured: {text}"),
@@ -235,6 +245,18 @@ fn refusal((kind, text): (u32, String), name: &str) -> io::Error {
         _ => format!("the server refuses the export '{name}' (error {}): {text}", kind & !reply::ERROR),
     };
     io::Error::other(text)
+}
+
+/// Sends a request. Short ones go in one piece.
+pub(super) fn send(stream: &mut Stream, request: &Request, payload: &[u8]) -> io::Result<()> {
+    let head = request.to_bytes();
+    if payload.len() <= 64 << 10 {
+        stream.write_all(&[head.as_slice(), payload].concat())?;
+    } else {
+        stream.write_all(&head)?;
+        stream.write_all(payload)?;
+    }
+    stream.flush()
 }
 
 impl Connection {
@@ -269,15 +291,7 @@ impl Connection {
     }
 
     fn send(&mut self, request: &Request, payload: &[u8]) -> io::Result<()> {
-        let stream = self.stream.get_mut();
-        let head = request.to_bytes();
-        if payload.len() <= 64 << 10 {
-            stream.write_all(&[head.as_slice(), payload].concat())?;
-        } else {
-            stream.write_all(&head)?;
-            stream.write_all(payload)?;
-        }
-        stream.flush()
+        send(self.stream.get_mut(), request, payload)
     }
 
     /// Carries out a request. The outer error is the connection's end; the inner one is the server's answer.

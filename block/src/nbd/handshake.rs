@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use super::Stream;
 use super::proto::{
     MAX_OPTION, MAX_REQUEST, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, SERVER_MAGIC, garbage, handshake,
     info, option, reply, string_from, transmission, u16_from, u32_from, u64_from, vec_from,
 };
 use super::server::{Context, Export, Server};
-use super::{Socket, Stream};
 
 /// Most options of a client before it comes to the point.
 const MAX_OPTIONS: usize = 256;
@@ -45,8 +45,7 @@ enum Next {
 ///
 /// # Errors
 /// The connection's, TLS's, or what of the client's words makes no sense.
-pub(super) fn negotiate(server: &Server, socket: Socket) -> io::Result<Option<Session>> {
-    let mut stream = Stream::Plain(socket);
+pub(super) fn negotiate(server: &Server, mut stream: Stream) -> io::Result<Option<Session>> {
     let flags = handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES;
     let mut hello = SERVER_MAGIC.to_be_bytes().to_vec();
     hello.extend_from_slice(&OPTION_MAGIC.to_be_bytes());

@@ -9,8 +9,10 @@ mod stream;
 mod tests;
 mod transmission;
 mod uri;
+mod writer;
 
 pub use client::{ClientOptions, ExportInfo, Nbd, list};
 pub use server::{BitmapContext, Export, Guard, HANDSHAKE, Server};
 pub use stream::{Address, Listener, Socket, Stream, TlsClient};
 pub use uri::parse as parse_uri;
+pub use writer::{Writer, WriterError};

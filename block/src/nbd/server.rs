@@ -11,7 +11,7 @@ use holdfast_objects::tls::ServerConfig;
 use parking_lot::{Mutex, RwLock};
 
 use super::proto::transmission;
-use super::{Socket, handshake, transmission as requests};
+use super::{Socket, Stream, handshake, transmission as requests};
 use crate::BlockNode;
 use crate::qcow2::bitmap::Bitmap;
 
@@ -163,19 +163,27 @@ impl Server {
     /// # Errors
     /// The connection's, TLS's, or what of the client's words makes no sense. The connection is closed in any case.
     pub fn serve(&self, socket: Socket) -> io::Result<()> {
+        self.serve_on(Stream::Plain(socket))
+    }
+
+    /// As [`Server::serve`], on a connection that is encrypted already or need not be.
+    ///
+    /// # Errors
+    /// As [`Server::serve`].
+    pub fn serve_on(&self, stream: Stream) -> io::Result<()> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.clients.lock().insert(id, (socket.try_clone()?, None));
-        let result = self.talk(id, socket);
+        self.clients.lock().insert(id, (stream.socket().try_clone()?, None));
+        let result = self.talk(id, stream);
         if let Some((socket, _)) = self.clients.lock().remove(&id) {
             socket.shut_down();
         }
         result
     }
 
-    fn talk(&self, id: u64, socket: Socket) -> io::Result<()> {
+    fn talk(&self, id: u64, stream: Stream) -> io::Result<()> {
         let patience = self.patience.unwrap_or(HANDSHAKE);
-        socket.set_timeout(Some(patience).filter(|p| !p.is_zero()))?;
-        let Some(session) = handshake::negotiate(self, socket)? else { return Ok(()) };
+        stream.socket().set_timeout(Some(patience).filter(|p| !p.is_zero()))?;
+        let Some(session) = handshake::negotiate(self, stream)? else { return Ok(()) };
         session.stream.socket().set_timeout(None)?;
         if let Some((_, export)) = self.clients.lock().get_mut(&id) {
             *export = Some(session.export.name.clone());

@@ -317,8 +317,13 @@ impl Control {
     pub(crate) fn break_connections_after(&self, main: &Stream) {
         // SAFETY: shutdown on a socket that `main` keeps open.
         unsafe { libc::shutdown(main.as_fd().as_raw_fd(), libc::SHUT_WR) };
+        self.stop_reading();
+    }
+
+    /// Nothing more is read from the connections, and threads that wait to read are unblocked; what is said still arrives.
+    pub(crate) fn stop_reading(&self) {
         for socket in self.sockets.lock().iter() {
-            // SAFETY: as in `cancel`. What waits to be read is dropped, which unblocks threads that read.
+            // SAFETY: as in `cancel`.
             unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RD) };
         }
     }

@@ -24,8 +24,10 @@ pub const HEADER: usize = 24;
 pub const SYNC: &[u8] = b"sync";
 /// The same if it takes [`Kind::Sparse`].
 pub const SPARSE: &[u8] = b"sparse";
+/// The same if it serves the images of [mirrored disks](crate::Plan::mirror) over NBD, as the plan [asks](crate::Plan::nbd).
+pub const NBD: &[u8] = b"nbd";
 /// All of them, separated by spaces.
-pub const KNOWN: &[u8] = b"sync sparse";
+pub const KNOWN: &[u8] = b"sync sparse nbd";
 /// Most bytes of RAM in one frame.
 pub const MAX_RAM: usize = 1 << 20;
 
@@ -40,10 +42,12 @@ pub enum Role {
     Priority,
     /// Goes on with a post-copy migration whose connections were lost.
     Recover,
+    /// A disk's contents: NBD from its first byte behind the preamble on, served by the target.
+    Disk,
 }
 
 impl Role {
-    const ALL: [Self; 4] = [Self::Main, Self::Ram, Self::Priority, Self::Recover];
+    const ALL: [Self; 5] = [Self::Main, Self::Ram, Self::Priority, Self::Recover, Self::Disk];
 }
 
 /// How a connection begins, in both directions.
@@ -161,7 +165,7 @@ kinds! {
     Request = 13, TEXT;
     /// Target: all pages are there.
     Complete = 14, 0;
-    /// Source: bytes of a disk; the argument is their offset, the payload the disk's number in the plan (4 bytes) and the bytes.
+    /// Source: bytes of a disk that does not come over NBD; the argument is their offset, the payload the disk's number in the plan (4 bytes) and the bytes.
     Disk = 15, MAX_RAM + 4;
     /// Source: zeroes of a disk; the argument is their offset, the payload the disk's number (4 bytes) and their length (8 bytes).
     DiskZero = 16, 12;
@@ -172,6 +176,8 @@ kinds! {
     /// Source: RAM without its empty lines; the argument is its guest-physical address. Each page is a mask of its 64 lines of 64 bytes
     /// (8 bytes, bit 0 for the first) and those whose bit is set; the others are zeroes. Only if `Accept` said `sparse`.
     Sparse = 19, MAX_RAM + MAX_RAM / 512;
+    /// Source: nothing more comes for disks over NBD; the checksums of what came, 8 bytes each, in the plan's order.
+    DiskSums = 20, TEXT;
 }
 
 /// A frame's header.

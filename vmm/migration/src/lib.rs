@@ -1,6 +1,7 @@
 //! Live migration: a running VM moves to another process.
 //!
-//! The two ends talk over one to 128 connections in [frames](frame) of a protocol of their own. This crate knows the
+//! The two ends talk over one to 128 connections in [frames](frame) of a protocol of their own, and over one more for each disk that goes
+//! along, in NBD. This crate knows the
 //! protocol, guest RAM and the order of things; what a VM is, it knows by the traits [`Source`] and [`Target`].
 //!
 //! # Who may run the guest
@@ -23,6 +24,7 @@ mod disks;
 mod fillers;
 pub mod frame;
 mod huge;
+mod images;
 mod lanes;
 pub mod mapped;
 mod marks;

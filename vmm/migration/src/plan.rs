@@ -50,6 +50,9 @@ pub struct Plan {
     /// Disks whose contents go along, because the target has other storage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mirror: Vec<MirroredDisk>,
+    /// The source writes them over NBD if the target serves it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub nbd: bool,
     /// Connections that carry RAM, the first one included.
     pub connections: u32,
 }

@@ -14,7 +14,7 @@ use holdfast_threads::Spawner;
 use parking_lot::Mutex;
 
 use crate::control::{Control, Phase, TimeoutStrategy};
-use crate::disks::DiskSender;
+use crate::disks::{DiskSender, Remote, Way};
 use crate::frame::{self, Header, Kind, Preamble, Role};
 use crate::lanes::{Connection, Encoder, First, Lanes, Limiter, Sink};
 use crate::mapped::MappedFile;
@@ -279,6 +279,8 @@ impl Sender<'_> {
         plan.postcopy = self.to.postcopy;
         if self.to.mirror {
             plan.mirror = self.source.mirror().map_err(vm("the disks cannot go along"))?;
+            // An inherited socket is one connection.
+            plan.nbd = !plan.mirror.is_empty() && !matches!(self.to.address, Address::Fd(_));
         }
         let files = if self.to.local {
             self.source.ram_files().map_err(vm("this VM cannot migrate locally"))?
@@ -305,7 +307,8 @@ impl Sender<'_> {
         let setup = self.control.elapsed().as_millis() as u64;
         self.control.counters.setup.store(setup, Relaxed);
         let priority = if plan.postcopy { Some(self.connect(Role::Priority)?) } else { None };
-        let mut result = self.transfer(&mut main, &plan);
+        let way = if plan.nbd && knows(frame::NBD) { self.images(&plan) } else { Ok(Way::Sections) };
+        let mut result = way.and_then(|way| self.transfer(&mut main, &plan, way));
         if let (Ok(_), Some(left), Some(priority)) = (&result, self.behind.take(), priority) {
             // The guest is gone; from here on nothing brings it back.
             self.source.moved();
@@ -345,16 +348,22 @@ impl Sender<'_> {
         Stream::connect(&self.to.address, self.to.tls.as_ref(), &preamble, self.control)
     }
 
+    /// Connects to the images of the disks that go along.
+    fn images(&self, plan: &Plan) -> Result<Way, MigrationError> {
+        let open = |disk: &MirroredDisk| Remote::open(self.connect(Role::Disk)?, disk);
+        plan.mirror.iter().map(open).collect::<Result<_, _>>().map(Way::Nbd)
+    }
+
     fn encoder(&self) -> Encoder {
         Encoder::new(self.memory.clone(), Arc::clone(self.control), Arc::clone(&self.limiter))
             .sparse(self.sparse)
     }
 
-    fn transfer(&mut self, main: &mut Stream, plan: &Plan) -> Result<Outcome, MigrationError> {
+    fn transfer(&mut self, main: &mut Stream, plan: &Plan, way: Way) -> Result<Outcome, MigrationError> {
         let mut left = PageSet::empty(&self.ranges());
         let (mut encoder, syncs) = (self.encoder(), self.syncs);
         let (source, control, limiter) = (self.source, self.control, Arc::clone(&self.limiter));
-        let disks = DiskSender { source, control, limiter: &limiter, disks: &plan.mirror };
+        let mut disks = DiskSender { source, control, limiter: &limiter, disks: &plan.mirror, way };
         self.mirroring = !plan.mirror.is_empty();
         disks.begin(main)?;
         if self.to.local {
@@ -369,6 +378,8 @@ impl Sender<'_> {
         self.stop()?;
         marks.mark("stop");
         disks.pass(main)?;
+        disks.end(main)?;
+        marks.mark("disks");
         if !self.to.local {
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
             left.take_dirty(&self.memory);

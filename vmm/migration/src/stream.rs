@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_block::nbd;
 use holdfast_objects::Objects;
 use holdfast_objects::tls::{
     ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned, server_name,
@@ -105,6 +106,24 @@ impl Write for Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         each!(self, stream => stream.flush())
+    }
+}
+
+impl From<Stream> for nbd::Stream {
+    /// The same connection as NBD's ends take it.
+    fn from(stream: Stream) -> Self {
+        match stream {
+            Stream::Tcp(socket) => Self::Plain(nbd::Socket::Tcp(socket)),
+            Stream::Unix(socket) => Self::Plain(nbd::Socket::Unix(socket)),
+            Stream::TlsClient(tls) => {
+                let StreamOwned { conn, sock } = *tls;
+                Self::Client(Box::new(StreamOwned::new(conn, nbd::Socket::Tcp(sock))))
+            }
+            Stream::TlsServer(tls) => {
+                let StreamOwned { conn, sock } = *tls;
+                Self::Server(Box::new(StreamOwned::new(conn, nbd::Socket::Tcp(sock))))
+            }
+        }
     }
 }
 

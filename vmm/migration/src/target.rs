@@ -7,14 +7,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use holdfast_block::BlockNode;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_threads::{Role as ThreadRole, Spawner};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::control::{Control, Phase};
-use crate::disks;
 use crate::fillers::Fillers;
 use crate::frame::{self, Header, Kind, Role};
+use crate::images::Images;
 use crate::marks::Marks;
 use crate::pages::{decode_runs, host_pages, is_zero};
 use crate::postcopy::{Arrivals, Arriving};
@@ -35,28 +36,12 @@ pub trait Target {
     /// Naming what differs.
     fn build(&mut self, plan: &Plan, files: Vec<OwnedFd>) -> Result<GuestMemory, Failure>;
 
-    /// Writes to mirrored disk number `disk` of the plan; the range is within it.
+    /// The images of the plan's mirrored disks, in its order: what the disks hold at the source is written into them.
     ///
     /// # Errors
-    /// The disk's.
-    fn write_disk(&mut self, _disk: usize, _offset: u64, _data: &[u8]) -> Result<(), Failure> {
-        Err("there are no disks".into())
-    }
-
-    /// Makes a range of such a disk read as zeroes.
-    ///
-    /// # Errors
-    /// The disk's.
-    fn zero_disk(&mut self, _disk: usize, _offset: u64, _len: u64) -> Result<(), Failure> {
-        Err("there are no disks".into())
-    }
-
-    /// Makes what was written to such disks durable.
-    ///
-    /// # Errors
-    /// A disk's.
-    fn flush_disks(&mut self) -> Result<(), Failure> {
-        Ok(())
+    /// Naming the one that is not there.
+    fn images(&self) -> Result<Vec<Arc<dyn BlockNode>>, Failure> {
+        Ok(Vec::new())
     }
 
     /// Takes over everything but RAM.
@@ -164,6 +149,9 @@ impl Session<'_> {
         check(&plan)?;
         let files = if plan.local { main.receive_fds(plan.ram.len())? } else { Vec::new() };
         let memory = target.build(&plan, files).map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
+        let nodes = if plan.mirror.is_empty() { Ok(Vec::new()) } else { target.images() };
+        let nodes = nodes.map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
+        let mut images = Images::new(&plan.mirror, nodes)?;
         let total: u64 = plan.ram.iter().map(|r| r.1).sum();
         self.control.counters.total.store(total, Relaxed);
         let unit = host_pages(&memory).max().unwrap_or(PAGE_SIZE);
@@ -171,7 +159,10 @@ impl Session<'_> {
             .map_err(MigrationError::broken("accepting the plan"))?;
         let lanes = self.lanes(&plan, &memory)?;
         let urgent = if plan.postcopy { Some(self.accept(Role::Priority)?) } else { None };
-        self.fill(main, &memory, target, &plan)?;
+        if plan.nbd && !plan.mirror.is_empty() {
+            images.serve(self.control, self.spawner.as_ref(), || self.accept(Role::Disk))?;
+        }
+        self.fill(main, &memory, images, &plan)?;
         let mut marks = Marks::start("the pause at the destination");
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
@@ -252,10 +243,9 @@ impl Session<'_> {
         &self,
         main: &mut Stream,
         memory: &GuestMemory,
-        target: &mut dyn Target,
+        mut images: Images<'_>,
         plan: &Plan,
     ) -> Result<(), MigrationError> {
-        let mut disks = |header: &Header, payload: &[u8]| disks::put(target, &plan.mirror, header, payload);
         // Several connections have a thread each.
         let helpers = if plan.connections == 1 && !plan.local {
             Fillers::start(memory, self.control, self.spawner.as_ref())?
@@ -263,8 +253,10 @@ impl Session<'_> {
             None
         };
         let filler = Filler { memory, control: self.control, helpers: helpers.as_ref() };
-        filler.until_end(main, &mut disks)?;
-        target.flush_disks().map_err(vm("the disks cannot be flushed"))
+        let filled = filler.until_end(main, &mut |header, payload| images.take(header, payload));
+        // What it was that ended is better known there.
+        filled.map_err(|error| images.failure().unwrap_or(error))?;
+        images.finish()
     }
 }
 
@@ -332,7 +324,7 @@ impl Filler<'_> {
                     let said = frame::write(stream, Kind::Synced, 0, &[]);
                     said.map_err(MigrationError::broken("saying what has arrived"))?;
                 }
-                Kind::Disk | Kind::DiskZero => disks(&header, &payload)?,
+                Kind::Disk | Kind::DiskZero | Kind::DiskSums => disks(&header, &payload)?,
                 _ => match self.helpers {
                     Some(helpers) => helpers.put(&header, &mut payload)?,
                     None => self.put(&header, &payload)?,

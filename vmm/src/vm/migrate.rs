@@ -38,6 +38,7 @@ impl Vm {
             local: false,
             postcopy: false,
             mirror: Vec::new(),
+            nbd: false,
             connections: 1,
         })
     }

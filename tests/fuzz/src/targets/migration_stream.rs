@@ -20,7 +20,7 @@ const RAM: u64 = 1 << 20;
 /// Less than a socket holds, so that nobody has to read while we write.
 const MOST: usize = 64 << 10;
 
-const KINDS: [Kind; 16] = [
+const KINDS: [Kind; 17] = [
     Kind::Ram,
     Kind::Zero,
     Kind::Zstd,
@@ -37,6 +37,7 @@ const KINDS: [Kind; 16] = [
     Kind::Complete,
     Kind::Sync,
     Kind::Sparse,
+    Kind::DiskSums,
 ];
 
 struct Nobody(GuestMemory);

@@ -295,16 +295,8 @@ impl Target for Newcomer {
         Ok(memory)
     }
 
-    fn write_disk(&mut self, disk: usize, offset: u64, data: &[u8]) -> Result<(), Failure> {
-        Ok(self.disks.get(disk).ok_or("there is no such disk")?.write_at(offset, data)?)
-    }
-
-    fn zero_disk(&mut self, disk: usize, offset: u64, len: u64) -> Result<(), Failure> {
-        Ok(self.disks.get(disk).ok_or("there is no such disk")?.write_zeroes(offset, len, true)?)
-    }
-
-    fn flush_disks(&mut self) -> Result<(), Failure> {
-        Ok(self.disks.iter().try_for_each(|disk| disk.flush())?)
+    fn images(&self) -> Result<Vec<Arc<dyn BlockNode>>, Failure> {
+        Ok(self.disks.iter().map(|disk| Arc::clone(disk) as Arc<dyn BlockNode>).collect())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
