@@ -160,6 +160,38 @@ fn a_client_sees_what_the_server_has() {
 }
 
 #[test]
+fn a_writer_uses_a_connection_that_is_there() {
+    let (bed, node) = Bed::new(false);
+    let stream = || Stream::Plain(Socket::connect(&bed.options().address).expect("connected"));
+    node.write_at(0, &[9; 4 << 20]).expect("written");
+    let mut writer = Writer::over(stream(), "").expect("writer");
+    assert_eq!((writer.info().size, writer.info().description.as_deref()), (4 << 20, Some("words")));
+    // More than are under way at a time.
+    for n in 0..100_u64 {
+        writer.write(n * 5000 + 1, &[n as u8; 4999]).expect("sent");
+    }
+    writer.write_zeroes(2 << 20, 1 << 20).expect("sent");
+    writer.flush().expect("written");
+    let mut there = vec![1; 4 << 20];
+    node.read_at(0, &mut there).expect("read");
+    let (written, rest) = there.split_at(500_000);
+    for (n, piece) in written.chunks(5000).enumerate() {
+        assert!(piece[0] == 9 && piece[1..].iter().all(|b| usize::from(*b) == n), "{n}");
+    }
+    assert!(rest[(2 << 20) - 500_000..][..1 << 20].iter().all(|b| *b == 0) && rest[rest.len() - 1] == 9);
+    writer.end().expect("said");
+    let mut writer = Writer::over(stream(), "").expect("writer");
+    writer.write((4 << 20) - 1, &[1; 2]).expect("sent");
+    assert!(matches!(writer.settle(), Err(WriterError::Refused(_))), "past the end");
+    let error = Writer::over(stream(), "other").expect_err("no such export");
+    assert!(error.to_string().contains("'other' not available"), "{error}");
+    let (bed, _node) = Bed::new(true);
+    let socket = Socket::connect(&bed.options().address).expect("connected");
+    let error = Writer::over(Stream::Plain(socket), "").expect_err("not to be written").to_string();
+    assert!(error.contains("read-only"), "{error}");
+}
+
+#[test]
 fn several_connections_at_once() {
     let (bed, node) = Bed::new(false);
     let client = Nbd::open(bed.options()).expect("client");

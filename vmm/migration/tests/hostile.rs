@@ -1,117 +1,23 @@
 //! A stream that is cut or altered at every section, in both directions: an error, and never two VMs that run.
 
+mod common;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
-use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_migration::frame::{HEADER, Header, Kind, PREAMBLE};
 use holdfast_migration::{
-    Address, Arriving, Control, Listener, MigrationError, Outcome, Parameters, Phase, Plan, SendTo, Source,
-    Target, receive, send,
+    Address, Arriving, Control, Listener, MigrationError, Outcome, Parameters, SendTo, receive, send,
 };
 use holdfast_threads::{PlainSpawner, Spawner};
 use vm_memory::{Bytes, GuestAddress};
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-const BASE: u64 = 0x8000_0000;
-const RAM: u64 = 1 << 20;
-
-fn memory() -> GuestMemory {
-    GuestMemory::from_ranges(&[(GuestAddress(BASE), RAM as usize)]).expect("RAM")
-}
-
-fn plan() -> Plan {
-    Plan { page_size: PAGE_SIZE, ram: vec![(BASE, RAM)], running: true, ..Plan::default() }
-}
-
-/// A guest that stands still at the source.
-struct Here {
-    memory: GuestMemory,
-    runs: AtomicBool,
-    given: AtomicBool,
-}
-
-impl Source for Here {
-    fn memory(&self) -> GuestMemory {
-        self.memory.clone()
-    }
-    fn plan(&self) -> Result<Plan, Failure> {
-        Ok(plan())
-    }
-    fn ram_files(&self) -> Result<Vec<RawFd>, Failure> {
-        Err("RAM has no files".into())
-    }
-    fn start_log(&self) -> Result<(), Failure> {
-        Ok(())
-    }
-    fn sync_log(&self) -> Result<(), Failure> {
-        // The guest has just written this.
-        self.memory.write_obj(7_u64, GuestAddress(BASE + 0x3000))?;
-        Ok(())
-    }
-    fn stop_log(&self) {}
-    fn throttle(&self, _percent: u8) {}
-    fn stop(&self) -> Result<(), Failure> {
-        self.runs.store(false, Ordering::SeqCst);
-        Ok(())
-    }
-    fn save(&self) -> Result<Vec<u8>, Failure> {
-        Ok(b"state".to_vec())
-    }
-    fn give_up(&self) -> Result<(), Failure> {
-        self.given.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-    fn take_back(&self) -> Result<(), Failure> {
-        self.given.store(false, Ordering::SeqCst);
-        Ok(())
-    }
-    fn go_on(&self) {
-        assert!(!self.given.load(Ordering::SeqCst), "what was given up was taken back first");
-        self.runs.store(true, Ordering::SeqCst);
-    }
-    fn moved(&self) {}
-    fn entered(&self, _phase: Phase) {}
-    fn passed(&self, _pass: u64) {}
-}
-
-/// The guest at the target.
-struct There {
-    memory: GuestMemory,
-    state: Vec<u8>,
-    runs: bool,
-}
-
-impl Target for There {
-    fn build(&mut self, theirs: &Plan, _files: Vec<OwnedFd>) -> Result<GuestMemory, Failure> {
-        match theirs.differences(&plan()) {
-            all if all.is_empty() => Ok(self.memory.clone()),
-            all => Err(all.join("; ").into()),
-        }
-    }
-    fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
-        self.state = state.to_vec();
-        Ok(())
-    }
-    fn take_over(&mut self) -> Result<(), Failure> {
-        Ok(())
-    }
-    fn run(&mut self) -> Result<(), Failure> {
-        self.runs = true;
-        Ok(())
-    }
-    fn entered(&mut self, _phase: Phase) {}
-    fn watcher(&self) -> Box<dyn FnMut(Phase) + Send> {
-        Box::new(|_| {})
-    }
-}
+use common::{BASE, Here, RAM, There};
 
 /// What happens to one section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,7 +86,7 @@ fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
     let listener = Listener::bind(&Address::Unix(back.clone()), None).expect("a socket");
     let thread_spawner = Arc::clone(&spawner);
     let target: JoinHandle<_> = std::thread::spawn(move || {
-        let mut there = There { memory: memory(), state: Vec::new(), runs: false };
+        let mut there = There::new(Vec::new());
         let control = Arc::new(Control::new(Parameters::default()));
         let received = receive(&listener, &mut there, &control, &thread_spawner);
         (there, received)
@@ -194,10 +100,7 @@ fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
         let back = pass_on(far2, near2, victim, harms[1]);
         [forth.join().expect("no panic"), back]
     });
-    let here = Here { memory: memory(), runs: AtomicBool::new(true), given: AtomicBool::new(false) };
-    for page in (0..RAM / PAGE_SIZE).step_by(3) {
-        here.memory.write_obj(page + 1, GuestAddress(BASE + page * PAGE_SIZE)).expect("RAM");
-    }
+    let here = Here::new(Vec::new());
     let to = SendTo {
         address: Address::Unix(front),
         tls: None,

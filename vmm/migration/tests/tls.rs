@@ -1,12 +1,20 @@
 //! TLS with certificates of both sides, made by certtool (Debian: gnutls-bin): what is not in order is refused.
 
+mod common;
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use holdfast_block::raw::{LockRange, RawImage, RawOptions};
 use holdfast_migration::frame::{Preamble, Role};
-use holdfast_migration::{Address, Control, Listener, MigrationError, Parameters, Stream, Tls};
+use holdfast_migration::{
+    Address, Control, Listener, MigrationError, Parameters, SendTo, Stream, Tls, receive, send,
+};
+use holdfast_threads::{PlainSpawner, Spawner};
+
+use common::{Disk, Here, There};
 
 fn certtool(dir: &Path, args: &[&str]) {
     let out = Command::new("certtool").current_dir(dir).args(args).output();
@@ -82,4 +90,47 @@ fn who_has_no_good_certificate_is_refused() {
     let unix =
         Listener::bind(&Address::Unix(dir.path().join("s")), Some(Tls::load(&good, true).expect("good")));
     assert!(matches!(unix, Err(MigrationError::Tls(_))));
+}
+
+#[test]
+fn disks_go_along_under_tls() {
+    let dir = tempfile::tempdir().expect("directory");
+    let keys = dir.path().join("keys");
+    certificates(&keys, "ip_address = 127.0.0.1");
+    let host = "127.0.0.1".to_owned();
+    let listener =
+        Listener::bind(&Address::Tcp(host.clone(), 0), Some(Tls::load(&keys, true).expect("keys")));
+    let listener = listener.expect("a socket");
+    let to = SendTo {
+        address: Address::Tcp(host, listener.port().expect("a port")),
+        tls: Some(Tls::load(&keys, false).expect("keys")),
+        connections: 2,
+        local: false,
+        mirror: true,
+        direct: false,
+        postcopy: false,
+        session: [8; 16],
+    };
+    let bytes: Vec<u8> = (0..3_u32 << 20).map(|n| (n >> 9) as u8).collect();
+    let writes = [(5000, 1, 5000), (70, 2, 1 << 20), (2 << 20, 0, 1 << 20)];
+    let disk = Disk { id: "vda", bytes: bytes.into(), writes: parking_lot::Mutex::new(writes.into()) };
+    let path = dir.path().join("image");
+    std::fs::write(&path, vec![7; 3 << 20]).expect("an image");
+    let options = RawOptions { lock: LockRange::None, ..RawOptions::new(path) };
+    let spawner: Arc<dyn Spawner> = PlainSpawner::shared();
+    let image = RawImage::open(options, Arc::clone(&spawner)).expect("an image");
+    let mut there = There::new(vec![image]);
+    let target = std::thread::spawn(move || {
+        let control = Arc::new(Control::new(Parameters::default()));
+        let received = receive(&listener, &mut there, &control, &PlainSpawner::shared());
+        received.expect("received");
+        there
+    });
+    let here = Here::new(vec![disk]);
+    let control = Arc::new(Control::new(Parameters::default()));
+    send(&here, &to, &control, &spawner).expect("sent");
+    let there = target.join().expect("no panic");
+    let mut image = vec![1; 3 << 20];
+    there.images[0].read_at(0, &mut image).expect("read");
+    assert!(there.runs && *here.disks[0].bytes.lock() == image);
 }
