@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use holdfast_block::BlockNode;
 use holdfast_block::nbd::proto::{Request, command};
@@ -412,7 +413,10 @@ fn says(what: impl FnOnce(&mut UnixStream, &Path)) -> String {
     let mut payload = Vec::new();
     assert_eq!(frame::read(&mut main, &mut payload).expect("an answer").kind, Kind::Accept);
     assert!(payload.split(|byte| *byte == b' ').any(|word| word == frame::NBD));
+    // If nothing is said, the test fails instead of waiting.
+    main.set_read_timeout(Some(Duration::from_secs(60))).expect("a limit");
     what(&mut main, &path);
+    drop(main);
     let (there, received) = target.join().expect("no panic");
     assert!(!there.runs);
     received.expect_err("refused").describe()

@@ -2,18 +2,30 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use holdfast_block::BlockNode;
-use holdfast_block::nbd::{Address, ClientOptions, Nbd};
+use holdfast_block::nbd::{Address, ClientOptions, Nbd, Socket, Stream, Writer};
 use vmm_sys_util::tempdir::TempDir;
 
 /// Longest input: it fits a socket's buffer.
 const MAX: usize = 64 << 10;
 
+/// The same to who only writes.
+fn write(data: &[u8]) {
+    let (near, mut far) = UnixStream::pair().expect("sockets");
+    far.write_all(data).expect("there is room");
+    far.shutdown(Shutdown::Write).expect("a socket");
+    if let Ok(mut writer) = Writer::over(Stream::Plain(Socket::Unix(near)), "") {
+        // Errors are all that is asked for.
+        let _ = writer.write(0, &[1; 512]).and_then(|()| writer.flush());
+    }
+}
+
 /// The target: a server's side of a connection.
 pub fn run(data: &[u8]) {
     let data = data.get(..data.len().min(MAX)).unwrap_or_default().to_vec();
+    write(&data);
     let dir = TempDir::new().expect("a directory");
     let path = dir.as_path().join("s");
     let listener = UnixListener::bind(&path).expect("listening");
