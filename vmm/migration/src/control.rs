@@ -313,6 +313,12 @@ impl Control {
         }
     }
 
+    /// Breaks one of them.
+    pub(crate) fn break_connection(stream: &Stream) {
+        // SAFETY: shutdown on a socket that `stream` keeps open.
+        unsafe { libc::shutdown(stream.as_fd().as_raw_fd(), libc::SHUT_RDWR) };
+    }
+
     /// As [`Control::break_connections`], but what was written to `main` still arrives.
     pub(crate) fn break_connections_after(&self, main: &Stream) {
         // SAFETY: shutdown on a socket that `main` keeps open.

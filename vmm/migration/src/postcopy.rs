@@ -122,23 +122,31 @@ impl Pusher<'_> {
         }
     }
 
-    fn attempt(&self, mut main: Stream, priority: Stream) -> Result<(), MigrationError> {
+    fn attempt(&self, mut main: Stream, mut priority: Stream) -> Result<(), MigrationError> {
         let encoder = |limiter| {
             Encoder::new(self.memory.clone(), Arc::clone(self.control), limiter).sparse(self.sparse)
         };
         let (mut pushed, urgent) = (encoder(Arc::clone(&self.limiter)), encoder(Arc::default()).urgent());
         let (left, control) = (Arc::clone(&self.left), Arc::clone(self.control));
+        let all_sent = Arc::new(AtomicBool::new(false));
+        let last_word = Arc::clone(&all_sent);
         let body = move || {
-            if let Err(error) = serve_requests(priority, urgent, &left, &control) {
+            if let Err(error) = serve_requests(&mut priority, urgent, &left, &control) {
                 tracing::debug!("the connection for urgent pages ended: {}", error.describe());
-                // Who pushes is to notice.
-                control.break_connections();
+                if last_word.load(Ordering::Acquire) {
+                    // The target may have ended it because it has all pages, and its word of that may still be on the way.
+                    // One that lacks some ends the other connection too.
+                    Control::break_connection(&priority);
+                } else {
+                    // Who pushes is to notice.
+                    control.break_connections();
+                }
             }
         };
         let failed = |source| MigrationError::Host { what: "no thread for urgent pages", source };
         let thread =
             self.spawner.spawn("migrate-urgent", ThreadRole::Migration, Box::new(body)).map_err(failed)?;
-        let pushed = self.push(&mut main, &mut pushed);
+        let pushed = self.push(&mut main, &mut pushed, &all_sent);
         // It ends with its connection.
         self.control.break_connections();
         // A panic was reported by the thread itself.
@@ -146,7 +154,13 @@ impl Pusher<'_> {
         pushed
     }
 
-    fn push(&self, main: &mut Stream, encoder: &mut Encoder) -> Result<(), MigrationError> {
+    /// Sets `all_sent` before the target can know that all was sent.
+    fn push(
+        &self,
+        main: &mut Stream,
+        encoder: &mut Encoder,
+        all_sent: &AtomicBool,
+    ) -> Result<(), MigrationError> {
         loop {
             let next = {
                 let mut left = self.left.lock();
@@ -158,6 +172,7 @@ impl Pusher<'_> {
             encoder.send(run, main)?;
         }
         encoder.flush(main)?;
+        all_sent.store(true, Ordering::Release);
         frame::write(main, Kind::End, 0, &[]).map_err(MigrationError::broken("sending the end of RAM"))?;
         main.set_timeouts(None)?;
         expect(main, Kind::Complete, "waiting for the destination to have all pages", "destination").map(drop)
@@ -202,7 +217,7 @@ impl Pusher<'_> {
 
 /// Sends the pages that are asked for.
 fn serve_requests(
-    mut stream: Stream,
+    stream: &mut Stream,
     mut encoder: Encoder,
     left: &Mutex<Left>,
     control: &Control,
@@ -210,7 +225,7 @@ fn serve_requests(
     const WHAT: &str = "serving urgent pages";
     stream.set_timeouts(None)?;
     loop {
-        let (_, runs) = expect(&mut stream, Kind::Request, WHAT, "destination")?;
+        let (_, runs) = expect(stream, Kind::Request, WHAT, "destination")?;
         let mut around = Vec::new();
         for run in pages::decode_runs(&runs).map_err(MigrationError::broken(WHAT))? {
             let more = left.lock().asked_for(run);
@@ -220,14 +235,14 @@ fn serve_requests(
             // Again, if it was sent already: there it may stand behind much else.
             let end = run.gpa + run.len;
             for gpa in (run.gpa..end).step_by(CHUNK as usize) {
-                encoder.send(Run { gpa, len: CHUNK.min(end - gpa) }, &mut stream)?;
+                encoder.send(Run { gpa, len: CHUNK.min(end - gpa) }, stream)?;
             }
         }
-        encoder.flush(&mut stream)?;
+        encoder.flush(stream)?;
         for run in around {
-            encoder.send(run, &mut stream)?;
+            encoder.send(run, stream)?;
         }
-        encoder.flush(&mut stream)?;
+        encoder.flush(stream)?;
     }
 }
 

@@ -1,4 +1,5 @@
-//! A stream that is cut or altered at every section, in both directions: an error, and never two VMs that run.
+//! A stream that is cut or altered at every section, in both directions: an error, and never two VMs that run. And the end of
+//! post-copy, of which the two connections bring word in any order.
 
 mod common;
 
@@ -10,7 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
-use holdfast_migration::frame::{HEADER, Header, Kind, PREAMBLE};
+use holdfast_memory::PAGE_SIZE;
+use holdfast_migration::frame::{self, HEADER, Header, Kind, PREAMBLE};
 use holdfast_migration::{
     Address, Arriving, Control, Listener, MigrationError, Outcome, Parameters, SendTo, receive, send,
 };
@@ -78,6 +80,19 @@ fn path(dir: &Path) -> PathBuf {
     dir.join(NUMBER.fetch_add(1, Ordering::Relaxed).to_string())
 }
 
+fn send_to(socket: PathBuf, postcopy: bool) -> SendTo {
+    SendTo {
+        address: Address::Unix(socket),
+        tls: None,
+        connections: 1,
+        local: false,
+        mirror: false,
+        direct: false,
+        postcopy,
+        session: [3; 16],
+    }
+}
+
 /// One migration with `harm` to section `victim` of direction `way` (0: from the source).
 fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
     let spawner: Arc<dyn Spawner> = PlainSpawner::shared();
@@ -101,16 +116,7 @@ fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
         [forth.join().expect("no panic"), back]
     });
     let here = Here::new(Vec::new());
-    let to = SendTo {
-        address: Address::Unix(front),
-        tls: None,
-        connections: 1,
-        local: false,
-        mirror: false,
-        direct: false,
-        postcopy: false,
-        session: [3; 16],
-    };
+    let to = send_to(front, false);
     let control = Arc::new(Control::new(Parameters::default()));
     let sent = send(&here, &to, &control, &spawner);
     drop(control);
@@ -173,4 +179,48 @@ fn whatever_section_is_hurt_at_most_one_runs() {
             }
         }
     }
+}
+
+/// Waits for the frame `kind`; those before it are let go.
+fn until(from: &mut UnixStream, kind: Kind) {
+    while frame::read(from, &mut Vec::new()).expect("the source goes on").kind != kind {}
+}
+
+/// Accepts a connection, whose preamble is answered by the same one.
+fn accepted(listener: &UnixListener) -> UnixStream {
+    let (mut stream, _) = listener.accept().expect("the source connects");
+    let mut preamble = [0; PREAMBLE];
+    stream.read_exact(&mut preamble).and_then(|()| stream.write_all(&preamble)).expect("a preamble");
+    stream
+}
+
+/// A target that has all pages ends the connection for urgent ones, which its source hears before the word itself that all are there.
+#[test]
+fn the_word_that_all_pages_are_there_may_come_behind_the_end_of_the_other_connection() {
+    let dir = tempfile::tempdir().expect("directory");
+    let socket = path(dir.path());
+    let gate = UnixListener::bind(&socket).expect("a socket");
+    let (done, sent) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let control = Arc::new(Control::new(Parameters::default()));
+        control.start_postcopy_at_once();
+        let sent = send(&Here::new(Vec::new()), &send_to(socket, true), &control, &PlainSpawner::shared());
+        // Who waits may have given up.
+        let _ = done.send(sent);
+    });
+    let mut main = accepted(&gate);
+    until(&mut main, Kind::Hello);
+    frame::write(&mut main, Kind::Accept, PAGE_SIZE, &[]).expect("it reads");
+    let mut urgent = accepted(&gate);
+    until(&mut main, Kind::State);
+    frame::write(&mut main, Kind::Ready, 0, &[]).expect("it reads");
+    until(&mut main, Kind::Go);
+    frame::write(&mut main, Kind::Done, 0, &[]).expect("it reads");
+    until(&mut main, Kind::End);
+    urgent.shutdown(Shutdown::Write).expect("a socket");
+    // The source has noticed, and has ended it too.
+    urgent.read_to_end(&mut Vec::new()).expect("its end");
+    frame::write(&mut main, Kind::Complete, 0, &[]).expect("it still reads");
+    let sent = sent.recv_timeout(std::time::Duration::from_secs(60)).expect("it has ended");
+    assert_eq!(sent.expect("it knows that all went well"), Outcome { running: true });
 }
