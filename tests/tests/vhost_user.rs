@@ -5,13 +5,16 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use holdfast_tests::back_ends::{BackEnd, Virtiofsd, shared_ram};
 use holdfast_tests::devices::{NetPeer, check_disk, ext4_image, run, sha256};
+use holdfast_tests::migration::{LIMIT, Vmm};
 use holdfast_tests::pc::{SEABIOS, bios_disk, grub_config};
+use holdfast_tests::qmp::Qmp;
 use holdfast_tests::shell::Guest;
 use holdfast_tests::{Program, printed, q35_args, riscv64_args, riscv64_guest, x86_64_args, x86_64_guest};
+use serde_json::json;
 
 const BOOT: Duration = Duration::from_secs(240);
 
@@ -247,4 +250,82 @@ fn a_disk_of_ours_that_is_killed_comes_again_and_grows() {
         run(Command::new("kill").args(["-HUP", &last.get().to_string()]));
     };
     killed(&image, &socket, &start, Some(&grow));
+}
+
+/// A disk of 24 MiB of bytes that nobody guesses.
+fn random_image(dir: &Path, name: &str) -> PathBuf {
+    let (image, mut bytes) = (dir.join(name), Vec::new());
+    let random = std::fs::File::open("/dev/urandom").expect("the host has it");
+    std::io::Read::read_to_end(&mut std::io::Read::take(random, 24 << 20), &mut bytes).expect("read");
+    std::fs::write(&image, bytes).expect("written");
+    image
+}
+
+/// Waits until pass `number` over RAM is over, or nothing was left to send: until it is told to go the guest runs here in
+/// either case, and what it writes is noted. Returns the number of the pass under way.
+fn passed(qmp: &mut Qmp, number: u64) -> u64 {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let info = qmp.ok("query-migrate", json!({}));
+        let passes = info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
+        let status = info["status"].as_str().unwrap_or_default();
+        if passes > number || status == "pre-switchover" {
+            return passes;
+        }
+        assert!(matches!(status, "setup" | "active"), "it goes on: {info}");
+        assert!(Instant::now() < deadline, "pass {number} is not over: {info}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn pages_that_qemus_daemon_writes_between_passes_arrive() {
+    let dir = tempfile::tempdir().expect("directory");
+    let at = |name: &str| dir.path().join(name);
+    // The other host's disk has other contents: what the guest reads of this one there, it has brought along in RAM.
+    let images = ["here", "there"].map(|name| random_image(dir.path(), name));
+    let sums = images.each_ref().map(|image| sha256(image));
+    let first = BackEnd::daemon(&images[0], &at("s"));
+    let mut args = riscv64_args(2, "");
+    with_disk(&mut args, &at("s"));
+    // The kernel would write zeroes to each page before the back end is told of it.
+    args.iter_mut()
+        .filter(|arg| arg.starts_with("console="))
+        .for_each(|arg| arg.push_str(" init_on_alloc=0"));
+    args.extend(["--qmp".to_owned(), format!("unix:{}", at("qmp").display())]);
+    let mut guest = Guest::boot(&args);
+    let mut qmp = Qmp::connect(&at("qmp"));
+    let dirt = "while :; do dd if=/dev/zero of=/tmp/dirt bs=64k count=128 conv=notrunc 2>/dev/null; done";
+    // While one has it open the kernel keeps what was read.
+    guest.run(&format!("exec 3</dev/vda; ({dirt}) & echo $! >/tmp/dirtier"));
+    let _second = BackEnd::daemon(&images[1], &at("t"));
+    std::fs::rename(at("t"), at("s")).expect("renamed");
+    let target = Vmm::start(dir.path(), "b", &[]);
+    let uri = format!("unix:{}", at("m").display());
+    let received = target.receive(json!({ "receiver_url": uri }));
+    // On a host that lets the guest run there is always something left to send; on another one it waits to be told to go.
+    let wait = json!([{ "capability": "pause-before-switchover", "state": true }]);
+    qmp.ok("migrate-set-capabilities", json!({ "capabilities": wait }));
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 32 << 20, "downtime-limit": 0 }));
+    qmp.ok("migrate", json!({ "uri": uri }));
+    passed(&mut qmp, 2);
+    let read = guest.run("grep pgpgin /proc/vmstat; cat /dev/vda >/dev/null; grep pgpgin /proc/vmstat");
+    let kib: Vec<u64> = read.lines().filter_map(|l| l.trim().strip_prefix("pgpgin ")?.parse().ok()).collect();
+    assert!(matches!(kib[..], [before, after] if after - before > 20 << 10), "nothing was cached: {read}");
+    // A pass that began before that, and a whole one.
+    let now = passed(&mut qmp, 0);
+    passed(&mut qmp, now + 1);
+    qmp.ok("migrate-set-parameters", json!({ "max-bandwidth": 0, "downtime-limit": 60_000 }));
+    qmp.until("query-migrate", "status", "pre-switchover");
+    qmp.ok("migrate-continue", json!({ "state": "pre-switchover" }));
+    assert_eq!(received.join().expect("an answer").status, 204);
+    qmp.until("query-migrate", "status", "completed");
+    drop(first);
+    let mut guest = guest.moved(target.program);
+    let seen = guest.run("kill $(cat /tmp/dirtier); sha256sum </dev/vda");
+    assert!(seen.contains(&sums[0]), "{} became {seen}", sums[0]);
+    // It was not read anew.
+    let anew = guest.run("echo 3 >/proc/sys/vm/drop_caches; sha256sum </dev/vda");
+    assert!(anew.contains(&sums[1]), "{} became {anew}", sums[1]);
+    guest.power_off();
 }
