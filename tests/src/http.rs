@@ -49,10 +49,11 @@ impl Api {
     /// Sends one request; `body` is sent if it is not null.
     ///
     /// # Panics
-    /// If the connection breaks or the answer is no HTTP.
+    /// If the connection breaks, the answer is no HTTP or does not come within four minutes.
     pub fn request(&self, method: &str, route: &str, body: &Value) -> Response {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let mut stream = UnixStream::connect(&self.0).expect("the VMM listens");
+        stream.set_read_timeout(Some(crate::migration::LIMIT)).expect("a timeout");
         let head = format!(
             "{method} /api/v1/{route} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n"
         );
