@@ -37,7 +37,7 @@ fn source(dir: &Path, test: &str) -> (Vmm, Console) {
     let api = Api::connect(&dir.join("a"));
     api.put("vm.create", &config(&console.0, test));
     api.put("vm.boot", &Value::Null);
-    console.goes_on(3);
+    console.goes_on(1);
     (first, console)
 }
 
@@ -106,7 +106,7 @@ fn states_events_and_refusals() {
     assert!(done["ram"]["transferred"].as_u64() > Some(1 << 20) && done["downtime"].is_u64(), "{done}");
     assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
     second.qmp.until("query-status", "status", "running");
-    console.goes_on(3);
+    console.goes_on(2);
     // The event may come a moment after the status.
     while qmp.heard("MIGRATION", "status").last() != Some(&"completed".into()) {
         qmp.ok("query-status", json!({}));
@@ -237,7 +237,7 @@ fn pages_follow_the_guest_even_when_the_connection_breaks() {
     qmp.ok("migrate-start-postcopy", json!({}));
     qmp.until("query-migrate", "status", "postcopy-active");
     second.qmp.until("query-status", "status", "running");
-    console.goes_on(3);
+    console.goes_on(2);
     qmp.ok("migrate-pause", json!({}));
     qmp.until("query-migrate", "status", "postcopy-paused");
     second.qmp.until("query-migrate", "status", "postcopy-paused");
@@ -276,7 +276,7 @@ fn pages_follow_the_guest_even_when_the_connection_breaks() {
     }
     drop(first);
     // Without the source nothing is missing.
-    console.goes_on(5);
+    console.goes_on(2);
     console.sum_is_good();
 }
 

@@ -16,7 +16,7 @@ fn pair(dir: &Path, test: &str, shared: bool) -> (Vmm, Vmm, Console) {
     config["memory"]["shared"] = shared.into();
     first.api.put("vm.create", &config);
     first.api.put("vm.boot", &Value::Null);
-    console.goes_on(3);
+    console.goes_on(1);
     (first, second, console)
 }
 
@@ -38,7 +38,7 @@ fn a_busy_guest_moves_there_and_back() {
     assert_eq!(received.join().expect("an answer").status, 204);
     assert_eq!(second.state(), "Running");
     assert!(first.program.wait_exit(holdfast_tests::migration::LIMIT).success(), "the source has ended");
-    console.goes_on(5);
+    console.goes_on(2);
     // And back, over several TCP connections, compressed, with the source kept.
     let third = Vmm::start(dir.path(), "c", &[]);
     let tcp = loopback(1);
@@ -50,7 +50,7 @@ fn a_busy_guest_moves_there_and_back() {
     assert_eq!(sent.status, 204, "{sent:?}");
     assert_eq!(received.join().expect("an answer").status, 204);
     assert_eq!((second.state().as_str(), third.state().as_str()), ("Paused", "Running"));
-    console.goes_on(5);
+    console.goes_on(2);
     console.sum_is_good();
 }
 
@@ -120,7 +120,7 @@ fn a_guest_goes_to_another_process_with_its_ram() {
     assert_eq!(sent.status, 204, "{sent:?}");
     assert_eq!(received.join().expect("an answer").status, 204);
     assert_eq!((first.state().as_str(), second.state().as_str()), ("Paused", "Running"));
-    console.goes_on(5);
+    console.goes_on(2);
     let resumed = first.api.request("PUT", "vm.resume", &Value::Null);
     assert!(resumed.status == 500 && resumed.body.contains("together with its RAM"), "{resumed:?}");
 }
