@@ -8,6 +8,7 @@ use std::sync::Arc;
 use common::case::{CODE, Case, DATA, DATA_SIZE, END, End, Processor, Role};
 use common::guest::Machine;
 use common::host::Host;
+use holdfast_arch::CpuState;
 use holdfast_guest_x86::X86Guest;
 use holdfast_tcg_runtime::Engine;
 use iced_x86::IcedError;
@@ -79,4 +80,19 @@ fn saved_state_is_the_hosts() {
             assert!(differs.is_none(), "{what}: registers differ at {differs:?}");
         }
     }
+}
+
+/// A KVM may hand out components of its host's registers that the guest has no bits for in XCR0.
+#[test]
+fn components_that_the_guest_cannot_have_are_left_out() {
+    let mut machine = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let CpuState::X86_64(mut state) = machine.vcpu.export() else { panic!("not x86") };
+    let before = state.xsave[512];
+    state.xsave[512] |= 0x80;
+    machine.vcpu.import(&CpuState::X86_64(state.clone())).expect("what the guest has fits");
+    let CpuState::X86_64(after) = machine.vcpu.export() else { panic!("not x86") };
+    assert_eq!(after.xsave[512], before);
+    state.xcr0 |= 0x80;
+    let refused = machine.vcpu.import(&CpuState::X86_64(state)).expect_err("there is no such component");
+    assert!(format!("{refused:?}").contains("XCR0 bits 0x80"), "{refused:?}");
 }

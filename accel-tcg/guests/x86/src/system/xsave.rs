@@ -74,7 +74,7 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
     a
 }
 
-/// Takes over an area. Parts that its header marks as initial are initialised.
+/// Takes over an area, of a guest whose XCR0 this processor can have. Parts that its header marks as initial are initialised.
 ///
 /// # Errors
 /// A text that says what does not fit.
@@ -85,11 +85,8 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
     if area.len() < AVX {
         return Err(format!("an XSAVE area of {} bytes", area.len()));
     }
-    let present = u64_at(area, LEGACY);
-    let beyond = present & !cpu.state::<X86>().xcr0_bits;
-    if beyond != 0 {
-        return Err(format!("XSAVE components {beyond:#x} that this processor has not"));
-    }
+    // XCR0 is within these bits, so the guest has no other components: a KVM may hand out what its host has in use, though.
+    let present = u64_at(area, LEGACY) & cpu.state::<X86>().xcr0_bits;
     let mxcsr = u32::from_le_bytes(take(area, 24));
     crate::fpu::set_mxcsr(cpu, if present & 6 != 0 { mxcsr & MXCSR_MASK } else { 0x1f80 });
     let s = cpu.state::<X86>();
