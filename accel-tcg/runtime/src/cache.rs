@@ -9,7 +9,6 @@ use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_x64::LinkSite;
 use parking_lot::Mutex;
 
@@ -65,59 +64,34 @@ unsafe impl Send for CodeCache {}
 // SAFETY: as above.
 unsafe impl Sync for CodeCache {}
 
-/// What a huge page of the host holds, in bytes.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Address space for `len` bytes that begins where huge pages may, with nothing mapped.
-fn reserve(len: usize) -> io::Result<*mut u8> {
-    let (prot, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+/// Maps the same `len` bytes of fresh memory twice: writable, and executable. They belong to no file that has a name, or
+/// profilers would look there for symbols.
+fn map_twice(len: usize) -> io::Result<(*mut u8, *mut u8)> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let all = unsafe { libc::mmap(ptr::null_mut(), len + HUGE_PAGE, prot, flags, -1, 0) };
-    if all == libc::MAP_FAILED {
+    let rx = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, -1, 0) };
+    if rx == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let all = all.cast::<u8>();
-    let before = all.addr().next_multiple_of(HUGE_PAGE) - all.addr();
-    let start = all.wrapping_add(before);
-    // SAFETY: parts of the mapping that was just made, before and behind what is kept; an empty one is refused, and nothing is lost.
-    unsafe {
-        libc::munmap(all.cast(), before);
-        libc::munmap(start.wrapping_add(len).cast(), HUGE_PAGE - before);
-    }
-    Ok(start)
-}
-
-/// Maps the same `len` bytes of fresh memory twice: writable, and executable. They belong to no file that has a name, or
-/// profilers would look there for symbols. Both begin where huge pages may.
-fn map_twice(len: usize) -> io::Result<(*mut u8, *mut u8)> {
-    let rx = reserve(len)?;
-    let rw = match reserve(len) {
-        Ok(rw) => rw,
-        Err(e) => {
-            // SAFETY: what was reserved above.
-            unsafe { libc::munmap(rx.cast(), len) };
-            return Err(e);
-        }
-    };
-    let (prot, shared) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // An old size of 0 leaves the mapping and makes another of the same pages (mremap(2)).
-    // SAFETY: only what was reserved above is replaced; the mapping that is doubled is shared and whole.
-    let done = unsafe {
-        libc::mmap(rx.cast(), len, prot, shared | libc::MAP_FIXED, -1, 0) != libc::MAP_FAILED
-            && libc::mremap(rx.cast(), 0, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, rw)
-                != libc::MAP_FAILED
-            && libc::mprotect(rw.cast(), len, libc::PROT_READ | libc::PROT_WRITE) == 0
+    // SAFETY: the mapping is shared and whole; the new one is put where the kernel finds room.
+    let rw = unsafe { libc::mremap(rx, 0, len, libc::MREMAP_MAYMOVE) };
+    let done = rw != libc::MAP_FAILED && {
+        // SAFETY: a mapping that was just made and that nobody uses yet.
+        unsafe { libc::mprotect(rw, len, libc::PROT_READ | libc::PROT_WRITE) == 0 }
     };
     if !done {
         let error = io::Error::last_os_error();
-        // SAFETY: what was reserved above, and nobody uses yet.
+        // SAFETY: what was mapped above.
         unsafe {
-            libc::munmap(rx.cast(), len);
-            libc::munmap(rw.cast(), len);
+            libc::munmap(rx, len);
+            if rw != libc::MAP_FAILED {
+                libc::munmap(rw, len);
+            }
         }
         return Err(error);
     }
-    Ok((rw, rx))
+    Ok((rw.cast(), rx.cast()))
 }
 
 impl CodeCache {
@@ -134,12 +108,9 @@ impl CodeCache {
         let count = wanted / segment;
         let len = count * segment;
         let (rw, rx) = map_twice(len)?;
-        // Where the host has huge pages for shared memory they come by themselves (see also `CodeCache::collapse`).
-        // SAFETY: advice on our own mappings; failure does not matter.
-        unsafe {
-            libc::madvise(rx.cast(), len, libc::MADV_HUGEPAGE);
-            libc::madvise(rw.cast(), len, libc::MADV_HUGEPAGE);
-        }
+        // Translated code is spread over the cache: huge pages spare the host's instruction TLB.
+        // SAFETY: advice on our own mapping; failure does not matter.
+        unsafe { libc::madvise(rx.cast(), len, libc::MADV_HUGEPAGE) };
         let state = Segments { free: (1..count as u32).rev().collect(), ..Segments::default() };
         Ok(Self {
             rw,
@@ -217,23 +188,6 @@ impl CodeCache {
         unsafe { libc::madvise(self.rw.add(offset.min(self.len)).cast(), len, libc::MADV_POPULATE_WRITE) };
     }
 
-    /// Puts a segment into a huge page: translated code is spread over the cache, and each page of it would be two exceptions and
-    /// an entry of the host's instruction TLB. Whether that was done; where the host has none, pages come one by one.
-    pub(crate) fn collapse(&self, segment: SegmentId) -> bool {
-        let start = self.start_of(segment);
-        if !self.segment.is_multiple_of(HUGE_PAGE) || start + self.segment > self.len {
-            return false;
-        }
-        let (rw, rx) = (self.rw.wrapping_add(start), self.rx.wrapping_add(start));
-        // What is all hole is not collapsed: some page has to be there.
-        // SAFETY: advice on our own mappings, in bounds.
-        unsafe {
-            libc::madvise(rw.cast(), PAGE_SIZE as usize, libc::MADV_POPULATE_WRITE) == 0
-                && libc::madvise(rw.cast(), self.segment, libc::MADV_COLLAPSE) == 0
-                && libc::madvise(rx.cast(), self.segment, libc::MADV_COLLAPSE) == 0
-        }
-    }
-
     /// Looks for an empty segment. `passed` is the epoch that every vCPU has passed.
     pub fn acquire(&self, passed: u64) -> Acquired {
         let mut s = self.state.lock();
@@ -260,7 +214,6 @@ impl CodeCache {
 
     /// The owner has filled `segment`: from now on it may be evicted.
     pub fn filled(&self, segment: SegmentId, bytes: usize) {
-        self.collapse(segment);
         // What was written through this mapping counts as memory of the process a second time; links that are patched bring
         // pages back, so all of it goes. Where others are writing, it comes back too.
         // SAFETY: our own mapping, and a shared one: what it holds stays in the other.
@@ -302,32 +255,6 @@ mod tests {
         // SAFETY: mapped and readable.
         assert_eq!(unsafe { cache.exec_addr(64).read() }, 0xc3);
         assert_eq!(cache.writable(cache.len() - 4, 5).len(), 4);
-    }
-
-    #[test]
-    fn a_segment_in_a_huge_page_keeps_what_it_holds() {
-        let cache = CodeCache::new(DEFAULT_CACHE, 1).expect("mapping");
-        assert_eq!(cache.segment_len(), HUGE_PAGE);
-        assert!(cache.rw.addr().is_multiple_of(HUGE_PAGE) && cache.rx.addr().is_multiple_of(HUGE_PAGE));
-        let (first, last) = (cache.start_of(3), cache.start_of(4) - 16);
-        for at in [first, last] {
-            cache.writable(at, 16).fill(0xc3);
-        }
-        // Hosts may lack huge pages; what is there stays either way, also when it is done again.
-        assert_eq!(cache.collapse(3), cache.collapse(3));
-        for at in [first, last] {
-            // SAFETY: mapped and readable.
-            assert_eq!(unsafe { cache.exec_addr(at).read() }, 0xc3);
-        }
-        cache.filled(3, HUGE_PAGE);
-        cache.writable(first + 64, 16).fill(0x90);
-        for (at, byte) in [(last, 0xc3), (first + 64, 0x90)] {
-            // SAFETY: mapped and readable.
-            assert_eq!(unsafe { cache.exec_addr(at).read() }, byte);
-        }
-        // Small caches have small segments, which stay as they are.
-        let small = CodeCache::new(MIN_CACHE, 1).expect("mapping");
-        assert!(!small.collapse(1));
     }
 
     #[test]

@@ -177,10 +177,7 @@ impl VcpuCore {
                 Some(mine) => mine,
                 None => {
                     let segment = self.take_segment(cache);
-                    let start = cache.start_of(segment);
-                    // What translates little shall not have a huge page for it.
-                    let huge = self.engine.prepared > 0 && cache.collapse(segment);
-                    self.engine.prepared = if huge { start + cache.segment_len() } else { start };
+                    self.engine.prepared = cache.start_of(segment);
                     (segment, 0)
                 }
             };
