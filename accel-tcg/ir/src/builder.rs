@@ -22,6 +22,8 @@ pub struct Builder {
     min_pc: u64,
     /// Where this extended basic block begins. What tables say of values from before it is void.
     block: u32,
+    /// Added to the index of a value in the tables, so that what they say of earlier regions' values is void, too.
+    base: u32,
     /// The value of a slot, direct mapped by [`Slot::index`].
     known: Vec<(u32, u32)>,
     effects: Vec<(Effects, Type)>,
@@ -66,14 +68,24 @@ impl Builder {
 
     /// Begins a region at `entry_pc`.
     pub fn start(&mut self, entry_pc: u64) {
+        self.base += self.region.insts.len() as u32 + 1;
+        if self.base > u32::MAX / 2 {
+            self.forget_all();
+        }
+        self.block = self.base;
         self.region.reset(entry_pc);
         (self.pc, self.min_pc, self.max_pc) = (entry_pc, entry_pc, entry_pc);
+    }
+
+    /// Empties the tables.
+    #[cold]
+    fn forget_all(&mut self) {
+        self.base = 1;
         self.known.fill((u32::MAX, 0));
         self.extended = [(u32::MAX, 0); 8];
         self.extended_u = [(u32::MAX, 0); 8];
         self.truncated = [(u32::MAX, 0); 8];
         self.computed = [Computed::default(); COMPUTED];
-        self.block = 0;
     }
 
     /// The region built so far; complete after a terminator.
@@ -83,6 +95,7 @@ impl Builder {
 
     /// Takes the region out (tests); [`Builder::start`] makes a new one.
     pub fn take(&mut self) -> Region {
+        self.base += self.region.insts.len() as u32;
         std::mem::take(&mut self.region)
     }
 
@@ -120,7 +133,7 @@ impl Builder {
     }
 
     fn new_block(&mut self) {
-        self.block = self.region.insts.len() as u32;
+        self.block = self.base + self.region.insts.len() as u32;
     }
 
     #[inline]
@@ -179,32 +192,37 @@ impl Builder {
             return v;
         }
         let v = self.push_op(Op::GetSlot, slot.ty, 0, (slot.offset, 0, 0));
-        *self.known_at(slot) = (slot.offset, v.0);
+        *self.known_at(slot) = (slot.offset, self.base + v.0);
         v
     }
 
     /// The value that a slot is known to have here.
     pub fn known(&self, slot: Slot) -> Option<Val> {
         let &(offset, v) = self.known.get(slot.index())?;
-        (offset == slot.offset && v >= self.block && self.ty(Val(v)) == slot.ty).then_some(Val(v))
+        if offset != slot.offset || v < self.block {
+            return None;
+        }
+        let v = Val(v - self.base);
+        (self.ty(v) == slot.ty).then_some(v)
     }
 
     /// Writes a slot. `v` must have the slot's type.
     pub fn set(&mut self, slot: Slot, v: Val) {
         debug_assert_eq!(self.ty(v), slot.ty);
         let known = *self.known_at(slot);
-        if known == (slot.offset, v.0) {
-            return;
-        }
-        if known.0 == slot.offset
-            && known.1 >= self.block
-            && let (Some(old), Some(new)) = (self.as_const(Val(known.1)), self.as_const(v))
-            && old == new
-        {
-            return;
+        if known.0 == slot.offset && known.1 >= self.block {
+            let old = Val(known.1 - self.base);
+            if old == v {
+                return;
+            }
+            if let (Some(old), Some(new)) = (self.as_const(old), self.as_const(v))
+                && old == new
+            {
+                return;
+            }
         }
         self.push_op(Op::SetSlot, slot.ty, 0, (slot.offset, v.0, 0));
-        *self.known_at(slot) = (slot.offset, v.0);
+        *self.known_at(slot) = (slot.offset, self.base + v.0);
     }
 
     /// Forgets what value a slot has: a helper that is not said to write slots may have written this one, which is
@@ -246,12 +264,12 @@ impl Builder {
         let next = self.region.insts.len() as u32;
         let same =
             known.op == Some(op) && known.wide == (ty == Type::I64) && known.a == a.0 && known.b == key;
-        if same && known.value >= self.block && next - known.value <= REUSE {
-            return Val(known.value);
+        if same && known.value >= self.block && self.base + next - known.value <= REUSE {
+            return Val(known.value - self.base);
         }
         let v = self.push_op(op, ty, 0, (a.0, b.0, 0));
         if let Some(c) = self.computed.get_mut(n) {
-            *c = Computed { op: Some(op), wide: ty == Type::I64, a: a.0, b: key, value: v.0 };
+            *c = Computed { op: Some(op), wide: ty == Type::I64, a: a.0, b: key, value: self.base + v.0 };
         }
         v
     }
@@ -313,12 +331,12 @@ impl Builder {
         // The same extension again.
         let n = a.index() % self.extended.len().max(1);
         match self.extended.get(n) {
-            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v - self.base),
             _ => {}
         }
         let v = self.push_op(Op::SExt, Type::I64, 0, (a.0, 0, 0));
         if let Some(e) = self.extended.get_mut(n) {
-            *e = (a.0, v.0);
+            *e = (a.0, self.base + v.0);
         }
         v
     }
@@ -331,13 +349,13 @@ impl Builder {
         // The same extension again.
         let n = a.index() % self.extended_u.len().max(1);
         match self.extended_u.get(n) {
-            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v - self.base),
             _ => {}
         }
         let v = self.push_op(Op::ZExt, Type::I64, 0, (a.0, 0, 0));
         self.region.casts.push(v.0);
         if let Some(e) = self.extended_u.get_mut(n) {
-            *e = (a.0, v.0);
+            *e = (a.0, self.base + v.0);
         }
         v
     }
@@ -353,13 +371,13 @@ impl Builder {
         // The same low half again.
         let n = a.index() % self.truncated.len().max(1);
         match self.truncated.get(n) {
-            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v),
+            Some(&(of, v)) if of == a.0 && v >= self.block => return Val(v - self.base),
             _ => {}
         }
         let v = self.push_op(Op::Trunc, Type::I32, 0, (a.0, 0, 0));
         self.region.casts.push(v.0);
         if let Some(t) = self.truncated.get_mut(n) {
-            *t = (a.0, v.0);
+            *t = (a.0, self.base + v.0);
         }
         v
     }

@@ -232,6 +232,27 @@ impl Asm {
         self.modrm(reg, rm, imm_len);
     }
 
+    // ---- the TLB probe ----
+
+    /// What all probes have in common, which is the greater part of most regions, as words: `and t1, mask; and t2, -4096;
+    /// add t2, r15; cmp t2, [rbp + t1 + array]; jne ...; mov t1, [rbp + t1 + array + 8]`. `t1` and `t2` are two of the low
+    /// eight registers. Gives the place of the jump's rel32.
+    pub fn probe_tail(&mut self, (t1, t2): (Reg, Reg), mask: u32, array: i32) -> usize {
+        let (r1, r2) = (u64::from(t1.0 & 7), u64::from(t2.0 & 7));
+        let operands = |reg: u64, disp: i32| {
+            // ModRM: SIB and a displacement of 32 bits; SIB: base RBP, index t1.
+            0x84 << 16 | reg << 19 | 0x05 << 24 | r1 << 27 | u64::from(disp as u32) << 32
+        };
+        self.put(0xe081 | r1 << 8 | u64::from(mask) << 16, 6);
+        self.put(0xffff_f000_e0_8148 | r2 << 16, 7);
+        self.put(0xf8_014c | r2 << 16, 3);
+        self.put(0x3b48 | operands(r2, array), 8);
+        self.put(0x850f, 6);
+        let miss = self.pos - 4;
+        self.put(0x8b48 | operands(r1, array + 8), 8);
+        miss
+    }
+
     // ---- moves ----
 
     /// `mov r, r/m`, 64 or 32 bits.

@@ -259,3 +259,24 @@ fn running_out_of_room_is_noticed() {
     a.clear();
     assert!(a.room());
 }
+
+#[test]
+fn the_tail_of_a_probe_is_what_its_instructions_are() {
+    for (t1, t2) in [(Reg::RDI, Reg::RSI), (Reg::RAX, Reg::RCX), (Reg::RCX, Reg::RDX), (Reg::RDX, Reg::RAX)] {
+        let array = 0x12340;
+        let mut tail = Asm::new();
+        let miss = tail.probe_tail((t1, t2), 0xfff0, array);
+        let mut d = Decoder::with_ip(64, tail.bytes(), 0, DecoderOptions::NONE);
+        let text: Vec<String> = d.iter().map(|i| i.to_string()).collect();
+        let (a, b) = (R64[usize::from(t1.0)], R64[usize::from(t2.0)]);
+        let wanted = [
+            format!("and {},0FFF0h", R32[usize::from(t1.0)]),
+            format!("and {b},0FFFFFFFFFFFFF000h"),
+            format!("add {b},r15"),
+            format!("cmp {b},[rbp+{a}+12340h]"),
+            format!("jne {:016X}h", miss + 4),
+            format!("mov {a},[rbp+{a}+12348h]"),
+        ];
+        assert_eq!(text, wanted);
+    }
+}

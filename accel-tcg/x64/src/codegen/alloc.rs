@@ -48,13 +48,17 @@ pub(crate) struct Alloc {
     places: Vec<Place>,
     /// The value in each register (for a pin: the value that the slot has).
     occ: [u32; 32],
-    /// The registers that have one, as a bit mask.
+    /// The registers that have one, as a bit mask; some may be dead.
     used: u32,
+    /// The last instruction that needs what is in each register, 0 for none; of pins nothing is said.
+    needed: [u32; 32],
     /// Registers that the current instruction needs, as a bit mask.
     pub(crate) locked: u32,
     /// Values homed in unpinned slots, direct mapped by [`Slot::index`]: (offset, value).
     homes: [(u32, u32); SLOT_INDEXES],
     spills: u64,
+    /// The values in them; some may be dead.
+    spilled: [u32; SPILLS],
     /// Pages found in this block.
     pages: [Option<Page>; 3],
     /// Their registers, as a bit mask.
@@ -67,9 +71,11 @@ impl Default for Alloc {
             places: Vec::new(),
             occ: [NO_VALUE; 32],
             used: 0,
+            needed: [0; 32],
             locked: 0,
             homes: [(NO_HOME, 0); SLOT_INDEXES],
             spills: 0,
+            spilled: [0; SPILLS],
             pages: [None; 3],
             page_regs: 0,
         }
@@ -87,16 +93,18 @@ impl Alloc {
     /// Values are dead: at labels. Homes of dead values do no harm.
     pub(crate) fn forget_all(&mut self) {
         self.occ = [NO_VALUE; 32];
+        self.needed = [0; 32];
         (self.used, self.locked) = (0, 0);
         self.spills = 0;
         self.pages = [None; 3];
         self.page_regs = 0;
     }
 
-    /// Register `reg` has value `v`.
+    /// Register `reg` has value `v`, which instruction `needed` uses last.
     #[inline]
-    fn occupy(&mut self, reg: u8, v: u32) {
+    fn occupy(&mut self, reg: u8, v: u32, needed: u32) {
         self.occ[usize::from(reg & 31)] = v;
+        self.needed[usize::from(reg & 31)] = needed;
         self.used |= 1 << (reg & 31);
     }
 
@@ -104,7 +112,23 @@ impl Alloc {
     #[inline]
     fn vacate(&mut self, reg: u8) {
         self.occ[usize::from(reg & 31)] = NO_VALUE;
+        self.needed[usize::from(reg & 31)] = 0;
         self.used &= !(1 << (reg & 31));
+    }
+
+    /// The temporaries whose values instruction `at` or a later one needs, as a bit mask.
+    #[inline]
+    fn busy_temps(&self, at: u32) -> u32 {
+        TEMPS.iter().fold(0, |mask, t| {
+            let r = usize::from(t.0 & 31);
+            mask | u32::from(self.needed[r] >= at) << r
+        })
+    }
+
+    /// The same of vector registers.
+    fn busy_xmms(&self, at: u32) -> u32 {
+        let values = 16..16 + usize::from(XMM_VALUES);
+        values.filter(|r| self.used >> r & 1 != 0 && self.needed[*r & 31] >= at).fold(0, |mask, r| mask | 1 << r)
     }
 
     /// Forgets the page in register `reg`, if there is one, and empties the register.
@@ -135,7 +159,7 @@ impl Alloc {
         if let Some(p) = self.pages.iter_mut().find(|p| p.is_none()) {
             *p = Some(page);
             self.page_regs |= 1 << page.reg.0;
-            self.occupy(page.reg.0, PAGE);
+            self.occupy(page.reg.0, PAGE, u32::MAX);
         }
     }
 
@@ -149,9 +173,9 @@ impl Alloc {
         self.page_regs
     }
 
-    /// Whether any vector register holds a value.
-    pub(crate) fn xmm_in_use(&self) -> bool {
-        self.used >> 16 != 0
+    /// Whether any vector register holds a value that instruction `at` or a later one needs.
+    pub(crate) fn xmm_in_use(&self, at: u32) -> bool {
+        self.used >> 16 != 0 && self.busy_xmms(at) != 0
     }
 
     #[inline]
@@ -191,6 +215,13 @@ fn is_pin(reg: u8) -> bool {
 /// The bits of a spilled value in [`Alloc::spills`].
 fn spill_bits(n: u8, wide: bool) -> u64 {
     (if wide { 3 } else { 1 }) << (n & 63)
+}
+
+/// The first free spill slot, or two slots, by the bit mask of those taken.
+fn free_spill(taken: u64, wide: bool) -> Option<usize> {
+    let taken = if wide { taken | taken >> 1 | 1 << (SPILLS - 1) } else { taken };
+    let n = taken.trailing_ones() as usize;
+    (n < SPILLS).then_some(n)
 }
 
 /// Spill slot `n`.
@@ -256,7 +287,7 @@ impl Cx<'_> {
     /// A free temporary, locked until the end of the instruction.
     pub(crate) fn temp(&mut self) -> Reg {
         // RDI, RSI, RDX, RCX, RAX: the one of the highest number that is free.
-        let free = TEMP_MASK & !(self.st.al.locked | self.st.al.used);
+        let free = TEMP_MASK & !(self.st.al.locked | self.st.al.busy_temps(self.at));
         let r = match free.checked_ilog2() {
             Some(r) => r as u8,
             None => self.victim(TEMPS.iter().rev().map(|r| r.0)),
@@ -267,7 +298,7 @@ impl Cx<'_> {
 
     /// A free vector register, locked.
     pub(crate) fn xtemp(&mut self) -> Xmm {
-        let free = XMM_MASK & !(self.st.al.locked | self.st.al.used);
+        let free = XMM_MASK & !(self.st.al.locked | self.st.al.busy_xmms(self.at));
         let r = if free != 0 { free.trailing_zeros() as u8 } else { self.victim(16..16 + XMM_VALUES) };
         self.st.al.lock(r);
         Xmm(r.wrapping_sub(16) & 15)
@@ -295,14 +326,19 @@ impl Cx<'_> {
     fn spill(&mut self, v: Val) {
         // A vector takes two slots next to each other.
         let wide = self.r.ty(v) == Type::V128;
-        let taken = self.st.al.spills;
-        let n = if wide { (taken | taken >> 1 | 1 << 63).trailing_ones() } else { taken.trailing_ones() }
-            as usize;
-        if n >= SPILLS || (wide && n + 1 >= SPILLS) {
+        let mut n = free_spill(self.st.al.spills, wide);
+        if n.is_none() {
+            self.reclaim_spills();
+            n = free_spill(self.st.al.spills, wide);
+        }
+        let Some(n) = n else {
             self.error = Some(CodegenError::TooLong(self.r.insts.len()));
             return;
-        }
+        };
         self.st.al.spills |= spill_bits(n as u8, wide);
+        for slot in self.st.al.spilled.iter_mut().skip(n).take(if wide { 2 } else { 1 }) {
+            *slot = v.0;
+        }
         let p = &mut self.st.al.places[v.index()];
         p.spill = n as u8;
         let reg = p.reg;
@@ -312,6 +348,17 @@ impl Cx<'_> {
             self.st.asm.store(3, spill_mem(n as u8), Reg(reg));
         } else {
             self.st.asm.fstore(true, spill_mem(n as u8), Xmm(reg.wrapping_sub(16) & 15));
+        }
+    }
+
+    /// Frees the spill slots of values that are dead.
+    #[cold]
+    fn reclaim_spills(&mut self) {
+        let al = &mut self.st.al;
+        for (n, v) in al.spilled.iter().enumerate() {
+            if self.st.an.last_use(Val(*v)) < self.at {
+                al.spills &= !(1 << n);
+            }
         }
     }
 
@@ -326,7 +373,7 @@ impl Cx<'_> {
             return self.st.al.drop_page(r);
         }
         let al = &self.st.al;
-        let free = TEMP_MASK & !(al.locked | al.used);
+        let free = TEMP_MASK & !(al.locked | al.busy_temps(self.at));
         let other = (free != 0).then(|| Reg(free.trailing_zeros() as u8));
         match other {
             Some(t) if self.st.an.last_use(Val(v)) >= self.at && self.konst(Val(v)).is_none() => {
@@ -340,7 +387,9 @@ impl Cx<'_> {
 
     fn bind(&mut self, v: Val, reg: u8) {
         self.st.al.places[v.index()].reg = reg;
-        self.st.al.occupy(reg, v.0);
+        // What the current instruction defines is not to be overwritten by it, even if nobody reads it.
+        let needed = self.st.an.last_use(v).max(self.at);
+        self.st.al.occupy(reg, v.0, needed);
     }
 
     /// `v` in a general register, which is locked. Do not write it.
@@ -532,23 +581,6 @@ impl Cx<'_> {
     /// Records that the current result is in vector register `d`.
     pub(crate) fn xdefine(&mut self, d: Xmm) {
         self.define_any(d.0 + 16);
-    }
-
-    /// Frees everything of root `v`.
-    #[inline]
-    pub(crate) fn drop_value(&mut self, v: Val) {
-        let al = &mut self.st.al;
-        let Some(p) = al.places.get_mut(v.index()) else { return };
-        let reg = p.reg;
-        if reg < 32 && !is_pin(reg) {
-            p.reg = NONE;
-            al.used &= !(1 << reg);
-            al.occ[usize::from(reg & 31)] = NO_VALUE;
-        }
-        if p.spill != NONE {
-            al.spills &= !spill_bits(p.spill, self.r.ty(v) == Type::V128);
-            p.spill = NONE;
-        }
     }
 
     // ---- slots ----

@@ -3,43 +3,23 @@
 use holdfast_tcg_ir::types::SLOT_INDEXES;
 use holdfast_tcg_ir::{Inst, Op, Region, Slot, Type, Val};
 
-const DEAD: u8 = 1;
-const ALIAS: u8 = 2;
+const DEAD: u32 = 1 << 27;
+const ALIAS: u32 = 1 << 28;
 /// `Select`/`BrCond` takes the operands of the `SetCond` it tests.
-const FUSED_COND: u8 = 4;
+const FUSED_COND: u32 = 1 << 29;
 /// `Add` takes the operand of the shift that makes its second operand.
-const FUSED_SHIFT: u8 = 8;
+const FUSED_SHIFT: u32 = 1 << 30;
 /// The address of a load or store is a table with a small index ([`table`]), whose probe needs the table.
-const TABLE: u8 = 16;
+const TABLE: u32 = 1 << 31;
 /// Largest offset in a table.
 const MAX_TABLE: u64 = 1024;
 
-/// Up to four values.
-struct Operands {
-    vals: [Val; 4],
-    len: usize,
-}
-
-impl Operands {
-    #[inline]
-    fn push_if(&mut self, on: bool, v: u32) {
-        if on {
-            self.vals[self.len & 3] = Val(v);
-            self.len += 1;
-        }
-    }
-
-    #[inline]
-    fn list(&self) -> &[Val] {
-        &self.vals[..self.len.min(4)]
-    }
-}
-
-const NO_VALUE: u32 = u32::MAX;
+/// The part of [`Info::next`] that is an index; flags are above.
+const NEXT: u32 = (1 << 27) - 1;
 
 /// What is known of an instruction and its value. A power of two in size, for the many indexes.
 #[derive(Clone, Copy)]
-#[repr(align(32))]
+#[repr(align(16))]
 struct Info {
     /// The value that its own is another name of.
     root: u32,
@@ -47,19 +27,14 @@ struct Info {
     last: u32,
     /// The next load or store at its value as base address; void at or behind the barrier.
     access: u32,
-    /// Of a load or store: the next one in the block at the same base address, 0 for none.
+    /// Of a load or store: the next one in the block at the same base address, 0 for none; and the flags of all.
     next: u32,
-    /// The first of the values whose last use the instruction is; [`NO_VALUE`] for none.
-    dies: u32,
-    /// The next one of those that the value dies with.
-    also: u32,
-    flags: u8,
 }
 
 impl Info {
     /// Nothing is known of instruction `at`.
     fn new(at: u32) -> Self {
-        Self { root: at, last: 0, access: 0, next: 0, dies: NO_VALUE, also: NO_VALUE, flags: 0 }
+        Self { root: at, last: 0, access: 0, next: 0 }
     }
 }
 
@@ -126,7 +101,7 @@ impl Analysis {
             if (i.op == Op::Trunc || of == i.a)
                 && let Some(info) = self.info.get_mut(at as usize)
             {
-                (info.root, info.flags) = (of, ALIAS);
+                (info.root, info.next) = (of, ALIAS);
             }
         }
     }
@@ -140,161 +115,133 @@ impl Analysis {
         }
     }
 
+    #[inline]
     fn backward(&mut self, r: &Region, at: usize, i: &Inst) {
         if i.op == Op::InsnStart {
             return self.note(at);
         }
-        let info = &mut self.info[at];
-        if info.flags & ALIAS != 0 {
+        let Some(info) = self.info.get_mut(at) else { return };
+        if info.next & ALIAS != 0 {
             return;
         }
-        if info.last == 0 && !i.op.has_effect() {
-            info.flags |= DEAD;
+        if (info.last == 0) & !i.op.has_effect() {
+            info.next |= DEAD;
             return;
         }
         match i.op {
-            Op::Const => return,
+            Op::Const | Op::Nop => return,
             Op::SetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if *o == (i.a, self.epoch) {
-                    info.flags |= DEAD;
+                    info.next |= DEAD;
                     return;
                 }
                 *o = (i.a, self.epoch);
-                self.note(at);
-                self.mark(Val(i.b), at);
-                return;
+                self.mark(i.b, at);
+                return self.note(at);
             }
-            Op::Nop => return,
-            _ => self.note(at),
-        }
-        match i.op {
             Op::GetSlot => {
                 let o = &mut self.overwritten[Slot::new(i.a, i.ty).index()];
                 if o.0 == i.a {
                     *o = (0, 0);
                 }
-                return;
+                return self.note(at);
             }
             Op::Load | Op::Store => {
                 self.epoch += 1;
-                self.chain(at, i);
-                if let Some((base, _)) = table(r, i.a) {
-                    self.info[at].flags |= TABLE;
-                    self.mark(base, at);
+                self.chain(r, at, i);
+            }
+            Op::AtomicRmw | Op::AtomicCas => self.epoch += 1,
+            Op::BrCond | Op::Select | Op::Add => {
+                self.epoch += u32::from(i.op == Op::BrCond);
+                if self.fuse(r, at, i) {
+                    return self.note(at);
                 }
             }
-            Op::AtomicRmw | Op::AtomicCas | Op::BrCond => self.epoch += 1,
-            Op::Call | Op::Host | Op::Label => {
-                self.epoch += 1;
-                self.barrier = at as u32;
+            Op::Call => {
+                self.bar(at);
+                for &v in r.call_args(i) {
+                    self.mark(v.0, at);
+                }
             }
-            _ if i.op.is_terminator() => {
-                self.epoch += 1;
-                self.barrier = at as u32;
+            Op::Host | Op::Label | Op::Br | Op::GotoPc | Op::GotoReg | Op::Exit | Op::ExitReg | Op::ExitAsIs => {
+                self.bar(at);
             }
             _ => {}
         }
-        self.fuse(r, at, i);
-        if self.info[at].flags & (FUSED_COND | FUSED_SHIFT) != 0 {
-            for &v in self.operands(r, at as u32).list() {
-                self.mark(v, at);
-            }
-            return;
-        }
+        self.note(at);
         let mask = i.op.operands();
-        if mask & 1 != 0 {
-            self.mark(Val(i.a), at);
-        }
-        if mask & 2 != 0 {
-            self.mark(Val(i.b), at);
-        }
-        if mask & 4 != 0 {
-            self.mark(Val(i.c), at);
-        }
-        if i.op == Op::Call {
-            for &v in r.call_args(i) {
-                self.mark(v, at);
+        if mask & 0b001 != 0 {
+            self.mark(i.a, at);
+            // What has a second operand or none.
+            if mask & 0b010 != 0 {
+                self.mark(i.b, at);
             }
+            if mask & 0b100 != 0 {
+                self.mark(i.c, at);
+            }
+        } else if mask != 0 {
+            self.mark(i.b, at);
         }
     }
 
+    /// Nothing is known of slots and pages across instruction `at`.
+    fn bar(&mut self, at: usize) {
+        self.epoch += 1;
+        self.barrier = at as u32;
+    }
+
     /// Puts a load or store before the next one at the same base address.
-    fn chain(&mut self, at: usize, i: &Inst) {
+    fn chain(&mut self, r: &Region, at: usize, i: &Inst) {
         let root = self.root(Val(i.a));
         let base = &mut self.info[root.index()];
         let next = if base.access < self.barrier { base.access } else { 0 };
         base.access = at as u32;
-        self.info[at].next = next;
+        self.info[at].next |= next & NEXT;
+        if let Some((base, _)) = table(r, i.a) {
+            self.info[at].next |= TABLE;
+            self.mark(base.0, at);
+        }
     }
 
     /// The next load or store of the block with the same base address as the load or store at `at`.
     #[inline]
     pub(crate) fn next_access(&self, at: u32) -> Option<u32> {
-        self.info.get(at as usize).map(|i| i.next).filter(|n| *n != 0)
+        self.info.get(at as usize).map(|i| i.next & NEXT).filter(|n| *n != 0)
     }
 
-    fn fuse(&mut self, r: &Region, at: usize, i: &Inst) {
-        let cond = match i.op {
-            Op::Select => i.a,
-            Op::BrCond if i.cond() as u8 <= 1 && is_zero(r, i.b) => i.a,
-            Op::Add if is_small_shift(r, i.b, i.ty) && !is_const(r, i.a) => {
-                self.info[at].flags |= FUSED_SHIFT;
-                return;
+    /// Has an instruction take the operands of one that it uses, where it can; marks them, and the others, then.
+    fn fuse(&mut self, r: &Region, at: usize, i: &Inst) -> bool {
+        if i.op == Op::Add {
+            if !is_small_shift(r, i.b, i.ty) || is_const(r, i.a) {
+                return false;
             }
-            _ => return,
-        };
-        if r.insts[cond as usize].op == Op::SetCond {
-            self.info[at].flags |= FUSED_COND;
+            self.info[at].next |= FUSED_SHIFT;
+            self.mark(i.a, at);
+            self.mark(r.insts[i.b as usize].a, at);
+            return true;
         }
-    }
-
-    /// The values that instruction `at` uses, those of fused operands in place of the operands. Call arguments are not
-    /// among them.
-    #[inline]
-    fn operands(&self, r: &Region, at: u32) -> Operands {
-        let i = &r.insts[at as usize];
-        let f = self.info[at as usize].flags;
-        let mut o = Operands { vals: [Val(0); 4], len: 0 };
-        let mask = i.op.operands();
-        if f & (FUSED_COND | FUSED_SHIFT) == 0 {
-            o.push_if(mask & 1 != 0, i.a);
-            o.push_if(mask & 2 != 0, i.b);
-            o.push_if(mask & 4 != 0, i.c);
-        } else if f & FUSED_COND != 0 {
-            let d = &r.insts[i.a as usize];
-            o.push_if(true, d.a);
-            o.push_if(true, d.b);
-            o.push_if(i.op == Op::Select, i.b);
-            o.push_if(i.op == Op::Select, i.c);
-        } else {
-            o.push_if(true, i.a);
-            o.push_if(true, r.insts[i.b as usize].a);
+        let d = &r.insts[i.a as usize];
+        if d.op != Op::SetCond || i.op == Op::BrCond && !(i.cond() as u8 <= 1 && is_zero(r, i.b)) {
+            return false;
         }
-        o
-    }
-
-    #[inline]
-    fn mark(&mut self, v: Val, at: usize) {
-        let root = self.info[v.index()].root;
-        if self.info[root as usize].last == 0 {
-            let also = std::mem::replace(&mut self.info[at].dies, root);
-            let value = &mut self.info[root as usize];
-            (value.last, value.also) = (at as u32, also);
+        self.info[at].next |= FUSED_COND;
+        self.mark(d.a, at);
+        self.mark(d.b, at);
+        if i.op == Op::Select {
+            self.mark(i.b, at);
+            self.mark(i.c, at);
         }
+        true
     }
 
-    /// The first of the values whose last use the instruction is, and whether nobody reads its own.
+    /// Instruction `at` uses value `v`.
     #[inline]
-    pub(crate) fn ends(&self, at: u32) -> (Option<Val>, bool) {
-        let Some(info) = self.info.get(at as usize) else { return (None, false) };
-        ((info.dies != NO_VALUE).then_some(Val(info.dies)), info.last == 0)
-    }
-
-    /// The next one of the values that `v` dies with.
-    #[inline]
-    pub(crate) fn dying_too(&self, v: Val) -> Option<Val> {
-        self.info.get(v.index()).map(|i| Val(i.also)).filter(|v| v.0 != NO_VALUE)
+    fn mark(&mut self, v: u32, at: usize) {
+        let Some(root) = self.info.get(v as usize).map(|i| i.root) else { return };
+        if let Some(value) = self.info.get_mut(root as usize) {
+            value.last = if value.last == 0 { at as u32 } else { value.last };
+        }
     }
 
     /// The value that `v` is another name of.
@@ -311,7 +258,7 @@ impl Analysis {
 
     #[inline]
     pub(crate) fn is_dead(&self, at: u32) -> bool {
-        self.info.get(at as usize).is_some_and(|i| i.flags & DEAD != 0)
+        self.info.get(at as usize).is_some_and(|i| i.next & DEAD != 0)
     }
 
     /// The instructions that something is to be done for, last to first, unless they have become dead since.
@@ -322,28 +269,28 @@ impl Analysis {
 
     /// Makes the instruction dead: its work is done.
     pub(crate) fn kill(&mut self, at: u32) {
-        self.info[at as usize].flags |= DEAD;
+        self.info[at as usize].next |= DEAD;
     }
 
     #[inline]
     pub(crate) fn is_alias(&self, at: u32) -> bool {
-        self.info[at as usize].flags & ALIAS != 0
+        self.info[at as usize].next & ALIAS != 0
     }
 
     #[inline]
     pub(crate) fn cond_fused(&self, at: u32) -> bool {
-        self.info[at as usize].flags & FUSED_COND != 0
+        self.info[at as usize].next & FUSED_COND != 0
     }
 
     /// The table that the load or store at `at` is from, and the largest offset in it.
     pub(crate) fn table(&self, r: &Region, at: u32) -> Option<(Val, u64)> {
-        let wanted = self.info.get(at as usize).is_some_and(|i| i.flags & TABLE != 0);
+        let wanted = self.info.get(at as usize).is_some_and(|i| i.next & TABLE != 0);
         if wanted { table(r, r.insts.get(at as usize)?.a) } else { None }
     }
 
     #[inline]
     pub(crate) fn shift_fused(&self, at: u32) -> bool {
-        self.info[at as usize].flags & FUSED_SHIFT != 0
+        self.info[at as usize].next & FUSED_SHIFT != 0
     }
 }
 

@@ -256,13 +256,7 @@ impl Cx<'_> {
         } else {
             a.lea(true, t2, Mem::base(base, hi.wrapping_sub(1)));
         }
-        a.alu_imm(Alu::And, false, t1, (TLB_ENTRIES as i32 - 1) << 4);
-        a.alu_imm(Alu::And, true, t2, -4096);
-        a.alu(Alu::Add, true, t2, Reg::R15);
-        a.alu(Alu::Cmp, true, t2, Mem::index(Reg::RBP, t1, 0, p.array));
-        let miss = a.jcc(Cc::Ne);
-        a.mov(true, t1, Mem::index(Reg::RBP, t1, 0, p.array + 8));
-        miss
+        a.probe_tail((t1, t2), (TLB_ENTRIES as u32 - 1) << 4, p.array)
     }
 
     /// Notes the cold path of the access just emitted.
@@ -280,7 +274,7 @@ impl Cx<'_> {
             self.st.cold.push(Cold::Jump { from });
         }
         let pages = self.st.al.page_regs();
-        let keep_xmm = self.st.al.xmm_in_use();
+        let keep_xmm = self.st.al.xmm_in_use(self.at);
         let access = Access {
             slow,
             desc,

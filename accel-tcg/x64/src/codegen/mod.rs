@@ -28,7 +28,7 @@ use alloc::Alloc;
 use analysis::Analysis;
 use cold::Cold;
 use holdfast_tcg_ir::env::SlowPaths;
-use holdfast_tcg_ir::{GuestSpec, HelperTable, Inst, Op, Region, Val};
+use holdfast_tcg_ir::{GuestSpec, HelperTable, Inst, Op, Region};
 
 /// Where code goes.
 #[derive(Debug)]
@@ -232,7 +232,7 @@ impl Cx<'_> {
                 return;
             }
             self.inst(i);
-            self.finish();
+            self.st.al.locked = 0;
         }
     }
 
@@ -269,19 +269,6 @@ impl Cx<'_> {
             }
             _ if i.op.is_int_unary() || matches!(i.op, Op::SExt | Op::ZExt) => self.int_unary(i),
             _ => self.float(i),
-        }
-    }
-
-    /// Frees what the current instruction used last.
-    fn finish(&mut self) {
-        self.st.al.locked = 0;
-        let (mut dying, unread) = self.st.an.ends(self.at);
-        while let Some(v) = dying {
-            self.drop_value(v);
-            dying = self.st.an.dying_too(v);
-        }
-        if unread {
-            self.drop_value(Val(self.at));
         }
     }
 

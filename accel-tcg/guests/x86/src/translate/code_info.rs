@@ -28,6 +28,42 @@ pub(super) enum Part {
     Shift,
 }
 
+/// What the operands of a code's instructions are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Operands {
+    /// General registers, immediates and relative targets.
+    Plain,
+    /// The same, and the first is a general register or memory.
+    FirstMayBeMemory,
+    /// The same of the second.
+    SecondMayBeMemory,
+    /// Others.
+    Others,
+}
+
+impl Operands {
+    fn new(code: Code) -> Self {
+        use iced_x86::OpCodeOperandKind::*;
+        let code = code.op_code();
+        let mut operands = Self::Plain;
+        for n in 0..code.op_count() {
+            operands = match (code.op_kind(n), n) {
+                (r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem, 0) => Self::FirstMayBeMemory,
+                (r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem, 1) => Self::SecondMayBeMemory,
+                (r8_reg | r8_opcode | r16_reg | r16_rm | r16_opcode | r32_reg | r32_rm, _)
+                | (r32_opcode | r32_vvvv | r64_reg | r64_rm | r64_opcode | r64_vvvv, _)
+                | (al | cl | ax | dx | eax | rax | imm8 | imm8_const_1 | imm8sex16 | imm8sex32 | imm8sex64, _)
+                | (imm16 | imm32 | imm32sex64 | imm64 | br16_1 | br32_1 | br64_1 | br16_2 | br32_4 | br64_4, _) => {
+                    operands
+                }
+                _ => return Self::Others,
+            };
+        }
+        operands
+    }
+}
+
 /// What a code says of its instructions.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CodeInfo {
@@ -46,6 +82,8 @@ pub(super) struct CodeInfo {
     pub harmless: bool,
     /// It faults by its operands only.
     pub plain: bool,
+    /// What they are.
+    pub operands: Operands,
 }
 
 static TABLE: LazyLock<Box<[CodeInfo]>> = LazyLock::new(|| Code::values().map(CodeInfo::new).collect());
@@ -77,6 +115,7 @@ impl CodeInfo {
             ends_by_register: matches!(mnemonic, Mnemonic::Mov | Mnemonic::Pop),
             harmless: matches!(mnemonic, Mnemonic::Lea | Mnemonic::Nop),
             plain: conditional || is_plain(mnemonic),
+            operands: Operands::new(code),
         }
     }
 

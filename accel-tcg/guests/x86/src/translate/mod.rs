@@ -25,7 +25,7 @@ mod sys;
 mod vec;
 mod x87;
 
-use std::cell::Cell;
+use std::cell::RefCell;
 
 use holdfast_tcg_ir::{Builder, Cond, HelperId, JumpHint, Label, Slot, Val, env::exit};
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest, Translated};
@@ -63,7 +63,7 @@ struct Buffers {
 }
 
 thread_local! {
-    static BUFFERS: Cell<Buffers> = Cell::default();
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
 /// An exception that translated code found by a comparison: raised out of line.
@@ -112,16 +112,18 @@ pub(crate) fn region(
     builder: &mut Builder,
     ids: &Ids,
 ) -> Result<Translated, Fault> {
+    BUFFERS.with_borrow_mut(|buffers| region_with(buffers, request, code, (builder, ids)))
+}
+
+/// The same with these buffers.
+fn region_with(
+    buffers: &mut Buffers,
+    request: &TranslateRequest,
+    code: &mut CodeReader<'_, '_>,
+    (builder, ids): (&mut Builder, &Ids),
+) -> Result<Translated, Fault> {
     let key = Key::from_bits_truncate(request.key);
-    let mut buffers = BUFFERS.take();
-    let scan = scan::run(request, key, code, &mut buffers.scan);
-    let scan = match scan {
-        Ok(scan) => scan,
-        Err(fault) => {
-            BUFFERS.set(buffers);
-            return Err(fault);
-        }
-    };
+    let scan = scan::run(request, key, code, &mut buffers.scan)?;
     let mut t = Translator {
         b: builder,
         ids,
@@ -143,7 +145,6 @@ pub(crate) fn region(
     (buffers.labels, buffers.leaving, buffers.traps) = (t.labels, t.leaving, t.traps);
     let made = Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end };
     buffers.scan.recycle(scan);
-    BUFFERS.set(buffers);
     Ok(made)
 }
 

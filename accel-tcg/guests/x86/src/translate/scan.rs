@@ -3,7 +3,7 @@
 use holdfast_tcg_runtime::{CodeReader, Fault, TranslateRequest};
 use iced_x86::{Decoder, DecoderError, Instruction, OpKind};
 
-use super::code_info::{self, CodeFlow, CodeInfo, Part};
+use super::code_info::{self, CodeFlow, CodeInfo, Operands, Part};
 use super::{STATUS, control};
 use crate::key::{CodeSize, Key};
 
@@ -524,6 +524,12 @@ fn can_fault(insn: &Instruction, info: &CodeInfo, key: Key) -> bool {
             || insn.op0_kind() == OpKind::NearBranch64 && control::target(insn, key).is_none())
     {
         return true;
+    }
+    match info.operands {
+        Operands::Plain => return !info.plain,
+        Operands::FirstMayBeMemory => return !info.plain || insn.op0_kind() == OpKind::Memory,
+        Operands::SecondMayBeMemory => return !info.plain || insn.op1_kind() == OpKind::Memory,
+        Operands::Others => {}
     }
     let mut vector = false;
     for n in 0..insn.op_count() {
