@@ -244,17 +244,41 @@ impl Regions {
     }
 
     /// Publishes a region unless its bytes were written since [`Region::since`]: then it is dropped.
-    pub fn publish(&self, mut region: Region) -> Option<Arc<Region>> {
+    #[cfg(test)]
+    pub fn publish(&self, region: Region) -> Option<Arc<Region>> {
+        self.publish_locked(&mut self.db.lock(), Arc::new(region))
+    }
+
+    /// Publishes a region, if one was made, unless its bytes were written since [`Region::since`]: then it is dropped. The
+    /// translation that [`Regions::begin_page`] announced for `pages` is over.
+    pub fn publish_and_end(
+        &self,
+        phys: &PhysMemory,
+        region: Option<Arc<Region>>,
+        pages: [Option<u64>; 2],
+    ) -> Option<Arc<Region>> {
         let db = &mut *self.db.lock();
+        let published = region.and_then(|region| self.publish_locked(db, region));
+        for page in pages.into_iter().flatten() {
+            let Some(info) = db.pages.get_mut(&page) else { continue };
+            info.busy = info.busy.saturating_sub(1);
+            if published.is_none() {
+                forget_page_if_empty(db, phys, page);
+            }
+        }
+        published
+    }
+
+    fn publish_locked(&self, db: &mut Db, mut region: Arc<Region>) -> Option<Arc<Region>> {
         let written = |page: &u64| db.pages.get(page).map_or(u64::MAX, |p| p.written_since(region.since));
         let stale = region.pages().any(|(page, granules)| written(&page) & granules != 0);
-        if stale {
-            db.free.push(region.id);
-            return None;
-        }
         let id = region.id;
-        region.page_id = mapping_id(db, &region.key);
-        let region = Arc::new(region);
+        // Nobody else has it yet.
+        let Some(made) = Arc::get_mut(&mut region).filter(|_| !stale) else {
+            db.free.push(id);
+            return None;
+        };
+        made.page_id = mapping_id(db, &made.key);
         for (page, granules) in region.pages() {
             let info = db.pages.entry(page).or_default();
             info.regions.push(id);

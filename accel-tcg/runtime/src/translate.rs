@@ -155,11 +155,14 @@ impl VcpuCore {
             since,
         };
         let made = make(&mut source, key);
-        let second = source.second;
-        let region = made.map(|made| made.and_then(|region| vm.regions.publish(region)));
-        for page in [Some(first), second].into_iter().flatten() {
-            vm.regions.end_page(&phys, page.page);
-        }
+        let pages = [Some(first.page), source.second.map(|p| p.page)];
+        let region = match made {
+            Ok(made) => Ok(vm.regions.publish_and_end(&phys, made, pages)),
+            Err(fault) => {
+                pages.into_iter().flatten().for_each(|page| vm.regions.end_page(&phys, page));
+                Err(fault)
+            }
+        };
         // Waiting for others is no translation.
         if let Some(started) = started {
             self.count_time(started);
@@ -184,7 +187,7 @@ impl VcpuCore {
 }
 
 /// Decodes, builds and compiles; the region is not published yet.
-fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
+fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault> {
     let guest = Arc::clone(&source.core.guest);
     let step = key.mode & KEY_STEP != 0;
     let request = TranslateRequest {
@@ -206,19 +209,22 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Region>, Fault> {
                     if source.core.vm.log.get().is_some_and(|log| log.wants(key.pc, len)) {
                         log_region(source, key, len, (builder.region(), &body));
                     }
-                    let mut region = Region::new(id, key, body);
-                    region.insns = t.insns;
-                    region.blocks = t.blocks;
-                    region.guest_len = t.end.wrapping_sub(key.pc) as u32;
-                    region.granules[0] = source.first.granules;
-                    region.since = source.since;
-                    if let Some(second) = source.second {
-                        region.second = second.page;
-                        region.granules[1] = second.granules;
+                    let mut shared = Arc::new(Region::new(id, key, body));
+                    // Nobody else has it yet.
+                    if let Some(region) = Arc::get_mut(&mut shared) {
+                        region.insns = t.insns;
+                        region.blocks = t.blocks;
+                        region.guest_len = t.end.wrapping_sub(key.pc) as u32;
+                        region.granules[0] = source.first.granules;
+                        region.since = source.since;
+                        if let Some(second) = source.second {
+                            region.second = second.page;
+                            region.granules[1] = second.granules;
+                        }
+                        let cached = source.core.tlb.code(key.pc, source.core.mode.fetch_idx).is_some();
+                        region.chain = !step && cached && source.breakpoints.binary_search(&key.pc).is_err();
                     }
-                    let cached = source.core.tlb.code(key.pc, source.core.mode.fetch_idx).is_some();
-                    region.chain = !step && cached && source.breakpoints.binary_search(&key.pc).is_err();
-                    Ok(Some(region))
+                    Ok(Some(shared))
                 }
                 Ok(None) => {
                     source.core.vm.regions.release_id(id);

@@ -82,6 +82,12 @@ impl Cx<'_> {
 
     /// The page found earlier that serves an access.
     fn find_page(&self, mem: MemOp, (addr, disp): (Val, i32), write: bool) -> Option<Page> {
+        if self.st.al.page_regs() == 0 {
+            return None;
+        }
+        if self.st.al.page_regs() == 0 {
+            return None;
+        }
         let addr = self.st.an.root(addr);
         let end = disp.checked_add(mem.bytes() as i32)?;
         let fits = |p: &Page| {
