@@ -1,4 +1,4 @@
-//! Debian's amd64 kernel under translation: 1 and 2 vCPUs, a CPU model, the shell.
+//! Debian's amd64 kernel under translation: 1 and 2 vCPUs, CPU models, the shell.
 
 use std::time::Duration;
 
@@ -33,6 +33,18 @@ fn an_older_processor() {
     let at = vm.wait_for("# ", BOOT);
     vm.type_in("echo N$(grep -c Nehalem /proc/cpuinfo) A$(grep -cw avx /proc/cpuinfo)\n");
     vm.wait_for_after("N1 A0", at, BOOT);
+}
+
+/// With five levels of page tables: Linux takes data of its own for out of reach where CPUID's linear addresses are too short.
+#[test]
+fn all_that_translation_offers() {
+    let mut args = x86_64_args(1, "");
+    let cpus = args.iter().position(|a| a == "boot=1").expect("there");
+    args[cpus] = "boot=1,profile=max".into();
+    let mut vm = Program::run(&args);
+    let at = vm.wait_for("# ", BOOT);
+    vm.type_in("echo L$(grep -cw la57 /proc/cpuinfo) $(grep -o '57 bits virtual' /proc/cpuinfo)\n");
+    vm.wait_for_after("L1 57 bits virtual", at, BOOT);
 }
 
 #[test]

@@ -214,7 +214,17 @@ pub fn resolve(supported: &[CpuidEntry], model: &CpuidModel) -> Result<Vec<Cpuid
     }
     xsave_follows(supported, &mut table);
     monitor_follows(supported, &mut table);
+    linear_bits_follow(&mut table);
     Ok(table)
+}
+
+/// Leaf 0x80000008 says how many bits linear addresses have: 57 with five-level paging. (Linux takes addresses for wrong ones
+/// by it, those of its own data among them.)
+fn linear_bits_follow(table: &mut [CpuidEntry]) {
+    let bits = if has(table, "la57") { 57 } else { 48 };
+    for e in table.iter_mut().filter(|e| e.function == 0x8000_0008 && e.regs[EAX] != 0) {
+        e.regs[EAX] = e.regs[EAX] & !0xff00 | bits << 8;
+    }
 }
 
 /// Switches one feature; `None`: it is not supported.
@@ -360,6 +370,18 @@ mod tests {
         assert_eq!((reg(&without, 0xd, 0, EAX), reg(&without, 0xd, 3, EAX)), (3, 0));
         let none = resolve(&supported(), &parse("max,-xsave").expect("reads")).expect("had");
         assert_eq!((reg(&none, 0xd, 0, EAX), reg(&none, 0xd, 1, EAX)), (0, 0));
+    }
+
+    #[test]
+    fn linear_addresses_have_as_many_bits_as_paging_has_levels() {
+        let mut supported = supported();
+        supported[2].regs[ECX] |= 1 << 16;
+        supported.push(entry(0x8000_0008, 0, [0x3028, 0, 0, 0]));
+        let bits = |text| {
+            let table = resolve(&supported, &parse(text).expect("reads")).expect("had");
+            reg(&table, 0x8000_0008, 0, EAX)
+        };
+        assert_eq!((bits("max"), bits("max,-la57"), bits("qemu64,+la57")), (0x3928, 0x3028, 0x3928));
     }
 
     #[test]
