@@ -30,6 +30,10 @@ static long cell[8];
 LOOP(nothing, "", "", "")
 LOOP(low_registers, "", CHAIN("%%rax", "%%rdx", "%%rsi", "%%rdi"), "")
 LOOP(high_registers, "", CHAIN("%%r8", "%%r9", "%%r10", "%%r11"), "")
+#define WIDE(a, b, c, d) "add $1," a "\n add $2," b "\n xor $3," c "\n sub $4," d "\n"
+
+LOOP(wide_low, "", WIDE("%%rax", "%%rdx", "%%rsi", "%%rdi") WIDE("%%rdx", "%%rsi", "%%rdi", "%%rax"), "")
+LOOP(wide_high, "", WIDE("%%r8", "%%r9", "%%r10", "%%r11") WIDE("%%r9", "%%r10", "%%r11", "%%r8"), "")
 LOOP(loads, "", "mov (%1),%%rax\n mov 8(%1),%%rdx\n add %%rax,%%rdx\n mov %%rdx,16(%1)\n", "")
 LOOP(chase, "mov %1,(%1)\n mov %1,%%rax\n", "mov (%%rax),%%rax\n", "")
 LOOP(called, "sub $128,%%rsp\n", "call 2f\n", "jmp 3f\n2: add $3,%%rax\n ret\n3: add $128,%%rsp\n")
@@ -55,6 +59,8 @@ int main(void)
     run("nothing", nothing);
     run("registers-low", low_registers);
     run("registers-high", high_registers);
+    run("wide-low", wide_low);
+    run("wide-high", wide_high);
     run("loads", loads);
     run("chase", chase);
     run("called", called);

@@ -3,7 +3,8 @@
 
     tests/bench/loops.py [ROUNDS]
 
-`registers-low` works on registers that stay in the host's, `registers-high` on those that translated code keeps in memory; `called` is a
+`registers-low` works on registers that stay in the host's, `registers-high` on those that translated code keeps in memory, each operation on what
+the one before gave; `wide-low` and `wide-high` likewise with operations that do not depend on each other; `called` is a
 call and a return, `inlined` the same without them; `chase` is one load that depends on the one before. So they tell what keeping
 registers across blocks, or inlining calls, could save. Natively and in the guest in turn; the best of all rounds counts.
 """
