@@ -244,8 +244,8 @@ impl Asm {
             0x84 << 16 | reg << 19 | 0x05 << 24 | r1 << 27 | u64::from(disp as u32) << 32
         };
         self.put(0xe081 | r1 << 8 | u64::from(mask) << 16, 6);
-        self.put(0xffff_f000_e0_8148 | r2 << 16, 7);
-        self.put(0xf8_014c | r2 << 16, 3);
+        self.put(0xff_fff0_00e0_8148 | r2 << 16, 7);
+        self.put(0x00f8_014c | r2 << 16, 3);
         self.put(0x3b48 | operands(r2, array), 8);
         self.put(0x850f, 6);
         let miss = self.pos - 4;

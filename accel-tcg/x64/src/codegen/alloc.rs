@@ -128,7 +128,9 @@ impl Alloc {
     /// The same of vector registers.
     fn busy_xmms(&self, at: u32) -> u32 {
         let values = 16..16 + usize::from(XMM_VALUES);
-        values.filter(|r| self.used >> r & 1 != 0 && self.needed[*r & 31] >= at).fold(0, |mask, r| mask | 1 << r)
+        values
+            .filter(|r| self.used >> r & 1 != 0 && self.needed[*r & 31] >= at)
+            .fold(0, |mask, r| mask | 1 << r)
     }
 
     /// Forgets the page in register `reg`, if there is one, and empties the register.

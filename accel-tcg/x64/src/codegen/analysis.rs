@@ -164,7 +164,14 @@ impl Analysis {
                     self.mark(v.0, at);
                 }
             }
-            Op::Host | Op::Label | Op::Br | Op::GotoPc | Op::GotoReg | Op::Exit | Op::ExitReg | Op::ExitAsIs => {
+            Op::Host
+            | Op::Label
+            | Op::Br
+            | Op::GotoPc
+            | Op::GotoReg
+            | Op::Exit
+            | Op::ExitReg
+            | Op::ExitAsIs => {
                 self.bar(at);
             }
             _ => {}

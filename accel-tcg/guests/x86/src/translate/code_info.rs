@@ -48,15 +48,13 @@ impl Operands {
         let code = code.op_code();
         let mut operands = Self::Plain;
         for n in 0..code.op_count() {
-            operands = match (code.op_kind(n), n) {
-                (r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem, 0) => Self::FirstMayBeMemory,
-                (r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem, 1) => Self::SecondMayBeMemory,
-                (r8_reg | r8_opcode | r16_reg | r16_rm | r16_opcode | r32_reg | r32_rm, _)
-                | (r32_opcode | r32_vvvv | r64_reg | r64_rm | r64_opcode | r64_vvvv, _)
-                | (al | cl | ax | dx | eax | rax | imm8 | imm8_const_1 | imm8sex16 | imm8sex32 | imm8sex64, _)
-                | (imm16 | imm32 | imm32sex64 | imm64 | br16_1 | br32_1 | br64_1 | br16_2 | br32_4 | br64_4, _) => {
-                    operands
-                }
+            operands = match code.op_kind(n) {
+                r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem if n == 0 => Self::FirstMayBeMemory,
+                r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem if n == 1 => Self::SecondMayBeMemory,
+                r8_reg | r8_opcode | r16_reg | r16_rm | r16_opcode | r32_reg | r32_rm | r32_opcode
+                | r32_vvvv | r64_reg | r64_rm | r64_opcode | r64_vvvv | al | cl | ax | dx | eax | rax
+                | imm8 | imm8_const_1 | imm8sex16 | imm8sex32 | imm8sex64 | imm16 | imm32 | imm32sex64
+                | imm64 | br16_1 | br32_1 | br64_1 | br16_2 | br32_4 | br64_4 => operands,
                 _ => return Self::Others,
             };
         }
