@@ -11,28 +11,46 @@ use holdfast_threads::{Role, Spawner};
 
 use crate::MigrationError;
 use crate::control::Control;
-use crate::frame::Header;
+use crate::frame::{HEADER, Header};
 use crate::lanes::BLOCK;
 use crate::target::Filler;
 
 /// How many there are.
 const THREADS: u64 = 2;
-/// Frames that wait for one of them.
-const QUEUE: usize = 8;
+/// Frames are given to them together when they are so long, in bytes: to wake a thread takes longer than to put a short frame into RAM.
+const BATCH: usize = 256 << 10;
+/// How often that may be before one of them has taken the first.
+const QUEUE: usize = 4;
+
+type Frames = Vec<(Header, Vec<u8>)>;
 
 enum Job {
-    Put(Header, Vec<u8>),
+    Put(Frames),
     /// Says when everything before it is in RAM.
     Settle(SyncSender<Result<(), MigrationError>>),
 }
 
 /// The threads. Frames of one block of RAM always take the same one, so none overtakes an older one.
 pub(crate) struct Fillers {
-    jobs: Vec<SyncSender<Job>>,
+    jobs: Vec<Way>,
     threads: Vec<JoinHandle<()>>,
     /// Buffers that can be used again.
     back: Receiver<Vec<u8>>,
     failed: Arc<AtomicBool>,
+}
+
+/// The way to one of them.
+struct Way {
+    jobs: SyncSender<Job>,
+    /// What it will be given, and how long that is, in bytes.
+    kept: (Frames, usize),
+}
+
+impl Way {
+    fn give(&mut self) -> Result<(), MigrationError> {
+        let (frames, _) = std::mem::take(&mut self.kept);
+        if frames.is_empty() { Ok(()) } else { self.jobs.send(Job::Put(frames)).map_err(|_| gone()) }
+    }
 }
 
 impl Drop for Fillers {
@@ -56,14 +74,16 @@ fn serve(
     let mut result = Ok(());
     for job in jobs {
         match job {
-            // After a failure what is left is only taken off the queue.
-            Job::Put(header, payload) => {
-                if result.is_ok() {
-                    result = filler.put(&header, &payload);
-                    failed.fetch_or(result.is_err(), Ordering::AcqRel);
+            Job::Put(frames) => {
+                for (header, payload) in frames {
+                    // After a failure what is left is only taken off the queue.
+                    if result.is_ok() {
+                        result = filler.put(&header, &payload);
+                        failed.fetch_or(result.is_err(), Ordering::AcqRel);
+                    }
+                    // Who reads may be gone.
+                    let _ = back.send(payload);
                 }
-                // Who reads may be gone.
-                let _ = back.send(payload);
             }
             Job::Settle(answer) => {
                 // As above.
@@ -97,29 +117,33 @@ impl Fillers {
             let thread = spawner.spawn(&format!("migrate-fill{n}"), Role::Migration, Box::new(body));
             let failed = |source| MigrationError::Host { what: "no thread that fills RAM", source };
             this.threads.push(thread.map_err(failed)?);
-            this.jobs.push(jobs);
+            this.jobs.push(Way { jobs, kept: Default::default() });
         }
         Ok(Some(this))
     }
 
-    /// Gives a frame to its thread; `payload` becomes another buffer.
-    pub(crate) fn put(&self, header: &Header, payload: &mut Vec<u8>) -> Result<(), MigrationError> {
+    /// Gives a frame to its thread, now or with later ones; `payload` becomes another buffer.
+    pub(crate) fn put(&mut self, header: &Header, payload: &mut Vec<u8>) -> Result<(), MigrationError> {
         if self.failed.load(Ordering::Acquire) {
             return self.settle();
         }
         let full = std::mem::replace(payload, self.back.try_recv().unwrap_or_default());
         let index = (header.arg / BLOCK % THREADS) as usize;
-        self.jobs.get(index).ok_or_else(gone)?.send(Job::Put(*header, full)).map_err(|_| gone())
+        let way = self.jobs.get_mut(index).ok_or_else(gone)?;
+        way.kept.1 += HEADER + full.len();
+        way.kept.0.push((*header, full));
+        if way.kept.1 < BATCH { Ok(()) } else { way.give() }
     }
 
     /// Waits until everything is in RAM.
-    pub(crate) fn settle(&self) -> Result<(), MigrationError> {
-        let ask = |jobs: &SyncSender<Job>| {
+    pub(crate) fn settle(&mut self) -> Result<(), MigrationError> {
+        let ask = |way: &mut Way| {
+            way.give()?;
             let (answer, answered) = sync_channel(1);
-            jobs.send(Job::Settle(answer)).map_err(|_| gone())?;
+            way.jobs.send(Job::Settle(answer)).map_err(|_| gone())?;
             Ok(answered)
         };
-        let answers = self.jobs.iter().map(ask).collect::<Result<Vec<_>, MigrationError>>()?;
+        let answers = self.jobs.iter_mut().map(ask).collect::<Result<Vec<_>, MigrationError>>()?;
         answers.into_iter().try_for_each(|answered| answered.recv().map_err(|_| gone())?)
     }
 }

@@ -15,6 +15,7 @@ use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::backed::{AT_ONCE, Backed};
 use crate::control::Control;
 use crate::frame::{self, HEADER, Kind};
 use crate::pages::{Run, is_zero};
@@ -26,6 +27,8 @@ use crate::{MigrationError, Stream};
 const QUEUE: usize = 16;
 /// Frames are collected up to this size, in bytes.
 const BATCH: usize = 128 << 10;
+/// Runs of at least so many pages are asked about before they are read.
+const MANY: u64 = 16;
 /// RAM goes to connections in blocks of this size, in bytes.
 pub(crate) const BLOCK: u64 = 2 << 20;
 
@@ -150,6 +153,7 @@ pub(crate) struct Encoder {
     urgent: bool,
     /// Lines of zeroes are left out.
     sparse: bool,
+    backed: Backed,
     out: Vec<u8>,
     page: [u8; PAGE_SIZE as usize],
 }
@@ -157,7 +161,8 @@ pub(crate) struct Encoder {
 impl Encoder {
     pub(crate) fn new(memory: GuestMemory, control: Arc<Control>, limiter: Arc<Limiter>) -> Self {
         let page = [0; PAGE_SIZE as usize];
-        Self { memory, control, limiter, urgent: false, sparse: false, out: Vec::new(), page }
+        let backed = Backed::new();
+        Self { memory, control, limiter, urgent: false, sparse: false, backed, out: Vec::new(), page }
     }
 
     /// What it sends does not wait for bandwidth.
@@ -174,7 +179,16 @@ impl Encoder {
     pub(crate) fn send(&mut self, run: Run, to: &mut Stream) -> Result<(), MigrationError> {
         let mut at = 0;
         while at < run.len {
-            at += self.frame(Run { gpa: run.gpa + at, len: run.len - at })?;
+            // What is written after this has been asked is noted by the log of writes, as what is written after it was read.
+            let part = Run { gpa: run.gpa + at, len: (run.len - at).min(AT_ONCE * PAGE_SIZE) };
+            let many = part.len >= MANY * PAGE_SIZE;
+            let backed = if many { self.backed.pages(&self.memory, part) } else { u64::MAX };
+            let mut done = 0;
+            while done < part.len {
+                let rest = Run { gpa: part.gpa + done, len: part.len - done };
+                done += self.frame(rest, backed >> (done / PAGE_SIZE))?;
+            }
+            at += part.len;
         }
         if self.out.len() < BATCH { Ok(()) } else { self.flush(to) }
     }
@@ -193,8 +207,16 @@ impl Encoder {
         Ok(())
     }
 
-    /// Appends a frame for as much of the start of `run` as is alike: zeroes, or not. Returns its length in bytes.
-    fn frame(&mut self, run: Run) -> Result<u64, MigrationError> {
+    /// Reads the page at `gpa`; returns which of its lines are not all zeroes, or just whether any is.
+    fn read(&mut self, gpa: u64, lines: bool) -> Result<u64, MigrationError> {
+        let read = self.memory.read_slice(&mut self.page, GuestAddress(gpa));
+        read.map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
+        Ok(if lines { sparse::mask(&self.page) } else { u64::from(!is_zero(&self.page)) })
+    }
+
+    /// Appends a frame for as much of the start of `run` as is alike: zeroes, or not. Of its pages only those in `backed`, from bit 0
+    /// on, may be something else than zeroes. Returns its length in bytes.
+    fn frame(&mut self, run: Run, mut backed: u64) -> Result<u64, MigrationError> {
         let start = self.out.len();
         self.out.resize(start + HEADER, 0);
         let level = self.control.parameters().zstd;
@@ -202,10 +224,8 @@ impl Encoder {
         let sparse = self.sparse && level.is_none();
         let (mut zeroes, mut data) = (0, 0);
         while zeroes + data < run.len {
-            let from = GuestAddress(run.gpa + zeroes + data);
-            let read = self.memory.read_slice(&mut self.page, from);
-            read.map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
-            let mask = if sparse { sparse::mask(&self.page) } else { u64::from(!is_zero(&self.page)) };
+            let mask = if backed & 1 == 0 { 0 } else { self.read(run.gpa + zeroes + data, sparse)? };
+            backed >>= 1;
             match (mask, zeroes, data) {
                 (0, _, 0) => zeroes += PAGE_SIZE,
                 (1.., 0, _) => {

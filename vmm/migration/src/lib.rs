@@ -18,6 +18,7 @@
 //! So two VMs never run at once, and one is left that can.
 
 pub mod address;
+mod backed;
 mod checksum;
 mod control;
 mod disks;

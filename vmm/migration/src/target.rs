@@ -8,16 +8,17 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use holdfast_block::BlockNode;
-use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_memory::{GuestMemory, PAGE_SIZE, tracker_at};
 use holdfast_threads::{Role as ThreadRole, Spawner};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::backed::Backed;
 use crate::control::{Control, Phase};
 use crate::fillers::Fillers;
 use crate::frame::{self, Header, Kind, Role};
 use crate::images::Images;
 use crate::marks::Marks;
-use crate::pages::{decode_runs, host_pages, is_zero};
+use crate::pages::{decode_runs, host_pages, is_zero, log_writes};
 use crate::postcopy::{Arrivals, Arriving};
 use crate::source::expect;
 use crate::sparse;
@@ -154,6 +155,11 @@ impl Session<'_> {
         let mut images = Images::new(&plan.mirror, nodes)?;
         let total: u64 = plan.ram.iter().map(|r| r.1).sum();
         self.control.counters.total.store(total, Relaxed);
+        if !plan.local {
+            // From here on the logs know which pages are zeroes: RAM is fresh, and what comes is written through its door.
+            log_writes(&memory, true);
+            Backed::new().mark(&memory);
+        }
         let unit = host_pages(&memory).max().unwrap_or(PAGE_SIZE);
         frame::write(main, Kind::Accept, unit, frame::KNOWN)
             .map_err(MigrationError::broken("accepting the plan"))?;
@@ -168,6 +174,7 @@ impl Session<'_> {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
             lane.recv().map_err(|_| gone())??;
         }
+        log_writes(&memory, false);
         let (mut header, mut state) = crate::source::next(main, "waiting for the state", "source")?;
         let mut arrivals = None;
         if let (Kind::Missing, Some(urgent)) = (header.kind, urgent) {
@@ -247,12 +254,12 @@ impl Session<'_> {
         plan: &Plan,
     ) -> Result<(), MigrationError> {
         // Several connections have a thread each.
-        let helpers = if plan.connections == 1 && !plan.local {
+        let mut helpers = if plan.connections == 1 && !plan.local {
             Fillers::start(memory, self.control, self.spawner.as_ref())?
         } else {
             None
         };
-        let filler = Filler { memory, control: self.control, helpers: helpers.as_ref() };
+        let mut filler = Filler { memory, control: self.control, helpers: helpers.as_mut() };
         let filled = filler.until_end(main, &mut |header, payload| images.take(header, payload));
         // What it was that ended is better known there.
         filled.map_err(|error| images.failure().unwrap_or(error))?;
@@ -302,12 +309,12 @@ pub(crate) struct Filler<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) control: &'a Control,
     /// Who does it.
-    pub(crate) helpers: Option<&'a Fillers>,
+    pub(crate) helpers: Option<&'a mut Fillers>,
 }
 
 impl Filler<'_> {
     /// Takes frames until an `End`; `disks` gets those of disks.
-    fn until_end(&self, stream: &mut Stream, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
+    fn until_end(&mut self, stream: &mut Stream, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
         let mut payload = Vec::new();
         loop {
             let header =
@@ -325,7 +332,7 @@ impl Filler<'_> {
                     said.map_err(MigrationError::broken("saying what has arrived"))?;
                 }
                 Kind::Disk | Kind::DiskZero | Kind::DiskSums => disks(&header, &payload)?,
-                _ => match self.helpers {
+                _ => match &mut self.helpers {
                     Some(helpers) => helpers.put(&header, &mut payload)?,
                     None => self.put(&header, &payload)?,
                 },
@@ -334,8 +341,8 @@ impl Filler<'_> {
     }
 
     /// Waits until all is in RAM.
-    fn settle(&self) -> Result<(), MigrationError> {
-        self.helpers.map_or(Ok(()), Fillers::settle)
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.helpers.as_deref_mut().map_or(Ok(()), Fillers::settle)
     }
 
     /// Puts one frame's contents into RAM.
@@ -396,7 +403,13 @@ impl Filler<'_> {
         let end = gpa + len;
         let mut page = [0; PAGE_SIZE as usize];
         let mut at = gpa;
+        let (tracker, offset) = tracker_at(self.memory, gpa).ok_or_else(|| outside(gpa, len as usize))?;
         while at < end {
+            let index = (offset + (at - gpa)) / PAGE_SIZE;
+            if tracker.logging() && index < tracker.pages() && !tracker.is_dirty(index) {
+                at += PAGE_SIZE;
+                continue;
+            }
             // Reading takes no memory from the host where there is none yet; writing would.
             self.memory.read_slice(&mut page, GuestAddress(at)).map_err(|_| outside(at, page.len()))?;
             if !is_zero(&page) {

@@ -1,0 +1,123 @@
+//! What the host has memory for. RAM that it has none for is zeroes, and need not be looked at.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use holdfast_memory::{GuestMemory, GuestRegion, PAGE_SIZE, Tracked};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::pages::Run;
+
+/// A page is in memory, or has been swapped out: bits of an entry of `/proc/PID/pagemap` (Linux, admin-guide/mm/pagemap).
+const KNOWN: u64 = 1 << 63 | 1 << 62;
+
+/// Bytes of such an entry.
+const ENTRY: usize = 8;
+
+/// Pages that one question is about at most: the bits of the answer.
+pub(crate) const AT_ONCE: u64 = 64;
+
+/// The same where all of RAM is asked for.
+const MANY: u64 = 8192;
+
+/// Whom to ask.
+#[derive(Debug)]
+pub(crate) struct Backed(Option<File>);
+
+impl Backed {
+    /// This process. Where the host does not tell, everything counts as backed.
+    pub(crate) fn new() -> Self {
+        Self(File::open("/proc/self/pagemap").ok())
+    }
+
+    /// Which of the pages of `run`, of which the first [`AT_ONCE`] are looked at, may hold something other than zeroes; bit 0 is the first.
+    /// What is written later is not told. All of them where that is not known, as for RAM in a file, which others may have mapped too.
+    pub(crate) fn pages(&self, memory: &GuestMemory, run: Run) -> u64 {
+        let region = memory.find_region(GuestAddress(run.gpa));
+        region.and_then(|region| self.of_region(region, run)).unwrap_or(u64::MAX)
+    }
+
+    fn of_region(&self, region: &GuestRegion, run: Run) -> Option<u64> {
+        let first = run.gpa.checked_sub(region.start_addr().raw_value())? / PAGE_SIZE;
+        let count = (run.len / PAGE_SIZE).min(AT_ONCE) as usize;
+        let mut entries = [0; AT_ONCE as usize * ENTRY];
+        let known = self.known(region, first, entries.get_mut(..count * ENTRY)?)?;
+        Some(known.enumerate().fold(0, |all, (n, known)| all | u64::from(known) << n))
+    }
+
+    /// Whether the host knows anything of the pages of `region` from number `first` on, as many as have room in `entries`.
+    fn known<'a>(
+        &self,
+        region: &GuestRegion,
+        first: u64,
+        entries: &'a mut [u8],
+    ) -> Option<impl Iterator<Item = bool> + use<'a>> {
+        let file = self.0.as_ref().filter(|_| region.flags() & libc::MAP_ANONYMOUS != 0)?;
+        let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64 / PAGE_SIZE;
+        file.read_exact_at(entries, (start + first) * ENTRY as u64).ok()?;
+        Some(entries.as_chunks::<ENTRY>().0.iter().map(|entry| u64::from_ne_bytes(*entry) & KNOWN != 0))
+    }
+
+    /// Marks in the logs of `memory`, which are on, the pages that may hold something: the others are zeroes until they are written,
+    /// which their logs tell.
+    pub(crate) fn mark(&self, memory: &GuestMemory) {
+        let mut buffer = vec![0; MANY as usize * ENTRY];
+        for region in memory.iter() {
+            let (tracker, pages) = (region.bitmap_tracker(), region.len() / PAGE_SIZE);
+            for first in (0..pages).step_by(MANY as usize) {
+                let count = (pages - first).min(MANY);
+                let Some(entries) = buffer.get_mut(..count as usize * ENTRY) else { continue };
+                match self.known(region, first, entries) {
+                    Some(known) => {
+                        let there = (first..).zip(known).filter(|(_, known)| *known);
+                        there.for_each(|(page, _)| tracker.set_dirty(page));
+                    }
+                    None => (first..first + count).for_each(|page| tracker.set_dirty(page)),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::log_writes;
+    use vm_memory::Bytes;
+
+    const BASE: u64 = 0x8000_0000;
+
+    #[test]
+    fn only_what_was_never_written_is_left_out() {
+        let len = 100 * PAGE_SIZE;
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(BASE), len as usize)]).expect("RAM");
+        for page in [1, 63, 70] {
+            memory.write_obj(7_u8, GuestAddress(BASE + page * PAGE_SIZE)).expect("RAM");
+        }
+        let all = Run { gpa: BASE, len };
+        let backed = Backed::new();
+        if backed.0.is_some() {
+            let fresh = GuestMemory::from_ranges(&[(GuestAddress(BASE), len as usize)]).expect("RAM");
+            assert_eq!(backed.pages(&fresh, all), 0);
+            log_writes(&fresh, true);
+            backed.mark(&fresh);
+            let (tracker, _) = holdfast_memory::tracker_at(&fresh, BASE).expect("RAM");
+            assert!(!(0..100).any(|page| tracker.is_dirty(page)));
+        }
+        let there = backed.pages(&memory, all);
+        assert_eq!(there & (1 << 1 | 1 << 63), 1 << 1 | 1 << 63, "{there:#x}");
+        let end = Run { gpa: BASE + 64 * PAGE_SIZE, len: 36 * PAGE_SIZE };
+        assert_ne!(backed.pages(&memory, end) & 1 << 6, 0);
+        // Where nobody tells, and outside of RAM.
+        assert_eq!(Backed(None).pages(&memory, all), u64::MAX);
+        assert_eq!(backed.pages(&memory, Run { gpa: 0, len: PAGE_SIZE }), u64::MAX);
+
+        log_writes(&memory, true);
+        backed.mark(&memory);
+        let (tracker, _) = holdfast_memory::tracker_at(&memory, BASE).expect("RAM");
+        assert!([1, 63, 70].into_iter().all(|page| tracker.is_dirty(page)));
+        log_writes(&memory, true);
+        Backed(None).mark(&memory);
+        assert!((0..100).all(|page| tracker.is_dirty(page)));
+    }
+}
