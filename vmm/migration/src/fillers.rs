@@ -22,6 +22,9 @@ const BATCH: usize = 256 << 10;
 /// How often that may be before one of them has taken the first.
 const QUEUE: usize = 4;
 
+/// Payloads shorter than this, in bytes, are copied: a buffer that was made for long ones is kept for those.
+const SHORT: usize = 4096;
+
 type Frames = Vec<(Header, Vec<u8>)>;
 
 enum Job {
@@ -81,8 +84,10 @@ fn serve(
                         result = filler.put(&header, &payload);
                         failed.fetch_or(result.is_err(), Ordering::AcqRel);
                     }
-                    // Who reads may be gone.
-                    let _ = back.send(payload);
+                    if payload.capacity() >= SHORT {
+                        // Who reads may be gone.
+                        let _ = back.send(payload);
+                    }
                 }
             }
             Job::Settle(answer) => {
@@ -127,7 +132,11 @@ impl Fillers {
         if self.failed.load(Ordering::Acquire) {
             return self.settle();
         }
-        let full = std::mem::replace(payload, self.back.try_recv().unwrap_or_default());
+        let full = if payload.len() < SHORT {
+            payload.clone()
+        } else {
+            std::mem::replace(payload, self.back.try_recv().unwrap_or_default())
+        };
         let index = (header.arg / BLOCK % THREADS) as usize;
         let way = self.jobs.get_mut(index).ok_or_else(gone)?;
         way.kept.1 += HEADER + full.len();
