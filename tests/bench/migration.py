@@ -50,7 +50,7 @@ ATTEMPTS = 8
 # Writes to so many MiB.
 WARM = """
 import mmap, sys
-memory = mmap.mmap(-1, int(sys.argv[1]) << 20)
+memory = mmap.mmap(-1, int(sys.argv[1]) << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(mmap.MADV_HUGEPAGE)
 for _ in range(int(sys.argv[1])):
     memory.write(bytes(1 << 20))
