@@ -52,7 +52,9 @@ impl Backed {
         first: u64,
         entries: &'a mut [u8],
     ) -> Option<impl Iterator<Item = bool> + use<'a>> {
-        let file = self.0.as_ref().filter(|_| region.flags() & libc::MAP_ANONYMOUS != 0)?;
+        // Shared RAM may be others' as well, or be swapped out unseen.
+        let own = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        let file = self.0.as_ref().filter(|_| region.flags() & own == own)?;
         let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64 / PAGE_SIZE;
         file.read_exact_at(entries, (start + first) * ENTRY as u64).ok()?;
         Some(entries.as_chunks::<ENTRY>().0.iter().map(|entry| u64::from_ne_bytes(*entry) & KNOWN != 0))
