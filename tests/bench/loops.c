@@ -20,7 +20,7 @@ static long cell[8];
         __asm__ volatile(before "1:\n" body "dec %0\n jnz 1b\n" after                                                     \
                          : "+c"(n)                                                                                        \
                          : "b"(cell)                                                                                      \
-                         : "rax", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "memory", "cc");                         \
+                         : "rax", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "xmm0", "xmm1", "memory", "cc");                         \
     }
 
 #define CHAIN(a, b, c, d)                                                                                                 \
@@ -34,6 +34,9 @@ LOOP(high_registers, "", CHAIN("%%r8", "%%r9", "%%r10", "%%r11"), "")
 
 LOOP(wide_low, "", WIDE("%%rax", "%%rdx", "%%rsi", "%%rdi") WIDE("%%rdx", "%%rsi", "%%rdi", "%%rax"), "")
 LOOP(wide_high, "", WIDE("%%r8", "%%r9", "%%r10", "%%r11") WIDE("%%r9", "%%r10", "%%r11", "%%r8"), "")
+LOOP(fp_chain, "xorps %%xmm0,%%xmm0\n xorps %%xmm1,%%xmm1\n", "addsd %%xmm1,%%xmm0\n", "")
+LOOP(fp_chain_of_4, "xorps %%xmm0,%%xmm0\n xorps %%xmm1,%%xmm1\n",
+     "addsd %%xmm1,%%xmm0\n addsd %%xmm0,%%xmm0\n addsd %%xmm1,%%xmm0\n addsd %%xmm0,%%xmm0\n", "")
 LOOP(loads, "", "mov (%1),%%rax\n mov 8(%1),%%rdx\n add %%rax,%%rdx\n mov %%rdx,16(%1)\n", "")
 LOOP(chase, "mov %1,(%1)\n mov %1,%%rax\n", "mov (%%rax),%%rax\n", "")
 LOOP(called, "sub $128,%%rsp\n", "call 2f\n", "jmp 3f\n2: add $3,%%rax\n ret\n3: add $128,%%rsp\n")
@@ -61,6 +64,8 @@ int main(void)
     run("registers-high", high_registers);
     run("wide-low", wide_low);
     run("wide-high", wide_high);
+    run("fp-chain", fp_chain);
+    run("fp-chain-of-4", fp_chain_of_4);
     run("loads", loads);
     run("chase", chase);
     run("called", called);

@@ -4,7 +4,7 @@
     tests/bench/loops.py [ROUNDS]
 
 `registers-low` works on registers that stay in the host's, `registers-high` on those that translated code keeps in memory, each operation on what
-the one before gave; `wide-low` and `wide-high` likewise with operations that do not depend on each other; `called` is a
+the one before gave; `wide-low` and `wide-high` likewise with operations that do not depend on each other; `fp-chain` adds to a vector register once a round, `fp-chain-of-4` four times; `called` is a
 call and a return, `inlined` the same without them; `chase` is one load that depends on the one before. So they tell what keeping
 registers across blocks, or inlining calls, could save. Natively and in the guest in turn; the best of all rounds counts.
 """

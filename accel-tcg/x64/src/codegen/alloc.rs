@@ -1,5 +1,7 @@
 //! Registers, homes and spill slots of values.
 
+mod calls;
+
 use super::Cx;
 use crate::asm::{Mem, Reg, Rm, Xmm};
 use crate::stubs::{PIN_REGS, SPILLS, TEMPS};
@@ -54,6 +56,8 @@ pub(crate) struct Alloc {
     needed: [u32; 32],
     /// Registers that the current instruction needs, as a bit mask.
     pub(crate) locked: u32,
+    /// The carriers of the loop at hand, as a bit mask.
+    pub(crate) reserved: u32,
     /// Values homed in unpinned slots, direct mapped by [`Slot::index`]: (offset, value).
     homes: [(u32, u32); SLOT_INDEXES],
     spills: u64,
@@ -73,6 +77,7 @@ impl Default for Alloc {
             used: 0,
             needed: [0; 32],
             locked: 0,
+            reserved: 0,
             homes: [(NO_HOME, 0); SLOT_INDEXES],
             spills: 0,
             spilled: [0; SPILLS],
@@ -177,7 +182,7 @@ impl Alloc {
 
     /// Whether any vector register holds a value that instruction `at` or a later one needs.
     pub(crate) fn xmm_in_use(&self, at: u32) -> bool {
-        self.used >> 16 != 0 && self.busy_xmms(at) != 0
+        self.reserved != 0 || self.used >> 16 != 0 && self.busy_xmms(at) != 0
     }
 
     #[inline]
@@ -277,7 +282,7 @@ impl Cx<'_> {
             let cheap = p.spill != NONE || p.home != NO_HOME || self.konst(v).is_some();
             (cheap, self.st.an.last_use(v))
         };
-        let victim = temps.filter(|r| al.locked >> *r & 1 == 0).max_by_key(|r| cost(*r));
+        let victim = temps.filter(|r| (al.locked | al.reserved) >> *r & 1 == 0).max_by_key(|r| cost(*r));
         let Some(r) = victim else {
             self.error = Some(CodegenError::TooLong(self.r.insts.len()));
             return 0;
@@ -300,7 +305,8 @@ impl Cx<'_> {
 
     /// A free vector register, locked.
     pub(crate) fn xtemp(&mut self) -> Xmm {
-        let free = XMM_MASK & !(self.st.al.locked | self.st.al.busy_xmms(self.at));
+        let kept = self.st.al.locked | self.st.al.reserved;
+        let free = XMM_MASK & !(kept | self.st.al.busy_xmms(self.at));
         let r = if free != 0 { free.trailing_zeros() as u8 } else { self.victim(16..16 + XMM_VALUES) };
         self.st.al.lock(r);
         Xmm(r.wrapping_sub(16) & 15)
@@ -573,6 +579,7 @@ impl Cx<'_> {
         if let Some(v) = reuse.map(|v| self.st.an.root(v))
             && !self.lives_on(v)
             && let Some(x) = self.xmm_of(v)
+            && (self.st.al.reserved >> (x.0 + 16) & 1 == 0 || self.carried_next(x))
         {
             self.st.al.lock(x.0 + 16);
             return x;
@@ -601,7 +608,51 @@ impl Cx<'_> {
                     self.define(p);
                 }
             }
-            None => self.set_home(Slot::new(i.a, i.ty), me),
+            None => {
+                let slot = Slot::new(i.a, i.ty);
+                self.set_home(slot, me);
+                if let Some(x) = self.carrier(slot) {
+                    self.leave_carrier(x);
+                    self.bind(me, x.0 + 16);
+                }
+            }
+        }
+    }
+
+    /// What is in carrier `x` moves elsewhere if it is needed.
+    fn leave_carrier(&mut self, x: Xmm) {
+        let old = self.st.al.occ[usize::from(x.0 + 16)];
+        let here = self.st.al.places.get(old as usize).is_some_and(|p| p.reg == x.0 + 16);
+        if !here {
+            return;
+        }
+        let place = self.st.al.places[old as usize];
+        if self.lives_on(Val(old))
+            && place.home == NO_HOME
+            && place.spill == NONE
+            && self.konst(Val(old)).is_none()
+        {
+            let t = self.xtemp();
+            self.st.asm.movaps(t, x);
+            self.bind(Val(old), t.0 + 16);
+        } else {
+            self.st.al.places[old as usize].reg = NONE;
+        }
+        self.st.al.vacate(x.0 + 16);
+    }
+
+    /// The slot in memory of carrier `x` has been set to root `v`.
+    fn carry(&mut self, x: Xmm, v: Val) {
+        if self.xmm_of(v) == Some(x) {
+            return;
+        }
+        self.leave_carrier(x);
+        self.copy_to_xmm(x, v);
+        if self.konst(v).is_none() {
+            if let Some(t) = self.xmm_of(v) {
+                self.st.al.vacate(t.0 + 16);
+            }
+            self.bind(v, x.0 + 16);
         }
     }
 
@@ -616,6 +667,9 @@ impl Cx<'_> {
     /// The current value has been stored to the slot.
     pub(crate) fn settle_slot(&mut self, slot: Slot) {
         self.set_home(slot, Val(self.at));
+        if self.carrier(slot).is_some() {
+            self.load_carriers();
+        }
     }
 
     /// The slot in memory holds no value known (after [`Cx::claim_slot`]).
@@ -680,6 +734,9 @@ impl Cx<'_> {
         } else {
             self.forget_home(slot);
         }
+        if let Some(x) = self.carrier(slot) {
+            self.carry(x, v);
+        }
     }
 
     fn set_pin(&mut self, p: Reg, v: Val) {
@@ -712,86 +769,6 @@ impl Cx<'_> {
                 self.st.al.vacate(t.0);
             }
             self.bind(v, p.0);
-        }
-    }
-
-    // ---- calls ----
-
-    /// Before a call of Rust code: every value that lives on leaves the temporaries and vector registers, and the pins
-    /// and homes too when the callee writes slots.
-    pub(crate) fn save_across_call(&mut self, writes_slots: bool) {
-        for t in TEMPS {
-            self.st.al.drop_page(t);
-        }
-        let mut used = if writes_slots { self.st.al.used } else { self.st.al.used & !PINS };
-        while used != 0 {
-            let r = used.trailing_zeros() as usize;
-            used &= used - 1;
-            let v = self.st.al.occ[r & 31];
-            if v == NO_VALUE || !self.lives_on(Val(v)) {
-                continue;
-            }
-            let p = self.st.al.places[v as usize];
-            let homed = p.home != NO_HOME && !writes_slots;
-            if p.spill == NONE && !homed && self.konst(Val(v)).is_none() {
-                self.spill(Val(v));
-            }
-        }
-        if writes_slots {
-            for n in 0..SLOT_INDEXES {
-                let (o, v) = self.st.al.homes[n];
-                let p = if o == NO_HOME { NOWHERE } else { self.st.al.places[v as usize] };
-                if o != NO_HOME && p.reg == NONE && p.spill == NONE && p.home == o && self.lives_on(Val(v)) {
-                    self.home_to_spill(Val(v));
-                }
-            }
-        }
-    }
-
-    /// Copies a value that is only at home to a spill slot.
-    fn home_to_spill(&mut self, v: Val) {
-        if self.r.ty(v).in_vector() {
-            self.xmm(v);
-        } else {
-            self.gpr(v);
-        }
-        self.spill(v);
-        // The register goes with the call; unlock it for the next one.
-        self.st.al.locked = 0;
-    }
-
-    /// After the call: the temporaries and vector registers are empty.
-    pub(crate) fn forget_after_call(&mut self, writes_slots: bool) {
-        let mut used = if writes_slots { self.st.al.used } else { self.st.al.used & !PINS };
-        while used != 0 {
-            let r = used.trailing_zeros() as u8;
-            used &= used - 1;
-            let v = self.st.al.occ[usize::from(r & 31)];
-            if let Some(place) = self.st.al.places.get_mut(v as usize) {
-                place.reg = NONE;
-            }
-            self.st.al.vacate(r);
-        }
-        if writes_slots {
-            for (o, v) in std::mem::replace(&mut self.st.al.homes, [(NO_HOME, 0); SLOT_INDEXES]) {
-                if o != NO_HOME {
-                    self.st.al.places[v as usize].home = NO_HOME;
-                }
-            }
-        }
-        self.st.al.locked = 0;
-    }
-
-    /// Gives the argument `v` a place in memory or as a constant, for moves that would overwrite its register.
-    pub(crate) fn move_to_memory(&mut self, v: Val) {
-        let v = self.st.an.root(v);
-        let p = self.st.al.places[v.index()];
-        if p.reg != NONE {
-            if p.spill == NONE && p.home == NO_HOME && self.konst(v).is_none() {
-                self.spill(v);
-            }
-            self.st.al.places[v.index()].reg = NONE;
-            self.st.al.vacate(p.reg);
         }
     }
 

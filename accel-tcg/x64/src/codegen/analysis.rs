@@ -48,6 +48,8 @@ pub(crate) struct Analysis {
     fresh: Vec<Info>,
     /// The next instruction that ends what probes may share.
     barrier: u32,
+    /// Some vector slot is read.
+    vectors: bool,
     /// Slot offsets that are overwritten before anything can see them, direct mapped, and the epoch of each entry.
     overwritten: [(u32, u32); SLOT_INDEXES],
     /// Entries of other epochs are void: something that can see slots lies between.
@@ -62,6 +64,7 @@ impl Default for Analysis {
             todo: 0,
             fresh: Vec::new(),
             barrier: 0,
+            vectors: false,
             overwritten: [(0, 0); SLOT_INDEXES],
             epoch: 0,
         }
@@ -78,6 +81,7 @@ impl Analysis {
         }
         self.epoch += 1;
         self.barrier = r.insts.len() as u32;
+        self.vectors = false;
         self.roots(r);
         self.todo = 0;
         if self.work.len() < r.insts.len() {
@@ -145,6 +149,7 @@ impl Analysis {
                 if o.0 == i.a {
                     *o = (0, 0);
                 }
+                self.vectors |= i.ty.in_vector();
                 return self.note(at);
             }
             Op::Load | Op::Store => {
@@ -261,6 +266,11 @@ impl Analysis {
     #[inline]
     pub(crate) fn last_use(&self, v: Val) -> u32 {
         self.info[v.index()].last
+    }
+
+    /// Whether some vector slot is read.
+    pub(crate) fn has_vectors(&self) -> bool {
+        self.vectors
     }
 
     #[inline]

@@ -88,8 +88,11 @@ impl Cx<'_> {
 
     fn label(&mut self, n: u32) {
         let here = self.st.asm.pos();
+        // Those who jump back have what the loop keeps in registers.
+        self.begin_loop(self.at);
+        let again = self.st.asm.pos();
         if let Some(l) = self.st.label_at.get_mut(n as usize) {
-            *l = Some(here as u32);
+            *l = Some(again as u32);
         }
         let st = &mut *self.st;
         st.label_refs.retain(|&(at, l)| {
@@ -118,7 +121,7 @@ impl Cx<'_> {
         }
         if pc == self.r.entry_pc {
             let at = self.st.asm.jmp();
-            return self.st.asm.patch_rel(at, 0);
+            return self.st.asm.patch_rel(at, self.st.loops.entry);
         }
         let n = self.st.links.len();
         let mut site = LinkSite::same_page(pc, 0);

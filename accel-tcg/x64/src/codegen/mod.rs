@@ -15,6 +15,7 @@ mod control;
 mod fp;
 mod fpcvt;
 mod int;
+mod loops;
 mod mem;
 mod muldiv;
 mod vec;
@@ -29,6 +30,7 @@ use analysis::Analysis;
 use cold::Cold;
 use holdfast_tcg_ir::env::SlowPaths;
 use holdfast_tcg_ir::{GuestSpec, HelperTable, Inst, Op, Region};
+use loops::Loops;
 
 /// Where code goes.
 #[derive(Debug)]
@@ -68,6 +70,7 @@ pub(crate) struct State {
     asm: Asm,
     an: Analysis,
     al: Alloc,
+    loops: Loops,
     cold: Vec<Cold>,
     links: Vec<LinkSite>,
     insns: Vec<(u32, u64)>,
@@ -122,6 +125,7 @@ impl Translator {
             asm: Asm::new(),
             an: Analysis::default(),
             al: Alloc::default(),
+            loops: Loops::default(),
             cold: Vec::new(),
             links: Vec::new(),
             insns: Vec::new(),
@@ -216,6 +220,7 @@ fn copy(out: &mut [u8], code: &[u8]) -> Result<(), CodegenError> {
 impl Cx<'_> {
     fn body(&mut self) {
         let r = self.r;
+        self.find_loops();
         for n in (0..self.st.an.work().len()).rev() {
             let Some(&at) = self.st.an.work().get(n) else { break };
             let Some(i) = r.insts.get(at as usize) else { break };
@@ -231,6 +236,7 @@ impl Cx<'_> {
             if !self.st.asm.room() {
                 return;
             }
+            self.end_loop(at);
             self.inst(i);
             self.st.al.locked = 0;
         }
