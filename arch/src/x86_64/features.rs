@@ -84,15 +84,21 @@ pub const FEATURES: &[(&str, Place)] = &[
     ("avx512bw", (7, 0, EBX, 30)),
     ("avx512vl", (7, 0, EBX, 31)),
     ("avx512vbmi", (7, 0, ECX, 1)),
+    ("avx512vbmi2", (7, 0, ECX, 6)),
     ("umip", (7, 0, ECX, 2)),
     ("pku", (7, 0, ECX, 3)),
     ("gfni", (7, 0, ECX, 8)),
     ("vaes", (7, 0, ECX, 9)),
     ("vpclmulqdq", (7, 0, ECX, 10)),
+    ("avx512vnni", (7, 0, ECX, 11)),
+    ("avx512bitalg", (7, 0, ECX, 12)),
+    ("avx512-vpopcntdq", (7, 0, ECX, 14)),
     ("la57", (7, 0, ECX, 16)),
     ("rdpid", (7, 0, ECX, 22)),
     ("pks", (7, 0, ECX, 31)),
     ("fsrm", (7, 0, EDX, 4)),
+    ("avx512-vp2intersect", (7, 0, EDX, 8)),
+    ("avx512-fp16", (7, 0, EDX, 23)),
     ("spec-ctrl", (7, 0, EDX, 26)),
     ("stibp", (7, 0, EDX, 27)),
     ("arch-capabilities", (7, 0, EDX, 29)),
@@ -212,6 +218,7 @@ pub fn resolve(supported: &[CpuidEntry], model: &CpuidModel) -> Result<Vec<Cpuid
             (*b, *d, *c) = (word(0), word(4), word(8));
         }
     }
+    avx512_follows(&mut table);
     xsave_follows(supported, &mut table);
     monitor_follows(supported, &mut table);
     linear_bits_follow(&mut table);
@@ -272,6 +279,21 @@ fn monitor_follows(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>) {
     }
 }
 
+/// Extensions of AVX-512 are there with its foundation only, and that with AVX only (SDM volume 1, section 15.2).
+fn avx512_follows(table: &mut [CpuidEntry]) {
+    if has(table, "avx512f") && has(table, "avx") && has(table, "xsave") {
+        return;
+    }
+    let all = FEATURES.iter().filter(|(name, _)| name.starts_with("avx512"));
+    for (_, (function, index, register, bit)) in all {
+        for e in table.iter_mut().filter(|e| (e.function, e.index) == (*function, *index)) {
+            if let Some(r) = e.regs.get_mut(*register) {
+                *r &= !(1 << bit);
+            }
+        }
+    }
+}
+
 /// Components of XCR0 are there if the features are that have them.
 fn xsave_follows(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>) {
     let have = find(supported, 0xd, 0).map_or(0, |e| e.regs[EAX]);
@@ -289,6 +311,13 @@ fn xsave_follows(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>) {
     if components != 0 {
         for e in table.iter_mut().filter(|e| e.function == 0) {
             e.regs[EAX] = e.regs[EAX].max(0xd);
+        }
+    }
+    // Each has a leaf that says where it is.
+    let there = |table: &[CpuidEntry], n: u32| table.iter().any(|e| e.function == 0xd && e.index == n);
+    for n in (2..32).filter(|n| components >> n & 1 != 0) {
+        if !there(table, n) {
+            table.extend(supported.iter().filter(|e| e.function == 0xd && e.index == n));
         }
     }
     for e in table.iter_mut().filter(|e| e.function == 0xd) {
@@ -370,6 +399,30 @@ mod tests {
         assert_eq!((reg(&without, 0xd, 0, EAX), reg(&without, 0xd, 3, EAX)), (3, 0));
         let none = resolve(&supported(), &parse("max,-xsave").expect("reads")).expect("had");
         assert_eq!((reg(&none, 0xd, 0, EAX), reg(&none, 0xd, 1, EAX)), (0, 0));
+    }
+
+    #[test]
+    fn avx_512_comes_with_its_registers_and_its_extensions_go_with_it() {
+        let mut supported = supported();
+        supported[2].regs = [0, 1 << 16 | 1 << 30 | 1 << 31, 1 << 1 | 1 << 11, 0];
+        supported[3].regs = [0x2e7, 2696, 2696, 0];
+        supported.extend([
+            entry(0xd, 5, [64, 1088, 0, 0]),
+            entry(0xd, 6, [512, 1152, 0, 0]),
+            entry(0xd, 7, [1024, 1664, 0, 0]),
+        ]);
+        let resolved = |text| resolve(&supported, &parse(text).expect("reads")).expect("had");
+        // A model that has none of the leaves gets them.
+        let table = resolved("Skylake-Server");
+        assert_eq!(reg(&table, 0xd, 0, EAX), 0xe7);
+        assert_eq!([5, 6, 7].map(|n| reg(&table, 0xd, n, EBX)), [1088, 1152, 1664]);
+        assert_eq!(reg(&table, 0xd, 0, ECX), 2688);
+        for text in ["max,-avx512f", "max,-avx", "max,-xsave"] {
+            let table = resolved(text);
+            assert_eq!((reg(&table, 7, 0, EBX), reg(&table, 7, 0, ECX)), (0, 0), "{text}");
+            assert_eq!(reg(&table, 0xd, 0, EAX) & 0xe0, 0, "{text}");
+        }
+        assert_eq!(reg(&resolved("max,-avx512bw"), 7, 0, EBX), 1 << 16 | 1 << 31);
     }
 
     #[test]

@@ -71,6 +71,8 @@ bitflags::bitflags! {
         const BOUNDS = 1 << 27;
         /// Near branches without the BND prefix reset the bounds.
         const RESET_BOUNDS = 1 << 28;
+        /// CR4.OSXSAVE and XCR0 has all of AVX-512's state.
+        const AVX512 = 1 << 29;
     }
 }
 

@@ -180,6 +180,19 @@ pub struct X86 {
     pub ymm: [[u64; 4]; 16],
     /// 32-byte scratch operands of vector code, not architectural.
     pub vec_scratch: [[u64; 4]; 4],
+    /// Bits 256 to 511 of ZMM registers 0 to 15.
+    pub zmm_high: [[u64; 4]; 16],
+    /// ZMM registers 16 to 31.
+    pub zmm_upper: [[u64; 8]; 16],
+    /// Where AVX-512's instructions have their memory operand, and their result before it goes where it belongs. Not
+    /// architectural, nor are the two below.
+    pub evex_memory: [u64; 8],
+    /// See [`X86::evex_memory`].
+    pub evex_result: [u64; 8],
+    /// Their operand in a general register or in 8 bytes of memory or fewer, and their result or flags; the rest is free.
+    pub evex_small: [u64; 8],
+    /// Opmask registers K0 to K7.
+    pub opmask: [u64; 8],
     /// x87.
     pub x87: X87,
     /// Bits 7 to 12: SIMD floating-point exceptions that are unmasked in the guest's MXCSR (the host's has all masked);
@@ -239,6 +252,8 @@ pub struct CpuidLeaf {
 }
 
 const _: () = assert!(offset_of!(X86, ymm).is_multiple_of(64));
+const _: () = assert!(offset_of!(X86, zmm_high).is_multiple_of(64));
+const _: () = assert!(offset_of!(X86, evex_memory).is_multiple_of(64));
 const _: () = assert!(offset_of!(X86, x87).is_multiple_of(16));
 
 /// Slots of the fields that translated code works on.
@@ -313,5 +328,52 @@ pub mod slot {
     /// The upper half of YMM register `r`.
     pub const fn ymm_high(r: usize) -> Slot {
         Slot::new((offset_of!(X86, ymm) + 32 * (r & 15) + 16) as u32, Type::V128)
+    }
+    /// 16 bytes of vector register `r`, 0 to 31: bits `128 * quarter` and up.
+    pub const fn vector(r: usize, quarter: usize) -> Slot {
+        let at = match (r, quarter) {
+            (0..16, 0..2) => offset_of!(X86, ymm) + 32 * r + 16 * quarter,
+            (0..16, _) => offset_of!(X86, zmm_high) + 32 * r + 16 * (quarter & 1),
+            _ => offset_of!(X86, zmm_upper) + 64 * (r & 15) + 16 * (quarter & 3),
+        };
+        Slot::new(at as u32, Type::V128)
+    }
+    /// An opmask register.
+    pub const fn opmask(k: usize) -> Slot {
+        Slot::i64(offset_of!(X86, opmask) + 8 * (k & 7))
+    }
+    /// 16 bytes of [`X86::evex_memory`].
+    pub const fn evex_memory(quarter: usize) -> Slot {
+        Slot::new((offset_of!(X86, evex_memory) + 16 * (quarter & 3)) as u32, Type::V128)
+    }
+    /// 16 bytes of [`X86::evex_result`].
+    pub const fn evex_result(quarter: usize) -> Slot {
+        Slot::new((offset_of!(X86, evex_result) + 16 * (quarter & 3)) as u32, Type::V128)
+    }
+    /// [`X86::evex_small`]: 0 goes in, 1 comes out.
+    pub const fn evex_small(n: usize) -> Slot {
+        Slot::i64(offset_of!(X86, evex_small) + 8 * (n & 1))
+    }
+}
+
+impl X86 {
+    /// A vector register, 0 to 31.
+    pub fn vector(&self, r: usize) -> [u64; 8] {
+        if r & 16 != 0 {
+            return self.zmm_upper[r & 15];
+        }
+        let ([a, b, c, d], [e, f, g, h]) = (self.ymm[r & 15], self.zmm_high[r & 15]);
+        [a, b, c, d, e, f, g, h]
+    }
+
+    /// Sets one.
+    pub fn set_vector(&mut self, r: usize, value: [u64; 8]) {
+        if r & 16 != 0 {
+            self.zmm_upper[r & 15] = value;
+            return;
+        }
+        let [a, b, c, d, e, f, g, h] = value;
+        self.ymm[r & 15] = [a, b, c, d];
+        self.zmm_high[r & 15] = [e, f, g, h];
     }
 }

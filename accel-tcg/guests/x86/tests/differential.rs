@@ -128,8 +128,14 @@ fn corpus_agrees_with_the_host() {
 fn host_runs_known_code() {
     let mut host = Host::new();
     let mut go = |bits: u32, code: &[u8]| {
-        let case =
-            Case { bits, at: 0x10, code: code.to_vec(), roles: [common::case::Role::Small; 16], seed: 3 };
+        let case = Case {
+            bits,
+            at: 0x10,
+            code: code.to_vec(),
+            roles: [common::case::Role::Small; 16],
+            seed: 3,
+            wide: false,
+        };
         host.place(case.at, &case.bytes());
         let image = case.image();
         (image.clone(), host.run(bits, &image, &[0; DATA_SIZE]))

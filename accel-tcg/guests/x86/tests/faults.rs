@@ -38,7 +38,8 @@ fn data() -> [u8; DATA_SIZE] {
 
 /// Runs `code` on the host, by translation and by the interpreter; `check` looks at each.
 fn each(code: &[u8], set: impl Fn(&mut Image), check: impl Fn(&str, &Outcome, &[u8])) {
-    let case = Case { bits: 64, at: 0x80, code: code.to_vec(), roles: [Role::Small; 16], seed: 1 };
+    let case =
+        Case { bits: 64, at: 0x80, code: code.to_vec(), roles: [Role::Small; 16], seed: 1, wide: false };
     let mut image = case.image();
     // No DF, no AC; the state is otherwise any.
     image.rflags = 0x202;

@@ -49,7 +49,8 @@ fn stores_alike(engine: Engine) {
         for run in 0..RUNS {
             let bits = if run % 4 == 3 && store.code[0] != 0x48 { 32 } else { 64 };
             let roles = [Role::Any; 16];
-            let case = Case { bits, at: 0x40, code: store.code.to_vec(), roles, seed: random.next() };
+            let case =
+                Case { bits, at: 0x40, code: store.code.to_vec(), roles, seed: random.next(), wide: false };
             let mut image = case.image();
             // Any components that are on; alignment is not what is looked at.
             (image.gpr[0], image.gpr[2]) = (random.below(8), 0);

@@ -54,7 +54,7 @@ fn saved_state_is_the_hosts() {
     let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
     let mut data = [0u8; DATA_SIZE];
     for seed in 1..200u64 {
-        let case = Case { bits: 64, at: 0, code: Vec::new(), roles: [Role::Small; 16], seed };
+        let case = Case { bits: 64, at: 0, code: Vec::new(), roles: [Role::Small; 16], seed, wide: false };
         // The header has to be zero where it is not written.
         data[..1024].fill(0);
         for (extended, restore) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -24,10 +24,24 @@ const SSE_BIT: u64 = 2;
 const AVX_BIT: u64 = 4;
 const BNDREGS_BIT: u64 = 1 << 3;
 const BNDCSR_BIT: u64 = 1 << 4;
+const OPMASK_BIT: u64 = 1 << 5;
+const ZMM_HIGH_BIT: u64 = 1 << 6;
+const ZMM_UPPER_BIT: u64 = 1 << 7;
 const PKRU_BIT: u64 = 1 << 9;
+/// AVX-512's components.
+pub(crate) const AVX512_ONLY: u64 = OPMASK_BIT | ZMM_HIGH_BIT | ZMM_UPPER_BIT;
+/// All that XCR0 has to have for its instructions.
+pub(crate) const AVX512: u64 = SSE_BIT | AVX_BIT | AVX512_ONLY;
 /// Those of the extended region: bit, offset in the standard format, bytes.
-const COMPONENTS: [(u64, u64, u64); 4] =
-    [(AVX_BIT, 576, 256), (BNDREGS_BIT, 960, 64), (BNDCSR_BIT, 1024, 64), (PKRU_BIT, 2688, 8)];
+const COMPONENTS: [(u64, u64, u64); 7] = [
+    (AVX_BIT, 576, 256),
+    (BNDREGS_BIT, 960, 64),
+    (BNDCSR_BIT, 1024, 64),
+    (OPMASK_BIT, 1088, 64),
+    (ZMM_HIGH_BIT, 1152, 512),
+    (ZMM_UPPER_BIT, 1664, 1024),
+    (PKRU_BIT, 2688, 8),
+];
 /// XCOMP_BV: the format is compacted.
 const COMPACT: u64 = 1 << 63;
 
@@ -215,8 +229,9 @@ fn fxrstor(cpu: &mut Cpu<'_>, va: u64, form: Form) -> Result<(), Fault> {
 // ---- XSAVE ----
 
 /// Components that are not in their initial configuration.
-pub(crate) fn in_use(cpu: &mut Cpu<'_>, registers: usize) -> u64 {
+pub(crate) fn in_use(cpu: &mut Cpu<'_>, long: bool) -> u64 {
     let s = cpu.state::<X86>();
+    let registers = if long { 16 } else { 8 };
     let x = &s.x87;
     let initial = x.control == 0x37f
         && x.status == 0
@@ -233,6 +248,16 @@ pub(crate) fn in_use(cpu: &mut Cpu<'_>, registers: usize) -> u64 {
     }
     if regs().any(|r| r[2] | r[3] != 0) {
         bits |= AVX_BIT;
+    }
+    if s.opmask != [0; 8] {
+        bits |= OPMASK_BIT;
+    }
+    if s.zmm_high.iter().take(registers).any(|r| *r != [0; 4]) {
+        bits |= ZMM_HIGH_BIT;
+    }
+    // Outside 64-bit mode there are no registers 16 to 31, but what they hold is not lost.
+    if long && s.zmm_upper != [[0; 8]; 16] {
+        bits |= ZMM_UPPER_BIT;
     }
     if s.bnd != [[0; 2]; 4] {
         bits |= BNDREGS_BIT;
@@ -253,7 +278,7 @@ fn requested(s: &X86, supervisor: bool) -> u64 {
 }
 
 /// Where extended components are: (bit, offset, bytes). `layout` is XCOMP_BV for the compacted format.
-fn places(layout: Option<u64>) -> [(u64, u64, u64); 4] {
+fn places(layout: Option<u64>) -> [(u64, u64, u64); COMPONENTS.len()] {
     let mut list = COMPONENTS;
     if let Some(bits) = layout {
         let mut at = EXTENDED;
@@ -269,12 +294,17 @@ fn places(layout: Option<u64>) -> [(u64, u64, u64); 4] {
 
 fn component_out(s: &X86, bit: u64, registers: usize) -> Vec<u8> {
     let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let first = |all: &[[u64; 4]; 16]| bytes(all.get(..registers).unwrap_or(all).as_flattened());
     match bit {
         AVX_BIT => {
             s.ymm.iter().take(registers).flat_map(|r| [r[2], r[3]]).flat_map(u64::to_le_bytes).collect()
         }
         BNDREGS_BIT => bytes(s.bnd.as_flattened()),
         BNDCSR_BIT => bytes(&s.bnd_user),
+        OPMASK_BIT => bytes(&s.opmask),
+        ZMM_HIGH_BIT => first(&s.zmm_high),
+        ZMM_UPPER_BIT if registers == 16 => bytes(s.zmm_upper.as_flattened()),
+        ZMM_UPPER_BIT => Vec::new(),
         _ => bytes(&[s.pkru]),
     }
 }
@@ -282,7 +312,7 @@ fn component_out(s: &X86, bit: u64, registers: usize) -> Vec<u8> {
 fn xsave(cpu: &mut Cpu<'_>, va: u64, form: Form, what: u64) -> Result<(), Fault> {
     let compact = matches!(what, kind::XSAVEC | kind::XSAVES);
     let rfbm = requested(cpu.state(), what == kind::XSAVES);
-    let mut used = in_use(cpu, form.registers);
+    let mut used = in_use(cpu, form.registers == 16);
     let mxcsr_used = simd::mxcsr(cpu) != MXCSR_INIT;
     if compact && mxcsr_used {
         used |= SSE_BIT;
@@ -342,6 +372,12 @@ fn header(cpu: &mut Cpu<'_>, va: u64, supervisor: bool) -> Result<(u64, Option<u
     if bad { Err(gp(0)) } else { Ok((present, compact.then_some(layout))) }
 }
 
+fn words_in(to: &mut [u64], bytes: &[u8]) {
+    for (n, to) in to.iter_mut().enumerate() {
+        *to = word(bytes, 8 * n);
+    }
+}
+
 fn xrstor(cpu: &mut Cpu<'_>, va: u64, form: Form, supervisor: bool) -> Result<(), Fault> {
     let rfbm = requested(cpu.state(), supervisor);
     let (present, layout) = header(cpu, va, supervisor)?;
@@ -394,6 +430,13 @@ fn xrstor(cpu: &mut Cpu<'_>, va: u64, form: Form, supervisor: bool) -> Result<()
                 }
             }
             BNDCSR_BIT => s.bnd_user = [word(&bytes, 0), word(&bytes, 8)],
+            OPMASK_BIT => words_in(&mut s.opmask, &bytes),
+            ZMM_HIGH_BIT => {
+                let registers = s.zmm_high.iter_mut().take(form.registers);
+                registers.zip(bytes.chunks_exact(32)).for_each(|(r, b)| words_in(r, b));
+            }
+            ZMM_UPPER_BIT if form.registers == 16 => words_in(s.zmm_upper.as_flattened_mut(), &bytes),
+            ZMM_UPPER_BIT => {}
             _ => pkru = Some(word(&bytes, 0) as u32),
         }
     }

@@ -1,6 +1,7 @@
 //! The vector and x87 units: what translated code leaves to Rust, and what they offer.
 
 pub(crate) mod area;
+mod evex;
 mod masked;
 pub(crate) mod simd;
 pub(crate) mod x87;
@@ -34,10 +35,28 @@ pub struct HostVector {
     pub avx2: bool,
     pub fma: bool,
     pub f16c: bool,
+    /// F, CD, BW, DQ and VL: what every processor has that kernels and libraries look for. Without one of them there is
+    /// no AVX-512.
+    pub avx512: bool,
+    pub avx512ifma: bool,
+    pub avx512vbmi: bool,
+    pub avx512vbmi2: bool,
+    pub avx512vnni: bool,
+    pub avx512bitalg: bool,
+    pub avx512vpopcntdq: bool,
+    /// On more than 128 bits at once: elsewhere they are done half by half.
+    pub vaes: bool,
+    pub vpclmulqdq: bool,
 }
 
 static HOST: LazyLock<HostVector> = LazyLock::new(|| {
     let avx = is_x86_feature_detected!("avx");
+    let avx512 = avx
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512cd")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
     HostVector {
         sse3: is_x86_feature_detected!("sse3"),
         ssse3: is_x86_feature_detected!("ssse3"),
@@ -50,6 +69,15 @@ static HOST: LazyLock<HostVector> = LazyLock::new(|| {
         avx2: avx && is_x86_feature_detected!("avx2"),
         fma: avx && is_x86_feature_detected!("fma"),
         f16c: avx && is_x86_feature_detected!("f16c"),
+        avx512,
+        avx512ifma: avx512 && is_x86_feature_detected!("avx512ifma"),
+        avx512vbmi: avx512 && is_x86_feature_detected!("avx512vbmi"),
+        avx512vbmi2: avx512 && is_x86_feature_detected!("avx512vbmi2"),
+        avx512vnni: avx512 && is_x86_feature_detected!("avx512vnni"),
+        avx512bitalg: avx512 && is_x86_feature_detected!("avx512bitalg"),
+        vaes: avx512 && is_x86_feature_detected!("vaes"),
+        vpclmulqdq: avx512 && is_x86_feature_detected!("vpclmulqdq"),
+        avx512vpopcntdq: avx512 && is_x86_feature_detected!("avx512vpopcntdq"),
     }
 });
 
@@ -113,6 +141,12 @@ pub(crate) struct Ids {
     pub store_wide: HelperId,
     /// (base address, how)
     pub gather: HelperId,
+    /// (offset, [`evex::How`], mask): loads AVX-512's memory operand.
+    pub evex_load: HelperId,
+    /// The same: stores it.
+    pub evex_store: HelperId,
+    /// (base address, how): AVX-512's gathers and scatters.
+    pub evex_gather: HelperId,
     /// (opcode, address, offset, flags): an x87 instruction; gives the status flags after it.
     pub x87: HelperId,
     /// (what, address, offset): a control instruction; gives what goes to AX.
@@ -137,6 +171,9 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
         mask_load: t.faulting("mask_load", mask_load, Type::Void, 2, writes),
         store_wide: t.faulting("store_wide", store_wide, Type::Void, 2, writes),
         gather: t.faulting("gather", gather, Type::Void, 2, writes),
+        evex_load: t.faulting("evex_load", evex_load, Type::Void, 3, writes),
+        evex_store: t.faulting("evex_store", evex_store, Type::Void, 3, writes),
+        evex_gather: t.faulting("evex_gather", evex_gather, Type::Void, 2, writes),
         x87: t.faulting("x87", x87_run, Type::I64, 4, writes),
         x87_control: t.faulting("x87_control", x87_control, Type::I64, 3, writes),
         area: t.faulting("area", save_area, Type::Void, 2, writes | fp),
@@ -154,6 +191,9 @@ faulting_helper!(mask_store, masked::store);
 faulting_helper!(mask_load, masked::load);
 faulting_helper!(store_wide, masked::store_wide);
 faulting_helper!(gather, masked::gather);
+faulting_helper!(evex_load, evex::load);
+faulting_helper!(evex_store, evex::store);
+faulting_helper!(evex_gather, evex::gather);
 faulting_helper!(x87_run, x87::run);
 faulting_helper!(x87_control, x87::control);
 faulting_helper!(save_area, area::run);

@@ -263,10 +263,12 @@ pub(crate) fn xsetbv(cpu: &mut Cpu<'_>, register: u64, value: u64) -> Result<(),
 /// True if XCR0 may have this value.
 pub(crate) fn valid_xcr0(s: &X86, value: u64) -> bool {
     let bounds = value & mpx::XCR0;
+    let wide = value & area::AVX512_ONLY;
     value & 1 != 0
         && value & !s.xcr0_bits == 0
         && (value & 4 == 0 || value & 2 != 0)
         && (bounds == 0 || bounds == mpx::XCR0)
+        && (wide == 0 || value & area::AVX512 == area::AVX512)
 }
 
 /// XGETBV
@@ -277,7 +279,7 @@ pub(crate) fn xgetbv(cpu: &mut Cpu<'_>, register: u64) -> Result<u64, Fault> {
     }
     match register & 0xffff_ffff {
         0 => Ok(s.xcr0),
-        1 if cpuid::has(s, XGETBV1) => Ok(cpu.state::<X86>().xcr0 & area::in_use(cpu, 16)),
+        1 if cpuid::has(s, XGETBV1) => Ok(cpu.state::<X86>().xcr0 & area::in_use(cpu, true)),
         _ => Err(gp(0)),
     }
 }

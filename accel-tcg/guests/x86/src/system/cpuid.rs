@@ -7,7 +7,7 @@ use holdfast_tcg_runtime::{Cpu, Fault};
 use super::regs::cr4;
 use super::{monitor, mpx};
 use crate::apic;
-use crate::fpu::area;
+use crate::fpu::{self, area};
 use crate::state::X86;
 
 /// Leaf 1 EDX: everything up to SSE2 but PSN, DS, ACPI, SS, TM and PBE.
@@ -39,6 +39,11 @@ const VECTOR_7_EBX: u32 = 1 << 5 | 1 << 29;
 const BASE_7_ECX: u32 = 1 << 2 | 1 << 3 | 1 << 22 | 1 << 31;
 /// Leaf 7 ECX, run by the host's: VAES, VPCLMULQDQ.
 const VECTOR_7_ECX: u32 = 1 << 9 | 1 << 10;
+/// AVX-512 in leaf 7 EBX: F, DQ, IFMA, CD, BW, VL. All of it is given to models that name it only: the registers are
+/// large, and VEX instructions have more to clear.
+const AVX512_7_EBX: u32 = 1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31;
+/// In ECX: VBMI, VBMI2, VNNI, BITALG, VPOPCNTDQ.
+const AVX512_7_ECX: u32 = 1 << 1 | 1 << 6 | 1 << 11 | 1 << 12 | 1 << 14;
 /// Leaf 7 ECX: five-level paging, which costs every page walk and so is given to models that name it only.
 const LA57: u32 = 1 << 16;
 /// Leaf 7 EDX: fast short REP MOV, and with IA32_SPEC_CTRL and IA32_ARCH_CAPABILITIES that there is nothing to
@@ -122,10 +127,13 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
     let [a8, ..] = host(0x8000_0008, 0);
     let vectors = c1 & VECTOR_ECX;
     let avx = vectors >> 28 & 1 != 0;
+    let avx512 = fpu::host().avx512;
+    let (wide_ebx, wide_ecx) = if avx512 { (b7 & AVX512_7_EBX, c7 & AVX512_7_ECX) } else { (0, 0) };
     // x87, SSE, AVX, bounds, PKRU.
     let xcr0 = if avx { 7 } else { 3 } | mpx::XCR0 as u32 | 1 << 9;
+    let xcr0 = if avx512 { xcr0 | area::AVX512_ONLY as u32 } else { xcr0 };
     let (standard, compact) = area::sizes(xcr0.into(), 0);
-    let ecx7 = BASE_7_ECX | c7 & VECTOR_7_ECX | LA57;
+    let ecx7 = BASE_7_ECX | c7 & VECTOR_7_ECX | LA57 | wide_ecx;
     let amd = b0 == AMD;
     let mut out = vec![
         entry(0, [if amd { 0x10 } else { 0x1f }, b0, c0, d0]),
@@ -140,7 +148,7 @@ pub(crate) fn supported() -> Vec<CpuidEntry> {
         // Lines of 64 bytes; interrupts end MWAIT even if masked; no C-states, so that kernels idle by HLT.
         entry(5, [64, 64, 3, 0]),
         entry(6, [4, 0, 0, 0]), // the APIC timer always runs
-        sub(7, 0, [0, BASE_7_EBX | MPX | b7 & VECTOR_7_EBX, ecx7, BASE_7_EDX]),
+        sub(7, 0, [0, BASE_7_EBX | MPX | b7 & VECTOR_7_EBX | wide_ebx, ecx7, BASE_7_EDX]),
         sub(0xd, 0, [xcr0, standard, standard, 0]),
         sub(0xd, 1, [XSAVE_FORMS, compact, 0, 0]),
     ];
@@ -191,8 +199,8 @@ pub(crate) fn table(model: &CpuidModel) -> Result<Vec<CpuidEntry>, ModelError> {
             match (e.function, e.index) {
                 (1, _) => e.regs[2] &= !MONITOR,
                 (7, 0) => {
-                    e.regs[1] &= !MPX;
-                    e.regs[2] &= !LA57;
+                    e.regs[1] &= !(MPX | AVX512_7_EBX);
+                    e.regs[2] &= !(LA57 | AVX512_7_ECX);
                 }
                 _ => {}
             }

@@ -4,6 +4,7 @@ use holdfast_tcg_runtime::Mode;
 
 use super::regs::{cr0, cr4, dr, efer};
 use crate::flags::rflags;
+use crate::fpu::area;
 use crate::key::{Key, idx};
 use crate::state::{SegmentRegister, X86, seg};
 
@@ -150,6 +151,7 @@ pub(crate) fn key(s: &X86) -> Key {
     key.set(Key::MP, s.cr0 & cr0::MP != 0);
     key.set(Key::OSFXSR, s.cr4 & cr4::OSFXSR != 0);
     key.set(Key::AVX, s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & 6 == 6);
+    key.set(Key::AVX512, s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & area::AVX512 == area::AVX512);
     let iopl_ok = if s.vm86() { s.iopl() == 3 } else { s.cr0 & cr0::PE == 0 || s.cpl <= s.iopl() };
     key.set(Key::IOPL_OK, iopl_ok);
     key.set(Key::VIRTUAL_IF, s.virtual_if());

@@ -1,8 +1,9 @@
-//! x87, SSE, AVX, MPX and PKRU state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
+//! x87, SSE, AVX, MPX, AVX-512 and PKRU state as an XSAVE area in the standard format (SDM volume 1, section 13.4).
 
 use holdfast_tcg_runtime::Cpu;
 
 use super::mpx;
+use crate::fpu::area;
 use crate::state::X86;
 
 const LEGACY: usize = 512;
@@ -11,6 +12,10 @@ const SIZE: usize = 832;
 /// Where the bound registers are, and their configuration and status.
 const BOUNDS: usize = 960;
 const BOUNDS_CONFIG: usize = 1024;
+/// Where the opmask registers are, the upper halves of ZMM0 to ZMM15, and ZMM16 to ZMM31.
+const OPMASK: usize = 1088;
+const ZMM_HIGH: usize = 1152;
+const ZMM_UPPER: usize = 1664;
 /// Where PKRU is, and its bit.
 const PKRU: usize = 2688;
 const PKRU_BIT: u64 = 1 << 9;
@@ -30,7 +35,7 @@ fn u64_at(area: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(take(area, at))
 }
 
-/// The area: 832 bytes, 1040 with bounds, 2696 with PKRU.
+/// The area: 832 bytes, 1040 with bounds, 2688 with AVX-512, 2696 with PKRU.
 pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
     let mxcsr = crate::fpu::mxcsr(cpu);
     let s = cpu.state::<X86>();
@@ -66,11 +71,24 @@ pub(crate) fn export(cpu: &mut Cpu<'_>) -> Vec<u8> {
             put(&mut a, BOUNDS_CONFIG + 8 * n, &word.to_le_bytes());
         }
     }
+    if s.xcr0 & area::AVX512_ONLY != 0 {
+        a.resize(PKRU, 0);
+        let parts = [
+            (OPMASK, &s.opmask[..]),
+            (ZMM_HIGH, s.zmm_high.as_flattened()),
+            (ZMM_UPPER, s.zmm_upper.as_flattened()),
+        ];
+        for (at, words) in parts {
+            for (n, word) in words.iter().enumerate() {
+                put(&mut a, at + 8 * n, &word.to_le_bytes());
+            }
+        }
+    }
     if s.xcr0 & PKRU_BIT != 0 {
         a.resize(PKRU + 8, 0);
         put(&mut a, PKRU, &s.pkru.to_le_bytes());
     }
-    put(&mut a, LEGACY, &(s.xcr0 & (7 | mpx::XCR0 | PKRU_BIT) | 3).to_le_bytes());
+    put(&mut a, LEGACY, &(s.xcr0 & (7 | mpx::XCR0 | area::AVX512_ONLY | PKRU_BIT) | 3).to_le_bytes());
     a
 }
 
@@ -113,6 +131,16 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, area: &[u8]) -> Result<(), String> {
     }
     for (n, word) in s.bnd_user.iter_mut().enumerate() {
         *word = bounds(BOUNDS_CONFIG + 8 * n, 1 << 4);
+    }
+    let parts = [
+        (5, OPMASK, &mut s.opmask[..]),
+        (6, ZMM_HIGH, s.zmm_high.as_flattened_mut()),
+        (7, ZMM_UPPER, s.zmm_upper.as_flattened_mut()),
+    ];
+    for (bit, at, words) in parts {
+        for (n, word) in words.iter_mut().enumerate() {
+            *word = if present & 1 << bit != 0 { u64_at(area, at + 8 * n) } else { 0 };
+        }
     }
     s.pkru = if present & PKRU_BIT != 0 { u64_at(area, PKRU) & 0xffff_ffff } else { 0 };
     for (n, r) in s.ymm.iter_mut().enumerate() {

@@ -17,6 +17,7 @@ mod moves;
 mod mpx;
 mod muldiv;
 mod operand;
+mod opmask;
 mod scan;
 mod shift;
 mod stack;
@@ -259,6 +260,8 @@ impl Translator<'_> {
             || self.x87(insn)
             || self.mmx(insn)
             || self.mpx(insn)
+            || self.evex(insn)
+            || self.opmask(insn)
     }
 
     // ---- leaving ----

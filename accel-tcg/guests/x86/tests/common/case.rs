@@ -18,8 +18,14 @@ pub const DATA: u64 = 0x2010_0000;
 pub const DATA_RW: usize = 0x2000;
 /// Bytes that can be read.
 pub const DATA_SIZE: usize = 0x3000;
-/// Bytes of an XSAVE area with x87, SSE and AVX in the standard format.
-pub const XSAVE_SIZE: usize = 512 + 64 + 256;
+/// Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 in the standard format, as Intel's processors lay it out.
+pub const XSAVE_SIZE: usize = ZMM_UPPER + 16 * 64;
+/// Where the opmask registers are in it.
+pub const OPMASK: usize = 1088;
+/// The upper halves of ZMM0 to ZMM15.
+pub const ZMM_HIGH: usize = 1152;
+/// ZMM16 to ZMM31.
+pub const ZMM_UPPER: usize = 1664;
 /// Selector of 64-bit code at CPL 3, as Linux has it.
 pub const CS64: u16 = 0x33;
 /// Selector of 32-bit code.
@@ -62,7 +68,8 @@ impl Image {
         image
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
+    /// Puts `bytes` into the XSAVE area.
+    pub fn put(&mut self, at: usize, bytes: &[u8]) {
         self.xsave[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -124,11 +131,13 @@ pub struct Case {
     pub roles: [Role; 16],
     /// Everything else follows from it.
     pub seed: u64,
+    /// With AVX-512's registers.
+    pub wide: bool,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:#x} ", self.bits, self.at)?;
+        write!(f, "{}{} {:#x} ", self.bits, if self.wide { "z" } else { "" }, self.at)?;
         self.code.iter().try_for_each(|b| write!(f, "{b:02x}"))?;
         f.write_str(" ")?;
         for role in self.roles {
@@ -147,7 +156,9 @@ impl Case {
     pub fn parse(line: &str) -> Option<Self> {
         let hex = |s: &str| u64::from_str_radix(s.strip_prefix("0x")?, 16).ok();
         let mut words = line.split_whitespace();
-        let bits = words.next()?.parse().ok()?;
+        let bits = words.next()?;
+        let (bits, wide) = bits.strip_suffix('z').map_or((bits, false), |bits| (bits, true));
+        let bits = bits.parse().ok()?;
         let at = hex(words.next()?)? as usize;
         let code = words.next()?;
         let code = (0..code.len() / 2)
@@ -161,7 +172,7 @@ impl Case {
                 _ => Role::Any,
             };
         }
-        Some(Self { bits, at, code, roles, seed: hex(words.next()?)? })
+        Some(Self { bits, at, code, roles, seed: hex(words.next()?)?, wide })
     }
 
     /// The code with its jump to the end.
@@ -194,6 +205,10 @@ impl Case {
         }
         vectors(&mut random, &mut image);
         x87(&mut random, &mut image);
+        if self.wide {
+            // From numbers of their own, for cases of the corpus are older.
+            wide(&mut Random::new(self.seed ^ 0x512), &mut image);
+        }
         image
     }
 
@@ -245,6 +260,28 @@ fn vectors(random: &mut Random, image: &mut Image) {
         _ => {}
     }
     image.put(24, &mxcsr.to_le_bytes());
+}
+
+/// AVX-512's registers.
+fn wide(random: &mut Random, image: &mut Image) {
+    let all = if random.percent(70) { Some(random.below(7)) } else { None };
+    for at in (ZMM_HIGH..XSAVE_SIZE).step_by(8) {
+        let kind = all.unwrap_or_else(|| random.below(7));
+        let lane = random.lane(kind);
+        image.put(at, &lane.to_le_bytes());
+    }
+    for at in (OPMASK..ZMM_HIGH).step_by(8) {
+        let mask = match random.below(8) {
+            0 => 0,
+            1 => u64::MAX,
+            2 => u64::MAX >> random.below(64),
+            3 => 1 << random.below(16),
+            4 => random.below(256),
+            _ => random.next(),
+        };
+        image.put(at, &mask.to_le_bytes());
+    }
+    image.put(512, &0xe7u64.to_le_bytes());
 }
 
 fn x87(random: &mut Random, image: &mut Image) {

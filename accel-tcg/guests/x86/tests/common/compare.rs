@@ -3,10 +3,13 @@
 use std::fmt::Write;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic,
+    Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Formatter, Instruction, IntelFormatter,
+    Mnemonic,
 };
 
-use super::case::{CODE, CODE_SIZE, Case, END, End, Image, Outcome, Processor, XSAVE_SIZE};
+use super::case::{
+    CODE, CODE_SIZE, Case, END, End, Image, OPMASK, Outcome, Processor, XSAVE_SIZE, ZMM_HIGH, ZMM_UPPER,
+};
 use super::generate::{rflags_mask, undefined_after};
 
 /// Status flags, DF, NT, AC and ID.
@@ -86,6 +89,11 @@ fn normal(image: &Image) -> [u8; XSAVE_SIZE] {
     if present & 4 == 0 {
         area[576..832].fill(0);
     }
+    for (bit, part) in [(5, OPMASK..ZMM_HIGH), (6, ZMM_HIGH..ZMM_UPPER), (7, ZMM_UPPER..XSAVE_SIZE)] {
+        if present >> bit & 1 == 0 {
+            area[part].fill(0);
+        }
+    }
     area
 }
 
@@ -134,6 +142,13 @@ fn registers(bits: u32, a: &Image, b: &Image, mask: u64, out: &mut Vec<(String, 
     for i in 0..16 {
         part(format!("xmm{i}"), 160 + 16 * i, 16);
         part(format!("ymmh{i}"), 576 + 16 * i, 16);
+        part(format!("zmmh{i}"), ZMM_HIGH + 32 * i, 32);
+    }
+    for i in 0..16 {
+        part(format!("zmm{}", 16 + i), ZMM_UPPER + 64 * i, 64);
+    }
+    for i in 0..8 {
+        part(format!("k{i}"), OPMASK + 8 * i, 8);
     }
 }
 
@@ -204,7 +219,11 @@ pub fn compare(
 
 /// Names of registers without their numbers.
 fn kind_of(name: &str) -> String {
-    let vector = name.starts_with("xmm") || name.starts_with("ymm") || name.starts_with("st");
+    let vector = name.starts_with("xmm")
+        || name.starts_with("ymm")
+        || name.starts_with("zmm")
+        || name.starts_with('k')
+        || name.starts_with("st");
     if vector { name.trim_end_matches(|c: char| c.is_ascii_digit()).into() } else { name.into() }
 }
 
@@ -255,7 +274,8 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
     // The elements of masked moves at addresses of 16 bits: some processors wrap each, some only that of the first.
     let element = at_fault.is_some_and(|i| {
         use iced_x86::Mnemonic as M;
-        matches!(i.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq)
+        i.code().encoding() == EncodingKind::EVEX
+            || matches!(i.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq)
     });
     let wraps = match (left.end, right.end) {
         (

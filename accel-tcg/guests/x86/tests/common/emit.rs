@@ -24,6 +24,8 @@ struct Operand {
     bytes: Vec<u8>,
     /// REX.R, X, B as bits 2, 1, 0.
     rex: u8,
+    /// Short displacements count operands.
+    scaled: bool,
 }
 
 impl Emit<'_> {
@@ -49,6 +51,25 @@ impl Emit<'_> {
                 let first = (operand.rex & 7) << 5 ^ 0xe0 | map;
                 bytes.extend_from_slice(&[0xc4, first]);
                 bytes.push(u8::from(wide) << 7 | (!other & 15) << 3 | u8::from(long) << 2 | pp);
+            }
+            Head::Evex { map, pp, wide, length, b } => {
+                let long = u8::from(self.bits == 64);
+                // An instruction that has no operand there wants none, and a vector index has one bit.
+                let other = match self.random.below(10) {
+                    0..3 => 0,
+                    3 => 16,
+                    _ => self.random.below(32) as u8,
+                };
+                let other = if self.bits == 32 { other & 7 } else { other };
+                let mask = if self.random.percent(60) { self.random.below(8) as u8 } else { 0 };
+                let zero = mask != 0 && self.random.percent(30);
+                let high = self.random.below(2) as u8 & long;
+                let index = if template.memory { 0 } else { self.random.below(2) as u8 & long };
+                let first = ((operand.rex & 7 | index << 1) << 5 | high << 4) ^ 0xf0 | map;
+                bytes.extend_from_slice(&[0x62, first]);
+                bytes.push(u8::from(wide) << 7 | (!other & 15) << 3 | 4 | pp);
+                let last = u8::from(zero) << 7 | length << 5 | u8::from(b) << 4;
+                bytes.push(last | (!other >> 4 & 1) << 3 | mask);
             }
         }
         bytes.push(template.opcode);
@@ -90,7 +111,8 @@ impl Emit<'_> {
     fn operand(&mut self, template: &Template) -> Operand {
         let reg = self.bit_of(template.regs);
         let high = self.high();
-        let mut operand = Operand { bytes: Vec::new(), rex: high << 2 };
+        let scaled = matches!(template.head, Head::Evex { .. });
+        let mut operand = Operand { bytes: Vec::new(), rex: high << 2, scaled };
         if !template.memory {
             let rm = self.bit_of(template.rms);
             operand.rex |= self.high();
@@ -138,6 +160,7 @@ impl Emit<'_> {
             2 => (self.random.below(8) as i8 - 4) << 4,
             _ => self.random.below(16) as i8 - 8,
         };
+        let small = if operand.scaled { small % 3 } else { small };
         let form = if base & 7 == 5 { 1 + self.random.below(2) } else { self.random.below(3) } as u8;
         operand.bytes.push(form << 6 | reg << 3 | rm);
         operand.bytes.extend_from_slice(sib);

@@ -40,8 +40,19 @@ struct Draft {
 impl Generator {
     /// A generator that starts from `seed`.
     pub fn new(seed: u64) -> Self {
+        Self::with(seed, false)
+    }
+
+    /// One with AVX-512, of those codes that are `wanted`.
+    pub fn wide(seed: u64, wanted: impl Fn(Code) -> bool) -> Self {
+        let mut this = Self::with(seed, true);
+        this.templates.iter_mut().for_each(|t| t.retain(&wanted));
+        this
+    }
+
+    fn with(seed: u64, wide: bool) -> Self {
         Self {
-            templates: [Templates::new(64), Templates::new(32)],
+            templates: [Templates::new(64, wide), Templates::new(32, wide)],
             random: Random::new(seed),
             seen: HashMap::new(),
             next: seed as usize,
@@ -90,7 +101,7 @@ impl Generator {
         let mut draft = Draft { code: Vec::new(), insns: Vec::new(), undefined: Undefined::default() };
         self.append(which, code, &roles, at, &mut draft);
         self.aim(&mut draft);
-        Case { bits, at, code: draft.code, roles, seed: self.random.next() }
+        Case { bits, at, code: draft.code, roles, seed: self.random.next(), wide: self.templates[which].wide }
     }
 
     /// The next case, at offset `at` of the code area.
@@ -123,7 +134,7 @@ impl Generator {
             }
         }
         self.aim(&mut draft);
-        Case { bits, at, code: draft.code, roles, seed: self.random.next() }
+        Case { bits, at, code: draft.code, roles, seed: self.random.next(), wide: self.templates[which].wide }
     }
 
     /// A code that works on flags.
@@ -202,7 +213,9 @@ impl Generator {
             let ip = CODE + (at + draft.code.len()) as u64;
             let mut emit = Emit { random: &mut self.random, roles, bits: templates.bits, ip };
             let Some((bytes, insn)) = emit.insn(&template) else { continue };
-            if insn.code() != code && !insn.has_lock_prefix() || !super::templates::wanted(insn.code()) {
+            if insn.code() != code && !insn.has_lock_prefix()
+                || !super::templates::wanted(insn.code(), templates.wide)
+            {
                 continue;
             }
             // 90 with REX.B is XCHG, whatever is before it.

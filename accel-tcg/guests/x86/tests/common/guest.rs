@@ -72,8 +72,25 @@ impl Machine {
         Self::with_vcpus(guest, engine, 1)
     }
 
+    /// A machine with AVX-512, which the host has to have.
+    pub fn wide(guest: Arc<dyn Guest>, engine: Engine) -> Self {
+        let mut model = "host".to_owned();
+        let names = ["f", "cd", "bw", "dq", "vl", "ifma", "vbmi", "vbmi2", "vnni", "bitalg", "-vpopcntdq"];
+        for name in names.iter().take(if super::templates::all_of_avx512() { names.len() } else { 5 }) {
+            model += &format!(",+avx512{name}");
+        }
+        let model = holdfast_arch::x86_64::features::parse(&model).expect("a model");
+        let mut this = Self::of(guest, engine, (1, model));
+        this.base.xcr0 = 0xe7;
+        this
+    }
+
     /// A machine with several vCPUs, the first of which runs cases.
     pub fn with_vcpus(guest: Arc<dyn Guest>, engine: Engine, vcpus: u32) -> Self {
+        Self::of(guest, engine, (vcpus, CpuidModel { name: "host".into(), ..CpuidModel::default() }))
+    }
+
+    fn of(guest: Arc<dyn Guest>, engine: Engine, (vcpus, model): (u32, CpuidModel)) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("RAM");
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("timers");
@@ -89,7 +106,7 @@ impl Machine {
             controllers: Vec::new(),
         })
         .expect("a VM");
-        let model = CpuModel::X86_64(CpuidModel { name: "host".into(), ..CpuidModel::default() });
+        let model = CpuModel::X86_64(model);
         let mut vcpu = TcgVcpu::new(&vm, 0, &model).expect("a vCPU");
         let mut others: Vec<_> = (1..vcpus).map(|n| TcgVcpu::new(&vm, n, &model).expect("a vCPU")).collect();
         clock.resume();
@@ -294,8 +311,8 @@ impl Processor for Machine {
         image.gpr = state.gpr;
         image.rip = state.rip;
         image.rflags = state.rflags;
-        let len = image.xsave.len();
-        image.xsave.copy_from_slice(&state.xsave[..len]);
+        let len = image.xsave.len().min(state.xsave.len());
+        image.xsave[..len].copy_from_slice(&state.xsave[..len]);
         let end = match stop {
             Ok(Stop::Debug(END | END32)) => End::Done,
             Ok(Stop::Debug(at)) => {

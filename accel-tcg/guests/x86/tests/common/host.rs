@@ -10,29 +10,33 @@ use std::ptr;
 use std::sync::{Mutex, MutexGuard};
 
 use super::case::{
-    CODE, CODE_SIZE, CS32, CS64, DATA, DATA_RW, DATA_SIZE, END, END32, End, Image, Outcome, Processor, SS,
-    XSAVE_SIZE,
+    CODE, CODE_SIZE, CS32, CS64, DATA, DATA_RW, DATA_SIZE, END, END32, End, Image, OPMASK, Outcome,
+    Processor, SS, XSAVE_SIZE, ZMM_HIGH, ZMM_UPPER,
 };
+
+/// Room for an XSAVE area as the host lays it out.
+const AREA: usize = 0x1000;
 
 /// What the assembly shares with [`Host`].
 #[repr(C, align(64))]
 struct Context {
-    gpr: [u64; 16],      // 0
-    rip: u64,            // 128
-    rflags: u64,         // 136
-    host_rsp: u64,       // 144
-    host_fs: u64,        // 152
-    active: u64,         // 160
-    far: [u8; 8],        // 168: offset (4), selector (2)
-    wide: u64,           // 176: 1 if the code is 64-bit
-    vector: u64,         // 184: u64::MAX if there was no exception
-    error: u64,          // 192
-    address: u64,        // 200
-    go: u64,             // 208: where `enter` jumps
-    mxcsr: u64,          // 216: what the host likes
-    stack: [u64; 36],    // 224 to 512
-    before: [u8; 0x400], // 512
-    after: [u8; 0x400],  // 1536
+    gpr: [u64; 16],     // 0
+    rip: u64,           // 128
+    rflags: u64,        // 136
+    host_rsp: u64,      // 144
+    host_fs: u64,       // 152
+    active: u64,        // 160
+    far: [u8; 8],       // 168: offset (4), selector (2)
+    wide: u64,          // 176: 1 if the code is 64-bit
+    vector: u64,        // 184: u64::MAX if there was no exception
+    error: u64,         // 192
+    address: u64,       // 200
+    go: u64,            // 208: where `enter` jumps
+    mxcsr: u64,         // 216: what the host likes
+    components: u64,    // 224: of XCR0, that are loaded and stored
+    stack: [u64; 35],   // 232 to 512
+    before: [u8; AREA], // 512
+    after: [u8; AREA],  // 4608
 }
 
 #[unsafe(no_mangle)]
@@ -50,9 +54,10 @@ static mut HOLDFAST_FUZZ: Context = Context {
     address: 0,
     go: 0,
     mxcsr: 0x1f80,
-    stack: [0; 36],
-    before: [0; 0x400],
-    after: [0; 0x400],
+    components: 7,
+    stack: [0; 35],
+    before: [0; AREA],
+    after: [0; AREA],
 };
 
 global_asm!(
@@ -78,7 +83,7 @@ global_asm!(
     "xor eax, eax",
     "wrfsbase rax",
     "wrgsbase rax",
-    "mov eax, 7",
+    "mov eax, [rip + {c} + 224]",
     "xor edx, edx",
     "xrstor64 [rip + {c} + 512]",
     "lea rsp, [rip + {c} + 504]",
@@ -125,9 +130,9 @@ global_asm!(
     "pop qword ptr [rip + {c} + 136]",
     "push 0x202",
     "popfq",
-    "mov eax, 7",
+    "mov eax, [rip + {c} + 224]",
     "xor edx, edx",
-    "xsave64 [rip + {c} + 1536]",
+    "xsave64 [rip + {c} + 4608]",
     "mov qword ptr [rip + {c} + 184], -1",
     "holdfast_fuzz_fault:",
     "xor eax, eax",
@@ -221,7 +226,7 @@ unsafe extern "C" fn on_signal(signal: c_int, _info: *mut libc::siginfo_t, frame
         context.error = general[libc::REG_ERR as usize] as u64;
         context.address = general[libc::REG_CR2 as usize] as u64;
         let area = machine.fpregs.cast::<u8>();
-        ptr::copy_nonoverlapping(area, (&raw mut context.after).cast(), XSAVE_SIZE);
+        ptr::copy_nonoverlapping(area, (&raw mut context.after).cast(), AREA);
         area.cast::<u16>().write(0x37f);
         area.add(2).cast::<[u8; 4]>().write([0; 4]);
         area.add(24).cast::<u32>().write(0x1f80);
@@ -245,6 +250,49 @@ fn map(at: u64, len: usize, protection: c_int, file: c_int, offset: usize) -> *m
     got.cast()
 }
 
+/// Whether the host has the part of AVX-512 that guests are offered.
+pub fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512cd")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+/// How the host lays out an XSAVE area: its processor says where AVX-512's parts are.
+struct Layout {
+    components: u64,
+    /// Where a part is on the host, in an [`Image`], and its bytes.
+    parts: Vec<(usize, usize, usize)>,
+}
+
+impl Layout {
+    fn new() -> Self {
+        if !has_avx512() {
+            return Self { components: 7, parts: Vec::new() };
+        }
+        let place = |n: u32| std::arch::x86_64::__cpuid_count(0xd, n).ebx as usize;
+        let parts = vec![(place(5), OPMASK, 64), (place(6), ZMM_HIGH, 512), (place(7), ZMM_UPPER, 1024)];
+        assert!(parts.iter().all(|(at, _, len)| at + len <= AREA), "{parts:?}");
+        Self { components: 0xe7, parts }
+    }
+
+    fn to_host(&self, image: &[u8; XSAVE_SIZE], area: &mut [u8; AREA]) {
+        area[..832].copy_from_slice(&image[..832]);
+        for (there, here, len) in &self.parts {
+            area[*there..there + len].copy_from_slice(&image[*here..here + len]);
+        }
+    }
+
+    fn from_host(&self, area: &[u8; AREA], image: &mut [u8; XSAVE_SIZE]) {
+        image[..832].copy_from_slice(&area[..832]);
+        image[512] &= self.components as u8;
+        for (there, here, len) in &self.parts {
+            image[*here..here + len].copy_from_slice(&area[*there..there + len]);
+        }
+    }
+}
+
 static ONE: Mutex<()> = Mutex::new(());
 
 /// Offset of data in the sandbox's file; the page of the end is before it.
@@ -255,6 +303,7 @@ pub struct Host {
     _one: MutexGuard<'static, ()>,
     /// All of the sandbox, writable.
     memory: *mut u8,
+    layout: Layout,
     _thread: PhantomData<*mut ()>,
 }
 
@@ -275,7 +324,7 @@ impl Host {
         map(DATA + DATA_RW as u64, DATA_SIZE - DATA_RW, r, file, DATA_AT + DATA_RW);
         // SAFETY: mapped above.
         unsafe { libc::close(file) };
-        let this = Self { _one: one, memory, _thread: PhantomData };
+        let this = Self { _one: one, memory, layout: Layout::new(), _thread: PhantomData };
         // A jump through a pointer that is aligned, for alignment checks may be on.
         let mut end = [0u8; 16];
         end[..3].copy_from_slice(&[0xff, 0x25, 2]);
@@ -326,7 +375,7 @@ impl Drop for Host {
 /// Signals that exceptions become go to [`on_signal`], on a stack of their own.
 fn take_signals() {
     // An emulator's frame may be shorter than the state that is copied from it: there is room behind it.
-    let stack = Vec::leak(vec![0u8; 0x1_0000 + XSAVE_SIZE]);
+    let stack = Vec::leak(vec![0u8; 0x1_0000 + AREA]);
     let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: 0x1_0000 };
     // SAFETY: the stack is never freed; the handler keeps to what a handler may do.
     unsafe {
@@ -364,7 +413,8 @@ impl Processor for Host {
             context.go = if bits == 64 { image.rip } else { holdfast_fuzz_far as *const () as usize as u64 };
             context.far[..4].copy_from_slice(&(image.rip as u32).to_le_bytes());
             context.far[4..6].copy_from_slice(&CS32.to_le_bytes());
-            context.before[..XSAVE_SIZE].copy_from_slice(&image.xsave);
+            context.components = self.layout.components;
+            self.layout.to_host(&image.xsave, &mut context.before);
             context.active = 1;
             holdfast_fuzz_enter();
             let context: *mut Context = &raw mut HOLDFAST_FUZZ;
@@ -373,7 +423,7 @@ impl Processor for Host {
             let mut image = Image::new();
             image.gpr = context.gpr;
             image.rflags = context.rflags;
-            image.xsave.copy_from_slice(&context.after[..XSAVE_SIZE]);
+            self.layout.from_host(&context.after, &mut image.xsave);
             if context.vector == u64::MAX {
                 image.rip = if bits == 64 { END } else { END32 };
                 return Outcome { end: End::Done, image };

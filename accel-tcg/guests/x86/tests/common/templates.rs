@@ -11,6 +11,8 @@ pub enum Head {
     Legacy { map: u8, prefix: u8, wide: bool, address: bool },
     /// Map 1 to 3, pp, W and L.
     Vex { map: u8, pp: u8, wide: bool, long: bool },
+    /// Map 1 to 3, pp, W, L'L, and b: a broadcast, or rounding or no exceptions. Masks are chosen later.
+    Evex { map: u8, pp: u8, wide: bool, length: u8, b: bool },
 }
 
 /// A way to encode a code.
@@ -32,15 +34,18 @@ pub struct Template {
 pub struct Templates {
     /// 64 or 32.
     pub bits: u32,
+    /// With AVX-512.
+    pub wide: bool,
     /// The codes, in order.
     pub codes: Vec<Code>,
     by_code: HashMap<Code, Vec<Template>>,
 }
 
 impl Templates {
-    /// Finds them.
-    pub fn new(bits: u32) -> Self {
-        let mut found: BTreeMap<(Code, Head, u8, bool), (u8, u8)> = BTreeMap::new();
+    /// Finds them, and those of AVX-512 too if `wide`.
+    pub fn new(bits: u32, wide_too: bool) -> Self {
+        let mut found: Found = BTreeMap::new();
+        let scan = |bits: u32, head: Head, found: &mut Found| scan((bits, wide_too), head, found);
         for prefix in [0, 0x66, 0xf3, 0xf2] {
             for wide in [false, true] {
                 if wide && bits == 32 {
@@ -62,6 +67,10 @@ impl Templates {
                 Head::Vex { map: 1 + bits4 / 16, pp: bits4 & 3, wide: bits4 & 4 != 0, long: bits4 & 8 != 0 };
             scan(bits, head, &mut found);
         }
+        for n in 0..if wide_too { 144 } else { 0 } {
+            let (pp, wide, b) = (n & 3, n & 4 != 0, n & 8 != 0);
+            scan(bits, Head::Evex { map: 1 + n / 48, pp, wide, length: n / 16 % 3, b }, &mut found);
+        }
         let mut by_code: HashMap<Code, Vec<Template>> = HashMap::new();
         for ((code, head, opcode, memory), (regs, rms)) in found {
             by_code.entry(code).or_default().push(Template { head, opcode, memory, regs, rms });
@@ -71,7 +80,7 @@ impl Templates {
         }
         let mut codes: Vec<Code> = by_code.keys().copied().collect();
         codes.sort_unstable();
-        Self { bits, codes, by_code }
+        Self { bits, wide: wide_too, codes, by_code }
     }
 
     /// Leaves out all but what is `wanted`.
@@ -126,6 +135,10 @@ pub fn head_bytes(bits: u32, head: Head, opcode: u8) -> Vec<u8> {
             let last = u8::from(wide) << 7 | 0x78 | u8::from(long) << 2 | pp;
             bytes.extend_from_slice(&[0xc4, 0xe0 | map, last]);
         }
+        Head::Evex { map, pp, wide, length, b } => {
+            let last = length << 5 | u8::from(b) << 4 | 8;
+            bytes.extend_from_slice(&[0x62, 0xf0 | map, u8::from(wide) << 7 | 0x7c | pp, last]);
+        }
     }
     bytes.push(opcode);
     bytes
@@ -133,9 +146,17 @@ pub fn head_bytes(bits: u32, head: Head, opcode: u8) -> Vec<u8> {
 
 type Found = BTreeMap<(Code, Head, u8, bool), (u8, u8)>;
 
-fn scan(bits: u32, head: Head, found: &mut Found) {
+fn scan((bits, wide): (u32, bool), head: Head, found: &mut Found) {
+    let evex = matches!(head, Head::Evex { .. });
     for opcode in 0..=255u8 {
         if !is_opcode(bits, head, opcode) {
+            continue;
+        }
+        // Most there are not.
+        let some = |mask| {
+            (0..16u8).any(|n| decode(bits, head, opcode, ((n & 1) * 0xc4 | n >> 1 << 3 | 4, mask)).is_some())
+        };
+        if evex && !some(0) && !some(1) {
             continue;
         }
         for modrm in 0..=255u8 {
@@ -143,19 +164,29 @@ fn scan(bits: u32, head: Head, found: &mut Found) {
             if (0x40..0xc0).contains(&modrm) {
                 continue;
             }
-            let mut bytes = head_bytes(bits, head, opcode);
-            bytes.push(modrm);
-            bytes.extend_from_slice(&[0x20, 0, 0, 0, 0, 0, 0, 0, 0]);
-            let mut decoder = Decoder::with_ip(bits, &bytes, 0x1000, DecoderOptions::NONE);
-            let insn = decoder.decode();
-            if insn.is_invalid() || !wanted(insn.code()) || insn.code().op_code_is_prefix_only(bits, head) {
-                continue;
+            for mask in 0..=u8::from(evex) {
+                let Some(code) = decode(bits, head, opcode, (modrm, mask)) else { continue };
+                if !wanted(code, wide) || code.op_code_is_prefix_only(bits, head) {
+                    continue;
+                }
+                let entry = found.entry((code, head, opcode, modrm < 0xc0)).or_insert((0, 0));
+                entry.0 |= 1 << (modrm >> 3 & 7);
+                entry.1 |= 1 << (modrm & 7);
             }
-            let entry = found.entry((insn.code(), head, opcode, modrm < 0xc0)).or_insert((0, 0));
-            entry.0 |= 1 << (modrm >> 3 & 7);
-            entry.1 |= 1 << (modrm & 7);
         }
     }
+}
+
+/// What an opcode is with a ModRM byte and, with an EVEX prefix, a mask.
+fn decode(bits: u32, head: Head, opcode: u8, (modrm, mask): (u8, u8)) -> Option<Code> {
+    let mut bytes = head_bytes(bits, head, opcode);
+    if let Some(last) = bytes.get_mut(3).filter(|_| mask != 0) {
+        *last |= mask;
+    }
+    bytes.push(modrm);
+    bytes.extend_from_slice(&[0x20, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let insn = Decoder::with_ip(bits, &bytes, 0x1000, DecoderOptions::NONE).decode();
+    (!insn.is_invalid()).then_some(insn.code())
 }
 
 /// False for prefixes and escapes.
@@ -183,8 +214,11 @@ impl Redundant for Code {
     fn op_code_is_prefix_only(self, bits: u32, head: Head) -> bool {
         // Processors disagree on VEX.W of these outside 64-bit mode.
         if bits == 32
-            && matches!(head, Head::Vex { wide: true, .. })
-            && matches!(self.mnemonic(), Mnemonic::Vpextrd | Mnemonic::Vpinsrd)
+            && matches!(head, Head::Vex { wide: true, .. } | Head::Evex { wide: true, .. })
+            && matches!(
+                self.mnemonic(),
+                Mnemonic::Vpextrd | Mnemonic::Vpinsrd | Mnemonic::Kmovd | Mnemonic::Vmovd
+            )
         {
             return true;
         }
@@ -226,11 +260,38 @@ pub fn is_string(mnemonic: Mnemonic) -> bool {
 }
 
 /// True if both processors have the instruction and it gives the same on both.
-pub fn wanted(code: Code) -> bool {
+pub fn wanted(code: Code, wide: bool) -> bool {
     let kind = code.encoding();
-    (kind == EncodingKind::Legacy || kind == EncodingKind::VEX)
-        && code.cpuid_features().iter().all(|f| is_ours(*f))
+    (kind == EncodingKind::Legacy || kind == EncodingKind::VEX || wide && kind == EncodingKind::EVEX)
+        && code.cpuid_features().iter().all(|f| is_ours(*f) || wide && is_avx512(*f))
         && !differs(code)
+}
+
+/// Whether the host has all of AVX-512 that guests may be offered.
+pub fn all_of_avx512() -> bool {
+    is_x86_feature_detected!("avx512ifma")
+        && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vbmi2")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512bitalg")
+        && is_x86_feature_detected!("avx512vpopcntdq")
+        && is_x86_feature_detected!("vaes")
+        && is_x86_feature_detected!("vpclmulqdq")
+}
+
+/// The same of AVX-512.
+fn is_avx512(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    match feature {
+        F::AVX512F | F::AVX512CD | F::AVX512BW | F::AVX512DQ | F::AVX512VL => true,
+        F::AVX512_IFMA
+        | F::AVX512_VBMI
+        | F::AVX512_VBMI2
+        | F::AVX512_VNNI
+        | F::AVX512_BITALG
+        | F::AVX512_VPOPCNTDQ => all_of_avx512(),
+        _ => false,
+    }
 }
 
 /// Features that translation offers and the host has.

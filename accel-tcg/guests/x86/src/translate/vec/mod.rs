@@ -1,8 +1,11 @@
-//! SSE to SSE4.2, AES, PCLMULQDQ, SHA, AVX, AVX2, FMA and F16C: by the host's own instructions.
+//! SSE to SSE4.2, AES, PCLMULQDQ, SHA, AVX, AVX2, FMA and F16C: by the host's own instructions. AVX-512: see [`evex`].
 //!
 //! A 256-bit register is two values of 128 bits, its halves; what works lane by lane is done twice. The tables of
 //! `iced-x86` give opcodes and operands, so most instructions need nothing of their own here.
 
+mod evex;
+mod evex_code;
+mod evex_memory;
 mod host;
 mod misc;
 mod moves;
@@ -102,7 +105,7 @@ impl Translator<'_> {
         if !self.vec_allowed(vex) {
             return true;
         }
-        match entry.kind {
+        let done = match entry.kind {
             Kind::Move => self.whole_move(&v),
             Kind::Special => {
                 let name = v.name();
@@ -115,6 +118,30 @@ impl Translator<'_> {
                 }
             }
             Kind::Generic | Kind::Unary => self.generic(&v),
+        };
+        if done && vex && self.key.contains(Key::AVX512) {
+            self.clear_written(insn);
+        }
+        done
+    }
+
+    /// Zeroes what a VEX instruction zeroes of AVX-512's registers: those that it writes, from bit 256 on.
+    fn clear_written(&mut self, insn: &Instruction) {
+        use Mnemonic::*;
+        match insn.mnemonic() {
+            Vzeroupper | Vzeroall => {
+                (0..self.vector_count()).for_each(|n| self.clear_above(Register::YMM0 + n as u32));
+            }
+            Vpcmpistrm | Vpcmpestrm | Vpcmpestrm64 => self.clear_above(Register::XMM0),
+            Vpcmpistri | Vpcmpestri | Vpcmpestri64 | Vptest | Vtestps | Vtestpd | Vcomiss | Vcomisd
+            | Vucomiss | Vucomisd => {}
+            _ if insn.op0_kind() != OpKind::Register => {}
+            _ => {
+                self.clear_above(insn.op0_register());
+                if insn.memory_index().is_vector_register() {
+                    self.clear_above(insn.op2_register()); // a gather's mask
+                }
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Moves, and what goes between vector and general registers.
 
 use holdfast_tcg_ir::{Cond, Label, Type, Val, VecForm, VecInsn};
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::{Vector, op, raw, template};
 use crate::state::slot;
@@ -70,6 +70,12 @@ pub(super) fn vectorless(m: Mnemonic) -> bool {
     to_int || matches!(m, Vzeroupper | Vzeroall)
 }
 
+impl Crossing {
+    pub(super) fn new(label: Label, insn: &Instruction, pc: u64) -> Self {
+        Self { label, insn: *insn, pc }
+    }
+}
+
 impl Translator<'_> {
     /// A move of a whole register.
     pub(super) fn whole_move(&mut self, v: &Vector<'_>) -> bool {
@@ -133,7 +139,7 @@ impl Translator<'_> {
             None => {
                 let label = self.b.label();
                 self.b.brcond(Cond::GtU, offset, last, label);
-                self.crossing.push(Crossing { label, insn: *v.insn, pc: self.pc });
+                self.crossing.push(Crossing::new(label, v.insn, self.pc));
             }
         }
         true
@@ -143,6 +149,10 @@ impl Translator<'_> {
     pub(in crate::translate) fn cross(&mut self, store: &Crossing) {
         self.pc = store.pc;
         self.b.insn(store.pc, store.insn.len() as u32);
+        if store.insn.code().encoding() == EncodingKind::EVEX {
+            self.evex_store_crossing(&store.insn);
+            return self.goto(store.pc.wrapping_add(store.insn.len() as u64));
+        }
         let at = self.address(&store.insn, 32, true);
         let va = self.whole(at);
         let register = self.b.iconst(store.insn.op1_register().number() as i64);
@@ -218,7 +228,7 @@ impl Translator<'_> {
     }
 
     /// Vector registers of the mode.
-    fn vector_count(&self) -> usize {
+    pub(super) fn vector_count(&self) -> usize {
         if self.size == crate::key::CodeSize::Bits64 { 16 } else { 8 }
     }
 

@@ -158,6 +158,27 @@ pub(in crate::translate) fn available(code: Code) -> bool {
     })
 }
 
+/// Whether an instruction with an EVEX prefix belongs to the extensions that this host has and that guests may use.
+pub(super) fn available_evex(code: Code) -> bool {
+    let host = crate::fpu::host();
+    code.cpuid_features().iter().all(|f| match f {
+        CpuidFeature::AVX512F
+        | CpuidFeature::AVX512CD
+        | CpuidFeature::AVX512BW
+        | CpuidFeature::AVX512DQ
+        | CpuidFeature::AVX512VL => host.avx512,
+        CpuidFeature::AVX512_IFMA => host.avx512ifma,
+        CpuidFeature::AVX512_VBMI => host.avx512vbmi,
+        CpuidFeature::AVX512_VBMI2 => host.avx512vbmi2,
+        CpuidFeature::AVX512_VNNI => host.avx512vnni,
+        CpuidFeature::AVX512_BITALG => host.avx512bitalg,
+        CpuidFeature::AVX512_VPOPCNTDQ => host.avx512vpopcntdq,
+        CpuidFeature::VAES => host.vaes,
+        CpuidFeature::VPCLMULQDQ => host.vpclmulqdq,
+        _ => false,
+    })
+}
+
 /// The template of an instruction in the given form, without W and immediate.
 pub(super) fn template(insn: &Instruction, form: VecForm) -> VecInsn {
     let info = insn.code().op_code();

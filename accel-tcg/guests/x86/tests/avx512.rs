@@ -1,0 +1,148 @@
+//! AVX-512: random instructions with all registers, by the host's processor and by ours. Where the host has no AVX-512
+//! there is nothing to compare with, and guests are not offered it.
+//!
+//! `HOLDFAST_FUZZ_INSNS` and the others are as in `differential.rs`.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::campaign::{Limits, Report, run_of};
+use common::case::{Case, DATA, DATA_RW, DATA_SIZE, OPMASK, Processor, Role, patterns};
+use common::compare::differences;
+use common::generate::Generator;
+use common::guest::Machine;
+use common::host::{Host, has_avx512};
+use common::templates::{Templates, head_bytes};
+use holdfast_guest_x86::X86Guest;
+use holdfast_tcg_runtime::Engine;
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind};
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+/// AVX-512's own, and what works on the registers that it has widened.
+fn concerned(code: Code) -> bool {
+    let vector = |f: &CpuidFeature| {
+        let name = format!("{f:?}");
+        ["AVX", "FMA", "F16C", "SSE", "AES", "VAES", "PCLMULQDQ", "VPCLMULQDQ"]
+            .iter()
+            .any(|p| name.starts_with(p))
+    };
+    code.encoding() == EncodingKind::EVEX || code.cpuid_features().iter().any(vector)
+}
+
+fn generator(seed: u64) -> Generator {
+    Generator::wide(seed, concerned)
+}
+
+fn limits(insns: u64) -> Limits {
+    Limits {
+        insns: setting("HOLDFAST_FUZZ_INSNS", insns),
+        kinds: setting("HOLDFAST_FUZZ_KINDS", 40) as usize,
+    }
+}
+
+fn finish(report: &Report) {
+    let (insns, codes) = (report.insns, report.codes);
+    println!("{insns} instructions of {codes} codes");
+    assert!(report.kinds.is_empty(), "{}", report.mismatches());
+    assert!(report.never.is_empty(), "never run to their end: {:#?}", report.never);
+    let some = std::env::var_os("HOLDFAST_FUZZ_ONLY").is_some();
+    assert!(some || codes > 3000, "only {codes} codes");
+}
+
+fn machine(engine: Engine) -> Machine {
+    Machine::wide(Arc::new(X86Guest::new()), engine)
+}
+
+#[test]
+fn translated_code_agrees_with_the_host() {
+    if !has_avx512() {
+        eprintln!("this host has no AVX-512");
+        return;
+    }
+    let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
+    ours.set_end_page(&host.end_page());
+    let seed = setting("HOLDFAST_FUZZ_SEED", 2);
+    finish(&run_of(generator(seed), seed, limits(30_000), (&mut host, &mut ours)));
+}
+
+#[test]
+fn interpreter_agrees_with_translated_code() {
+    if !has_avx512() {
+        eprintln!("this host has no AVX-512");
+        return;
+    }
+    let (mut a, mut b) = (machine(Engine::Auto), machine(Engine::Interpreter));
+    let seed = setting("HOLDFAST_FUZZ_SEED", 3);
+    finish(&run_of(generator(seed), seed, limits(15_000), (&mut a, &mut b)));
+}
+
+/// Where a memory operand begins, below the end of all data: some of it is there.
+const BEFORE_END: [u64; 7] = [1, 2, 4, 8, 16, 24, 48];
+/// What the mask is.
+const MASKS: [u64; 9] = [0, 1, 2, 3, 0xf, 0x55, 0xff, 0x8000_8000_8000_8080, u64::MAX << 1];
+
+/// The memory operands of every instruction, half of it in a page that is not there: whatever the mask hides on the host is
+/// hidden from our guests.
+#[test]
+fn masks_hide_the_faults_that_they_hide_on_the_host() {
+    if !has_avx512() {
+        eprintln!("this host has no AVX-512");
+        return;
+    }
+    let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
+    ours.set_end_page(&host.end_page());
+    let templates = Templates::new(64, true);
+    let data = patterns()[4];
+    let mut bad = std::collections::BTreeSet::new();
+    let mut ran = 0;
+    for code in templates.codes.iter().filter(|c| c.encoding() == EncodingKind::EVEX) {
+        for template in templates.of(*code).iter().filter(|t| t.memory && t.rms >> 6 & 1 != 0) {
+            for masked in [0x01, 0x81] {
+                let mut bytes = head_bytes(64, template.head, template.opcode);
+                bytes[3] |= masked;
+                let reg = (0..8).find(|r| template.regs >> r & 1 != 0).unwrap_or(0);
+                bytes.extend([reg << 3 | 6, 0x21]); // [rsi], and an immediate
+                let insn = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+                if insn.is_invalid() || insn.code() != *code {
+                    continue;
+                }
+                bytes.truncate(insn.len());
+                let case =
+                    Case { bits: 64, at: 0x80, code: bytes, roles: [Role::Any; 16], seed: 9, wide: true };
+                let all = case.bytes();
+                host.place(case.at, &all);
+                ours.place(case.at, &all);
+                let mut image = case.image();
+                image.rflags = 0x202;
+                image.put(24, &0x1f80u32.to_le_bytes());
+                for before in BEFORE_END {
+                    for mask in MASKS {
+                        for end in [DATA + DATA_RW as u64, DATA + DATA_SIZE as u64] {
+                            image.gpr[6] = end - before;
+                            image.put(OPMASK + 8, &mask.to_le_bytes());
+                            let (left, right) = (host.run(64, &image, &data), ours.run(64, &image, &data));
+                            ran += 1;
+                            let same = left.end == right.end
+                                && differences(64, &left.image, &right.image).is_empty()
+                                && host.data() == ours.data();
+                            if !same {
+                                bad.insert(format!(
+                                    "{code:?}: {before:#x} {mask:#x} {:x?} {:x?}",
+                                    left.end, right.end
+                                ));
+                                break;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!("{ran} runs");
+    assert!(bad.is_empty(), "{} differ: {bad:#?}", bad.len());
+}
