@@ -9,12 +9,16 @@ mod common;
 use std::sync::Arc;
 
 use common::campaign::{Limits, Report, run_of};
-use common::case::{Case, DATA, DATA_RW, DATA_SIZE, OPMASK, Processor, Role, patterns};
+use common::case::{
+    Case, DATA, DATA_RW, DATA_SIZE, End, OPMASK, Processor, Role, XSAVE_SIZE, ZMM_HIGH, ZMM_UPPER, patterns,
+};
 use common::compare::differences;
 use common::generate::Generator;
 use common::guest::Machine;
 use common::host::{Host, has_avx512};
+use common::random::Random;
 use common::templates::{Templates, head_bytes};
+use holdfast_arch::CpuState;
 use holdfast_guest_x86::X86Guest;
 use holdfast_tcg_runtime::Engine;
 use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind};
@@ -145,4 +149,95 @@ fn masks_hide_the_faults_that_they_hide_on_the_host() {
     }
     println!("{ran} runs");
     assert!(bad.is_empty(), "{} differ: {bad:#?}", bad.len());
+}
+
+/// XSAVEC stores what the host stores; XSAVE stores it where CPUID says, and both are loaded back.
+#[test]
+fn the_registers_are_saved_and_restored() {
+    if !has_avx512() {
+        eprintln!("this host has no AVX-512");
+        return;
+    }
+    let (mut host, mut ours) = (Host::new(), machine(Engine::Auto));
+    let mut random = Random::new(0x512);
+    let data = [0; DATA_SIZE];
+    for run in 0..200 {
+        let case = |code: &[u8]| Case {
+            bits: 64,
+            at: 0x40,
+            code: code.to_vec(),
+            roles: [Role::Any; 16],
+            seed: 77 + run,
+            wide: true,
+        };
+        let mut image = case(&[]).image();
+        // SSE and up: what x87 pointers are differs. Any of the components, of which some are in their initial state.
+        (image.gpr[0], image.gpr[2], image.gpr[3]) =
+            (random.next() & 0xe6, 0, DATA + 64 * random.below(0x40));
+        image.rflags = 0x202;
+        image.put(512, &(3 | random.next() & 0xe4).to_le_bytes());
+        let go = |on: &mut dyn Processor, code: &[u8]| {
+            let case = case(code);
+            on.place(case.at, &case.bytes());
+            let outcome = on.run(64, &image, &data);
+            assert_eq!(outcome.end, End::Done, "run {run} on {}", on.name());
+            (outcome.image, on.data().to_vec())
+        };
+        // xsavec64 [rbx], which has no room for what a host's processor has between the components.
+        let compact = [0x48, 0x0f, 0xc7, 0x23];
+        let (want, got) = (go(&mut host, &compact), go(&mut ours, &compact));
+        let area = (image.gpr[3] - DATA) as usize;
+        let mask = area + 28..area + 32; // MXCSR_MASK
+        let differs = want.1.iter().zip(&got.1).enumerate().find(|(n, (a, b))| !mask.contains(n) && a != b);
+        assert!(differs.is_none(), "run {run}, rax {:#x}: {differs:x?}", image.gpr[0]);
+        // Stored, cleared and loaded: xsave64 [rbx]; vzeroall; kxorq k1, k1, k1; vpxorq zmm20, zmm20, zmm20; xrstor64 [rbx]
+        for save in [&compact[..], &[0x48, 0x0f, 0xae, 0x23]] {
+            let mut code = save.to_vec();
+            code.extend([0xc5, 0xfc, 0x77, 0xc4, 0xe1, 0xf4, 0x47, 0xc9]);
+            code.extend([0x62, 0xa1, 0xdd, 0x40, 0xef, 0xe4, 0x48, 0x0f, 0xae, 0x2b]);
+            let (want, got) = (go(&mut host, &code), go(&mut ours, &code));
+            assert_eq!(
+                differences(64, &want.0, &got.0),
+                Vec::<String>::new(),
+                "run {run}, rax {:#x}",
+                image.gpr[0]
+            );
+        }
+        // Where CPUID says that they are.
+        let standard = go(&mut ours, &[0x48, 0x0f, 0xae, 0x23]).1;
+        let parts = [(5, OPMASK, ZMM_HIGH), (6, ZMM_HIGH, ZMM_UPPER), (7, ZMM_UPPER, XSAVE_SIZE)];
+        for (bit, from, to) in parts {
+            if image.gpr[0] & u64::from(image.get::<1>(512)[0]) >> bit & 1 != 0 {
+                assert_eq!(
+                    standard[area + from..area + to],
+                    image.xsave[from..to],
+                    "run {run}, component {bit}"
+                );
+            }
+        }
+    }
+}
+
+/// A state goes to another vCPU and on from there, as it does in a migration; one that has no AVX-512 refuses it.
+#[test]
+fn the_registers_move_along() {
+    if !has_avx512() {
+        eprintln!("this host has no AVX-512");
+        return;
+    }
+    let (mut from, mut to) = (machine(Engine::Auto), machine(Engine::Auto));
+    let case = Case { bits: 64, at: 0, code: vec![0x90], roles: [Role::Any; 16], seed: 5, wide: true };
+    from.place(case.at, &case.bytes());
+    let mut image = case.image();
+    image.rflags = 0x202;
+    from.run(64, &image, &[0; DATA_SIZE]);
+    let state = from.vcpu.export();
+    let CpuState::X86_64(exported) = &state else { panic!("not x86") };
+    assert!(exported.xsave[OPMASK..XSAVE_SIZE] == image.xsave[OPMASK..], "not what it was given");
+    to.vcpu.import(&state).expect("the same processor");
+    let CpuState::X86_64(arrived) = to.vcpu.export() else { panic!("not x86") };
+    assert!(arrived.xsave == exported.xsave, "the XSAVE areas differ");
+    let mut without = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let refused = without.vcpu.import(&state).expect_err("it has no such registers");
+    assert!(format!("{refused:?}").contains("XCR0 bits 0xe0"), "{refused:?}");
 }

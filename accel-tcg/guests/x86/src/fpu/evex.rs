@@ -126,7 +126,7 @@ pub(super) fn load(cpu: &mut Cpu<'_>, [offset, bits, mask, ..]: [u64; 5]) -> Hel
     for run in h.runs(accessed) {
         let at = h.linear(cpu.state(), offset, run, false)?;
         let value = cpu.load(at, run.len as u8, idx)?;
-        words[run.at / 8 & 7] |= value << (8 * (run.at % 8));
+        words[(run.at / 8) & 7] |= value << (8 * (run.at % 8));
     }
     let s = cpu.state::<X86>();
     if h.is_small() {
@@ -154,7 +154,7 @@ pub(super) fn store(cpu: &mut Cpu<'_>, [offset, bits, mask, ..]: [u64; 5]) -> He
     }
     for run in h.runs(accessed) {
         let at = h.linear(cpu.state(), offset, run, true)?;
-        cpu.store(at, run.len as u8, idx, words[run.at / 8 & 7] >> (8 * (run.at % 8)))?;
+        cpu.store(at, run.len as u8, idx, words[(run.at / 8) & 7] >> (8 * (run.at % 8)))?;
     }
     Ok(0)
 }

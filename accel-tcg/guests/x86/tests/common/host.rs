@@ -284,7 +284,7 @@ impl Layout {
         }
     }
 
-    fn from_host(&self, area: &[u8; AREA], image: &mut [u8; XSAVE_SIZE]) {
+    fn image_of(&self, area: &[u8; AREA], image: &mut [u8; XSAVE_SIZE]) {
         image[..832].copy_from_slice(&area[..832]);
         image[512] &= self.components as u8;
         for (there, here, len) in &self.parts {
@@ -423,7 +423,7 @@ impl Processor for Host {
             let mut image = Image::new();
             image.gpr = context.gpr;
             image.rflags = context.rflags;
-            self.layout.from_host(&context.after, &mut image.xsave);
+            self.layout.image_of(&context.after, &mut image.xsave);
             if context.vector == u64::MAX {
                 image.rip = if bits == 64 { END } else { END32 };
                 return Outcome { end: End::Done, image };

@@ -154,7 +154,8 @@ fn scan((bits, wide): (u32, bool), head: Head, found: &mut Found) {
         }
         // Most there are not.
         let some = |mask| {
-            (0..16u8).any(|n| decode(bits, head, opcode, ((n & 1) * 0xc4 | n >> 1 << 3 | 4, mask)).is_some())
+            (0..16u8)
+                .any(|n| decode(bits, head, opcode, (((n & 1) * 0xc4) | ((n >> 1) << 3) | 4, mask)).is_some())
         };
         if evex && !some(0) && !some(1) {
             continue;

@@ -119,7 +119,85 @@ fn broadcast_count(insn: &Instruction, size: u32) -> u32 {
     bits / 8 / size
 }
 
-/// Exception types E4NF, E5NF and E6NF: all of the memory operand may fault, whatever the mask is.
+/// Instructions of exception types E4NF, E5NF and E6NF.
+const WHOLE: &[Mnemonic] = &[
+    Mnemonic::Valignd,
+    Mnemonic::Valignq,
+    Mnemonic::Vdbpsadbw,
+    Mnemonic::Vextractf32x4,
+    Mnemonic::Vextractf32x8,
+    Mnemonic::Vextractf64x2,
+    Mnemonic::Vextractf64x4,
+    Mnemonic::Vextracti32x4,
+    Mnemonic::Vextracti32x8,
+    Mnemonic::Vextracti64x2,
+    Mnemonic::Vextracti64x4,
+    Mnemonic::Vinsertf32x4,
+    Mnemonic::Vinsertf32x8,
+    Mnemonic::Vinsertf64x2,
+    Mnemonic::Vinsertf64x4,
+    Mnemonic::Vinserti32x4,
+    Mnemonic::Vinserti32x8,
+    Mnemonic::Vinserti64x2,
+    Mnemonic::Vinserti64x4,
+    Mnemonic::Vmovddup,
+    Mnemonic::Vmovshdup,
+    Mnemonic::Vmovsldup,
+    Mnemonic::Vpackssdw,
+    Mnemonic::Vpacksswb,
+    Mnemonic::Vpackusdw,
+    Mnemonic::Vpackuswb,
+    Mnemonic::Vpalignr,
+    Mnemonic::Vpconflictd,
+    Mnemonic::Vpconflictq,
+    Mnemonic::Vpermb,
+    Mnemonic::Vpermd,
+    Mnemonic::Vpermi2b,
+    Mnemonic::Vpermi2d,
+    Mnemonic::Vpermi2pd,
+    Mnemonic::Vpermi2ps,
+    Mnemonic::Vpermi2q,
+    Mnemonic::Vpermi2w,
+    Mnemonic::Vpermilpd,
+    Mnemonic::Vpermilps,
+    Mnemonic::Vpermpd,
+    Mnemonic::Vpermps,
+    Mnemonic::Vpermq,
+    Mnemonic::Vpermt2b,
+    Mnemonic::Vpermt2d,
+    Mnemonic::Vpermt2pd,
+    Mnemonic::Vpermt2ps,
+    Mnemonic::Vpermt2q,
+    Mnemonic::Vpermt2w,
+    Mnemonic::Vpermw,
+    Mnemonic::Vpmaddubsw,
+    Mnemonic::Vpmaddwd,
+    Mnemonic::Vpmultishiftqb,
+    Mnemonic::Vpshufb,
+    Mnemonic::Vpshufd,
+    Mnemonic::Vpshufhw,
+    Mnemonic::Vpshuflw,
+    Mnemonic::Vpunpckhbw,
+    Mnemonic::Vpunpckhdq,
+    Mnemonic::Vpunpckhqdq,
+    Mnemonic::Vpunpckhwd,
+    Mnemonic::Vpunpcklbw,
+    Mnemonic::Vpunpckldq,
+    Mnemonic::Vpunpcklqdq,
+    Mnemonic::Vpunpcklwd,
+    Mnemonic::Vshuff32x4,
+    Mnemonic::Vshuff64x2,
+    Mnemonic::Vshufi32x4,
+    Mnemonic::Vshufi64x2,
+    Mnemonic::Vshufpd,
+    Mnemonic::Vshufps,
+    Mnemonic::Vunpckhpd,
+    Mnemonic::Vunpckhps,
+    Mnemonic::Vunpcklpd,
+    Mnemonic::Vunpcklps,
+];
+
+/// All of the memory operand may fault, whatever the mask is.
 fn whole(insn: &Instruction) -> bool {
     use Mnemonic::*;
     match insn.mnemonic() {
@@ -127,83 +205,7 @@ fn whole(insn: &Instruction) -> bool {
         Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad | Vpsraq => {
             insn.op_count() == 3 && insn.op2_kind() == OpKind::Memory
         }
-        m => matches!(
-            m,
-            Valignd
-                | Valignq
-                | Vdbpsadbw
-                | Vextractf32x4
-                | Vextractf32x8
-                | Vextractf64x2
-                | Vextractf64x4
-                | Vextracti32x4
-                | Vextracti32x8
-                | Vextracti64x2
-                | Vextracti64x4
-                | Vinsertf32x4
-                | Vinsertf32x8
-                | Vinsertf64x2
-                | Vinsertf64x4
-                | Vinserti32x4
-                | Vinserti32x8
-                | Vinserti64x2
-                | Vinserti64x4
-                | Vmovddup
-                | Vmovshdup
-                | Vmovsldup
-                | Vpackssdw
-                | Vpacksswb
-                | Vpackusdw
-                | Vpackuswb
-                | Vpalignr
-                | Vpconflictd
-                | Vpconflictq
-                | Vpermb
-                | Vpermd
-                | Vpermi2b
-                | Vpermi2d
-                | Vpermi2pd
-                | Vpermi2ps
-                | Vpermi2q
-                | Vpermi2w
-                | Vpermilpd
-                | Vpermilps
-                | Vpermpd
-                | Vpermps
-                | Vpermq
-                | Vpermt2b
-                | Vpermt2d
-                | Vpermt2pd
-                | Vpermt2ps
-                | Vpermt2q
-                | Vpermt2w
-                | Vpermw
-                | Vpmaddubsw
-                | Vpmaddwd
-                | Vpmultishiftqb
-                | Vpshufb
-                | Vpshufd
-                | Vpshufhw
-                | Vpshuflw
-                | Vpunpckhbw
-                | Vpunpckhdq
-                | Vpunpckhqdq
-                | Vpunpckhwd
-                | Vpunpcklbw
-                | Vpunpckldq
-                | Vpunpcklqdq
-                | Vpunpcklwd
-                | Vshuff32x4
-                | Vshuff64x2
-                | Vshufi32x4
-                | Vshufi64x2
-                | Vshufpd
-                | Vshufps
-                | Vunpckhpd
-                | Vunpckhps
-                | Vunpcklpd
-                | Vunpcklps
-        ),
+        m => WHOLE.contains(&m),
     }
 }
 
