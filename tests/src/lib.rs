@@ -63,6 +63,22 @@ pub fn x86_64_guest() -> PathBuf {
     fetched("HOLDFAST_X86_64_GUEST", "fetch-x86_64", &[])
 }
 
+/// Writes the amd64 guest's initramfs to `to`, with `program` of this machine behind it, more `files` in the root directory
+/// and the script `init`, of this folder, as `/test-init`.
+///
+/// # Panics
+/// If the program is not installed, or the file cannot be written.
+pub fn x86_64_initramfs(to: &Path, init: &str, program: &str, files: &[PathBuf]) {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let more = to.with_extension("more");
+    let mut pack = Command::new(here.join("guests/pack"));
+    let status = pack.arg(&more).arg(here.join(init)).arg(program).args(files).status().expect("a script");
+    assert!(status.success(), "{program} cannot be packed");
+    let mut all = std::fs::read(x86_64_guest().join("initramfs.cpio")).expect("the guest's initramfs");
+    all.extend(std::fs::read(more).expect("packed"));
+    std::fs::write(to, all).expect("written");
+}
+
 /// The directory with `vmlinuz` and `initramfs.cpio` of another x86 guest of `fetch-debian`: `x86_64-generic`,
 /// `x86_64-bookworm`, `x86_64-bookworm-cloud` or `i386`; the first three have a `vmlinux` too.
 ///

@@ -35,16 +35,42 @@ fn an_older_processor() {
     vm.wait_for_after("N1 A0", at, BOOT);
 }
 
+/// Boots with a CPU model, where `command` is to print `answer` in the shell.
+fn ask(profile: &str, command: &str, answer: &str) {
+    let mut args = x86_64_args(1, "");
+    let cpus = args.iter().position(|a| a == "boot=1").expect("there");
+    args[cpus] = format!("boot=1,profile={profile}");
+    let mut vm = Program::run(&args);
+    let at = vm.wait_for("# ", BOOT);
+    vm.type_in(&format!("echo A$({command})\n"));
+    vm.wait_for_after(&format!("A{answer}"), at, BOOT);
+}
+
 /// With five levels of page tables: Linux takes data of its own for out of reach where CPUID's linear addresses are too short.
 #[test]
 fn all_that_translation_offers() {
-    let mut args = x86_64_args(1, "");
-    let cpus = args.iter().position(|a| a == "boot=1").expect("there");
-    args[cpus] = "boot=1,profile=max".into();
-    let mut vm = Program::run(&args);
-    let at = vm.wait_for("# ", BOOT);
-    vm.type_in("echo L$(grep -cw la57 /proc/cpuinfo) $(grep -o '57 bits virtual' /proc/cpuinfo)\n");
-    vm.wait_for_after("L1 57 bits virtual", at, BOOT);
+    ask("max", "grep -o -w -e la57 -e '57 bits virtual' /proc/cpuinfo", "la57 57 bits virtual");
+}
+
+/// Linux drops what does not fit together, all of XSAVE and AVX for a wrong size, and says so.
+#[test]
+fn models_have_in_linux_what_their_names_promise() {
+    let models = [
+        ("qemu64", ["pni", "cx16", "lahf_lm"]),
+        ("Nehalem", ["sse4_2", "popcnt", "x2apic"]),
+        ("Skylake-Server", ["avx2", "pku", "xsavec"]),
+        ("EPYC", ["avx2", "sha_ni", "xsavec"]),
+        ("host", ["avx2", "sha_ni", "xsaves"]),
+    ];
+    for (model, flags) in models {
+        let flags = flags.join(" ");
+        let pattern = flags.replace(' ', "|");
+        let found = format!("grep -m1 ^flags /proc/cpuinfo | tr ' ' '\\n' | grep -xE '{pattern}' | sort");
+        let mut want: Vec<_> = flags.split(' ').collect();
+        want.sort_unstable();
+        let command = format!("{found}; dmesg | grep -c -e consistency -e WARNING:.CPU");
+        ask(model, &command, &format!("{} 0", want.join(" ")));
+    }
 }
 
 #[test]

@@ -2,25 +2,12 @@
 //!
 //! `HOLDFAST_STRESS_SECONDS` is how long it runs in the guest; `HOLDFAST_STRESS_VCPUS` on how many vCPUs.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use holdfast_tests::{Program, printed, x86_64_args, x86_64_guest};
+use holdfast_tests::{Program, printed, x86_64_args, x86_64_initramfs};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
-/// The guest's initramfs with stress-ng behind it.
-fn initramfs(to: &Path) {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("stress/pack");
-    let more = to.with_extension("more");
-    let status = Command::new(script).arg(&more).status().expect("tests/stress/pack runs");
-    assert!(status.success(), "stress-ng cannot be packed");
-    let mut all = std::fs::read(x86_64_guest().join("initramfs.cpio")).expect("the guest's initramfs");
-    all.extend(std::fs::read(more).expect("packed"));
-    std::fs::write(to, all).expect("written");
 }
 
 #[test]
@@ -28,12 +15,12 @@ fn stress_ng_verifies_everything() {
     let (seconds, vcpus) = (setting("HOLDFAST_STRESS_SECONDS", 15), setting("HOLDFAST_STRESS_VCPUS", 8));
     let dir = tempfile::tempdir().expect("a directory");
     let initramfs_at = dir.path().join("initramfs.cpio");
-    initramfs(&initramfs_at);
+    x86_64_initramfs(&initramfs_at, "stress/init", "stress-ng", &[]);
     let mut args = x86_64_args(vcpus as u32, "");
     for (key, value) in [
         ("--memory", "size=1G".to_string()),
         ("--initramfs", initramfs_at.display().to_string()),
-        ("--cmdline", format!("console=ttyS0 quiet rdinit=/stress-init stress.seconds={seconds}")),
+        ("--cmdline", format!("console=ttyS0 quiet rdinit=/test-init stress.seconds={seconds}")),
     ] {
         let at = args.iter().position(|a| a == key).expect("there");
         args[at + 1] = value;

@@ -265,7 +265,8 @@ pub(crate) fn cpuid(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
         0xd if index == 0 && find(s, 0xd, 0).is_some() => {
             regs[1] = area::sizes(s.xcr0, 0).0;
         }
-        0xd if index == 1 && regs[0] & 1 << 3 != 0 => regs[1] = area::sizes(s.xcr0, s.xss).1,
+        // With XSAVEC or XSAVES.
+        0xd if index == 1 && regs[0] & 0xa != 0 => regs[1] = area::sizes(s.xcr0, s.xss).1,
         _ => {}
     }
     let [a, b, c, d] = regs.map(u64::from);
