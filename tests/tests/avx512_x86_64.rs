@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use holdfast_tests::devices::run;
 use holdfast_tests::{Program, printed, x86_64_args, x86_64_initramfs};
 
 const BOOT: Duration = Duration::from_secs(300);

@@ -93,6 +93,34 @@ pub fn missing(supported: &[CpuidEntry], model: &[CpuidEntry]) -> Vec<(u32, u32,
     out
 }
 
+/// A guest whose XSAVE areas are laid out otherwise than here: what it has in memory would be loaded wrongly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest has component {component} of XSAVE areas at byte {theirs}, processors here have it at {ours}"
+)]
+pub struct LayoutError {
+    component: u32,
+    theirs: u32,
+    ours: u32,
+}
+
+/// Whether areas of XSAVE in the standard format have the components of `xcr0` where a guest with the table `theirs` has
+/// them (AMD's processors leave out MPX, for one; SDM volume 1, section 13.4.3).
+///
+/// # Errors
+/// [`LayoutError`].
+pub fn same_xsave_layout(theirs: &[CpuidEntry], ours: &[CpuidEntry], xcr0: u64) -> Result<(), LayoutError> {
+    let at = |table: &[CpuidEntry], n: u32| find(table, 0xd, n).map(|e| e.regs[EBX]).filter(|at| *at != 0);
+    for component in (2..63).filter(|n| xcr0 >> n & 1 != 0) {
+        if let (Some(theirs), Some(ours)) = (at(theirs, component), at(ours, component))
+            && theirs != ours
+        {
+            return Err(LayoutError { component, theirs, ours });
+        }
+    }
+    Ok(())
+}
+
 /// Writes into `table` what differs from vCPU to vCPU: APIC ids and the topology leaves (1, 4, 0xb, 0x1f,
 /// 0x80000008, 0x8000001e), for the vCPU with `apic_id`.
 pub fn place(table: &mut Vec<CpuidEntry>, topology: CpuTopology, apic_id: u32) {
@@ -157,6 +185,19 @@ fn extended_topology(table: &mut Vec<CpuidEntry>, function: u32, topology: CpuTo
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_stays_where_its_xsave_areas_are_laid_out_as_it_has_them() {
+        let table = |pkru: u32| {
+            let leaf = |n, at| CpuidEntry { function: 0xd, index: n, indexed: true, regs: [8, at, 0, 0] };
+            vec![leaf(2, 576), leaf(9, pkru)]
+        };
+        assert_eq!(same_xsave_layout(&table(2688), &table(2688), 0x207), Ok(()));
+        assert_eq!(same_xsave_layout(&table(832), &table(2688), 7), Ok(()), "it has no PKRU");
+        assert_eq!(same_xsave_layout(&[], &table(2688), 0x207), Ok(()), "nobody says");
+        let error = same_xsave_layout(&table(832), &table(2688), 0x207).expect_err("they differ").to_string();
+        assert!(error.contains("component 9") && error.contains("byte 832"), "{error}");
+    }
 
     fn entry(function: u32, index: u32, regs: [u32; 4]) -> CpuidEntry {
         CpuidEntry { function, index, indexed: matches!(function, 4 | 7 | 0xb | 0xd | 0x1f), regs }

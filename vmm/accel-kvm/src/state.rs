@@ -3,7 +3,7 @@
 use std::io;
 
 use holdfast_accel::AccelError;
-use holdfast_arch::x86_64::{Events, MpState, Segment, State, Table};
+use holdfast_arch::x86_64::{Events, MpState, Segment, State, Table, cpuid};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
@@ -349,6 +349,8 @@ impl KvmVcpu {
     pub(crate) fn write_state(&mut self, state: &State) -> Result<(), AccelError> {
         let fail = |what: &'static str| move |e| host(format!("cannot set {what}"), io_error(e));
         self.check_tsc(state.tsc_khz)?;
+        cpuid::same_xsave_layout(&state.cpuid, &self.cpuid, state.xcr0)
+            .map_err(|e| state_error(e.to_string()))?;
         let fd = &self.fd;
         fd.set_sregs(&kvm_sregs_of(state)).map_err(fail("system registers"))?;
         fd.set_regs(&kvm_regs_of(state)).map_err(fail("registers"))?;

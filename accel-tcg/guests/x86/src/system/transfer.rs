@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use holdfast_arch::x86_64::{CpuidEntry, Events, MpState, Segment, State, Table};
+use holdfast_arch::x86_64::{CpuidEntry, Events, MpState, Segment, State, Table, cpuid as tables};
 use holdfast_tcg_runtime::{Cpu, Flush};
 
 use super::events::mp;
@@ -145,7 +145,8 @@ fn check(s: &X86, state: &State) -> Result<(), String> {
     if state.xcr0 & !s.xcr0_bits != 0 {
         return Err(format!("XCR0 bits {:#x} that this processor has not", state.xcr0 & !s.xcr0_bits));
     }
-    Ok(())
+    let ours: Vec<_> = s.cpuid.iter().take(s.cpuid_count as usize).map(shown).collect();
+    tables::same_xsave_layout(&state.cpuid, &ours, state.xcr0).map_err(|e| e.to_string())
 }
 
 /// Replaces the state.
