@@ -101,7 +101,11 @@ impl How {
             return Err(gp(0));
         }
         // Processors check each element where they hide faults.
-        super::check_alignment(s, at, if self.whole { bytes.min(16) } else { self.size as u64 })
+        super::check_alignment(
+            s,
+            at,
+            if self.whole || self.kind == 0 { bytes.min(16) } else { self.size as u64 },
+        )
     }
 
     /// The linear address of a run.

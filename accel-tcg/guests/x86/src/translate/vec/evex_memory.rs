@@ -44,7 +44,7 @@ impl Elements {
         } else {
             memory.element_size() as u32
         };
-        let size = size.min(bytes);
+        let size = size.min(bytes).max(1);
         let whole = whole(insn);
         let masked = match insn.op_mask() {
             Register::None => Masked::All,
