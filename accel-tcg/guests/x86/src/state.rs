@@ -301,7 +301,7 @@ pub mod slot {
     }
     /// The low half of vector register `r` (XMM).
     pub const fn xmm(r: usize) -> Slot {
-        Slot::new((offset_of!(X86, ymm) + 32 * (r & 15)) as u32, Type::V128)
+        vector(r & 15, 0)
     }
     /// 16 bytes of [`X86::vec_scratch`], 0 to 7.
     pub const fn scratch(n: usize) -> Slot {
@@ -327,7 +327,7 @@ pub mod slot {
     }
     /// The upper half of YMM register `r`.
     pub const fn ymm_high(r: usize) -> Slot {
-        Slot::new((offset_of!(X86, ymm) + 32 * (r & 15) + 16) as u32, Type::V128)
+        vector(r & 15, 1)
     }
     /// 16 bytes of vector register `r`, 0 to 31: bits `128 * quarter` and up.
     pub const fn vector(r: usize, quarter: usize) -> Slot {

@@ -2,6 +2,7 @@
 
 use holdfast_tcg_runtime::{Cpu, Fault, HelperResult};
 
+use super::masked::{element, set_element};
 use crate::helpers::segment;
 use crate::state::X86;
 use crate::system::fault::gp;
@@ -161,21 +162,6 @@ pub(super) fn store(cpu: &mut Cpu<'_>, [offset, bits, mask, ..]: [u64; 5]) -> He
         cpu.store(at, run.len as u8, idx, words[(run.at / 8) & 7] >> (8 * (run.at % 8)))?;
     }
     Ok(0)
-}
-
-/// Element `n` of `size` bytes (4 or 8).
-fn element(register: &[u64; 8], n: usize, size: u8) -> u64 {
-    if size == 8 { register[n & 7] } else { (register[(n / 2) & 7] >> (32 * (n & 1))) & 0xffff_ffff }
-}
-
-fn set_element(register: &mut [u64; 8], n: usize, size: u8, value: u64) {
-    if size == 8 {
-        register[n & 7] = value;
-    } else {
-        let shift = 32 * (n & 1);
-        let word = &mut register[(n / 2) & 7];
-        *word = *word & !(0xffff_ffff << shift) | (value & 0xffff_ffff) << shift;
-    }
 }
 
 /// (offset, how): gathers and scatters. What has been accessed is clear in the mask when a later element faults.

@@ -46,17 +46,17 @@ impl How {
 }
 
 /// Element `n` of `size` bytes (4 or 8) of a register.
-fn element(register: &[u64; 4], n: usize, size: u8) -> u64 {
-    if size == 8 { register[n & 3] } else { (register[(n / 2) & 3] >> (32 * (n & 1))) & 0xffff_ffff }
+pub(super) fn element(register: &[u64], n: usize, size: u8) -> u64 {
+    let word = |n: usize| register.get(n).copied().unwrap_or(0);
+    if size == 8 { word(n) } else { (word(n / 2) >> (32 * (n & 1))) & 0xffff_ffff }
 }
 
-fn set_element(register: &mut [u64; 4], n: usize, size: u8, value: u64) {
-    if size == 8 {
-        register[n & 3] = value;
-    } else {
-        let shift = 32 * (n & 1);
-        let word = &mut register[(n / 2) & 3];
-        *word = *word & !(0xffff_ffff << shift) | (value & 0xffff_ffff) << shift;
+/// Sets it.
+pub(super) fn set_element(register: &mut [u64], n: usize, size: u8, value: u64) {
+    let (at, shift, mask) =
+        if size == 8 { (n, 0, u64::MAX) } else { (n / 2, 32 * (n & 1), 0xffff_ffff << (32 * (n & 1))) };
+    if let Some(word) = register.get_mut(at) {
+        *word = *word & !mask | value << shift & mask;
     }
 }
 
