@@ -244,3 +244,22 @@ fn the_registers_move_along() {
     let refused = without.vcpu.import(&state).expect_err("it has no such registers");
     assert!(format!("{refused:?}").contains("XCR0 bits 0xe0"), "{refused:?}");
 }
+
+/// A guest that was not offered it gets #UD, whatever the host has.
+#[test]
+fn without_its_state_there_is_none() {
+    let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let codes: [&[u8]; 4] = [
+        &[0x62, 0xf1, 0x7d, 0x48, 0xfe, 0xc1], // vpaddd zmm0, zmm0, zmm1
+        &[0x62, 0xf1, 0x7e, 0x08, 0x6f, 0x06], // vmovdqu32 xmm0, [rsi]
+        &[0xc5, 0xf8, 0x92, 0xc8],             // kmovw k1, eax
+        &[0xc4, 0xe1, 0xf8, 0x98, 0xc9],       // kortestq k1, k1
+    ];
+    for code in codes {
+        let case =
+            Case { bits: 64, at: 0, code: code.to_vec(), roles: [Role::Any; 16], seed: 1, wide: false };
+        ours.place(case.at, &case.bytes());
+        let outcome = ours.run(64, &case.image(), &[0; DATA_SIZE]);
+        assert_eq!(outcome.end, End::Fault { vector: 6, error: 0, address: 0 }, "{}", listing(&case));
+    }
+}

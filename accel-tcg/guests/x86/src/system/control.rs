@@ -290,3 +290,25 @@ pub(crate) fn interrupts_enabled(cpu: &mut Cpu<'_>) {
         cpu.request_exit();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros;
+
+    use super::*;
+
+    /// SDM volume 1, section 13.3: what goes together in XCR0.
+    #[test]
+    fn components_of_xcr0_come_with_those_that_they_extend() {
+        let mut s = X86::new_zeroed();
+        s.xcr0_bits = 0xff;
+        for value in [1, 3, 7, 0x1f, 0xe7, 0xff] {
+            assert!(valid_xcr0(&s, value), "{value:#x}");
+        }
+        for value in [0, 2, 5, 0xb, 0x27, 0x67, 0xc7, 0xe1, 0xe3, 0x207] {
+            assert!(!valid_xcr0(&s, value), "{value:#x}");
+        }
+        s.xcr0_bits = 7;
+        assert!(!valid_xcr0(&s, 0xe7), "a model without AVX-512");
+    }
+}
