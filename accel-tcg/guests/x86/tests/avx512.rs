@@ -31,7 +31,7 @@ fn setting(name: &str, default: u64) -> u64 {
 fn concerned(code: Code) -> bool {
     let vector = |f: &CpuidFeature| {
         let name = format!("{f:?}");
-        ["AVX", "FMA", "F16C", "SSE", "AES", "VAES", "PCLMULQDQ", "VPCLMULQDQ"]
+        ["AVX", "FMA", "F16C", "SSE", "AES", "VAES", "PCLMULQDQ", "VPCLMULQDQ", "GFNI"]
             .iter()
             .any(|p| name.starts_with(p))
     };

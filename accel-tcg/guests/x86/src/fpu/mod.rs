@@ -35,6 +35,7 @@ pub struct HostVector {
     pub avx2: bool,
     pub fma: bool,
     pub f16c: bool,
+    pub gfni: bool,
     /// F, CD, BW, DQ and VL: what every processor has that kernels and libraries look for. Without one of them there is
     /// no AVX-512.
     pub avx512: bool,
@@ -69,6 +70,7 @@ static HOST: LazyLock<HostVector> = LazyLock::new(|| {
         avx2: avx && is_x86_feature_detected!("avx2"),
         fma: avx && is_x86_feature_detected!("fma"),
         f16c: avx && is_x86_feature_detected!("f16c"),
+        gfni: is_x86_feature_detected!("gfni"),
         avx512,
         avx512ifma: avx512 && is_x86_feature_detected!("avx512ifma"),
         avx512vbmi: avx512 && is_x86_feature_detected!("avx512vbmi"),
@@ -93,7 +95,7 @@ pub struct OfferedFeatures {
     pub leaf1_ecx: u32,
     /// Leaf 7, EBX.
     pub leaf7_ebx: u32,
-    /// Leaf 7, ECX: VAES and VPCLMULQDQ, which are done half by half.
+    /// Leaf 7, ECX: GFNI; VAES and VPCLMULQDQ, which are done half by half.
     pub leaf7_ecx: u32,
 }
 
@@ -112,7 +114,7 @@ pub fn offered_features() -> OfferedFeatures {
             | bit(h.avx, 28)
             | bit(h.f16c, 29),
         leaf7_ebx: bit(h.avx2, 5) | bit(h.sha, 29),
-        leaf7_ecx: bit(h.avx && h.aes, 9) | bit(h.avx && h.pclmulqdq, 10),
+        leaf7_ecx: bit(h.gfni, 8) | bit(h.avx && h.aes, 9) | bit(h.avx && h.pclmulqdq, 10),
     }
 }
 

@@ -37,8 +37,8 @@ const MPX: u32 = 1 << 14;
 const VECTOR_7_EBX: u32 = 1 << 5 | 1 << 29;
 /// Leaf 7 ECX: UMIP, PKU, RDPID, PKS.
 const BASE_7_ECX: u32 = 1 << 2 | 1 << 3 | 1 << 22 | 1 << 31;
-/// Leaf 7 ECX, run by the host's: VAES, VPCLMULQDQ.
-const VECTOR_7_ECX: u32 = 1 << 9 | 1 << 10;
+/// Leaf 7 ECX, run by the host's: GFNI, VAES, VPCLMULQDQ.
+const VECTOR_7_ECX: u32 = 1 << 8 | 1 << 9 | 1 << 10;
 /// AVX-512 in leaf 7 EBX: F, DQ, IFMA, CD, BW, VL. All of it is given to models that name it only: the registers are
 /// large, and VEX instructions have more to clear.
 const AVX512_7_EBX: u32 = 1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31;

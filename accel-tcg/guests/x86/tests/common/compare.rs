@@ -263,6 +263,11 @@ fn excused(insns: &[Instruction], left: &Outcome, right: &Outcome) -> bool {
             (0xffff_ff00..=0xffff_ffff).contains(&address) || (0x7fff_ffff_ff00..1 << 47).contains(&address)
         }
         (End::Fault { vector: 12 | 13, .. }, End::Fault { vector: 17, .. }) => true,
+        // Elements under a mask are accessed several at once.
+        (End::Fault { vector: 14, address, .. }, End::Fault { vector: 12 | 13, .. }) => {
+            (0xffff_ff00..=0xffff_ffff).contains(&address)
+                && at_fault.is_some_and(|i| i.code().encoding() == EncodingKind::EVEX)
+        }
         _ => false,
     };
     // AMD's processors have one more bit in MXCSR.

@@ -298,6 +298,9 @@ fn is_avx512(feature: CpuidFeature) -> bool {
 /// Features that translation offers and the host has.
 fn is_ours(feature: CpuidFeature) -> bool {
     use CpuidFeature as F;
+    if feature == F::GFNI {
+        return is_x86_feature_detected!("gfni");
+    }
     matches!(
         feature,
         F::INTEL8086

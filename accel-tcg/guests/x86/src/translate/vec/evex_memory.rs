@@ -132,6 +132,8 @@ const WHOLE: &[Mnemonic] = &[
     Mnemonic::Vextracti32x8,
     Mnemonic::Vextracti64x2,
     Mnemonic::Vextracti64x4,
+    Mnemonic::Vgf2p8affineinvqb,
+    Mnemonic::Vgf2p8affineqb,
     Mnemonic::Vinsertf32x4,
     Mnemonic::Vinsertf32x8,
     Mnemonic::Vinsertf64x2,

@@ -94,6 +94,7 @@ const PURE: &[&str] = &[
     "cvtdq2pd",
     "mpsadbw",
     "lddqu",
+    "gf2p8",
 ];
 
 /// Made once for each instruction that occurs: its name stays.
@@ -152,6 +153,7 @@ pub(in crate::translate) fn available(code: Code) -> bool {
         CpuidFeature::AVX2 => host.avx2,
         CpuidFeature::FMA => host.fma,
         CpuidFeature::F16C => host.f16c,
+        CpuidFeature::GFNI => host.gfni,
         CpuidFeature::VAES => host.avx && host.aes,
         CpuidFeature::VPCLMULQDQ => host.avx && host.pclmulqdq,
         _ => false,
@@ -173,6 +175,7 @@ pub(super) fn available_evex(code: Code) -> bool {
         CpuidFeature::AVX512_VNNI => host.avx512vnni,
         CpuidFeature::AVX512_BITALG => host.avx512bitalg,
         CpuidFeature::AVX512_VPOPCNTDQ => host.avx512vpopcntdq,
+        CpuidFeature::GFNI => host.gfni && host.avx512,
         CpuidFeature::VAES => host.vaes,
         CpuidFeature::VPCLMULQDQ => host.vpclmulqdq,
         _ => false,
@@ -195,6 +198,14 @@ pub(super) fn template(insn: &Instruction, form: VecForm) -> VecInsn {
         _ => 1,
     };
     let legacy_only = insn.code().cpuid_features().contains(&CpuidFeature::SHA);
+    // Their VEX forms, which run in place of the others, have W set.
+    let affine = matches!(
+        insn.mnemonic(),
+        Mnemonic::Gf2p8affineqb
+            | Mnemonic::Gf2p8affineinvqb
+            | Mnemonic::Vgf2p8affineqb
+            | Mnemonic::Vgf2p8affineinvqb
+    );
     VecInsn {
         form,
         encoding: match (vex, legacy_only) {
@@ -205,7 +216,7 @@ pub(super) fn template(insn: &Instruction, form: VecForm) -> VecInsn {
         pp,
         map,
         opcode: info.op_code() as u8,
-        w: vex && info.w() == 1 && !info.is_wig(),
+        w: affine || vex && info.w() == 1 && !info.is_wig(),
         ext: if info.group_index() >= 0 { info.group_index() as u8 } else { 0 },
         imm: None,
     }
