@@ -96,3 +96,41 @@ fn components_that_the_guest_cannot_have_are_left_out() {
     let refused = machine.vcpu.import(&CpuState::X86_64(state)).expect_err("there is no such component");
     assert!(format!("{refused:?}").contains("XCR0 bits 0x80"), "{refused:?}");
 }
+
+/// What loads MXCSR goes on under it, also where it has gone on under another one before.
+#[test]
+fn exceptions_are_unmasked_from_the_next_instruction_on() {
+    let loads: [(&str, &[u8]); 3] = [
+        ("ldmxcsr", &[0x0f, 0xae, 0x56, 0x18]), // [rsi + 24]
+        ("fxrstor64", &[0x48, 0x0f, 0xae, 0x0e]),
+        ("xrstor64", &[0x48, 0x0f, 0xae, 0x2e]),
+    ];
+    for engine in [Engine::Auto, Engine::Interpreter] {
+        let mut ours = Machine::new(Arc::new(X86Guest::new()), engine);
+        for (name, load) in loads {
+            let mut code = load.to_vec();
+            code.extend([0xf2, 0x0f, 0x5e, 0xc1]); // divsd xmm0, xmm1
+            let case = Case { bits: 64, at: 0, code, roles: [Role::Small; 16], seed: 1, wide: false };
+            ours.place(0, &case.bytes());
+            let mut image = case.image();
+            (image.rflags, image.gpr[0], image.gpr[2], image.gpr[6]) = (0x202, 2, 0, DATA);
+            image.put(24, &0x1f80u32.to_le_bytes());
+            let mut run = |mxcsr: u32| {
+                let mut data = [0u8; DATA_SIZE];
+                data[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+                data[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+                data[160..168].copy_from_slice(&1f64.to_le_bytes());
+                data[512] = 2;
+                image.put(160, &1f64.to_le_bytes());
+                image.put(176, &0f64.to_le_bytes());
+                ours.run(64, &image, &data).end
+            };
+            for _ in 0..10 {
+                assert_eq!(run(0x1f80), End::Done, "{name}, {engine:?}");
+            }
+            let trapped = End::Fault { vector: 19, error: 0, address: 0 };
+            assert_eq!(run(0x1d80), trapped, "{name}, {engine:?}: division by zero is not masked");
+            assert_eq!(run(0x1f80), End::Done, "{name}, {engine:?}");
+        }
+    }
+}

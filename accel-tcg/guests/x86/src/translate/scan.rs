@@ -62,7 +62,7 @@ pub(crate) struct Scan {
     pub lines: Vec<Line>,
     /// Behind the last byte.
     pub end: u64,
-    /// What follows is an instruction across two pages: it has to be looked up.
+    /// What follows has to be looked up: an instruction across two pages, or under a mode that is not known.
     pub end_indirect: bool,
     /// The status flags that may be read behind the end.
     pub live_end: u8,
@@ -319,7 +319,9 @@ pub(crate) fn run(
             continue;
         }
         let used = if matches!(end, End::Page) { window.buffer.len() } else { decoder.position() };
-        collector.scan.end_indirect = matches!(end, End::Page);
+        // What changes the mode does not know under which the next is run.
+        let stops = collector.scan.lines.last().is_some_and(|l| l.flow == Flow::Stop);
+        collector.scan.end_indirect = stops || matches!(end, End::Page);
         let used = used.max(collector.look_ahead(&mut decoder, &mut other, code));
         window.uses(used);
         break Ok(());
