@@ -30,21 +30,6 @@ impl Backed {
         Self(File::open("/proc/self/pagemap").ok())
     }
 
-    /// Which of the pages of `run`, of which the first [`AT_ONCE`] are looked at, may hold something other than zeroes; bit 0 is the first.
-    /// What is written later is not told. All of them where that is not known, as for RAM in a file, which others may have mapped too.
-    pub(crate) fn pages(&self, memory: &GuestMemory, run: Run) -> u64 {
-        let region = memory.find_region(GuestAddress(run.gpa));
-        region.and_then(|region| self.of_region(region, run)).unwrap_or(u64::MAX)
-    }
-
-    fn of_region(&self, region: &GuestRegion, run: Run) -> Option<u64> {
-        let first = run.gpa.checked_sub(region.start_addr().raw_value())? / PAGE_SIZE;
-        let count = (run.len / PAGE_SIZE).min(AT_ONCE) as usize;
-        let mut entries = [0; AT_ONCE as usize * ENTRY];
-        let known = self.known(region, first, entries.get_mut(..count * ENTRY)?)?;
-        Some(known.enumerate().fold(0, |all, (n, known)| all | u64::from(known) << n))
-    }
-
     /// Whether the host knows anything of the pages of `region` from number `first` on, as many as have room in `entries`.
     fn known<'a>(
         &self,
@@ -81,6 +66,72 @@ impl Backed {
     }
 }
 
+/// Pages of which a [`Window`] knows.
+const WIDTH: u64 = 8 * AT_ONCE;
+
+/// What [`Backed`] says of neighbouring pages, asked for together: for one that goes through RAM in order.
+#[derive(Debug)]
+pub(crate) struct Window {
+    backed: Backed,
+    /// The guest-physical address of the first.
+    start: u64,
+    /// How many there are.
+    pages: u64,
+    bits: [u64; (WIDTH / AT_ONCE) as usize],
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { backed: Backed::new(), start: 0, pages: 0, bits: Default::default() }
+    }
+}
+
+impl Window {
+    /// Which of the pages of `run`, of which the first [`AT_ONCE`] are looked at, may hold something other than zeroes; bit 0 is the first.
+    /// What is written after the last [`Window::forget`] may not be told. All of them where that is not known, as for RAM in a file, which others may have mapped too.
+    pub(crate) fn pages(&mut self, memory: &GuestMemory, run: Run) -> u64 {
+        let count = (run.len / PAGE_SIZE).min(AT_ONCE);
+        if !self.knows(run.gpa, count) && !self.look(memory, run) {
+            return u64::MAX;
+        }
+        let first = (run.gpa - self.start) / PAGE_SIZE;
+        let word = |n: u64| self.bits.get(n as usize).copied().unwrap_or(u64::MAX);
+        let (index, shift) = (first / 64, first % 64);
+        let behind = if shift == 0 { 0 } else { word(index + 1) << (64 - shift) };
+        word(index) >> shift | behind
+    }
+
+    fn knows(&self, gpa: u64, count: u64) -> bool {
+        gpa.checked_sub(self.start).is_some_and(|offset| offset / PAGE_SIZE + count <= self.pages)
+    }
+
+    /// Asks about the pages from `run` on.
+    fn look(&mut self, memory: &GuestMemory, run: Run) -> bool {
+        self.forget();
+        let Some(region) = memory.find_region(GuestAddress(run.gpa)) else { return false };
+        let first = (run.gpa - region.start_addr().raw_value()) / PAGE_SIZE;
+        let count = WIDTH.min((region.len() / PAGE_SIZE).saturating_sub(first));
+        let mut entries = [0; WIDTH as usize * ENTRY];
+        let entries = entries.get_mut(..count as usize * ENTRY);
+        let Some(known) = entries.and_then(|entries| self.backed.known(region, first, entries)) else {
+            return false;
+        };
+        let mut bits = [0; (WIDTH / AT_ONCE) as usize];
+        for (n, known) in known.enumerate() {
+            if let Some(word) = bits.get_mut(n / 64) {
+                *word |= u64::from(known) << (n % 64);
+            }
+        }
+        (self.start, self.pages, self.bits) = (run.gpa, count, bits);
+        run.len / PAGE_SIZE <= count
+    }
+
+    /// What is asked for next is looked for anew.
+    pub(crate) fn forget(&mut self) {
+        self.pages = 0;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,25 +148,36 @@ mod tests {
             memory.write_obj(7_u8, GuestAddress(BASE + page * PAGE_SIZE)).expect("RAM");
         }
         let all = Run { gpa: BASE, len };
-        let backed = Backed::new();
-        if backed.0.is_some() {
+        let mut backed = Window::default();
+        if backed.backed.0.is_some() {
             let fresh = GuestMemory::from_ranges(&[(GuestAddress(BASE), len as usize)]).expect("RAM");
             assert_eq!(backed.pages(&fresh, all), 0);
+            fresh.write_obj(7_u8, GuestAddress(BASE + 80 * PAGE_SIZE)).expect("RAM");
+            let late = Run { gpa: BASE + 70 * PAGE_SIZE, len: 30 * PAGE_SIZE };
+            assert_eq!(backed.pages(&fresh, late), 0, "the log of writes has it");
+            backed.forget();
+            assert_ne!(backed.pages(&fresh, late) & 1 << 10, 0);
+            let fresh = GuestMemory::from_ranges(&[(GuestAddress(BASE), len as usize)]).expect("RAM");
+            backed.forget();
             log_writes(&fresh, true);
-            backed.mark(&fresh);
+            Backed::new().mark(&fresh);
             let (tracker, _) = holdfast_memory::tracker_at(&fresh, BASE).expect("RAM");
             assert!(!(0..100).any(|page| tracker.is_dirty(page)));
         }
+        backed.forget();
         let there = backed.pages(&memory, all);
         assert_eq!(there & (1 << 1 | 1 << 63), 1 << 1 | 1 << 63, "{there:#x}");
         let end = Run { gpa: BASE + 64 * PAGE_SIZE, len: 36 * PAGE_SIZE };
         assert_ne!(backed.pages(&memory, end) & 1 << 6, 0);
+        let across = Run { gpa: BASE + 10 * PAGE_SIZE, len: 64 * PAGE_SIZE };
+        let there = backed.pages(&memory, across);
+        assert_eq!(there & (1 << 53 | 1 << 60), 1 << 53 | 1 << 60, "{there:#x}");
         // Where nobody tells, and outside of RAM.
-        assert_eq!(Backed(None).pages(&memory, all), u64::MAX);
+        assert_eq!(Window { backed: Backed(None), ..Window::default() }.pages(&memory, all), u64::MAX);
         assert_eq!(backed.pages(&memory, Run { gpa: 0, len: PAGE_SIZE }), u64::MAX);
 
         log_writes(&memory, true);
-        backed.mark(&memory);
+        Backed::new().mark(&memory);
         let (tracker, _) = holdfast_memory::tracker_at(&memory, BASE).expect("RAM");
         assert!([1, 63, 70].into_iter().all(|page| tracker.is_dirty(page)));
         log_writes(&memory, true);

@@ -1,6 +1,9 @@
 //! A checksum that keeps up with the network: four lanes of multiply and rotate over 64-bit words. It finds accidents and
 //! careless tampering; against an attacker there is TLS.
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
 const PRIMES: [u64; 4] =
     [0x9e37_79b1_85eb_ca87, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9, 0x85eb_ca77_c2b2_ae63];
 
@@ -12,27 +15,77 @@ fn word(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(le)
 }
 
-/// The checksum of `head` followed by `data`.
-pub fn checksum(head: &[u8; 16], data: &[u8]) -> u64 {
-    let mut lanes = PRIMES;
-    lanes[0] ^= word(&head[..8]);
-    lanes[1] ^= word(&head[8..]);
-    let (blocks, rest) = data.as_chunks::<32>();
-    for block in blocks {
-        let (words, _) = block.as_chunks::<8>();
-        for ((lane, prime), bytes) in lanes.iter_mut().zip(PRIMES).zip(words) {
-            *lane = (*lane ^ u64::from_le_bytes(*bytes)).wrapping_mul(prime).rotate_left(31);
+/// Bytes that are summed up together.
+const BLOCK: usize = 32;
+
+/// A checksum of which not all is there yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sum([u64; 4]);
+
+impl Sum {
+    /// Nothing but `head`.
+    fn new(head: &[u8; 16]) -> Self {
+        let mut lanes = PRIMES;
+        lanes[0] ^= word(&head[..8]);
+        lanes[1] ^= word(&head[8..]);
+        Self(lanes)
+    }
+
+    #[inline]
+    fn block(&mut self, words: [u64; 4]) {
+        for ((lane, prime), word) in self.0.iter_mut().zip(PRIMES).zip(words) {
+            *lane = (*lane ^ word).wrapping_mul(prime).rotate_left(31);
         }
     }
-    for (bytes, lane) in rest.chunks(8).zip(&mut lanes) {
-        *lane = (*lane ^ word(bytes)).wrapping_mul(PRIMES[0]).rotate_left(29);
+
+    /// All: `rest` is what came behind whole blocks, `len` the length of everything, in bytes.
+    fn end(self, rest: &[u8], len: usize) -> u64 {
+        let mut lanes = self.0;
+        for (bytes, lane) in rest.chunks(8).zip(&mut lanes) {
+            *lane = (*lane ^ word(bytes)).wrapping_mul(PRIMES[0]).rotate_left(29);
+        }
+        let mut sum = (len as u64).wrapping_mul(PRIMES[2]);
+        for lane in lanes {
+            sum = (sum ^ lane).wrapping_mul(PRIMES[1]);
+            sum ^= sum >> 32;
+        }
+        sum
     }
-    let mut sum = (data.len() as u64).wrapping_mul(PRIMES[2]);
-    for lane in lanes {
-        sum = (sum ^ lane).wrapping_mul(PRIMES[1]);
-        sum ^= sum >> 32;
+
+    /// The [`checksum`] of `head` followed by what `ram` holds.
+    pub(crate) fn of_ram(head: &[u8; 16], ram: &VolatileSlice<'_, impl BitmapSlice>) -> u64 {
+        let mut sum = Self::new(head);
+        // Within the first cache, for what is summed up is to be what was read, once.
+        let mut piece = [0; 4096];
+        let mut at = 0;
+        loop {
+            let Ok(from) = ram.offset(at) else { return sum.end(&[], ram.len()) };
+            let count = from.copy_to(&mut piece[..]);
+            let (blocks, rest) = piece.get(..count).unwrap_or_default().as_chunks::<BLOCK>();
+            blocks.iter().for_each(|block| sum.block(words(block)));
+            at += count;
+            if at >= ram.len() || count == 0 {
+                return sum.end(rest, ram.len());
+            }
+        }
     }
-    sum
+}
+
+fn words(block: &[u8; BLOCK]) -> [u64; 4] {
+    let (words, _) = block.as_chunks::<8>();
+    let mut all = [0; 4];
+    for (to, bytes) in all.iter_mut().zip(words) {
+        *to = u64::from_le_bytes(*bytes);
+    }
+    all
+}
+
+/// The checksum of `head` followed by `data`.
+pub fn checksum(head: &[u8; 16], data: &[u8]) -> u64 {
+    let mut sum = Sum::new(head);
+    let (blocks, rest) = data.as_chunks::<BLOCK>();
+    blocks.iter().for_each(|block| sum.block(words(block)));
+    sum.end(rest, data.len())
 }
 
 #[cfg(test)]
@@ -58,5 +111,14 @@ mod tests {
         assert_ne!(checksum(&[7; 16], &data[..199]), whole);
         data.push(0);
         assert_ne!(checksum(&[7; 16], &data), whole, "a zero at the end");
+    }
+
+    #[test]
+    fn ram_is_summed_up_as_anything_else() {
+        for len in [0, 5, 32, 4095, 4096, 4097, 10_000] {
+            let mut data: Vec<u8> = (0..len).map(|n: u32| n.wrapping_mul(7) as u8).collect();
+            let sum = checksum(&[7; 16], &data);
+            assert_eq!(Sum::of_ram(&[7; 16], &VolatileSlice::from(&mut data[..])), sum, "{len}");
+        }
     }
 }

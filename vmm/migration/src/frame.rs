@@ -256,6 +256,24 @@ impl Header {
         let arg = head[8..].iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte));
         Ok(Self { kind, arg, len, sum: u64::from_le_bytes(sum), head })
     }
+
+    /// What goes into the checksum before the payload.
+    pub(crate) fn head(&self) -> &[u8; 16] {
+        &self.head
+    }
+
+    /// Fails with `InvalidData` if `payload` is not what was sent.
+    pub(crate) fn check(&self, payload: &[u8]) -> io::Result<()> {
+        self.check_sum(checksum(&self.head, payload))
+    }
+
+    /// The same for the checksum of what came.
+    pub(crate) fn check_sum(&self, sum: u64) -> io::Result<()> {
+        if sum == self.sum {
+            return Ok(());
+        }
+        Err(invalid(format!("the checksum of a {:?} section is wrong", self.kind)))
+    }
 }
 
 /// Reads the next frame; its payload goes into `payload`, whose memory is used again.
@@ -277,9 +295,7 @@ pub fn read(from: &mut impl Read, payload: &mut Vec<u8>) -> io::Result<Header> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
-    if checksum(&header.head, payload) != header.sum {
-        return Err(invalid(format!("the checksum of a {:?} section is wrong", header.kind)));
-    }
+    header.check(payload)?;
     Ok(header)
 }
 

@@ -13,9 +13,10 @@ use holdfast_clock::host_monotonic;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::MS;
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use crate::backed::{AT_ONCE, Backed};
+use crate::backed::{AT_ONCE, Window};
 use crate::control::Control;
 use crate::frame::{self, HEADER, Kind};
 use crate::pages::{Run, is_zero};
@@ -27,8 +28,12 @@ use crate::{MigrationError, Stream};
 const QUEUE: usize = 16;
 /// Frames are collected up to this size, in bytes.
 const BATCH: usize = 128 << 10;
-/// Runs of at least so many pages are asked about before they are read.
+/// Runs of at least so many pages are asked about before they are read. And so many pages without an empty line have a frame of their own.
 const MANY: u64 = 16;
+/// The longest payload of a frame, in bytes: pages with their masks, and one that may be too much.
+const LONGEST: usize = (AT_ONCE as usize + 1) * (PAGE_SIZE as usize + sparse::MASK);
+type Slice<'a> = VolatileSlice<'a, MS<'a, GuestMemory>>;
+
 /// RAM goes to connections in blocks of this size, in bytes.
 pub(crate) const BLOCK: u64 = 2 << 20;
 
@@ -147,22 +152,31 @@ impl Sink for First<'_> {
 
 /// Makes frames of RAM. Small ones are collected: a page of its own is not worth a wake-up at the other end.
 pub(crate) struct Encoder {
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
     control: Arc<Control>,
     limiter: Arc<Limiter>,
     urgent: bool,
     /// Lines of zeroes are left out.
     sparse: bool,
-    backed: Backed,
+    backed: Window,
+    /// Frames, and room for the longest that may follow.
     out: Vec<u8>,
-    page: [u8; PAGE_SIZE as usize],
+    /// Bytes of frames.
+    used: usize,
+}
+
+/// A frame that is being made out of pages: where it ends, and whether lines of it are left out.
+struct Pages {
+    count: u64,
+    end: usize,
+    loose: bool,
 }
 
 impl Encoder {
     pub(crate) fn new(memory: GuestMemory, control: Arc<Control>, limiter: Arc<Limiter>) -> Self {
-        let page = [0; PAGE_SIZE as usize];
-        let backed = Backed::new();
-        Self { memory, control, limiter, urgent: false, sparse: false, backed, out: Vec::new(), page }
+        let (backed, out) = (Window::default(), vec![0; BATCH + HEADER + LONGEST]);
+        let memory = Arc::new(memory);
+        Self { memory, control, limiter, urgent: false, sparse: false, backed, out, used: 0 }
     }
 
     /// What it sends does not wait for bandwidth.
@@ -187,79 +201,126 @@ impl Encoder {
             while done < part.len {
                 let rest = Run { gpa: part.gpa + done, len: part.len - done };
                 done += self.frame(rest, backed >> (done / PAGE_SIZE))?;
+                if self.used >= BATCH {
+                    self.write(to)?;
+                }
             }
             at += part.len;
         }
-        if self.out.len() < BATCH { Ok(()) } else { self.flush(to) }
+        Ok(())
     }
 
     /// Sends what was kept.
     pub(crate) fn flush(&mut self, to: &mut Stream) -> Result<(), MigrationError> {
-        if self.out.is_empty() {
+        // Another pass has to ask anew.
+        self.backed.forget();
+        self.write(to)
+    }
+
+    fn write(&mut self, to: &mut Stream) -> Result<(), MigrationError> {
+        let Some(frames) = self.out.get(..self.used).filter(|frames| !frames.is_empty()) else {
             return Ok(());
-        }
+        };
         if !self.urgent {
-            self.limiter.admit(self.out.len() as u64, &self.control)?;
+            self.limiter.admit(frames.len() as u64, &self.control)?;
         }
-        to.write_all(&self.out).map_err(MigrationError::broken("sending RAM"))?;
-        self.control.counters.transferred.fetch_add(self.out.len() as u64, Relaxed);
-        self.out.clear();
+        to.write_all(frames).map_err(MigrationError::broken("sending RAM"))?;
+        self.control.counters.transferred.fetch_add(frames.len() as u64, Relaxed);
+        self.used = 0;
         Ok(())
     }
 
-    /// Reads the page at `gpa`; returns which of its lines are not all zeroes, or just whether any is.
-    fn read(&mut self, gpa: u64, lines: bool) -> Result<u64, MigrationError> {
-        let read = self.memory.read_slice(&mut self.page, GuestAddress(gpa));
-        read.map_err(|e| MigrationError::vm("RAM cannot be read", e))?;
-        Ok(if lines { sparse::mask(&self.page) } else { u64::from(!is_zero(&self.page)) })
+    /// Copies `page` to the place `at` in `out`; returns which of its lines are not all zeroes, or just whether any is.
+    fn read(&mut self, page: &Slice<'_>, at: usize, lines: bool) -> u64 {
+        let Some(place) = self.out.get_mut(at..).and_then(|rest| rest.first_chunk_mut()) else { return 0 };
+        page.copy_to(&mut place[..]);
+        match lines {
+            true => sparse::mask(place),
+            false if is_zero(place) => 0,
+            false => u64::MAX,
+        }
     }
 
-    /// Appends a frame for as much of the start of `run` as is alike: zeroes, or not. Of its pages only those in `backed`, from bit 0
+    /// Appends a frame for as much of the start of `run`, at most [`AT_ONCE`] pages of one range of RAM, as is alike: zeroes, or not; of the
+    /// latter, if there are many, either without an empty line or with some. Of its pages only those in `backed`, from bit 0
     /// on, may be something else than zeroes. Returns its length in bytes.
-    fn frame(&mut self, run: Run, mut backed: u64) -> Result<u64, MigrationError> {
-        let start = self.out.len();
-        self.out.resize(start + HEADER, 0);
+    fn frame(&mut self, run: Run, backed: u64) -> Result<u64, MigrationError> {
         let level = self.control.parameters().zstd;
         // What is compressed needs no such help.
         let sparse = self.sparse && level.is_none();
-        let (mut zeroes, mut data) = (0, 0);
-        while zeroes + data < run.len {
-            let mask = if backed & 1 == 0 { 0 } else { self.read(run.gpa + zeroes + data, sparse)? };
-            backed >>= 1;
-            match (mask, zeroes, data) {
-                (0, _, 0) => zeroes += PAGE_SIZE,
-                (1.., 0, _) => {
-                    data += PAGE_SIZE;
-                    if sparse {
-                        sparse::append(&mut self.out, &self.page, mask);
-                    } else {
-                        self.out.extend_from_slice(&self.page);
-                    }
+        let memory = Arc::clone(&self.memory);
+        let unreadable = |e: vm_memory::GuestMemoryError| MigrationError::vm("RAM cannot be read", e);
+        let ram = memory.get_slice(GuestAddress(run.gpa), run.len as usize).map_err(unreadable)?;
+        let begin = self.used + HEADER;
+        let (mut zeroes, mut pages) = (0, Pages { count: 0, end: begin, loose: false });
+        while (zeroes + pages.count) * PAGE_SIZE < run.len {
+            let number = zeroes + pages.count;
+            let mut mask = 0;
+            if backed >> number & 1 != 0 {
+                let page = ram.subslice((number * PAGE_SIZE) as usize, PAGE_SIZE as usize);
+                let page = page.map_err(|e| unreadable(e.into()))?;
+                mask = self.read(&page, pages.end + if pages.loose { sparse::MASK } else { 0 }, sparse);
+            }
+            match mask {
+                0 if pages.count == 0 => zeroes += 1,
+                0 => break,
+                _ if zeroes > 0 => break,
+                u64::MAX if !pages.loose => {
+                    pages.count += 1;
+                    pages.end += PAGE_SIZE as usize;
                 }
-                _ => break,
+                _ if !pages.loose && pages.count >= MANY => break,
+                _ => self.leave_out(&mut pages, begin, mask),
             }
         }
         if zeroes > 0 {
-            self.out.truncate(start);
-            frame::append(&mut self.out, Kind::Zero, run.gpa, &zeroes.to_le_bytes());
-            self.control.counters.zero.fetch_add(zeroes / PAGE_SIZE, Relaxed);
-            return Ok(zeroes);
+            self.put(Kind::Zero, run.gpa, &(zeroes * PAGE_SIZE).to_le_bytes());
+            self.control.counters.zero.fetch_add(zeroes, Relaxed);
+            return Ok(zeroes * PAGE_SIZE);
         }
-        self.control.counters.normal.fetch_add(data / PAGE_SIZE, Relaxed);
+        let len = pages.count * PAGE_SIZE;
+        self.control.counters.normal.fetch_add(pages.count, Relaxed);
+        let payload = self.out.get(begin..pages.end).unwrap_or_default();
         if let Some(level) = level
-            && let Ok(packed) = zstd::bulk::compress(&self.out[start + HEADER..], level)
-            && (packed.len() as u64) + 4 < data
+            && let Ok(packed) = zstd::bulk::compress(payload, level)
+            && (packed.len() as u64) + 4 < len
         {
-            self.out.truncate(start);
-            let mut payload = (data as u32).to_le_bytes().to_vec();
-            payload.extend_from_slice(&packed);
-            frame::append(&mut self.out, Kind::Zstd, run.gpa, &payload);
-            return Ok(data);
+            let payload = [&(len as u32).to_le_bytes()[..], &packed].concat();
+            self.put(Kind::Zstd, run.gpa, &payload);
+            return Ok(len);
         }
-        let kind = if sparse { Kind::Sparse } else { Kind::Ram };
-        let header = frame::header(kind, run.gpa, &self.out[start + HEADER..]);
-        self.out[start..start + HEADER].copy_from_slice(&header);
-        Ok(data)
+        let kind = if pages.loose { Kind::Sparse } else { Kind::Ram };
+        let header = frame::header(kind, run.gpa, payload);
+        if let Some(place) = self.out.get_mut(self.used..begin) {
+            place.copy_from_slice(&header);
+        }
+        self.used = pages.end;
+        Ok(len)
+    }
+
+    /// Adds the page behind `pages`, whose mask is `mask`, without its empty lines. `begin` is where the first is.
+    fn leave_out(&mut self, pages: &mut Pages, begin: usize, mask: u64) {
+        let Some(place) = self.out.get_mut(begin..) else { return };
+        if !pages.loose {
+            sparse::loosen(place, pages.count as usize);
+            (pages.end, pages.loose) = (pages.end + pages.count as usize * sparse::MASK, true);
+        }
+        if let Some(place) = place.get_mut(pages.end - begin..) {
+            pages.end += sparse::pack(place, mask);
+        }
+        pages.count += 1;
+    }
+
+    /// Appends a whole frame, which is no longer than there is room.
+    fn put(&mut self, kind: Kind, gpa: u64, payload: &[u8]) {
+        let header = frame::header(kind, gpa, payload);
+        let room = self.out.get_mut(self.used..).and_then(|rest| rest.split_at_mut_checked(HEADER));
+        let Some((head, rest)) = room else { return };
+        if let Some(place) = rest.get_mut(..payload.len()) {
+            head.copy_from_slice(&header);
+            place.copy_from_slice(payload);
+            self.used += HEADER + payload.len();
+        }
     }
 }
 

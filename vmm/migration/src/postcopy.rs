@@ -19,6 +19,7 @@ use vm_memory::{Address as _, GuestMemoryBackend, GuestMemoryRegion, MemoryRegio
 use crate::control::{Control, Phase};
 use crate::frame::{self, Header, Kind, Preamble, Role};
 use crate::huge::Gathered;
+use crate::inbox::Inbox;
 use crate::lanes::{Encoder, Limiter};
 use crate::pages::{self, CHUNK, PageSet, Run};
 use crate::source::{SendTo, Source, expect};
@@ -559,15 +560,15 @@ impl Arrivals {
     }
 
     /// Takes pages from `main` until all are there; fails if the connection breaks.
-    fn take_pages(&self, main: &mut Stream) -> Result<(), MigrationError> {
-        let mut payload = Vec::new();
+    fn take_pages(&self, main: &mut Inbox) -> Result<(), MigrationError> {
+        const WHAT: &str = "receiving pages";
         loop {
-            let header =
-                frame::read(main, &mut payload).map_err(MigrationError::broken("receiving pages"))?;
+            let header = main.header().map_err(MigrationError::broken(WHAT))?;
+            let payload = main.payload(&header).map_err(MigrationError::broken(WHAT))?;
             if header.kind == Kind::End {
                 break;
             }
-            self.put(&header, &payload)?;
+            self.put(&header, payload)?;
             self.control
                 .counters
                 .transferred
@@ -584,7 +585,7 @@ impl Arrivals {
     }
 
     /// Runs until all pages are there, over new connections when old ones break.
-    pub(crate) fn run(&self, mut main: Stream, mut entered: impl FnMut(Phase)) {
+    pub(crate) fn run(&self, mut main: Inbox, mut entered: impl FnMut(Phase)) {
         let mut enter = |phase| {
             if self.control.enter(phase) {
                 entered(phase);
@@ -637,7 +638,7 @@ impl Arrivals {
         enter(Phase::Completed);
     }
 
-    fn accept_again(&self, listener: &Listener) -> Result<Stream, MigrationError> {
+    fn accept_again(&self, listener: &Listener) -> Result<Inbox, MigrationError> {
         // From here on the end of the old one is no news to the thread that serves faults.
         *self.urgent.lock() = Urgent { works: false, next: None };
         self.control.forget_connections();
@@ -654,7 +655,7 @@ impl Arrivals {
         frame::write(&mut main, Kind::Missing, 0, &missing)
             .map_err(MigrationError::broken("saying what is missing"))?;
         *self.urgent.lock() = Urgent { works: true, next: Some(priority) };
-        Ok(main)
+        Ok(Inbox::new(main))
     }
 
     /// What ends the arrival when it is dropped.

@@ -223,7 +223,7 @@ fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
 
 /// Reads a frame of kind `wanted`; one that says why the other side gives up becomes an error.
 pub(crate) fn expect(
-    stream: &mut Stream,
+    stream: &mut impl io::Read,
     wanted: Kind,
     what: &'static str,
     side: &'static str,
@@ -237,7 +237,7 @@ pub(crate) fn expect(
 
 /// Reads the next frame; one that says why the other side gives up becomes an error.
 pub(crate) fn next(
-    stream: &mut Stream,
+    stream: &mut impl io::Read,
     what: &'static str,
     side: &'static str,
 ) -> Result<(Header, Vec<u8>), MigrationError> {

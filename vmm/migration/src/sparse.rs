@@ -10,6 +10,8 @@ const LINE: usize = 64;
 /// Bytes of a page.
 const PAGE: usize = PAGE_SIZE as usize;
 const _: () = assert!(PAGE / LINE == 64);
+/// Bytes of a page's mask.
+pub(crate) const MASK: usize = 8;
 
 /// Which lines of `page` are not all zeroes; bit 0 is the first.
 pub(crate) fn mask(page: &[u8; PAGE]) -> u64 {
@@ -22,16 +24,38 @@ fn is_empty(line: &[u8; LINE]) -> bool {
     words.iter().fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0
 }
 
-/// Appends `page`, whose mask is `mask`, to `out`.
-pub(crate) fn append(out: &mut Vec<u8>, page: &[u8; PAGE], mask: u64) {
-    out.extend_from_slice(&mask.to_le_bytes());
-    if mask == u64::MAX {
-        return out.extend_from_slice(page);
+/// Leaves the empty lines out of the page that begins behind the first [`MASK`] bytes of `place`, whose mask is `mask` and goes there.
+/// Returns how many bytes it takes then.
+pub(crate) fn pack(place: &mut [u8], mask: u64) -> usize {
+    let Some((head, page)) = place.split_first_chunk_mut::<MASK>() else { return 0 };
+    *head = mask.to_le_bytes();
+    if mask != u64::MAX {
+        let (lines, _) = page.as_chunks_mut::<LINE>();
+        let mut next = 0;
+        for n in 0..lines.len().min(64) {
+            if mask >> n & 1 != 0 {
+                if let Some(line) = lines.get(n).copied()
+                    && let Some(to) = lines.get_mut(next)
+                {
+                    *to = line;
+                }
+                next += 1;
+            }
+        }
     }
-    let (lines, _) = page.as_chunks::<LINE>();
-    for (n, line) in lines.iter().enumerate() {
-        if mask >> n & 1 != 0 {
-            out.extend_from_slice(line);
+    MASK + mask.count_ones() as usize * LINE
+}
+
+/// Puts their masks between the `count` pages at the start of `place`, of which no line is empty, and moves the page behind them as far.
+pub(crate) fn loosen(place: &mut [u8], count: usize) {
+    for n in (0..=count).rev() {
+        let to = n * (MASK + PAGE);
+        if place.len() < to + MASK + PAGE {
+            return;
+        }
+        place.copy_within(n * PAGE..(n + 1) * PAGE, to + MASK);
+        if let Some(mask) = place.get_mut(to..to + MASK) {
+            mask.fill(0xff);
         }
     }
 }
@@ -92,7 +116,9 @@ mod tests {
         pages[2][64..192].fill(9);
         let mut payload = Vec::new();
         for page in &pages {
-            append(&mut payload, page, mask(page));
+            let mut place = [&[0; MASK][..], page].concat();
+            let len = pack(&mut place, mask(page));
+            payload.extend_from_slice(&place[..len]);
         }
         // A page, a line, two lines, none.
         assert_eq!(payload.len(), 4 * 8 + PAGE + 3 * LINE);
@@ -101,6 +127,14 @@ mod tests {
             let whole = [8 + PAGE, 16 + PAGE + LINE, 24 + PAGE + 3 * LINE].contains(&cut);
             assert_eq!(expand(&payload[..cut]).is_ok(), whole, "{cut}");
         }
+        // Whole pages, found out too late that another has empty lines.
+        let whole = [[1_u8; PAGE], [2; PAGE]].concat();
+        let mut place = [&whole[..], &pages[2], &[0; 3 * MASK]].concat();
+        loosen(&mut place, 2);
+        let begin = 2 * (MASK + PAGE);
+        let len = pack(&mut place[begin..], mask(&pages[2]));
+        assert_eq!(len, MASK + 2 * LINE);
+        assert_eq!(expand(&place[..begin + len]).expect("ours"), [&whole[..], &pages[2]].concat());
         expand(&[]).expect_err("nothing");
         expand(&[0; MAX_RAM / 512]).expect("as much as there may be");
         expand(&[0; MAX_RAM / 512 + 8]).expect_err("too much");

@@ -10,13 +10,13 @@ use std::time::Duration;
 use holdfast_block::BlockNode;
 use holdfast_memory::{GuestMemory, PAGE_SIZE, tracker_at};
 use holdfast_threads::{Role as ThreadRole, Spawner};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::backed::Backed;
 use crate::control::{Control, Phase};
-use crate::fillers::Fillers;
 use crate::frame::{self, Header, Kind, Role};
 use crate::images::Images;
+use crate::inbox::Inbox;
 use crate::marks::Marks;
 use crate::pages::{decode_runs, host_pages, is_zero, log_writes};
 use crate::postcopy::{Arrivals, Arriving};
@@ -103,7 +103,8 @@ fn take(
     control: &Arc<Control>,
     spawner: &Arc<dyn Spawner>,
 ) -> Result<Option<Arriving>, MigrationError> {
-    let (mut main, preamble) = listener.accept(control, None)?;
+    let (main, preamble) = listener.accept(control, None)?;
+    let mut main = Inbox::new(main);
     if preamble.role != Role::Main {
         return Err(MigrationError::Protocol(format!("the first connection is a {:?} one", preamble.role)));
     }
@@ -115,7 +116,7 @@ fn take(
         let text: String = error.describe().chars().take(4096).collect();
         // The reason is a courtesy: that the connection ends says enough.
         let _ = frame::write(&mut main, Kind::Abort, 0, text.as_bytes());
-        control.break_connections_after(&main);
+        control.break_connections_after(main.stream());
     }
     let Some(arrivals) = result? else { return Ok(None) };
     let arriving = arrivals.handle();
@@ -141,14 +142,14 @@ impl Session<'_> {
     /// Returns what brings in the pages that are still missing, if any are.
     fn serve(
         &self,
-        main: &mut Stream,
+        main: &mut Inbox,
         target: &mut dyn Target,
     ) -> Result<Option<Arc<Arrivals>>, MigrationError> {
         let (_, text) = expect(main, Kind::Hello, "waiting for the plan", "source")?;
         let plan: Plan = serde_json::from_slice(&text)
             .map_err(|e| MigrationError::Protocol(format!("the plan does not parse: {e}")))?;
         check(&plan)?;
-        let files = if plan.local { main.receive_fds(plan.ram.len())? } else { Vec::new() };
+        let files = if plan.local { main.stream().receive_fds(plan.ram.len())? } else { Vec::new() };
         let memory = target.build(&plan, files).map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
         let nodes = if plan.mirror.is_empty() { Ok(Vec::new()) } else { target.images() };
         let nodes = nodes.map_err(|e| MigrationError::Differs(describe(e.as_ref())))?;
@@ -168,7 +169,7 @@ impl Session<'_> {
         if plan.nbd && !plan.mirror.is_empty() {
             images.serve(self.control, self.spawner.as_ref(), || self.accept(Role::Disk))?;
         }
-        self.fill(main, &memory, images, &plan)?;
+        self.fill(main, &memory, images)?;
         let mut marks = Marks::start("the pause at the destination");
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
@@ -220,17 +221,15 @@ impl Session<'_> {
     ) -> Result<Vec<Receiver<Result<(), MigrationError>>>, MigrationError> {
         let mut all = Vec::new();
         for n in 1..plan.connections {
-            let mut stream = self.accept(Role::Ram)?;
+            let mut stream = Inbox::new(self.accept(Role::Ram)?);
             let (done, result) = channel();
             let (memory, control) = (memory.clone(), Arc::clone(self.control));
             let body = move || {
-                let filled = Filler { memory: &memory, control: &control, helpers: None }.until_end(
-                    &mut stream,
-                    &mut |header, _| {
+                let filled =
+                    Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
                         let text = format!("a {:?} section on a connection for RAM", header.kind);
                         Err(MigrationError::Protocol(text))
-                    },
-                );
+                    });
                 if filled.is_err() {
                     // The first connection's thread is not to wait for what no longer comes.
                     control.break_connections();
@@ -248,18 +247,11 @@ impl Session<'_> {
 
     fn fill(
         &self,
-        main: &mut Stream,
+        main: &mut Inbox,
         memory: &GuestMemory,
         mut images: Images<'_>,
-        plan: &Plan,
     ) -> Result<(), MigrationError> {
-        // Several connections have a thread each.
-        let mut helpers = if plan.connections == 1 && !plan.local {
-            Fillers::start(memory, self.control, self.spawner.as_ref())?
-        } else {
-            None
-        };
-        let mut filler = Filler { memory, control: self.control, helpers: helpers.as_mut() };
+        let filler = Filler { memory, control: self.control };
         let filled = filler.until_end(main, &mut |header, payload| images.take(header, payload));
         // What it was that ended is better known there.
         filled.map_err(|error| images.failure().unwrap_or(error))?;
@@ -308,68 +300,61 @@ type Aside<'a> = dyn FnMut(&Header, &[u8]) -> Result<(), MigrationError> + 'a;
 pub(crate) struct Filler<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) control: &'a Control,
-    /// Who does it.
-    pub(crate) helpers: Option<&'a mut Fillers>,
 }
 
 impl Filler<'_> {
     /// Takes frames until an `End`; `disks` gets those of disks.
-    fn until_end(&mut self, stream: &mut Stream, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
-        let mut payload = Vec::new();
+    fn until_end(&self, inbox: &mut Inbox, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
+        const WHAT: &str = "receiving RAM";
         loop {
-            let header =
-                frame::read(stream, &mut payload).map_err(MigrationError::broken("receiving RAM"))?;
+            let header = inbox.header().map_err(MigrationError::broken(WHAT))?;
+            if header.kind == Kind::Ram {
+                self.pages(&header, inbox)?;
+            } else {
+                let payload = inbox.payload(&header).map_err(MigrationError::broken(WHAT))?;
+                match header.kind {
+                    Kind::End | Kind::Sync => {}
+                    Kind::Abort => {
+                        let reason = String::from_utf8_lossy(payload).into_owned();
+                        return Err(MigrationError::Refused { side: "source", reason });
+                    }
+                    Kind::Disk | Kind::DiskZero | Kind::DiskSums => disks(&header, payload)?,
+                    _ => self.put(&header, payload)?,
+                }
+            }
             self.control.counters.transferred.fetch_add((frame::HEADER + header.len) as u64, Relaxed);
             match header.kind {
-                Kind::End => return self.settle(),
-                Kind::Abort => {
-                    let reason = String::from_utf8_lossy(&payload).into_owned();
-                    return Err(MigrationError::Refused { side: "source", reason });
-                }
-                Kind::Sync => {
-                    self.settle()?;
-                    let said = frame::write(stream, Kind::Synced, 0, &[]);
-                    said.map_err(MigrationError::broken("saying what has arrived"))?;
-                }
-                Kind::Disk | Kind::DiskZero | Kind::DiskSums => disks(&header, &payload)?,
-                _ => match &mut self.helpers {
-                    Some(helpers) => helpers.put(&header, &mut payload)?,
-                    None => self.put(&header, &payload)?,
-                },
+                Kind::End => return Ok(()),
+                Kind::Sync => frame::write(inbox, Kind::Synced, 0, &[])
+                    .map_err(MigrationError::broken("saying what has arrived"))?,
+                _ => {}
             }
         }
     }
 
-    /// Waits until all is in RAM.
-    fn settle(&mut self) -> Result<(), MigrationError> {
-        self.helpers.as_deref_mut().map_or(Ok(()), Fillers::settle)
+    /// Takes whole pages off the connection into RAM. No guest runs, and none will if they are not what was sent.
+    fn pages(&self, header: &Header, inbox: &mut Inbox) -> Result<(), MigrationError> {
+        whole(header.arg, header.len)?;
+        let place = self.memory.get_slice(GuestAddress(header.arg), header.len);
+        let place = place.map_err(|_| outside(header.arg, header.len))?;
+        inbox.payload_into(header, &place).map_err(MigrationError::broken("receiving RAM"))?;
+        self.control.counters.normal.fetch_add(header.len as u64 / PAGE_SIZE, Relaxed);
+        Ok(())
     }
 
     /// Puts one frame's contents into RAM.
-    pub(crate) fn put(&self, header: &Header, payload: &[u8]) -> Result<(), MigrationError> {
-        let unpacked;
+    fn put(&self, header: &Header, payload: &[u8]) -> Result<(), MigrationError> {
         let data = match header.kind {
-            Kind::Ram => payload,
-            Kind::Zstd => {
-                unpacked = unpack(payload)?;
-                &unpacked
-            }
+            Kind::Zstd => unpack(payload)?,
             Kind::Zero => return self.zero(header.arg, payload),
             Kind::Sparse => return self.sparse(header.arg, payload),
             kind => return Err(MigrationError::Protocol(format!("a {kind:?} section within RAM"))),
         };
-        let pages = data.len() as u64 / PAGE_SIZE;
-        if data.is_empty()
-            || !(data.len() as u64).is_multiple_of(PAGE_SIZE)
-            || !header.arg.is_multiple_of(PAGE_SIZE)
-        {
-            let text = format!("{} bytes of RAM at {:#x} are no whole pages", data.len(), header.arg);
-            return Err(MigrationError::Protocol(text));
-        }
+        whole(header.arg, data.len())?;
         self.memory
-            .write_slice(data, GuestAddress(header.arg))
+            .write_slice(&data, GuestAddress(header.arg))
             .map_err(|_| outside(header.arg, data.len()))?;
-        self.control.counters.normal.fetch_add(pages, Relaxed);
+        self.control.counters.normal.fetch_add(data.len() as u64 / PAGE_SIZE, Relaxed);
         Ok(())
     }
 
@@ -421,6 +406,14 @@ impl Filler<'_> {
         self.control.counters.zero.fetch_add(len / PAGE_SIZE, Relaxed);
         Ok(())
     }
+}
+
+/// Fails unless `len` bytes at `gpa` are whole pages, at least one.
+fn whole(gpa: u64, len: usize) -> Result<(), MigrationError> {
+    if len > 0 && (len as u64).is_multiple_of(PAGE_SIZE) && gpa.is_multiple_of(PAGE_SIZE) {
+        return Ok(());
+    }
+    Err(MigrationError::Protocol(format!("{len} bytes of RAM at {gpa:#x} are no whole pages")))
 }
 
 fn outside(gpa: u64, len: usize) -> MigrationError {
