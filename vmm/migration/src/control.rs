@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::{Address, Listener, MigrationError, Stream};
 
 /// How long a pass goes on when post-copy is asked for.
-const GRACE: Duration = Duration::from_millis(50);
+const GRACE: Duration = Duration::from_millis(100);
 
 /// Where a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -304,7 +304,7 @@ pub(crate) struct Filler<'a> {
 
 impl Filler<'_> {
     /// Takes frames until an `End`; `disks` gets those of disks.
-    fn until_end(&self, inbox: &mut Inbox, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
+    pub(crate) fn until_end(&self, inbox: &mut Inbox, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
         const WHAT: &str = "receiving RAM";
         loop {
             let header = inbox.header().map_err(MigrationError::broken(WHAT))?;
