@@ -109,9 +109,9 @@ impl How {
         )
     }
 
-    /// The linear address of a run.
+    /// The linear address of a run. Addresses of 16 and 32 bits do not wrap within an operand.
     fn linear(&self, s: &X86, offset: u64, run: Run, write: bool) -> Result<u64, Fault> {
-        let at = offset.wrapping_add(run.at as u64) & self.offset_mask;
+        let at = (offset & self.offset_mask).wrapping_add(run.at as u64);
         segment::linear(s, self.segment, at, run.len as u64, write)
     }
 
