@@ -247,7 +247,7 @@ fn wanted(code: Code) -> bool {
             .any(|f: &CpuidFeature| part.iter().any(|p| format!("{f:?}").starts_with(p)))
     };
     let integer = code.encoding() == EncodingKind::Legacy
-        && !named(&["FPU", "SSE", "SSSE", "MMX", "FXSR", "AES", "SHA", "PCLMUL", "ADX"]);
+        && !named(&["FPU", "SSE", "SSSE", "MMX", "FXSR", "AES", "SHA", "PCLMUL", "GFNI", "ADX"]);
     let vector = format!("{code:?}").starts_with("VEX_Vp");
     let bits = code.encoding() == EncodingKind::VEX && named(&["BMI"]);
     (integer || vector || bits) && known(code).is_none()
