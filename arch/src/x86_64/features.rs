@@ -103,6 +103,7 @@ pub const FEATURES: &[(&str, Place)] = &[
     ("stibp", (7, 0, EDX, 27)),
     ("arch-capabilities", (7, 0, EDX, 29)),
     ("ssbd", (7, 0, EDX, 31)),
+    ("avx512-bf16", (7, 1, EAX, 5)),
     ("xsaveopt", (0xd, 1, EAX, 0)),
     ("xsavec", (0xd, 1, EAX, 1)),
     ("xgetbv1", (0xd, 1, EAX, 2)),
@@ -258,6 +259,10 @@ fn set(supported: &[CpuidEntry], table: &mut Vec<CpuidEntry>, at: Place, on: boo
             let first = function & 0x8000_0000;
             for e in table.iter_mut().filter(|e| e.function == first) {
                 e.regs[EAX] = e.regs[EAX].max(function);
+            }
+            // Leaf 7 says itself how many of it there are.
+            for e in table.iter_mut().filter(|e| (e.function, e.index, function) == (7, 0, 7)) {
+                e.regs[EAX] = e.regs[EAX].max(index);
             }
         }
         None => {}
@@ -423,6 +428,16 @@ mod tests {
             assert_eq!(reg(&table, 0xd, 0, EAX) & 0xe0, 0, "{text}");
         }
         assert_eq!(reg(&resolved("max,-avx512bw"), 7, 0, EBX), 1 << 16 | 1 << 31);
+        for name in ["avx512-bf16", "avx512-fp16", "avx512-vp2intersect"] {
+            let model = parse(&format!("max,+{name}")).expect("reads");
+            let error = resolve(&supported, &model).expect_err("not there").to_string();
+            assert!(error.contains(&format!("no `{name}`")), "{error}");
+        }
+        supported.push(entry(7, 1, [1 << 5, 0, 0, 0]));
+        let left = |text| reg(&resolve(&supported, &parse(text).expect("reads")).expect("had"), 7, 1, EAX);
+        assert_eq!((left("max"), left("max,-avx512f")), (1 << 5, 0));
+        let table = resolve(&supported, &parse("Skylake-Server,+avx512-bf16").expect("reads")).expect("had");
+        assert_eq!((reg(&table, 7, 0, EAX), reg(&table, 7, 1, EAX)), (1, 1 << 5));
     }
 
     #[test]

@@ -34,14 +34,7 @@ impl Translator<'_> {
 
     /// Raises #UD or #NM if AVX-512 is not enabled; false then.
     pub(in crate::translate) fn avx512_allowed(&mut self) -> bool {
-        if !self.key.contains(Key::AVX512 | Key::PROTECTED) {
-            self.raise(vector::UD, None);
-        } else if self.key.contains(Key::TS) {
-            self.raise(vector::NM, None);
-        } else {
-            return true;
-        }
-        false
+        self.allowed(self.key.contains(Key::AVX512 | Key::PROTECTED))
     }
 
     /// Zeroes 16 bytes of vector register `n`.
@@ -108,34 +101,13 @@ impl Translator<'_> {
     fn evex_store_wide(&mut self, insn: &Instruction, quarters: usize) {
         let bytes = 16 * quarters as u32;
         let at = self.evex_address(insn, bytes, true);
-        if quarters > 1 && !aligned(insn.mnemonic()) && !self.evex_stays_on_page(insn, at, bytes) {
+        if quarters > 1 && !aligned(insn.mnemonic()) && !self.stays_on_page(insn, at, bytes) {
             return;
         }
         for q in 0..quarters {
             let v = self.b.get(slot::evex_memory(q));
             self.b.store(self.vmem(4, false), at.base, at.disp + 16 * q as i32, v);
         }
-    }
-
-    /// Goes out of line if `bytes` at `at` cross a page. False if they are known to: then they have been stored.
-    fn evex_stays_on_page(&mut self, insn: &Instruction, at: Addr, bytes: u32) -> bool {
-        self.sync();
-        let va = self.whole(at);
-        let offset = self.b.andi(va, 0xfff);
-        let last = self.b.iconst(0x1000 - i64::from(bytes));
-        match self.b.known_cond(Cond::GtU, offset, last) {
-            Some(false) => {}
-            Some(true) => {
-                self.evex_store_crossing(insn);
-                return false;
-            }
-            None => {
-                let label = self.b.label();
-                self.b.brcond(Cond::GtU, offset, last, label);
-                self.crossing.push(super::Crossing::new(label, insn, self.pc));
-            }
-        }
-        true
     }
 
     /// Stores all of [`slot::evex_memory`], across a page.

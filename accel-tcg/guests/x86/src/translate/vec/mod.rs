@@ -147,12 +147,17 @@ impl Translator<'_> {
 
     /// Raises #UD or #NM if vector instructions are not enabled; false then.
     pub(super) fn vec_allowed(&mut self, vex: bool) -> bool {
-        let undefined = if vex {
-            !self.key.contains(Key::AVX | Key::PROTECTED)
+        let enabled = if vex {
+            self.key.contains(Key::AVX | Key::PROTECTED)
         } else {
-            self.key.contains(Key::EM) || !self.key.contains(Key::OSFXSR)
+            !self.key.contains(Key::EM) && self.key.contains(Key::OSFXSR)
         };
-        if undefined {
+        self.allowed(enabled)
+    }
+
+    /// Raises #UD if what the instruction needs is not `enabled`, or #NM; false then.
+    fn allowed(&mut self, enabled: bool) -> bool {
+        if !enabled {
             self.raise(vector::UD, None);
         } else if self.key.contains(Key::TS) {
             self.raise(vector::NM, None);

@@ -53,7 +53,7 @@ pub(super) const NAMES: &[&str] = &[
     "zeroall",
 ];
 
-/// A store of 32 bytes that crosses a page, out of line: nothing may be stored if either page faults.
+/// A store of 32 or 64 bytes that crosses a page, out of line: nothing may be stored if either page faults.
 pub(in crate::translate) struct Crossing {
     pub label: Label,
     insn: Instruction,
@@ -68,12 +68,6 @@ pub(super) fn vectorless(m: Mnemonic) -> bool {
         Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
     );
     to_int || matches!(m, Vzeroupper | Vzeroall)
-}
-
-impl Crossing {
-    pub(super) fn new(label: Label, insn: &Instruction, pc: u64) -> Self {
-        Self { label, insn: *insn, pc }
-    }
 }
 
 impl Translator<'_> {
@@ -109,7 +103,7 @@ impl Translator<'_> {
         let at = self.vaddr(v.insn, bytes, (true, aligned));
         let mem = self.vmem(4, aligned && bytes == 16);
         if bytes == 32 {
-            if !aligned && !self.stays_on_page(v, at) {
+            if !aligned && !self.stays_on_page(v.insn, at, 32) {
                 return;
             }
             let (base, disp) = match at.disp.checked_add(16) {
@@ -123,23 +117,22 @@ impl Translator<'_> {
         }
     }
 
-    /// Goes out of line if 32 bytes at `at` cross a page. False if they are known to: then they have been stored.
-    fn stays_on_page(&mut self, v: &Vector<'_>, at: Addr) -> bool {
+    /// Goes out of line if `bytes` at `at`, where `insn` stores, cross a page. False if they are known to: then they have been stored.
+    pub(super) fn stays_on_page(&mut self, insn: &Instruction, at: Addr, bytes: u32) -> bool {
         self.sync();
         let va = self.whole(at);
         let offset = self.b.andi(va, 0xfff);
-        let last = self.b.iconst(0x1000 - 32);
+        let last = self.b.iconst(0x1000 - i64::from(bytes));
         match self.b.known_cond(Cond::GtU, offset, last) {
             Some(false) => {}
             Some(true) => {
-                let register = self.b.iconst(v.insn.op1_register().number() as i64);
-                self.b.call(self.ids.fpu.store_wide, &[va, register]);
+                self.store_across(insn);
                 return false;
             }
             None => {
                 let label = self.b.label();
                 self.b.brcond(Cond::GtU, offset, last, label);
-                self.crossing.push(Crossing::new(label, v.insn, self.pc));
+                self.crossing.push(Crossing { label, insn: *insn, pc: self.pc });
             }
         }
         true
@@ -149,15 +142,19 @@ impl Translator<'_> {
     pub(in crate::translate) fn cross(&mut self, store: &Crossing) {
         self.pc = store.pc;
         self.b.insn(store.pc, store.insn.len() as u32);
-        if store.insn.code().encoding() == EncodingKind::EVEX {
-            self.evex_store_crossing(&store.insn);
-            return self.goto(store.pc.wrapping_add(store.insn.len() as u64));
-        }
-        let at = self.address(&store.insn, 32, true);
-        let va = self.whole(at);
-        let register = self.b.iconst(store.insn.op1_register().number() as i64);
-        self.b.call(self.ids.fpu.store_wide, &[va, register]);
+        self.store_across(&store.insn);
         self.goto(store.pc.wrapping_add(store.insn.len() as u64));
+    }
+
+    /// Stores across a page, all or nothing.
+    fn store_across(&mut self, insn: &Instruction) {
+        if insn.code().encoding() == EncodingKind::EVEX {
+            return self.evex_store_crossing(insn);
+        }
+        let at = self.address(insn, 32, true);
+        let va = self.whole(at);
+        let register = self.b.iconst(insn.op1_register().number() as i64);
+        self.b.call(self.ids.fpu.store_wide, &[va, register]);
     }
 
     /// Stores the low `1 << log2` (4 or 8) bytes to the memory operand.
