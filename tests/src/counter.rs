@@ -1,6 +1,6 @@
 //! A guest that counts, and the VMM that is told over REST what to do with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::Program;
@@ -16,19 +16,51 @@ pub fn vmm(dir: &Path) -> (Program, Api) {
     (program, Api::connect(&socket))
 }
 
-/// Waits until the guest's console, a file, contains `text`; returns all of it.
-///
-/// # Panics
-/// If `limit` passes first; the message shows the console and what the program said.
-pub fn wait_in(program: &Program, file: &Path, text: &str, limit: Duration) -> String {
-    let deadline = Instant::now() + limit;
-    loop {
-        let seen = String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
-        if seen.contains(text) {
-            return seen;
+/// What the guest writes: a file that every process which goes on with the guest begins anew.
+#[derive(Debug)]
+pub struct Console {
+    file: PathBuf,
+    /// What was written before the file was begun anew; its last line may be half of one.
+    before: String,
+}
+
+impl Console {
+    /// A console of which nothing has been written.
+    pub fn new(file: PathBuf) -> Self {
+        Self { file, before: String::new() }
+    }
+
+    /// Where the process at hand writes it.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// All that the guest has written, in whatever process.
+    pub fn text(&self) -> String {
+        self.before.clone() + &String::from_utf8_lossy(&std::fs::read(&self.file).unwrap_or_default())
+    }
+
+    /// Keeps what is there; to be called between one process's end and the next one's beginning.
+    pub fn is_begun_anew(&mut self) {
+        self.before = self.text();
+        // Else it would count twice until the next process opens it.
+        std::fs::remove_file(&self.file).expect("the console's file");
+    }
+
+    /// Waits until `text` has been written; returns all that has.
+    ///
+    /// # Panics
+    /// If `limit` passes first; the message shows the console and what the program said.
+    pub fn wait_for(&self, program: &Program, text: &str, limit: Duration) -> String {
+        let deadline = Instant::now() + limit;
+        loop {
+            let seen = self.text();
+            if seen.contains(text) {
+                return seen;
+            }
+            assert!(Instant::now() < deadline, "`{text}` did not come:\n{seen}\n{}", program.output());
+            std::thread::sleep(Duration::from_millis(50));
         }
-        assert!(Instant::now() < deadline, "`{text}` did not come:\n{seen}\n{}", program.output());
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -85,5 +117,23 @@ impl Count {
             self.uptime,
             next.uptime
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_two_processes_wrote_is_one_line() {
+        let dir = tempfile::tempdir().expect("directory");
+        let mut console = Console::new(dir.path().join("console"));
+        std::fs::write(console.file(), "quiet\nCOUNT 1 1 0.10\nCOUNT 2 33 0").expect("the first half");
+        assert_eq!(Count::all(&console.text()).len(), 1);
+        console.is_begun_anew();
+        std::fs::write(console.file(), ".20\r\nCOUNT 3").expect("the second half");
+        let counts = Count::all(&console.text());
+        Count::NONE.goes_on_with(&counts);
+        assert_eq!(counts.last(), Some(&Count { number: 2, sum: 33, uptime: 0.2 }));
     }
 }
