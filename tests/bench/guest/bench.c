@@ -311,11 +311,13 @@ static uint64_t k_pipe(void) {
 }
 
 // -- two vCPUs -------------------------------------------------------------------------------------
-// A job of about three seconds or more on every engine, so that what is compared is the job and not how long a thread takes to start:
-// alone, then two of it at once.
+// A job of a second or more on every engine, so that what is compared is the job and not how long a thread takes to start:
+// alone and two of it at once, in turn. The best of each counts: what else the host does only ever adds.
+enum { PAIRS = 5 };
+
 static uint64_t job(void) {
     uint64_t sum = 0;
-    for (int i = 0; i < 30; i++) sum = sum * 31 + k_sha256();
+    for (int i = 0; i < 12; i++) sum = sum * 31 + k_sha256();
     return sum;
 }
 static void *job_of_thread(void *arg) { *(uint64_t *)arg = job(); return 0; }
@@ -328,12 +330,30 @@ static uint64_t k_parallel2(void) {
     return mine == r ? mine : 0;
 }
 
+static uint64_t timed(uint64_t (*f)(void), uint64_t *best) {
+    rng_state = 12345;
+    uint64_t t = now_us(), sum = f();
+    t = now_us() - t;
+    if (t < *best) *best = t;
+    return sum;
+}
+
+static void two_cpus(void) {
+    uint64_t one = UINT64_MAX, two = UINT64_MAX, sums[2] = {0, 0};
+    for (int i = 0; i < PAIRS; i++) {
+        sums[0] = timed(job, &one);
+        sums[1] = timed(k_parallel2, &two);
+    }
+    printf("BENCH parallel1 %llu %llx\n", (unsigned long long)one, (unsigned long long)sums[0]);
+    printf("BENCH parallel2 %llu %llx\n", (unsigned long long)two, (unsigned long long)sums[1]);
+    fflush(stdout);
+}
+
 static const struct { const char *name; uint64_t (*f)(void); } kernels[] = {
     {"list", k_list}, {"matrix", k_matrix}, {"sieve", k_sieve}, {"sort", k_sort}, {"hash", k_hash}, {"crc", k_crc},
     {"sha256", k_sha256}, {"interp", k_interp}, {"recursion", k_recursion}, {"indirect", k_indirect}, {"nbody", k_nbody},
     {"mandelbrot", k_mandelbrot}, {"matmul", k_matmul}, {"float", k_float}, {"memcpy", k_memcpy}, {"strings", k_strings},
     {"syscall", k_syscall}, {"pagefault", k_pagefault}, {"fork", k_fork}, {"exec", k_exec}, {"pipe", k_pipe},
-    {"parallel1", job}, {"parallel2", k_parallel2},
     {"daxpy", k_daxpy_base}, {"bytes", k_bytes_base}, {"dot", k_dot_base},
     {"daxpy-avx2", k_daxpy_avx2}, {"bytes-avx2", k_bytes_avx2}, {"dot-avx2", k_dot_avx2},
 };
@@ -350,10 +370,10 @@ int main(int argc, char **argv) {
     }
     for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
         if (argc > 2 && strcmp(argv[2], kernels[i].name)) continue;
-        rng_state = 12345;
-        uint64_t t = now_us(), sum = kernels[i].f();
-        printf("BENCH %s %llu %llx\n", kernels[i].name, (unsigned long long)(now_us() - t), (unsigned long long)sum);
+        uint64_t best = UINT64_MAX, sum = timed(kernels[i].f, &best);
+        printf("BENCH %s %llu %llx\n", kernels[i].name, (unsigned long long)best, (unsigned long long)sum);
         fflush(stdout);
     }
+    if (argc <= 2 || !strcmp(argv[2], "parallel")) two_cpus();
     return 0;
 }
