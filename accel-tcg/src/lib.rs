@@ -5,8 +5,8 @@ use std::sync::Arc;
 use holdfast_arch::Arch;
 
 pub use holdfast_tcg_runtime::{
-    Cpu, Engine, Guest, Io, LogOptions, RuntimeError, Stop, TcgVcpu, TcgVm, TraceLog, VcpuShared, VmParts,
-    WatchKind, Watchpoint, request,
+    CodePlace, Cpu, Engine, Guest, Io, LogOptions, RuntimeError, Stop, TcgVcpu, TcgVm, TraceLog, VcpuShared,
+    VmParts, WatchKind, Watchpoint, request,
 };
 
 /// What x86 guests ask of the local APICs that they are given.

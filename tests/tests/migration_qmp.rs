@@ -107,6 +107,11 @@ fn states_events_and_refusals() {
     assert_eq!(qmp.ok("query-status", json!({}))["status"], "postmigrate");
     second.qmp.until("query-status", "status", "running");
     console.goes_on(2);
+    // What the guest ran at the source was translated before it ran here.
+    let jit = second.qmp.ok("human-monitor-command", json!({ "command-line": "info jit" }));
+    let ahead =
+        jit.as_str().and_then(|text| text.lines().find_map(|l| l.strip_prefix("regions translated ahead")));
+    assert!(ahead.is_some_and(|n| n.trim().parse::<u64>().is_ok_and(|n| n > 100)), "{jit}");
     // The event may come a moment after the status.
     while qmp.heard("MIGRATION", "status").last() != Some(&"completed".into()) {
         qmp.ok("query-status", json!({}));

@@ -40,6 +40,7 @@ impl TcgVm {
         let each = ratio(get(&c.timed_ns), timed) / 1e3;
         let (blocks, insns) = (get(&c.blocks), get(&c.insns));
         line("regions translated", translated.to_string());
+        line("regions translated ahead", get(&c.ahead).to_string());
         line("basic blocks translated", blocks.to_string());
         line("instructions translated", insns.to_string());
         line("guest bytes translated", guest_bytes.to_string());

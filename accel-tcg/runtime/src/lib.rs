@@ -18,6 +18,7 @@ mod large;
 mod log;
 mod perf;
 mod phys;
+mod recent;
 mod regions;
 mod shared;
 mod slow;
@@ -41,6 +42,7 @@ pub use guest::{
 pub use holdfast_tcg_ir as ir;
 pub use log::{LogOptions, TraceLog};
 pub use phys::{HostRef, Io, PhysMemory, RamBlock};
+pub use recent::CodePlace;
 pub use shared::{VcpuShared, request};
 pub use vcpu::{Stop, TcgVcpu};
 pub use vm::{Engine, RuntimeError, TcgVm, VmParts};

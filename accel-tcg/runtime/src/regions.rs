@@ -470,6 +470,37 @@ impl Regions {
         }
     }
 
+    /// What the regions `first`, and those that they are linked to, directly or through others, are translations of: the
+    /// nearest first, at most `most`.
+    pub fn reached_from(&self, first: impl Iterator<Item = u32>, most: usize) -> Vec<Key> {
+        let db = self.db.lock();
+        let (mut seen, mut queue) = (vec![false; db.slots.len()], VecDeque::new());
+        let mut keys = Vec::new();
+        let mut reach = |id: u32, queue: &mut VecDeque<u32>| {
+            if let Some(seen) = seen.get_mut(id as usize).filter(|seen| !**seen) {
+                *seen = true;
+                queue.push_back(id);
+            }
+        };
+        first.for_each(|id| reach(id, &mut queue));
+        while let Some(id) = queue.pop_front().filter(|_| keys.len() < most) {
+            let Some(region) = db.slots.get(id as usize).and_then(|slot| slot.region.as_ref()) else {
+                continue;
+            };
+            if region.dead.load(Ordering::Relaxed) || !region.chain || region.second != crate::table::NO_PAGE
+            {
+                continue;
+            }
+            keys.push(region.key);
+            region
+                .host()
+                .iter()
+                .flat_map(|code| code.links.iter())
+                .for_each(|link| reach(link.to.load(Ordering::Relaxed), &mut queue));
+        }
+        keys
+    }
+
     /// Counts what is there. Walks everything: for humans.
     pub fn counts(&self) -> RegionCounts {
         let db = self.db.lock();

@@ -11,6 +11,7 @@ use holdfast_tcg_ir::env::{MMU_MODES, TLB_SLOW};
 
 use crate::env::EnvBox;
 use crate::guest::Flush;
+use crate::recent::Recent;
 use crate::regions::Killed;
 use crate::tlb::TlbCounts;
 
@@ -73,6 +74,8 @@ pub struct VcpuShared {
     killed: Mutex<Option<Vec<Killed>>>,
     flushes: Mutex<Vec<Flush>>,
     pub(crate) counts: VcpuCounts,
+    /// What it ran lately.
+    pub(crate) recent: Recent,
     asleep: Mutex<bool>,
     /// Asleep in the middle of translated code: any request ends that.
     dozing: AtomicBool,
@@ -102,6 +105,7 @@ impl VcpuShared {
             killed: Mutex::new(Some(Vec::new())),
             flushes: Mutex::default(),
             counts: VcpuCounts::default(),
+            recent: Recent::new(),
             asleep: Mutex::new(false),
             dozing: AtomicBool::new(false),
             wake: Condvar::new(),

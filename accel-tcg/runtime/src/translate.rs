@@ -221,7 +221,9 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault>
                             region.second = second.page;
                             region.granules[1] = second.granules;
                         }
-                        let cached = source.core.tlb.code(key.pc, source.core.mode.fetch_idx).is_some();
+                        // What is translated ahead was cached where it ran.
+                        let cached = source.core.ahead
+                            || source.core.tlb.code(key.pc, source.core.mode.fetch_idx).is_some();
                         region.chain = !step && cached && source.breakpoints.binary_search(&key.pc).is_err();
                     }
                     Ok(Some(shared))
@@ -301,6 +303,9 @@ impl Source<'_> {
             return Ok((self.first.host, offset));
         }
         if self.second.is_none_or(|p| p.va != va) {
+            if self.core.ahead {
+                return Err(Fault { cause: 0, value: pc, aux: 0 });
+            }
             let gpa = self.core.fetch(pc)?;
             let phys = Arc::clone(&self.phys);
             let opened = self.core.open_page(&phys, pc, gpa)?;

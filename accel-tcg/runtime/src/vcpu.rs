@@ -78,6 +78,8 @@ pub(crate) struct VcpuCore {
     pub redo: bool,
     /// Translations were taken out by stores of this vCPU.
     pub code_hit: bool,
+    /// What is translated does not run now: no address but that of its first page is known.
+    pub ahead: bool,
     /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
     /// code again, for others took it as past one.
     pub away: bool,
@@ -293,6 +295,7 @@ impl VcpuCore {
 
     /// Makes `region` known to indirect jumps and guarded links.
     fn remember(&mut self, region: &Region) {
+        self.shared.recent.note(region.id);
         if !region.chain || region.entry() == 0 {
             return;
         }
@@ -453,6 +456,7 @@ impl TcgVcpu {
             again: false,
             redo: false,
             code_hit: false,
+            ahead: false,
             away: false,
             translations: 0,
             timed: (0, 0),

@@ -99,6 +99,8 @@ pub struct VmParts {
 pub struct VmCounts {
     /// Regions translated.
     pub translated: AtomicU64,
+    /// Those of them that were made before they ran.
+    pub ahead: AtomicU64,
     /// Guest bytes of them.
     pub guest_bytes: AtomicU64,
     /// Basic blocks of the regions translated.

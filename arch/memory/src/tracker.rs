@@ -108,6 +108,16 @@ impl RamTracker {
             .is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 != 0)
     }
 
+    /// Reports those of `count` pages from page `first` on of which bytes have been translated: what they hold is gone.
+    pub fn forget_code(&self, first: u64, count: u64) {
+        for page in (first..first.saturating_add(count).min(self.0.pages)).filter(|page| self.is_code(*page))
+        {
+            if let Some((base, observer)) = self.0.observer.get() {
+                observer.code_written(base + page * PAGE_SIZE, PAGE_SIZE);
+            }
+        }
+    }
+
     /// Registers the one observer; `base` is the region's guest-physical start. A second call is
     /// ignored.
     pub fn observe_code(&self, base: u64, observer: Arc<dyn CodeObserver>) {
@@ -185,5 +195,9 @@ mod tests {
         assert_eq!(tracker.take_dirty(), [0b110]);
         assert_eq!(tracker.take_dirty(), [0]);
         assert_eq!(*seen.0.lock(), [(0x8000_1ffc, 8)]);
+        seen.0.lock().clear();
+        tracker.forget_code(0, 2);
+        tracker.forget_code(1, u64::MAX);
+        assert_eq!(*seen.0.lock(), [(0x8000_2000, 0x1000)]);
     }
 }

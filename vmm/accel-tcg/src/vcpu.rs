@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, Vcpu, WatchKind, Watchpoint};
+use holdfast_accel::{AccelError, CodePlace, DebugControl, Exit, Kicker, Vcpu, WatchKind, Watchpoint};
 use holdfast_arch::CpuState;
 use holdfast_devices::x86::Lapic;
 use holdfast_tcg::{Stop, TcgVcpu, VcpuShared, request};
@@ -105,6 +105,13 @@ impl Vcpu for TcgVcpuHandle {
 
     fn rearm_breakpoint(&mut self) {
         self.vcpu.rearm_breakpoint();
+    }
+
+    fn translate_ahead(&mut self, places: &[CodePlace], go_on: &dyn Fn() -> bool) {
+        let place =
+            |place: &CodePlace| holdfast_tcg::CodePlace { gpa: place.gpa, pc: place.pc, mode: place.mode };
+        let places: Vec<_> = places.iter().map(place).collect();
+        self.vcpu.translate_ahead(&places, go_on);
     }
 
     fn translate(&mut self, gva: u64) -> Result<Option<u64>, AccelError> {

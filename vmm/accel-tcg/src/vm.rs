@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use holdfast_accel::{AccelError, CodeLog, RomWindow, Vcpu, Vm};
+use holdfast_accel::{AccelError, CodeLog, CodePlace, RomWindow, Vcpu, Vm};
 use holdfast_arch::CpuModel;
 use holdfast_arch::x86_64::CpuTopology;
 use holdfast_device::{CpuLines, ExtInt, FpuErrors, IoEvents, IrqSink, MsiController};
@@ -157,6 +157,16 @@ impl Vm for TcgVmHandle {
         let CodeLog { guest, ir, host, interrupts, filter, limit } = *what;
         self.vm.start_log(TraceLog::new(file, LogOptions { guest, ir, host, interrupts, filter, limit }));
         Ok(())
+    }
+
+    fn note_running_code(&self) {
+        self.vm.note_running_code();
+    }
+
+    fn running_code(&self, most: usize) -> Vec<CodePlace> {
+        let place =
+            |place: holdfast_tcg::CodePlace| CodePlace { gpa: place.gpa, pc: place.pc, mode: place.mode };
+        self.vm.running_code(most).into_iter().map(place).collect()
     }
 
     fn jit_info(&self) -> Option<String> {

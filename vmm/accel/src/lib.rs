@@ -294,6 +294,15 @@ pub trait Vm: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Notes from now on which guest code runs, for [`Vm::running_code`]; nothing where none is translated.
+    fn note_running_code(&self) {}
+
+    /// The code that has run since [`Vm::note_running_code`] and what it jumps to, the likeliest to run next first: `most`
+    /// places at most, none where nothing is translated.
+    fn running_code(&self, _most: usize) -> Vec<CodePlace> {
+        Vec::new()
+    }
+
     /// Text for `info jit`; `None` if nothing is translated.
     fn jit_info(&self) -> Option<String> {
         None
@@ -344,6 +353,17 @@ pub struct Watchpoint {
     pub len: u64,
     /// Which accesses.
     pub kind: WatchKind,
+}
+
+/// A place in guest code at which a translation begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CodePlace {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Guest-virtual address.
+    pub pc: u64,
+    /// The modes under which it runs, as the translator encodes them.
+    pub mode: u32,
 }
 
 /// What a debugger wants of a vCPU.
@@ -404,6 +424,10 @@ pub trait Vcpu: Send + Debug {
 
     /// The breakpoint at which the last run ended was reported to nobody: the next run stops there again.
     fn rearm_breakpoint(&mut self) {}
+
+    /// Translates the code at `places` before it runs, for as long as `go_on` says so. The vCPU must not be running; its
+    /// state does not matter. Places that make no sense are passed over, and all are where nothing is translated.
+    fn translate_ahead(&mut self, _places: &[CodePlace], _go_on: &dyn Fn() -> bool) {}
 
     /// Guest-virtual to guest-physical, as the vCPU would translate a read now.
     ///

@@ -26,8 +26,10 @@ pub const SYNC: &[u8] = b"sync";
 pub const SPARSE: &[u8] = b"sparse";
 /// The same if it serves the images of [mirrored disks](crate::Plan::mirror) over NBD, as the plan [asks](crate::Plan::nbd).
 pub const NBD: &[u8] = b"nbd";
+/// The same if it takes [`Kind::Code`].
+pub const CODE: &[u8] = b"code";
 /// All of them, separated by spaces.
-pub const KNOWN: &[u8] = b"sync sparse nbd";
+pub const KNOWN: &[u8] = b"sync sparse nbd code";
 /// Most bytes of RAM in one frame.
 pub const MAX_RAM: usize = 1 << 20;
 
@@ -178,6 +180,8 @@ kinds! {
     Sparse = 19, MAX_RAM + MAX_RAM / 512;
     /// Source: nothing more comes for disks over NBD; the checksums of what came, 8 bytes each, in the plan's order.
     DiskSums = 20, TEXT;
+    /// Source: which code the guest runs, as the VMs at both ends understand it: the target may prepare it. Only if `Accept` said [`CODE`].
+    Code = 21, 256 << 10;
 }
 
 /// A frame's header.

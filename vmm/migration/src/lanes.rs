@@ -83,6 +83,11 @@ pub(crate) trait Sink: Send {
         self.flush()
     }
 
+    /// Sends something else behind what was taken so far, where there is somebody to take it.
+    fn tell(&mut self, _kind: Kind, _payload: &[u8]) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     /// Nothing more comes.
     fn end(&mut self) -> Result<(), MigrationError>;
 }
@@ -143,6 +148,11 @@ impl Sink for First<'_> {
     fn settle(&mut self) -> Result<(), MigrationError> {
         self.flush()?;
         if self.syncs { sync(self.stream) } else { Ok(()) }
+    }
+
+    fn tell(&mut self, kind: Kind, payload: &[u8]) -> Result<(), MigrationError> {
+        self.flush()?;
+        frame::write(self.stream, kind, 0, payload).map_err(MigrationError::broken("sending RAM"))
     }
 
     fn end(&mut self) -> Result<(), MigrationError> {

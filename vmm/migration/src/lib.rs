@@ -43,7 +43,7 @@ pub use control::{Control, LATENCY_BUCKETS, Latency, Parameters, Phase, Statisti
 pub use marks::Marks;
 pub use plan::{MirroredDisk, Plan};
 pub use postcopy::Arriving;
-pub use source::{Outcome, SendTo, Source, send};
+pub use source::{Outcome, RunningCode, SendTo, Source, send};
 pub use stream::{Listener, Stream, Tls};
 pub use target::{Target, receive};
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use holdfast_clock::host_monotonic;
-use holdfast_memory::{GuestMemory, PAGE_SIZE};
+use holdfast_memory::{GuestMemory, PAGE_SIZE, Tracked};
 use holdfast_threads::{Role as ThreadRole, Spawner};
 use parking_lot::Mutex;
 use vm_memory::{Address as _, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -386,7 +386,13 @@ impl Arrivals {
         let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         // SAFETY: the run is within the region's mapping, and nobody relies on its contents: the guest has not run.
         let rc = unsafe { libc::madvise(hva as *mut libc::c_void, run.len as usize, advice) };
-        if rc == 0 { Ok(()) } else { Err(host("RAM cannot be emptied")(io::Error::last_os_error())) }
+        if rc != 0 {
+            return Err(host("RAM cannot be emptied")(io::Error::last_os_error()));
+        }
+        // Code that was prepared may be another when the pages come.
+        let first = (run.gpa - region.start_addr().raw_value()) / PAGE_SIZE;
+        region.bitmap_tracker().forget_code(first, run.len / PAGE_SIZE);
+        Ok(())
     }
 
     /// Puts what came into RAM; returns its length in bytes.

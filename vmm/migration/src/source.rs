@@ -1,5 +1,6 @@
 //! The source's end.
 
+use std::cell::Cell;
 use std::error::Error;
 use std::io;
 use std::os::fd::RawFd;
@@ -19,7 +20,7 @@ use crate::frame::{self, Header, Kind, Preamble, Role};
 use crate::lanes::{Connection, Encoder, First, Lanes, Limiter, Sink};
 use crate::mapped::MappedFile;
 use crate::marks::Marks;
-use crate::pages::{self, PageSet};
+use crate::pages::{self, PageSet, Run};
 use crate::postcopy::{Left, Pusher};
 use crate::{Address, MAX_CONNECTIONS, MigrationError, MirroredDisk, Plan, Stream, Tls};
 
@@ -28,7 +29,9 @@ type Failure = Box<dyn Error + Send + Sync>;
 /// How long the source waits for the reason of a connection's end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// What sends more than this is worth a pass of its own.
-const WORTH: Duration = Duration::from_micros(500);
+const WORTH: Duration = Duration::from_millis(1);
+/// How long a guest that is to go over at once may stay for the sake of its code.
+const SHORTLY: Duration = Duration::from_millis(100);
 /// How often the source looks whether somebody let it go on.
 const PATIENCE: Duration = Duration::from_millis(10);
 
@@ -71,6 +74,14 @@ pub trait Source: Send + Sync {
 
     /// Ends the log.
     fn stop_log(&self);
+
+    /// Notes from now on which code the guest runs, if it is translated.
+    fn note_code(&self) {}
+
+    /// Which code it has run since then.
+    fn running_code(&self) -> RunningCode {
+        RunningCode::default()
+    }
 
     /// Lets vCPUs stand for this many percent of the time from now on.
     fn throttle(&self, percent: u8);
@@ -136,6 +147,15 @@ pub trait Source: Send + Sync {
     fn passed(&self, pass: u64);
 }
 
+/// Code that the guest runs, for a target that can prepare it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunningCode {
+    /// Guest-physical addresses of the pages that it is in, without order.
+    pub pages: Vec<u64>,
+    /// What the VM at the target is told, at most 256 KiB; nothing if it is not.
+    pub places: Vec<u8>,
+}
+
 /// How a migration that came about has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
@@ -190,6 +210,7 @@ pub fn send(
         unit: 0,
         syncs: false,
         sparse: false,
+        code: Cell::new(false),
     };
     let result = sender.run();
     sender.finish(result)
@@ -215,6 +236,8 @@ struct Sender<'a> {
     syncs: bool,
     /// It takes pages without their empty lines.
     sparse: bool,
+    /// It can prepare the guest's code, and has not been told yet which that is.
+    code: Cell<bool>,
 }
 
 fn vm(what: &'static str) -> impl FnOnce(Failure) -> MigrationError {
@@ -298,14 +321,14 @@ impl Sender<'_> {
             expect(&mut main, Kind::Accept, "waiting for the destination to build the VM", "destination")?;
         self.unit = accepted.arg;
         let knows = |word: &[u8]| understands.split(|byte| *byte == b' ').any(|known| known == word);
-        (self.syncs, self.sparse) = (knows(frame::SYNC), knows(frame::SPARSE));
+        (self.syncs, self.sparse, self.code) =
+            (knows(frame::SYNC), knows(frame::SPARSE), knows(frame::CODE).into());
         for _ in 1..self.to.connections {
             let stream = self.connect(Role::Ram)?;
             let sink = Box::new(Connection { encoder: self.encoder(), stream, syncs: self.syncs });
             self.lanes.add(sink, self.spawner.as_ref())?;
         }
-        let setup = self.control.elapsed().as_millis() as u64;
-        self.control.counters.setup.store(setup, Relaxed);
+        self.control.counters.setup.store(self.control.elapsed().as_millis() as u64, Relaxed);
         let priority = if plan.postcopy { Some(self.connect(Role::Priority)?) } else { None };
         let way = if plan.nbd && knows(frame::NBD) { self.images(&plan) } else { Ok(Way::Sections) };
         let mut result = way.and_then(|way| self.transfer(&mut main, &plan, way));
@@ -371,6 +394,12 @@ impl Sender<'_> {
         } else {
             left = self.begin()?;
             self.converge(&mut left, &mut First { encoder: &mut encoder, stream: main, syncs })?;
+        }
+        if self.code.get() && self.to.postcopy {
+            // Post-copy has come early. The guest is better off here until its code is prepared, if that does not take long.
+            let mut first = First { encoder: &mut encoder, stream: main, syncs };
+            self.send_code(&mut left, &mut first, SHORTLY)?;
+            first.settle()?;
         }
         disks.pass(main)?;
         self.wait_for_leave()?;
@@ -472,6 +501,9 @@ impl Sender<'_> {
         pages::log_writes(&self.memory, true);
         self.logging = true;
         self.source.start_log().map_err(vm("writes to RAM cannot be logged"))?;
+        if self.code.get() {
+            self.source.note_code();
+        }
         Ok(PageSet::full(&ranges))
     }
 
@@ -492,7 +524,7 @@ impl Sender<'_> {
 
     /// Sends RAM in passes until what is left takes no longer than the guest may stand.
     fn converge(&mut self, left: &mut PageSet, first: &mut dyn Sink) -> Result<(), MigrationError> {
-        let (mut throttle, mut last) = (Throttle::default(), u64::MAX);
+        let (mut throttle, mut last, mut fastest) = (Throttle::default(), u64::MAX, 0);
         for pass in 1.. {
             self.control.counters.passes.store(pass, Relaxed);
             self.source.passed(pass);
@@ -504,6 +536,13 @@ impl Sender<'_> {
             let sent = self.control.counters.transferred.load(Relaxed) - before;
             let took = (host_monotonic() - began).max(1);
             self.source.sync_log().map_err(vm("writes to RAM cannot be logged"))?;
+            tracing::debug!(
+                pass,
+                sent,
+                took = took / 1000,
+                log = (host_monotonic() - began - took) / 1000,
+                "a pass (bytes, µs)"
+            );
             // What is left was not sent, if somebody asked for post-copy meanwhile.
             left.take_dirty(&self.memory);
             if self.to.postcopy && self.control.wants_postcopy() {
@@ -521,7 +560,10 @@ impl Sender<'_> {
             // Short passes cost little and shorten the pause, for as long as each leaves much less than the one before.
             let in_time =
                 parameters.timeout.is_none_or(|limit| self.control.elapsed() + 2 * expected < limit);
-            let shrinks = remaining < last / 2 && expected > WORTH && in_time;
+            // The rate of a short pass is mostly that of its end.
+            fastest = rate.max(fastest);
+            let worth = remaining > fastest / 1_000_000 * WORTH.as_micros() as u64;
+            let shrinks = remaining < last / 2 && worth && in_time;
             last = remaining;
             if expected <= parameters.downtime {
                 if shrinks {
@@ -556,14 +598,21 @@ impl Sender<'_> {
     fn send_pages(&self, set: &mut PageSet, first: &mut dyn Sink) -> Result<(), MigrationError> {
         let mut left = set.count() * PAGE_SIZE;
         let runs: Vec<_> = set.runs().collect();
-        for run in runs {
+        let half = runs.len() / 2;
+        for (n, run) in runs.into_iter().enumerate() {
             self.control.check()?;
             if self.to.postcopy && self.control.postcopy_is_due() {
                 return first.flush();
             }
-            set.set(run, false);
-            if !self.lanes.send(run) {
-                first.send(run)?;
+            if self.code.get() && n >= half {
+                // By now it is known what runs, and the target has the rest of this pass to prepare it.
+                self.send_code(set, first, Duration::MAX)?;
+            }
+            for part in set.within(run) {
+                set.set(part, false);
+                if !self.lanes.send(part) {
+                    first.send(part)?;
+                }
             }
             left -= run.len;
             self.control.counters.remaining.store(left, Relaxed);
@@ -574,6 +623,30 @@ impl Sender<'_> {
             }
         }
         first.flush()
+    }
+
+    /// Tells the target which code the guest runs, behind the pages that it is in, which are taken out of `set`; unless the
+    /// bandwidth makes that take longer than `limit`.
+    fn send_code(
+        &self,
+        set: &mut PageSet,
+        first: &mut dyn Sink,
+        limit: Duration,
+    ) -> Result<(), MigrationError> {
+        self.code.set(false);
+        let code = self.source.running_code();
+        let (bytes, bandwidth) = (code.pages.len() as u64 * PAGE_SIZE, self.control.parameters().bandwidth);
+        let slow = bandwidth > 0 && bytes.saturating_mul(1000) / bandwidth > limit.as_millis() as u64;
+        if code.places.is_empty() || slow {
+            return Ok(());
+        }
+        for gpa in code.pages {
+            let run = Run { gpa, len: PAGE_SIZE };
+            if set.contains(gpa) && set.set(run, false) && !self.lanes.send(run) {
+                first.send(run)?;
+            }
+        }
+        first.tell(Kind::Code, &code.places)
     }
 
     /// Waits until the guest may be stopped, if somebody wants to be asked.

@@ -26,6 +26,8 @@ use crate::{Listener, MAX_CONNECTIONS, MigrationError, Plan, Stream};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
+/// How long the source waits for code that is being prepared, each time it asks what has arrived.
+const PREPARED: Duration = Duration::from_millis(3);
 /// How long the source may take to make its further connections.
 const FOLLOW: Duration = Duration::from_secs(30);
 
@@ -44,6 +46,16 @@ pub trait Target {
     fn images(&self) -> Result<Vec<Arc<dyn BlockNode>>, Failure> {
         Ok(Vec::new())
     }
+
+    /// Begins to prepare code that the guest runs, as [`Source::running_code`](crate::Source::running_code) named it; what makes no
+    /// sense is passed over.
+    fn prepare_code(&mut self, _places: &[u8]) {}
+
+    /// Waits until that is done, for `patience` at most.
+    fn wait_for_code(&mut self, _patience: Duration) {}
+
+    /// What has not been prepared yet is not needed any more. RAM is not read when this returns.
+    fn end_code(&mut self) {}
 
     /// Takes over everything but RAM.
     ///
@@ -169,7 +181,9 @@ impl Session<'_> {
         if plan.nbd && !plan.mirror.is_empty() {
             images.serve(self.control, self.spawner.as_ref(), || self.accept(Role::Disk))?;
         }
-        self.fill(main, &memory, images)?;
+        let filled = self.fill(main, &memory, images, target);
+        target.end_code();
+        filled?;
         let mut marks = Marks::start("the pause at the destination");
         for lane in lanes {
             let gone = || MigrationError::Protocol("the thread of a connection ended".into());
@@ -227,6 +241,9 @@ impl Session<'_> {
             let body = move || {
                 let filled =
                     Filler { memory: &memory, control: &control }.until_end(&mut stream, &mut |header, _| {
+                        if header.kind == Kind::Sync {
+                            return Ok(());
+                        }
                         let text = format!("a {:?} section on a connection for RAM", header.kind);
                         Err(MigrationError::Protocol(text))
                     });
@@ -250,9 +267,17 @@ impl Session<'_> {
         main: &mut Inbox,
         memory: &GuestMemory,
         mut images: Images<'_>,
+        target: &mut dyn Target,
     ) -> Result<(), MigrationError> {
         let filler = Filler { memory, control: self.control };
-        let filled = filler.until_end(main, &mut |header, payload| images.take(header, payload));
+        let filled = filler.until_end(main, &mut |header, payload| {
+            match header.kind {
+                Kind::Code => target.prepare_code(payload),
+                Kind::Sync => target.wait_for_code(PREPARED),
+                _ => images.take(header, payload)?,
+            }
+            Ok(())
+        });
         // What it was that ended is better known there.
         filled.map_err(|error| images.failure().unwrap_or(error))?;
         images.finish()
@@ -303,8 +328,8 @@ pub(crate) struct Filler<'a> {
 }
 
 impl Filler<'_> {
-    /// Takes frames until an `End`; `disks` gets those of disks.
-    pub(crate) fn until_end(&self, inbox: &mut Inbox, disks: &mut Aside<'_>) -> Result<(), MigrationError> {
+    /// Takes frames until an `End`; `aside` gets those that carry no RAM.
+    pub(crate) fn until_end(&self, inbox: &mut Inbox, aside: &mut Aside<'_>) -> Result<(), MigrationError> {
         const WHAT: &str = "receiving RAM";
         loop {
             let header = inbox.header().map_err(MigrationError::broken(WHAT))?;
@@ -313,12 +338,14 @@ impl Filler<'_> {
             } else {
                 let payload = inbox.payload(&header).map_err(MigrationError::broken(WHAT))?;
                 match header.kind {
-                    Kind::End | Kind::Sync => {}
+                    Kind::End => {}
                     Kind::Abort => {
                         let reason = String::from_utf8_lossy(payload).into_owned();
                         return Err(MigrationError::Refused { side: "source", reason });
                     }
-                    Kind::Disk | Kind::DiskZero | Kind::DiskSums => disks(&header, payload)?,
+                    Kind::Disk | Kind::DiskZero | Kind::DiskSums | Kind::Code | Kind::Sync => {
+                        aside(&header, payload)?;
+                    }
                     _ => self.put(&header, payload)?,
                 }
             }

@@ -19,7 +19,7 @@ use holdfast_migration::{
 use holdfast_threads::{PlainSpawner, Spawner};
 use vm_memory::{Bytes, GuestAddress};
 
-use common::{BASE, Here, RAM, There};
+use common::{BASE, CODE, Here, RAM, There};
 
 /// What happens to one section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +71,7 @@ struct End {
     sent: Result<Outcome, MigrationError>,
     received: Result<Option<Arriving>, MigrationError>,
     state: Vec<u8>,
+    code: (Vec<u8>, bool),
     same: bool,
     kinds: [Vec<Kind>; 2],
 }
@@ -127,7 +128,16 @@ fn migrate(dir: &Path, way: usize, victim: usize, harm: Harm) -> End {
         here.memory.read_obj::<u64>(at).ok() == there.memory.read_obj(at).ok()
     });
     let source_runs = here.runs.load(Ordering::SeqCst);
-    End { source_runs, target_runs: there.runs, sent, received, state: there.state, same, kinds }
+    End {
+        source_runs,
+        target_runs: there.runs,
+        sent,
+        received,
+        state: there.state,
+        code: there.code,
+        same,
+        kinds,
+    }
 }
 
 #[test]
@@ -138,6 +148,8 @@ fn without_harm_the_guest_is_there_and_whole() {
     assert!(end.received.expect("received").is_none());
     assert!(end.target_runs && !end.source_runs && end.same);
     assert_eq!(end.state, b"state");
+    assert_eq!(end.code, (CODE.to_vec(), false));
+    assert_eq!(end.kinds[0].iter().filter(|kind| **kind == Kind::Code).count(), 1);
     assert_eq!(end.kinds[0].first(), Some(&Kind::Hello));
     assert_eq!(end.kinds[0][end.kinds[0].len() - 3..], [Kind::End, Kind::State, Kind::Go]);
     let synced = |kinds: &[Kind], what| kinds.iter().filter(|kind| **kind == what).count();
@@ -166,6 +178,7 @@ fn whatever_section_is_hurt_at_most_one_runs() {
                 // How many passes there are depends on how fast they are: what was hurt may be another section than in the whole one.
                 let Some(&hurt) = end.kinds[way].get(victim) else { continue };
                 let case = format!("{hurt:?} {victim} of way {way}, {harm:?}");
+                assert!(!end.code.1, "{case}: code is still being prepared");
                 end.sent.expect_err(&case);
                 if hurt == Kind::Done {
                     // The target has it; the source cannot know and waits.

@@ -1,5 +1,6 @@
 //! A VM: its machine, devices and vCPUs, and what can be done with them.
 
+pub mod ahead;
 mod assemble;
 mod hot;
 mod migrate;

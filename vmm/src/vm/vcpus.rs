@@ -6,12 +6,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, s
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use holdfast_accel::{AccelError, DebugControl, Exit, Kicker, SystemEvent, Vcpu, Vm, Watchpoint};
+use holdfast_accel::{AccelError, CodePlace, DebugControl, Exit, Kicker, SystemEvent, Vcpu, Vm, Watchpoint};
 use holdfast_arch::{CpuModel, CpuState};
 use holdfast_clock::host_monotonic;
 use holdfast_device::SystemSink;
 use holdfast_threads::{Role, Spawner};
 use parking_lot::Mutex;
+
+use super::ahead::Ahead;
 
 /// A vCPU that could not be made, reached or changed.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,8 @@ enum Command {
     Debug(DebugControl, Reply<()>),
     Rearm(Reply<()>),
     Translate(u64, Reply<Option<u64>>),
+    /// Translate what does not run yet.
+    Ahead(Arc<Ahead>),
     /// Stand for so many nanoseconds, without being stopped.
     Rest(u64),
     Stop,
@@ -94,6 +98,8 @@ struct Shared {
 /// All vCPUs of a VM. They start paused.
 pub struct Vcpus {
     threads: Vec<Thread>,
+    /// What is being translated before the guest runs.
+    ahead: Mutex<Option<Arc<Ahead>>>,
 }
 
 impl std::fmt::Debug for Vcpus {
@@ -129,7 +135,7 @@ impl Vcpus {
     /// # Errors
     /// [`VcpuError`].
     pub fn start(setup: &VcpuSetup<'_>) -> Result<Self, VcpuError> {
-        let mut vcpus = Self { threads: Vec::new() };
+        let mut vcpus = Self { threads: Vec::new(), ahead: Mutex::new(None) };
         for index in 0..setup.count {
             vcpus.threads.push(start_thread(index, setup)?);
         }
@@ -248,6 +254,35 @@ impl Vcpus {
         }
     }
 
+    /// Has the code at `places` translated by the threads of all vCPUs, which must be paused. Returns at once.
+    pub fn translate_ahead(&self, places: Vec<CodePlace>) {
+        self.end_ahead();
+        let ahead = Arc::new(Ahead::new(places, self.threads.len()));
+        for thread in &self.threads {
+            if thread.commands.lock().send(Command::Ahead(Arc::clone(&ahead))).is_err() {
+                ahead.without_one();
+            }
+        }
+        *self.ahead.lock() = Some(ahead);
+    }
+
+    /// Waits until that is done, for `patience` at most.
+    pub fn wait_ahead(&self, patience: Duration) {
+        let ahead = self.ahead.lock().clone();
+        if let Some(ahead) = ahead {
+            ahead.wait(patience);
+        }
+    }
+
+    /// No more of it is needed. When this returns no thread is at it.
+    pub fn end_ahead(&self) {
+        let ahead = self.ahead.lock().take();
+        if let Some(ahead) = ahead {
+            ahead.end();
+            ahead.wait(ANSWER);
+        }
+    }
+
     fn broadcast(&self, command: impl Fn(Reply<()>) -> Command) -> Result<(), VcpuError> {
         let mut answers = Vec::with_capacity(self.threads.len());
         for index in 0..self.threads.len() {
@@ -288,6 +323,9 @@ fn receive<T>(index: usize, answer: &Receiver<Result<T, AccelError>>) -> Result<
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
+        if let Some(ahead) = self.ahead.get_mut() {
+            ahead.end();
+        }
         for thread in &self.threads {
             // A thread that is gone already needs no telling.
             let _ = thread.commands.lock().send(Command::Stop);
@@ -428,6 +466,7 @@ fn obey(command: Command, vcpu: &mut dyn Vcpu, running: &mut bool) {
         Command::Translate(gva, reply) => {
             let _ = reply.send(vcpu.translate(gva));
         }
+        Command::Ahead(ahead) => ahead.work(vcpu),
         Command::Stop => *running = false,
         // Not for the vCPU: its thread rests.
         Command::Rest(_) => {}

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use holdfast_block::BlockNode;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
-use holdfast_migration::{MirroredDisk, Phase, Plan, Source, Target};
+use holdfast_migration::{MirroredDisk, Phase, Plan, RunningCode, Source, Target};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -15,6 +15,8 @@ pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 pub const BASE: u64 = 0x8000_0000;
 pub const RAM: u64 = 1 << 20;
+/// What the target is told of the guest's code.
+pub const CODE: &[u8] = b"places";
 
 pub fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(BASE), RAM as usize)]).expect("RAM")
@@ -112,6 +114,10 @@ impl Source for Here {
         assert!(!self.given.load(Ordering::SeqCst), "what was given up was taken back first");
         self.runs.store(true, Ordering::SeqCst);
     }
+    fn running_code(&self) -> RunningCode {
+        // The last is no RAM.
+        RunningCode { pages: vec![BASE + RAM - PAGE_SIZE, BASE, BASE + RAM], places: CODE.to_vec() }
+    }
     fn moved(&self) {}
     fn entered(&self, _phase: Phase) {}
     fn passed(&self, _pass: u64) {}
@@ -122,13 +128,15 @@ pub struct There {
     pub memory: GuestMemory,
     pub state: Vec<u8>,
     pub runs: bool,
+    /// The code that it was told of, and whether it is still at it.
+    pub code: (Vec<u8>, bool),
     pub images: Vec<Arc<dyn BlockNode>>,
 }
 
 impl There {
     /// One with these images.
     pub fn new(images: Vec<Arc<dyn BlockNode>>) -> Self {
-        Self { memory: memory(), state: Vec::new(), runs: false, images }
+        Self { memory: memory(), state: Vec::new(), runs: false, code: (Vec::new(), false), images }
     }
 }
 
@@ -142,7 +150,14 @@ impl Target for There {
     fn images(&self) -> Result<Vec<Arc<dyn BlockNode>>, Failure> {
         Ok(self.images.clone())
     }
+    fn prepare_code(&mut self, places: &[u8]) {
+        self.code = (places.to_vec(), true);
+    }
+    fn end_code(&mut self) {
+        self.code.1 = false;
+    }
     fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
+        assert!(!self.code.1, "nothing prepares code any more");
         self.state = state.to_vec();
         Ok(())
     }

@@ -12,9 +12,9 @@ use std::time::Duration;
 use holdfast_block::BlockNode;
 use holdfast_block::nodes::NamedNode;
 use holdfast_config::VmConfig;
-use holdfast_memory::GuestMemory;
+use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_migration::mapped::Mapped;
-use holdfast_migration::{Control, MigrationError, MirroredDisk, Phase, Plan, Source, Target};
+use holdfast_migration::{Control, MigrationError, MirroredDisk, Phase, Plan, RunningCode, Source, Target};
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 
@@ -25,7 +25,7 @@ use crate::confine;
 use crate::control::{Event, EventBus};
 use crate::snapshot::SavedVm;
 use crate::snapshot::ram::{self, DemandPager};
-use crate::vm::{Host, Vm};
+use crate::vm::{Host, Vm, ahead};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -103,6 +103,18 @@ impl Source for Link {
         if let Err(error) = self.vm.accel().stop_dirty_log() {
             tracing::warn!(%error, "the log of writes to RAM cannot be ended");
         }
+    }
+
+    fn note_code(&self) {
+        self.vm.accel().note_running_code();
+    }
+
+    fn running_code(&self) -> RunningCode {
+        let places = self.vm.accel().running_code(ahead::MOST);
+        let mut pages: Vec<u64> = places.iter().map(|place| place.gpa / PAGE_SIZE * PAGE_SIZE).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        RunningCode { pages, places: ahead::encode(&places) }
     }
 
     fn throttle(&self, percent: u8) {
@@ -297,6 +309,24 @@ impl Target for Newcomer {
 
     fn images(&self) -> Result<Vec<Arc<dyn BlockNode>>, Failure> {
         Ok(self.disks.iter().map(|disk| Arc::clone(disk) as Arc<dyn BlockNode>).collect())
+    }
+
+    fn prepare_code(&mut self, places: &[u8]) {
+        if let Some(vm) = &self.vm {
+            vm.vcpus().translate_ahead(ahead::decode(places));
+        }
+    }
+
+    fn wait_for_code(&mut self, patience: Duration) {
+        if let Some(vm) = &self.vm {
+            vm.vcpus().wait_ahead(patience);
+        }
+    }
+
+    fn end_code(&mut self) {
+        if let Some(vm) = &self.vm {
+            vm.vcpus().end_ahead();
+        }
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
