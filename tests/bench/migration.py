@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Moves the same translated riscv64 guest by Holdfast and by QEMU, each from one process to another over loopback TCP, driven by the
-same QMP commands; prints total time, downtime, bytes and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
+"""Moves the same translated riscv64 guest by Holdfast and by QEMU, each from one process to another over TCP between two network
+namespaces with a veth between (root is needed; `--loopback` does without), driven by the same QMP commands; prints total time, downtime, bytes
+and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
 
-    tests/bench/migration.py [--large] [--warm] [ROUNDS]
+    tests/bench/migration.py [--large] [--warm] [--loopback] [ROUNDS]
 
 HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
 writes to 8 MiB and sums them up; dirtier, which writes to 48 MiB as fast as it can, with auto-converge. `idle post` and `busy post` go over by
@@ -16,10 +17,12 @@ byte. `pause seen` is measured from outside, the same way for both: the guest wr
 have it go to one FIFO, and the longest gap between two dots from the beginning of the migration to a second behind its end counts. It includes
 what host CPUs that are busy with the migration add, and what code that is translated anew does. A guest that writes no dots at the destination has
 not gone on: behind most moves of an idle riscv64 guest by QEMU 7.2 that is so, as if its timers were not started again. Such a move is left
-out, said, and done again. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
+out, said, and done again. `slowdown` is how many dots the guest wrote in a second before, divided by those in a second from the beginning of the migration
+to its end. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
 than twice the longest before the migration. Behind each post-copy case comes the histogram of how long our faults took, from the fault to its page
 (`postcopy-latency-dist` of QMP's query-migrate, which QEMU has from 10.1 on), and QEMU's `postcopy-blocktime`.
 """
+import atexit
 import collections
 import itertools
 import json
@@ -57,6 +60,40 @@ for _ in range(int(sys.argv[1])):
 """
 # QEMU's figures of the case, one of each round.
 BLOCKTIME = []
+
+
+class Hosts:
+    """Two network namespaces with a veth between, or the loopback interface."""
+
+    def __init__(self):
+        self.loopback = "--loopback" in sys.argv
+        self.names = [f"migration{os.getpid()}{n}" for n in "ab"]
+        self.address = "127.0.0.1" if self.loopback else "10.231.77.2"
+        if self.loopback:
+            return
+        for name in self.names:
+            self.ip("netns", "add", name)
+        self.ip("link", "add", "veth0", "netns", self.names[0], "type", "veth", "peer", "name", "veth0", "netns", self.names[1])
+        for n, name in enumerate(self.names, 1):
+            self.ip("-n", name, "address", "add", f"10.231.77.{n}/30", "dev", "veth0")
+            self.ip("-n", name, "link", "set", "veth0", "up")
+
+    def ip(self, *words):
+        subprocess.run(["ip", *words], check=True)
+
+    def on(self, n, command):
+        return command if self.loopback else ["ip", "netns", "exec", self.names[n], *command]
+
+    def port(self):
+        if not self.loopback:
+            return 4444
+        with socket.socket() as free:
+            free.bind((self.address, 0))
+            return free.getsockname()[1]
+
+    def close(self):
+        for name in [] if self.loopback else self.names:
+            self.ip("netns", "delete", name)
 
 
 class Qmp:
@@ -98,15 +135,18 @@ class Dots:
         while True:
             data, now = os.read(self.fd, 4096), time.monotonic()
             if self.begun.is_set():
-                self.times.append(now)
+                self.times.append((now, data.count(b".")))
                 continue
             self.text += data
             if b"TICKER" in self.text:
                 self.begun.set()
 
     def gaps(self, start, end):
-        times = [t for t in list(self.times) if start <= t <= end]
+        times = [t for t, _ in list(self.times) if start <= t <= end]
         return [(later - earlier, later) for earlier, later in zip(times, times[1:])]
+
+    def rate(self, start, end):
+        return sum(count for t, count in list(self.times) if start <= t <= end) / (end - start)
 
 
 def pack(guest, work):
@@ -149,22 +189,20 @@ def cpu_of(processes, before=(0, 0)):
     return tuple(sum(figures) - old for figures, old in zip(zip(*map(cpu_seconds, processes)), before))
 
 
-def move(ours, guest, test, mib, postcopy):
+def move(ours, guest, test, mib, postcopy, hosts):
     with tempfile.TemporaryDirectory() as work:
         pack(guest, work)
         dots = Dots(work + "/console")
-        source = subprocess.Popen(command_line(ours, guest, work, "a", test, mib), stdout=subprocess.DEVNULL)
+        source = subprocess.Popen(hosts.on(0, command_line(ours, guest, work, "a", test, mib)), stdout=subprocess.DEVNULL)
         target = None
         try:
             if not dots.begun.wait(LIMIT):
                 sys.exit("the guest does not work")
             settled = time.monotonic()
             time.sleep(2)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            uri = f"tcp:{hosts.address}:{hosts.port()}"
             line = command_line(ours, guest, work, "b", test, mib) + ["--incoming" if ours else "-incoming", "defer"]
-            target = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+            target = subprocess.Popen(hosts.on(1, line), stdout=subprocess.DEVNULL)
             here, there = Qmp(os.path.join(work, "a")), Qmp(os.path.join(work, "b"))
             # A guest that writes faster than RAM moves is slowed by both.
             wanted = [{"capability": "postcopy-ram" if postcopy else "auto-converge", "state": True}]
@@ -173,7 +211,7 @@ def move(ours, guest, test, mib, postcopy):
                 # QEMU counts how long vCPUs stood if told to; we always count.
                 blocktime = [] if ours else [{"capability": "postcopy-blocktime", "state": True}]
                 there.command("migrate-set-capabilities", capabilities=wanted + blocktime)
-            there.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
+            there.command("migrate-incoming", uri=uri)
             here.command("migrate-set-parameters", **{"max-bandwidth": 10 << 30, "downtime-limit": 300})
             if "--warm" in sys.argv:
                 subprocess.run([sys.executable, "-c", WARM, str(mib + 600)], check=True)
@@ -181,7 +219,7 @@ def move(ours, guest, test, mib, postcopy):
             before = cpu_of((source, target))
             began = time.monotonic()
             usual = max((gap for gap, _ in dots.gaps(settled, began)), default=0)
-            here.command("migrate", uri=f"tcp:127.0.0.1:{port}")
+            here.command("migrate", uri=uri)
             end, switched = time.monotonic() + LIMIT, not postcopy
             while True:
                 info = here.command("query-migrate")
@@ -193,6 +231,7 @@ def move(ours, guest, test, mib, postcopy):
                     here.command("migrate-start-postcopy")
                     switched = True
                 time.sleep(0.005)
+            done = time.monotonic()
             cpu = cpu_of((source, target), before)
             while there.command("query-status")["status"] != "running" and time.monotonic() < end:
                 time.sleep(0.01)
@@ -204,7 +243,8 @@ def move(ours, guest, test, mib, postcopy):
                 return None
             seen, resumed = max(gaps)
             result = {"total ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
-                      "CPU s": cpu[0], "own CPU s": cpu[1]}
+                      "CPU s": cpu[0], "own CPU s": cpu[1],
+                      "slowdown": dots.rate(settled, settled + 2) / max(dots.rate(began, done), 1)}
             if postcopy:
                 slow = [at for gap, at in gaps if at >= resumed and gap > 2 * usual]
                 result["full speed ms"] = (max(slow) - resumed) * 1000 if slow else 0
@@ -230,12 +270,14 @@ def main():
     cases = [(test, 256, False) for test in ("idle", "busy", "dirtier")] + [(test, 256, True) for test in ("idle", "busy")]
     if "--large" in sys.argv:
         cases += [(test, 2048, False) for test in ("idle", "busy", "dirtier")]
+    hosts = Hosts()
+    atexit.register(hosts.close)
     print(f"{'guest':18} {'figure':14} {'Holdfast':>10} {'QEMU':>10} {'ratio':>7}   (medians of {rounds})")
     for test, mib, postcopy in cases:
         results = {True: [], False: []}
         for _ in range(rounds):
             for ours in (True, False):
-                attempts = (move(ours, guest, test, mib, postcopy) for _ in range(ATTEMPTS))
+                attempts = (move(ours, guest, test, mib, postcopy, hosts) for _ in range(ATTEMPTS))
                 results[ours].extend(itertools.islice(filter(None, attempts), 1))
         name = f"{test}{' post' if postcopy else ''} {mib} MiB"
         for ours, count in STANDS.items():
