@@ -5,7 +5,7 @@ and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
 
     tests/bench/migration.py [--large] [--warm] [--loopback] [ROUNDS]
 
-HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
+HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed; HOLDFAST_BUILD is another build of ours to run in QEMU's place. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
 writes to 8 MiB and sums them up; dirtier, which writes to 48 MiB as fast as it can, with auto-converge. `idle post` and `busy post` go over by
 post-copy. `--large` adds guests of 2 GiB. `--warm` lets a third process write to as much memory as the guest has and more right before each
 migration: a host that is a virtual machine itself may have to ask its own host for memory, which takes longer than the migration. Each side
@@ -41,6 +41,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 HOLDFAST = os.environ.get("HOLDFAST_BIN", os.path.join(os.environ.get("CARGO_TARGET_DIR", ROOT + "/target"), "release/holdfast"))
 QEMU = os.environ.get("QEMU", "qemu-system-riscv64")
+BUILD = os.environ.get("HOLDFAST_BUILD")
+OTHER = "other build" if BUILD else "QEMU"
 LIMIT = 300
 # How long faults of one post-copy case took, by doublings from a microsecond on, all rounds together.
 LATENCY = collections.Counter()
@@ -71,6 +73,7 @@ class Hosts:
         self.address = "127.0.0.1" if self.loopback else "10.231.77.2"
         if self.loopback:
             return
+        atexit.register(self.close)
         for name in self.names:
             self.ip("netns", "add", name)
         self.ip("link", "add", "veth0", "netns", self.names[0], "type", "veth", "peer", "name", "veth0", "netns", self.names[1])
@@ -92,8 +95,8 @@ class Hosts:
             return free.getsockname()[1]
 
     def close(self):
-        for name in [] if self.loopback else self.names:
-            self.ip("netns", "delete", name)
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name])
 
 
 class Qmp:
@@ -162,8 +165,8 @@ def command_line(ours, guest, work, name, test, mib):
     kernel, initramfs = os.path.join(guest, "Image"), os.path.join(work, "initramfs.cpio")
     append, console = f"console=ttyS0 quiet holdfast.test={test}", os.path.join(work, "console")
     qmp = "unix:" + os.path.join(work, name)
-    if ours:
-        return [HOLDFAST, "run", "--arch", "riscv64", "--accel", "tcg", "--cpus", "boot=2", "--memory", f"size={mib}M", "--kernel",
+    if ours or BUILD:
+        return [HOLDFAST if ours else BUILD, "run", "--arch", "riscv64", "--accel", "tcg", "--cpus", "boot=2", "--memory", f"size={mib}M", "--kernel",
                 kernel, "--initramfs", initramfs, "--cmdline", append, "--serial", "file=" + console, "--console", "off",
                 "--qmp", qmp]
     return [QEMU, "-M", "virt", "-accel", "tcg", "-smp", "2", "-m", f"{mib}M", "-kernel", kernel, "-initrd", initramfs, "-append",
@@ -201,7 +204,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
             settled = time.monotonic()
             time.sleep(2)
             uri = f"tcp:{hosts.address}:{hosts.port()}"
-            line = command_line(ours, guest, work, "b", test, mib) + ["--incoming" if ours else "-incoming", "defer"]
+            line = command_line(ours, guest, work, "b", test, mib) + ["--incoming" if ours or BUILD else "-incoming", "defer"]
             target = subprocess.Popen(hosts.on(1, line), stdout=subprocess.DEVNULL)
             here, there = Qmp(os.path.join(work, "a")), Qmp(os.path.join(work, "b"))
             # A guest that writes faster than RAM moves is slowed by both.
@@ -209,7 +212,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
             here.command("migrate-set-capabilities", capabilities=wanted)
             if postcopy:
                 # QEMU counts how long vCPUs stood if told to; we always count.
-                blocktime = [] if ours else [{"capability": "postcopy-blocktime", "state": True}]
+                blocktime = [] if ours or BUILD else [{"capability": "postcopy-blocktime", "state": True}]
                 there.command("migrate-set-capabilities", capabilities=wanted + blocktime)
             there.command("migrate-incoming", uri=uri)
             here.command("migrate-set-parameters", **{"max-bandwidth": 10 << 30, "downtime-limit": 300})
@@ -252,7 +255,8 @@ def move(ours, guest, test, mib, postcopy, hosts):
                 waited = there.command("query-migrate")
                 if "postcopy-blocktime" in waited:
                     BLOCKTIME.append(waited)
-                LATENCY.update({n: count for n, count in enumerate(waited.get("postcopy-latency-dist", []))})
+                if ours:
+                    LATENCY.update({n: count for n, count in enumerate(waited.get("postcopy-latency-dist", []))})
             else:
                 result["downtime ms"] = info["downtime"]
             return result
@@ -271,8 +275,7 @@ def main():
     if "--large" in sys.argv:
         cases += [(test, 2048, False) for test in ("idle", "busy", "dirtier")]
     hosts = Hosts()
-    atexit.register(hosts.close)
-    print(f"{'guest':18} {'figure':14} {'Holdfast':>10} {'QEMU':>10} {'ratio':>7}   (medians of {rounds})")
+    print(f"{'guest':18} {'figure':14} {'Holdfast':>10} {OTHER:>10} {'ratio':>7}   (medians of {rounds})")
     for test, mib, postcopy in cases:
         results = {True: [], False: []}
         for _ in range(rounds):
@@ -281,7 +284,7 @@ def main():
                 results[ours].extend(itertools.islice(filter(None, attempts), 1))
         name = f"{test}{' post' if postcopy else ''} {mib} MiB"
         for ours, count in STANDS.items():
-            print(f"{name:18} {count} times the guest did not go on behind a move by {'Holdfast' if ours else 'QEMU'}")
+            print(f"{name:18} {count} times the guest did not go on behind a move by {'Holdfast' if ours else OTHER}")
         STANDS.clear()
         for figure in (results[True] or [{}])[0]:
             ours, theirs = (statistics.median([r[figure] for r in results[who]] or [math.nan]) for who in (True, False))

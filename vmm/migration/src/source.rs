@@ -636,8 +636,8 @@ impl Sender<'_> {
         self.code.set(false);
         let code = self.source.running_code();
         let (bytes, bandwidth) = (code.pages.len() as u64 * PAGE_SIZE, self.control.parameters().bandwidth);
-        let slow = bandwidth > 0 && bytes.saturating_mul(1000) / bandwidth > limit.as_millis() as u64;
-        if code.places.is_empty() || slow {
+        let takes = Duration::from_millis(bytes.saturating_mul(1000).checked_div(bandwidth).unwrap_or(0));
+        if code.places.is_empty() || takes > limit {
             return Ok(());
         }
         for gpa in code.pages {
