@@ -305,6 +305,20 @@ impl Program {
         }
     }
 
+    /// Says what it is at, for a test that fails: what it said last, how it ended or what each of its threads waits in.
+    fn describe(&mut self) {
+        let pid = self.pid();
+        eprintln!("process {pid} ({:?}) said last:\n{}", self.child.try_wait(), tail(&self.output()));
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            // The number of a system call with its arguments, or `running`; the kernel's function that it waits in.
+            let [name, syscall, place] = ["comm", "syscall", "wchan"].map(|file| {
+                let text = std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+                text.trim().to_owned()
+            });
+            eprintln!("  {name}: {syscall} {place}");
+        }
+    }
+
     /// Kills it outright.
     pub fn kill(&mut self) {
         // It may have ended by itself.
@@ -315,6 +329,9 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.describe();
+        }
         self.kill();
     }
 }
