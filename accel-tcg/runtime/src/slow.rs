@@ -151,6 +151,43 @@ unsafe fn host_store(host: *mut u8, bytes: u32, value: u64) {
     }
 }
 
+/// # Safety
+/// `host` is valid for reads of 16 bytes.
+unsafe fn host_load_pair(host: *const u8) -> u128 {
+    // SAFETY: by contract.
+    unsafe { u128::from(host_load(host, 8)) | u128::from(host_load(host.wrapping_add(8), 8)) << 64 }
+}
+
+/// Stores the low `bytes` (1 to 15) of `value`.
+///
+/// # Safety
+/// `host` is valid for writes of `bytes`.
+unsafe fn host_store_piece(host: *mut u8, bytes: u32, value: u128) {
+    let mut done = 0;
+    for piece in [8, 4, 2, 1] {
+        if bytes & piece != 0 {
+            // SAFETY: by contract.
+            unsafe { host_store(host.wrapping_add(done as usize), piece, (value >> (8 * done)) as u64) };
+            done += piece;
+        }
+    }
+}
+
+/// Whether `bytes` at `va` lie in two pages.
+fn crosses(va: u64, bytes: u32) -> bool {
+    va % PAGE_SIZE + u64::from(bytes) > PAGE_SIZE
+}
+
+/// The parts of an access of `bytes` at `va`, which crosses into the next page.
+fn halves(va: u64, bytes: u32, whole: &Access) -> [Access; 2] {
+    let room = PAGE_SIZE - va % PAGE_SIZE;
+    [(va, room), (va.wrapping_add(room), u64::from(bytes) - room)].map(|(gva, len)| Access {
+        gva,
+        size: len as u8,
+        ..*whole
+    })
+}
+
 /// Replaces the value at `host` by what `next` makes of it, if anything; gives the old one.
 ///
 /// # Safety
@@ -256,9 +293,12 @@ impl VcpuCore {
         let access = Self::access(va, mem, kind);
         self.check_alignment(&access, mem)?;
         let bytes = mem.bytes();
-        if mem.bytes() == 16 {
-            let low = self.load_part(va, 8, &access)?;
-            let high = self.load_part(va.wrapping_add(8), 8, &access)?;
+        if bytes == 16 {
+            let [low, high] = if crosses(va, bytes) {
+                self.load_across(va, bytes, &access)?
+            } else {
+                [self.load_part(va, 8, &access)?, self.load_part(va.wrapping_add(8), 8, &access)?]
+            };
             self.shared.env().set_scratch(high);
             return Ok(low);
         }
@@ -280,12 +320,8 @@ impl VcpuCore {
 
     /// Loads `bytes` (1 to 8) little-endian, across pages if need be.
     fn load_part(&mut self, va: u64, bytes: u32, whole: &Access) -> Result<u64, Fault> {
-        let room = PAGE_SIZE - va % PAGE_SIZE;
-        if room < u64::from(bytes) {
-            let first = room as u32;
-            let low = self.load_bytes(va, first, whole)?;
-            let high = self.load_bytes(va.wrapping_add(room), bytes - first, whole)?;
-            return Ok(low | high << (first * 8));
+        if crosses(va, bytes) {
+            return Ok(self.load_across(va, bytes, whole)?[0]);
         }
         let access = Access { gva: va, size: bytes as u8, ..*whole };
         match self.place(&access)? {
@@ -297,6 +333,27 @@ impl VcpuCore {
             }
             Place::Bus(gpa) => self.bus_read(&access, gpa),
         }
+    }
+
+    /// A load of `bytes` (2 to 16) in two pages: the low eight, then the others. Both pages have to be readable before
+    /// either is read; the first one's fault comes first.
+    fn load_across(&mut self, va: u64, bytes: u32, whole: &Access) -> Result<[u64; 2], Fault> {
+        let [low, high] = halves(va, bytes, whole);
+        if let (Place::Host(first, _), Place::Host(second, _)) = (self.place(&low)?, self.place(&high)?) {
+            let room = u32::from(low.size);
+            // SAFETY: both are in pages of RAM or ROM, of which these are the last and the first 16 bytes.
+            let (end, start) = unsafe {
+                (host_load_pair(first.wrapping_add(room as usize).wrapping_sub(16)), host_load_pair(second))
+            };
+            let value = end >> (8 * (16 - room)) | start << (8 * room);
+            let high = if bytes > 8 { (value >> 64) as u64 } else { 0 };
+            return Ok([value as u64 & low_mask(bytes), high]);
+        }
+        let mut parts = [0; 2];
+        for (n, part) in (0_u32..).zip(&mut parts).filter(|(n, _)| n * 8 < bytes) {
+            *part = self.load_bytes(va.wrapping_add(u64::from(n * 8)), (bytes - n * 8).min(8), whole)?;
+        }
+        Ok(parts)
     }
 
     /// A load by a helper: `size` bytes (1 to 8), little-endian, zero-extended, across pages if need be.
@@ -403,11 +460,8 @@ impl VcpuCore {
         let value = to_memory(value, mem);
         if mem.bytes() == 16 {
             let high = self.shared.env().scratch();
-            // Both pages have to be writable before either is written; the first one's fault comes first.
-            let room = PAGE_SIZE - va % PAGE_SIZE;
-            if room < 16 {
-                self.place(&Access { gva: va, size: 1, ..access })?;
-                self.place(&Access { gva: va.wrapping_add(room), size: 1, ..access })?;
+            if crosses(va, 16) {
+                return self.store_across(va, 16, [value, high], &access);
             }
             self.store_part(va, 8, value, &access)?;
             return self.store_part(va.wrapping_add(8), 8, high, &access);
@@ -416,17 +470,33 @@ impl VcpuCore {
     }
 
     fn store_part(&mut self, va: u64, bytes: u32, value: u64, whole: &Access) -> Result<(), Fault> {
-        let room = PAGE_SIZE - va % PAGE_SIZE;
-        if room >= u64::from(bytes) {
-            return self.store_within(va, bytes, value, whole);
+        if crosses(va, bytes) {
+            return self.store_across(va, bytes, [value, 0], whole);
         }
-        // The first page's fault comes first, and nothing is written unless both pages can be.
-        let first = self.place(&Access { gva: va, size: 1, ..*whole })?;
-        let second = self.place(&Access { gva: va.wrapping_add(room), size: 1, ..*whole })?;
-        self.changes_code(first, room as u32)?;
-        self.changes_code(second, bytes - room as u32)?;
+        self.store_within(va, bytes, value, whole)
+    }
+
+    /// A store of `bytes` (2 to 16) in two pages. The first page's fault comes first, and nothing is written unless both
+    /// pages can be.
+    fn store_across(&mut self, va: u64, bytes: u32, value: [u64; 2], whole: &Access) -> Result<(), Fault> {
+        let [low, high] = halves(va, bytes, whole);
+        let (first, second) = (self.place(&low)?, self.place(&high)?);
+        let (room, rest) = (u32::from(low.size), u32::from(high.size));
+        self.changes_code(first, room)?;
+        self.changes_code(second, rest)?;
+        let all = u128::from(value[0]) | u128::from(value[1]) << 64;
+        if let (Place::Host(first, report), Place::Host(second, second_report)) = (first, second) {
+            // SAFETY: both places are valid for their part of the access, which crosses no page.
+            unsafe {
+                host_store_piece(first, room, all);
+                host_store_piece(second, rest, all >> (8 * room));
+            }
+            self.report(report, room);
+            self.report(second_report, rest);
+            return Ok(());
+        }
         for n in 0..bytes {
-            self.store_within(va.wrapping_add(u64::from(n)), 1, value >> (n * 8), whole)?;
+            self.store_within(va.wrapping_add(u64::from(n)), 1, (all >> (n * 8)) as u64, whole)?;
         }
         Ok(())
     }

@@ -168,6 +168,29 @@ fn a_vector_store_is_whole_or_not_at_all() {
     }
 }
 
+/// What lies in two pages is loaded and stored whole, wherever the pages meet.
+#[test]
+fn what_lies_in_two_pages_is_copied() {
+    // mov ax, [rsi]; mov [rdi], ax, and so on; movups xmm0, [rsi]; movups [rdi], xmm0
+    let copies: [(&[u8], usize); 4] = [
+        (&[0x66, 0x8b, 0x06, 0x66, 0x89, 0x07], 2),
+        (&[0x8b, 0x06, 0x89, 0x07], 4),
+        (&[0x48, 0x8b, 0x06, 0x48, 0x89, 0x07], 8),
+        (&[0x0f, 0x10, 0x06, 0x0f, 0x11, 0x07], 16),
+    ];
+    for (code, size) in copies {
+        for (from, to) in (1..size).flat_map(|from| (1..size).map(move |to| (DATA_RW - from, 0x1000 - to))) {
+            let set = |i: &mut Image| (i.gpr[RSI], i.gpr[RDI]) = (DATA + from as u64, DATA + to as u64);
+            each(code, set, |name, outcome, memory| {
+                assert_eq!(outcome.end, End::Done, "{name}");
+                let mut expected = data()[..DATA_RW].to_vec();
+                expected[to..to + size].copy_from_slice(&data()[from..from + size]);
+                assert!(memory == expected, "{name}: {size} bytes from {from:#x} to {to:#x}");
+            });
+        }
+    }
+}
+
 /// An element that is off does not fault; one that is on and does keeps all others from being stored.
 #[test]
 fn masked_stores_fault_for_what_is_on() {
