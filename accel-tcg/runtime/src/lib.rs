@@ -11,6 +11,7 @@ mod engine;
 mod env;
 mod epoch;
 mod fpenv;
+mod futex;
 mod guest;
 mod hash;
 mod info;

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use holdfast_clock::Rung;
+use parking_lot::Mutex;
 
 use holdfast_tcg_ir::env::{MMU_MODES, TLB_SLOW};
 
 use crate::env::EnvBox;
+use crate::futex;
 use crate::guest::Flush;
 use crate::recent::Recent;
 use crate::regions::Killed;
@@ -52,10 +54,12 @@ pub mod request {
     pub const REMAP: u32 = 16;
     /// The guest is waiting for an interrupt; set by the vCPU itself.
     pub const HALT: u32 = 32;
+    /// An alarm that the vCPU fires itself may be due.
+    pub const ALARM: u32 = 64;
 }
 
 /// Requests that a sleeping vCPU wakes up for; it looks at the others when it wakes anyway.
-const AWAKENING: u32 = request::INTERRUPT | request::KICK;
+const AWAKENING: u32 = request::INTERRUPT | request::KICK | request::ALARM;
 
 /// Regions that a vCPU is told of one by one before it is told to forget all it has cached.
 const KILLED: usize = 1024;
@@ -76,10 +80,10 @@ pub struct VcpuShared {
     pub(crate) counts: VcpuCounts,
     /// What it ran lately.
     pub(crate) recent: Recent,
-    asleep: Mutex<bool>,
+    /// It sleeps, or is about to, until `requests` changes.
+    asleep: AtomicBool,
     /// Asleep in the middle of translated code: any request ends that.
     dozing: AtomicBool,
-    wake: Condvar,
 }
 
 impl fmt::Debug for VcpuShared {
@@ -106,9 +110,8 @@ impl VcpuShared {
             flushes: Mutex::default(),
             counts: VcpuCounts::default(),
             recent: Recent::new(),
-            asleep: Mutex::new(false),
+            asleep: AtomicBool::new(false),
             dozing: AtomicBool::new(false),
-            wake: Condvar::new(),
         })
     }
 
@@ -149,11 +152,10 @@ impl VcpuShared {
     pub fn request(&self, what: u32) {
         self.requests.fetch_or(what, Ordering::SeqCst);
         self.env.exit_request().store(1, Ordering::SeqCst);
-        if what & AWAKENING != 0 || self.dozing.load(Ordering::SeqCst) {
-            let asleep = self.asleep.lock();
-            if *asleep {
-                self.wake.notify_all();
-            }
+        // Who is about to sleep says so and then looks: one of both sees the other.
+        let wakes = what & AWAKENING != 0 || self.dozing.load(Ordering::SeqCst);
+        if wakes && self.asleep.load(Ordering::SeqCst) {
+            futex::wake(&self.requests);
         }
     }
 
@@ -232,25 +234,32 @@ impl VcpuShared {
     /// Sleeps for `limit`, or until there is a request of any kind.
     pub(crate) fn doze(&self, limit: Duration) {
         self.dozing.store(true, Ordering::SeqCst);
-        let mut asleep = self.asleep.lock();
-        *asleep = true;
-        if !self.requested() {
-            self.wake.wait_for(&mut asleep, limit);
-        }
-        *asleep = false;
+        self.asleep.store(true, Ordering::SeqCst);
+        // A signal may end it early.
+        futex::wait(&self.requests, 0, Some(limit));
+        self.asleep.store(false, Ordering::SeqCst);
         self.dozing.store(false, Ordering::SeqCst);
     }
 
-    /// Sleeps until there is a request, or for `limit` if given.
-    pub fn sleep(&self, limit: Option<Duration>) {
-        let mut asleep = self.asleep.lock();
-        *asleep = true;
-        if self.requests.load(Ordering::SeqCst) & AWAKENING == 0 {
-            match limit {
-                Some(limit) => drop(self.wake.wait_for(&mut asleep, limit)),
-                None => self.wake.wait(&mut asleep),
+    /// Sleeps until there is a request that it wakes up for.
+    pub fn sleep(&self) {
+        self.asleep.store(true, Ordering::SeqCst);
+        loop {
+            let requests = self.requests.load(Ordering::SeqCst);
+            if requests & AWAKENING != 0 {
+                break;
             }
+            // An alarm's signal ends it too.
+            futex::wait(&self.requests, requests, None);
         }
-        *asleep = false;
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Rung for VcpuShared {
+    fn ring(&self) {
+        // The vCPU's own thread: it does not sleep while this runs, and looks before it goes on to.
+        self.requests.fetch_or(request::ALARM, Ordering::SeqCst);
+        self.env.exit_request().store(1, Ordering::SeqCst);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use holdfast_arch::{CpuModel, CpuState};
-use holdfast_clock::{Timer, VmClock};
+use holdfast_clock::{OwnAlarms, Timer, VmClock};
 use holdfast_memory::PAGE_SIZE;
 use holdfast_tcg_ir::env::exit;
 
@@ -53,6 +53,8 @@ pub(crate) struct VcpuCore {
     pub phys: Arc<PhysMemory>,
     pub clock: Arc<VmClock>,
     pub timer: Timer,
+    /// Alarms that were armed on this vCPU's thread.
+    pub alarms: Arc<OwnAlarms>,
     /// What the timer was last set to.
     pub deadline: Option<u64>,
     pub tlb: Tlb,
@@ -216,7 +218,11 @@ impl VcpuCore {
 
     /// Serves what other threads asked for. Holds no region.
     fn serve(&mut self) -> Option<Stop> {
-        let what = self.shared.take_requests();
+        let mut what = self.shared.take_requests();
+        while what & request::ALARM != 0 {
+            self.alarms.fire_due();
+            what = what & !request::ALARM | self.shared.take_requests();
+        }
         let shared = Arc::clone(&self.shared);
         if what & request::REMAP != 0 {
             self.remap();
@@ -265,7 +271,7 @@ impl VcpuCore {
             }
             count(&self.shared.counts.sleeps);
             self.vm.regions.epochs.leave(index);
-            self.shared.sleep(None);
+            self.shared.sleep();
         }
     }
 
@@ -428,7 +434,7 @@ impl TcgVcpu {
         let shared = VcpuShared::new(index, env);
         vm.add_vcpu(&shared)?;
         let waker = Arc::downgrade(&shared);
-        let timer = vm.timers.timer(move || {
+        let timer = vm.timers.vcpu_timer(move || {
             if let Some(shared) = waker.upgrade() {
                 shared.request(request::INTERRUPT);
             }
@@ -440,6 +446,7 @@ impl TcgVcpu {
             phys: vm.phys(),
             clock: Arc::clone(&vm.clock),
             timer,
+            alarms: OwnAlarms::new(&vm.clock),
             deadline: None,
             tlb: Tlb::new(spec.ir.pc_shift),
             mode: Mode::default(),
@@ -486,7 +493,10 @@ impl TcgVcpu {
     /// [`RuntimeError::Exit`] if translated code left in a way that nobody knows: a bug.
     pub fn run(&mut self) -> Result<Stop, RuntimeError> {
         IN_RUN.set(true);
+        let (alarms, shared) = (Arc::clone(&self.core.alarms), Arc::clone(&self.core.shared));
+        let keeping = alarms.keep(&*shared);
         let result = self.run_inner();
+        drop(keeping);
         IN_RUN.set(false);
         self.core.vm.regions.epochs.leave(self.core.shared.index());
         result

@@ -3,12 +3,16 @@
 //! Devices and vCPUs read time from a [`VmClock`] and set alarms on its [`Timers`]; they never ask
 //! `std::time`. So pausing, snapshot and replay hold for every device without its help.
 
+mod bell;
+mod own;
 mod random;
 mod timers;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use bell::Rung;
+pub use own::{Keeping, OwnAlarms};
 pub use random::{HostRandom, RandomError, RandomSource};
 pub use timers::{Timer, Timers};
 

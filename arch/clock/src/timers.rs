@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::VmClock;
+use crate::{OwnAlarms, VmClock};
 use holdfast_threads::{Role, Spawner};
 
-/// Called on the timer thread when an alarm is due. It must be short and must not block.
-type Callback = Arc<dyn Fn() + Send + Sync>;
+/// Called on the timer thread, or on that of a vCPU, when an alarm is due. It must be short and must not block.
+pub(crate) type Callback = Arc<dyn Fn() + Send + Sync>;
 
 /// What an alarm does, and when it last did.
 struct Alarm {
@@ -87,6 +87,8 @@ impl Timers {
     /// # Errors
     /// The host's error if the thread cannot be started.
     pub fn start(clock: Arc<VmClock>, spawner: &dyn Spawner) -> io::Result<Arc<Self>> {
+        // Threads of vCPUs, which keep alarms of their own, may not.
+        crate::bell::install();
         let timers =
             Arc::new(Self { clock, queue: Mutex::default(), wake: Condvar::new(), thread: Mutex::new(None) });
         let weak = Arc::downgrade(&timers);
@@ -102,11 +104,22 @@ impl Timers {
 
     /// A new, unarmed alarm that calls `callback` on the timer thread.
     pub fn timer(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) -> Timer {
+        self.make(Arc::new(callback), None)
+    }
+
+    /// The same for a vCPU: if it is armed on a thread that keeps its own alarms ([`OwnAlarms::keep`]), that thread
+    /// calls `callback`.
+    pub fn vcpu_timer(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) -> Timer {
+        let callback: Callback = Arc::new(callback);
+        self.make(Arc::clone(&callback), Some(callback))
+    }
+
+    fn make(self: &Arc<Self>, callback: Callback, own: Option<Callback>) -> Timer {
         let mut q = self.queue.lock();
         let id = q.next_id;
         q.next_id += 1;
-        q.alarms.insert(id, Alarm { callback: Arc::new(callback), fired: 0 });
-        Timer { id, deadline: Mutex::new(None), timers: Arc::clone(self) }
+        q.alarms.insert(id, Alarm { callback, fired: 0 });
+        Timer { id, own, setting: Mutex::default(), timers: Arc::clone(self) }
     }
 
     /// To be called after the clock was resumed or set, so that the thread looks again.
@@ -155,16 +168,27 @@ fn fire_loop(weak: &Weak<Timers>) {
     }
 }
 
+/// What an alarm is set to.
+#[derive(Default)]
+struct Setting {
+    /// The last deadline, whether or not it has fired since.
+    deadline: Option<u64>,
+    /// Whose it is, if not the timer thread's.
+    kept: Option<Arc<OwnAlarms>>,
+}
+
 /// One alarm. Dropping it disarms it.
 pub struct Timer {
     id: u64,
-    deadline: Mutex<Option<u64>>,
+    /// What a thread that keeps its own alarms calls.
+    own: Option<Callback>,
+    setting: Mutex<Setting>,
     timers: Arc<Timers>,
 }
 
 impl fmt::Debug for Timer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Timer").field("deadline", &*self.deadline.lock()).finish_non_exhaustive()
+        f.debug_struct("Timer").field("deadline", &self.setting.lock().deadline).finish_non_exhaustive()
     }
 }
 
@@ -172,11 +196,17 @@ impl Timer {
     /// Fires once at `deadline` (virtual nanoseconds), in place of any earlier setting. A deadline
     /// in the past fires at once.
     pub fn arm(&self, deadline: u64) {
-        let mut mine = self.deadline.lock();
-        let mut q = self.timers.queue.lock();
-        if let Some(old) = mine.replace(deadline) {
-            q.due.remove(&(old, self.id));
+        let mut setting = self.setting.lock();
+        self.forget(&mut setting);
+        setting.deadline = Some(deadline);
+        if let Some(callback) = &self.own
+            && let Some(own) = OwnAlarms::kept(&self.timers.clock)
+        {
+            own.arm(deadline, self.id, callback);
+            setting.kept = Some(own);
+            return;
         }
+        let mut q = self.timers.queue.lock();
         q.due.insert((deadline, self.id));
         if deadline.saturating_add(SLACK) < q.asleep_until {
             // Until it has looked it is as good as awake.
@@ -187,15 +217,21 @@ impl Timer {
 
     /// Forgets the setting. A callback that is running already is not waited for.
     pub fn disarm(&self) {
-        let mut mine = self.deadline.lock();
-        if let Some(old) = mine.take() {
-            self.timers.queue.lock().due.remove(&(old, self.id));
+        self.forget(&mut self.setting.lock());
+    }
+
+    fn forget(&self, setting: &mut Setting) {
+        let kept = setting.kept.take();
+        let Some(old) = setting.deadline.take() else { return };
+        match kept {
+            Some(own) => own.disarm(old, self.id),
+            None => drop(self.timers.queue.lock().due.remove(&(old, self.id))),
         }
     }
 
     /// The last deadline armed, whether or not it has fired since.
     pub fn deadline(&self) -> Option<u64> {
-        *self.deadline.lock()
+        self.setting.lock().deadline
     }
 }
 

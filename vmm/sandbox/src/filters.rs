@@ -163,8 +163,9 @@ const TERMINALS: &[Permit] = &[
     ioctl(0x402c_542b), // TCSETS2
 ];
 
-/// A vCPU: everything of KVM, and what devices do in its registers' stead.
-const VCPU: &[Permit] = &[ioctls(0xae)];
+/// A vCPU: everything of KVM, what devices do in its registers' stead, and the alarms that it fires itself.
+const VCPU: &[Permit] =
+    &[ioctls(0xae), Any(libc::SYS_timer_create), Any(libc::SYS_timer_settime), Any(libc::SYS_timer_delete)];
 
 /// Making descriptors that name nothing outside the process.
 const PLUMBING: &[Permit] = &[

@@ -346,7 +346,7 @@ impl Lapic {
     fn new(index: u32, id: u32, timers: &Arc<Timers>, bus: &Weak<LapicBus>) -> Arc<Self> {
         Arc::new_cyclic(|me: &Weak<Lapic>| {
             let weak = me.clone();
-            let timer = timers.timer(move || {
+            let timer = timers.vcpu_timer(move || {
                 if let Some(apic) = weak.upgrade() {
                     apic.expired();
                 }
