@@ -115,8 +115,9 @@ pub struct EnvHeader {
     pub exit_arg: u64,
     /// The host's MXCSR, saved on entry.
     pub host_mxcsr: u32,
-    /// Unused.
-    pub pad0: u32,
+    /// How many more accesses may be made by the slow paths' own probes, for only the shared one failed them, before the
+    /// runtime is told; it is when this is 0 or less.
+    pub retries: i32,
     /// Host stack pointer to leave by.
     pub host_sp: u64,
     /// Temporaries of the back end: helper arguments 4 and 5, and moves.
@@ -165,6 +166,8 @@ pub mod offset {
     pub const EXIT_ARG: i32 = HEADER + offset_of!(EnvHeader, exit_arg) as i32;
     /// [`EnvHeader::host_mxcsr`]
     pub const HOST_MXCSR: i32 = HEADER + offset_of!(EnvHeader, host_mxcsr) as i32;
+    /// [`EnvHeader::retries`]
+    pub const RETRIES: i32 = HEADER + offset_of!(EnvHeader, retries) as i32;
     /// [`EnvHeader::host_sp`]
     pub const HOST_SP: i32 = HEADER + offset_of!(EnvHeader, host_sp) as i32;
     /// [`EnvHeader::branch_pc`]

@@ -165,8 +165,14 @@ impl VcpuEngine {
 }
 
 impl VcpuCore {
-    /// Turns what `builder` holds into something that runs. `None`: try again, with fewer instructions.
-    pub fn compile(&mut self, builder: &mut Builder, id: u32) -> Result<Option<Body>, RuntimeError> {
+    /// Turns what `builder` holds into something that runs; its accesses may `share` probes. `None`: try again, with fewer
+    /// instructions.
+    pub fn compile(
+        &mut self,
+        builder: &mut Builder,
+        id: u32,
+        share: bool,
+    ) -> Result<Option<Body>, RuntimeError> {
         if matches!(self.engine.kind, Kind::Interpreter(..)) {
             return Ok(Some(Body::Ir(Box::new(builder.region().clone()))));
         }
@@ -184,6 +190,7 @@ impl VcpuCore {
             self.engine.segment = Some((segment, used));
             let Kind::Host(host) = &mut self.engine.kind else { return Ok(None) };
             let (translator, stubs) = &mut **host;
+            translator.share_probes(share);
             let offset = cache.start_of(segment) + used;
             let end = cache.start_of(segment) + cache.segment_len();
             if self.engine.prepared < end.min(offset + LARGE_REGION) {

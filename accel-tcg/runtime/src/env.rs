@@ -4,6 +4,7 @@ use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::unshare::RETRIES;
 use holdfast_tcg_ir::env::{
     self as layout, EnvHeader, EnvTables, IBTC_ENTRIES, IbtcEntry, PAGE_IDS, TlbEntry,
 };
@@ -45,6 +46,7 @@ impl EnvBox {
         let header = this.header();
         // SAFETY: freshly mapped and not shared yet.
         unsafe { (*header).mxcsr = MXCSR_DEFAULT };
+        this.set_retries(RETRIES);
         Ok(this)
     }
 
@@ -109,6 +111,18 @@ impl EnvBox {
     pub fn set_mxcsr(&self, value: u32) {
         // SAFETY: only the vCPU's thread touches it.
         unsafe { (*self.header()).mxcsr = value }
+    }
+
+    /// See [`EnvHeader::retries`].
+    pub fn retries(&self) -> i32 {
+        // SAFETY: only the vCPU's thread touches it.
+        unsafe { (*self.header()).retries }
+    }
+
+    /// Sets [`EnvHeader::retries`].
+    pub fn set_retries(&self, value: i32) {
+        // SAFETY: only the vCPU's thread touches it.
+        unsafe { (*self.header()).retries = value }
     }
 
     /// The upper half of a 16-byte access.

@@ -41,6 +41,7 @@ impl TcgVm {
         let (blocks, insns) = (get(&c.blocks), get(&c.insns));
         line("regions translated", translated.to_string());
         line("regions translated ahead", get(&c.ahead).to_string());
+        line("regions translated unshared", get(&c.unshared).to_string());
         line("basic blocks translated", blocks.to_string());
         line("instructions translated", insns.to_string());
         line("guest bytes translated", guest_bytes.to_string());

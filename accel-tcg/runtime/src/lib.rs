@@ -26,6 +26,7 @@ mod slow;
 mod table;
 mod tlb;
 mod translate;
+mod unshare;
 mod vcpu;
 mod vm;
 mod wait;

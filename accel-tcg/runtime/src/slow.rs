@@ -51,15 +51,19 @@ fn finish(core: &mut VcpuCore, pc: u64, result: Result<u64, Fault>) -> HelperRet
 unsafe extern "C" fn load(env: *mut u8, va: u64, desc: u32, pc: u64) -> HelperRet {
     // SAFETY: called by translated code or the interpreter on the vCPU's thread.
     let core = unsafe { VcpuCore::from_env(env) };
-    let result = core.load(va, MemOp(desc as u16 & (MemOp::MASK | MemOp::FOR_UPDATE)));
+    let mem = MemOp(desc as u16 & (MemOp::MASK | MemOp::FOR_UPDATE));
+    core.note_retry(va, mem, mem.is_for_update(), pc);
+    let result = core.load(va, mem);
     finish(core, pc, result)
 }
 
 unsafe extern "C" fn store(env: *mut u8, va: u64, desc: u32, pc: u64, value: u64) -> HelperRet {
     // SAFETY: as in `load`.
     let core = unsafe { VcpuCore::from_env(env) };
+    let mem = MemOp(desc as u16 & MemOp::MASK);
+    core.note_retry(va, mem, true, pc);
     core.storing = Some(pc);
-    let result = core.store(va, MemOp(desc as u16 & MemOp::MASK), value).map(|()| 0);
+    let result = core.store(va, mem, value).map(|()| 0);
     core.storing = None;
     finish(core, pc, result)
 }
@@ -174,7 +178,7 @@ unsafe fn host_store_piece(host: *mut u8, bytes: u32, value: u128) {
 }
 
 /// Whether `bytes` at `va` lie in two pages.
-fn crosses(va: u64, bytes: u32) -> bool {
+pub(crate) fn crosses(va: u64, bytes: u32) -> bool {
     va % PAGE_SIZE + u64::from(bytes) > PAGE_SIZE
 }
 

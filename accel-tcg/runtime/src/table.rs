@@ -108,6 +108,8 @@ pub struct Region {
     pub guest_len: u32,
     /// False if nothing may jump to it directly.
     pub chain: bool,
+    /// Its accesses share no probes.
+    pub unshared: bool,
     /// The translation.
     pub body: Body,
     /// It was invalidated: do not enter it again.
@@ -129,6 +131,7 @@ impl Region {
             blocks: 0,
             guest_len: 0,
             chain: true,
+            unshared: false,
             body,
             dead: AtomicBool::new(false),
             next: AtomicPtr::new(ptr::null_mut()),

@@ -175,6 +175,7 @@ impl VcpuCore {
                 vm.counts.guest_bytes.fetch_add(u64::from(region.guest_len), Ordering::Relaxed);
                 let host_len = region.host().map_or(0, |code| u64::from(code.len));
                 vm.counts.host_bytes.fetch_add(host_len, Ordering::Relaxed);
+                vm.counts.unshared.fetch_add(u64::from(region.unshared), Ordering::Relaxed);
                 vm.list(&region);
                 Ok((!self.away).then_some(Arc::as_ptr(&region)))
             }
@@ -203,7 +204,8 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault>
     let result = match translated {
         Ok(t) => {
             let id = source.core.vm.regions.reserve_id();
-            match source.core.compile(&mut builder, id) {
+            let unshared = source.unshared();
+            match source.core.compile(&mut builder, id, !unshared) {
                 Ok(Some(body)) => {
                     let len = t.end.wrapping_sub(key.pc);
                     if source.core.vm.log.get().is_some_and(|log| log.wants(key.pc, len)) {
@@ -215,6 +217,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault>
                         region.insns = t.insns;
                         region.blocks = t.blocks;
                         region.guest_len = t.end.wrapping_sub(key.pc) as u32;
+                        region.unshared = unshared;
                         region.granules[0] = source.first.granules;
                         region.since = source.since;
                         if let Some(second) = source.second {
@@ -292,6 +295,12 @@ fn disassemble(guest: &dyn Guest, key: Key, bytes: &[u8]) -> String {
 }
 
 impl Source<'_> {
+    /// Whether accesses of what was read are to share no probes.
+    fn unshared(&self) -> bool {
+        let pages = [Some(self.first), self.second];
+        pages.into_iter().flatten().any(|p| self.core.vm.unshared.holds(p.page, p.granules))
+    }
+
     /// The page of `pc` and the offset in it, opening the second page when it is reached.
     fn page(&mut self, pc: u64, len: u64) -> Result<(*const u8, u64), Fault> {
         let offset = pc % PAGE_SIZE;

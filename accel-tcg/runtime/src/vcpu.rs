@@ -20,6 +20,7 @@ use crate::phys::{Io, PhysMemory};
 use crate::shared::{VcpuShared, request};
 use crate::table::{Key, NO_PAGE, Region};
 use crate::tlb::{Tlb, count};
+use crate::unshare::Retries;
 use crate::vm::{RuntimeError, TcgVm};
 use crate::wait::Spin;
 
@@ -85,6 +86,8 @@ pub(crate) struct VcpuCore {
     /// The vCPU has been out of its epoch in the middle of a translation: it has to pass a safe point before it runs
     /// code again, for others took it as past one.
     pub away: bool,
+    /// What shared probes that cross pages cost.
+    pub retries: Retries,
     /// Translations begun.
     pub translations: u32,
     /// When the last timed translation ended, and the thread's CPU time then, in nanoseconds.
@@ -465,6 +468,7 @@ impl TcgVcpu {
             code_hit: false,
             ahead: false,
             away: false,
+            retries: Retries::default(),
             translations: 0,
             timed: (0, 0),
             failure: None,

@@ -20,6 +20,7 @@ use crate::phys::{Io, PhysMemory};
 use crate::regions::{Killed, Regions};
 use crate::shared::{VcpuShared, request};
 use crate::table::Region;
+use crate::unshare::Unshared;
 
 /// How long a change of memory that devices show waits for vCPUs.
 const SHORT: std::time::Duration = std::time::Duration::from_millis(20);
@@ -121,6 +122,8 @@ pub struct VmCounts {
     pub invalidated: AtomicU64,
     /// Regions evicted for space.
     pub evicted: AtomicU64,
+    /// Regions translated without shared probes.
+    pub unshared: AtomicU64,
     /// Times a page became a code page while a vCPU could write it.
     pub protections: AtomicU64,
 }
@@ -140,6 +143,8 @@ pub struct TcgVm {
     /// The set of hot pages that vCPUs have to use from their next remap on.
     pub(crate) hot_side: AtomicUsize,
     pub(crate) counts: VmCounts,
+    /// Code whose accesses share no probes.
+    pub(crate) unshared: Unshared,
     /// Where translated code is listed for `perf`.
     perf_map: OnceLock<PerfMap>,
     /// Where translations are logged.
@@ -190,6 +195,7 @@ impl TcgVm {
             limit: parts.vcpus,
             hot_side: AtomicUsize::new(0),
             counts: VmCounts::default(),
+            unshared: Unshared::default(),
             perf_map: OnceLock::new(),
             log: OnceLock::new(),
             breakpoints: RwLock::default(),
@@ -217,6 +223,12 @@ impl TcgVm {
         // A second call changes nothing.
         let _ = self.perf_map.set(map);
         Ok(())
+    }
+
+    /// Sets the nanoseconds within which a thousand accesses of a vCPU have to fall back from the TLB probe that they share, for
+    /// they lie in two pages, for their code to be translated without: 0 for never, `u64::MAX` for always.
+    pub fn unshare_within(&self, ns: u64) {
+        self.unshared.set_too_fast(ns);
     }
 
     /// Logs what is translated from now on. A second call changes nothing.

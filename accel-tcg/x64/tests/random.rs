@@ -593,6 +593,8 @@ fn run(seed: u64, count: u64, features: HostFeatures, fp: bool) {
     for n in 0..count {
         let r = region(&mut b, &mut rng, ids, fp);
         m.ram.fill = n % 3 != 0;
+        m.retries = if n % 5 == 0 { 2 } else { i32::MAX };
+        m.translator.share_probes(n % 4 != 0);
         let state = random_state(&mut rng);
         let memory = random_memory(&mut rng);
         let mxcsr = 0x1f80 | (rng.below(4) as u32) << 13;

@@ -43,7 +43,8 @@ struct Range {
     write: bool,
 }
 
-/// The widest range of a shared probe: what crosses a page takes the slow path with all its accesses.
+/// The widest range of a shared probe: what crosses a page takes the slow path with all its accesses. Where that was found to
+/// be frequent, see [`crate::Translator::share_probes`], nothing is shared but what lies within the first access.
 const MAX_RANGE: i32 = 256;
 /// How far ahead accesses are looked for.
 const LOOK_AHEAD: u32 = 48;
@@ -63,6 +64,7 @@ impl Cx<'_> {
     fn range(&self, mem: MemOp, disp: i32, write: bool) -> Option<Range> {
         let size = mem.bytes() as i32;
         let mut range = Range { lo: disp, hi: disp.checked_add(size)?, last: self.at, write };
+        let max = if self.share { MAX_RANGE } else { size };
         let mut at = self.at;
         while let Some(n) = self.st.an.next_access(at).filter(|n| n - self.at <= LOOK_AHEAD) {
             at = n;
@@ -73,7 +75,7 @@ impl Cx<'_> {
             }
             let end = i.disp().checked_add(m.bytes() as i32)?;
             let (lo, hi) = (range.lo.min(i.disp()), range.hi.max(end));
-            if i64::from(hi) - i64::from(lo) <= i64::from(MAX_RANGE) {
+            if i64::from(hi) - i64::from(lo) <= i64::from(max) {
                 range = Range { lo, hi, last: n, write: range.write || i.op == Op::Store };
             }
         }

@@ -62,6 +62,7 @@ pub struct Translator {
     helpers: HelperTable,
     slow: SlowPaths,
     features: HostFeatures,
+    share: bool,
     st: State,
 }
 
@@ -99,6 +100,8 @@ pub(crate) struct Cx<'a> {
     spec: &'a GuestSpec,
     stubs: &'a Stubs,
     features: HostFeatures,
+    /// Accesses of different bytes may share a probe.
+    share: bool,
     exec: u64,
     region_id: u32,
     /// Guest pc of the current instruction.
@@ -137,7 +140,7 @@ impl Translator {
         for (n, pin) in spec.pins.iter().enumerate().rev() {
             st.pin_at[pin_index(pin.offset)] = n as u8;
         }
-        Ok(Self { spec, helpers, slow, features, st })
+        Ok(Self { spec, helpers, slow, features, share: true, st })
     }
 
     /// The helpers it was made with.
@@ -150,6 +153,12 @@ impl Translator {
         let s = stubs::generate(&mut self.st.asm, &self.spec, &self.slow, exec)?;
         copy(out, self.st.asm.bytes())?;
         Ok(s)
+    }
+
+    /// Whether accesses near each other share a TLB probe in what is compiled from now on, as they do at first. Where they lie in
+    /// two pages each of them takes the slow path then, and fares better alone.
+    pub fn share_probes(&mut self, share: bool) {
+        self.share = share;
     }
 
     /// Compiles a well-formed region (see [`holdfast_tcg_ir::verify()`]) to `target`.
@@ -179,6 +188,7 @@ impl Translator {
             spec: &self.spec,
             stubs,
             features: self.features,
+            share: self.share,
             exec,
             region_id,
             pc: region.entry_pc,

@@ -225,6 +225,8 @@ pub struct Machine {
     pub stubs: Stubs,
     pub interp: Interpreter,
     pub helpers: HelperTable,
+    /// What [`env::EnvHeader::retries`] is at first.
+    pub retries: i32,
     /// Compile only, once per region: code stays valid until the next.
     pub compiled_len: usize,
 }
@@ -239,7 +241,8 @@ impl Machine {
         let ram = Box::new(Ram { bytes: vec![0; RAM_SIZE], fill: true, slow_calls: 0, fault: None });
         let mut interp = Interpreter::new();
         interp.native = Some(Box::new(NativeRunner::new().unwrap()));
-        Machine { env, code, ram, translator, stubs, interp, helpers, compiled_len: 0 }
+        let retries = i32::MAX;
+        Machine { env, code, ram, translator, stubs, interp, helpers, retries, compiled_len: 0 }
     }
 
     pub fn env(&mut self) -> *mut u8 {
@@ -260,6 +263,7 @@ impl Machine {
             h.gen_tag = 7 << env::GEN_SHIFT;
             h.ibtc_key = 1;
             h.pc = 0;
+            h.retries = self.retries;
         }
     }
 

@@ -51,6 +51,8 @@ impl Io for NoIo {
 /// A vCPU in its machine.
 pub struct Machine {
     name: &'static str,
+    /// What the vCPUs share.
+    pub vm: Arc<TcgVm>,
     /// The vCPU.
     pub vcpu: TcgVcpu,
     /// The other vCPUs.
@@ -121,7 +123,19 @@ impl Machine {
         let (runs, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let dog = watch(vcpu.shared(), &runs, &done);
         let name = if engine == Engine::Interpreter { "interpreter" } else { "translated" };
-        Self { name, vcpu, others, memory, timers, base, data: vec![0; DATA_RW], runs, done, dog: Some(dog) }
+        Self {
+            name,
+            vm,
+            vcpu,
+            others,
+            memory,
+            timers,
+            base,
+            data: vec![0; DATA_RW],
+            runs,
+            done,
+            dog: Some(dog),
+        }
     }
 
     /// Sets what the page that ends code holds.
