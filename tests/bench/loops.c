@@ -12,7 +12,7 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static long cell[8];
+static _Alignas(4096) long cell[1024]; // two pages
 
 #define LOOP(name, before, body, after)                                                                                   \
     static __attribute__((noinline)) void name(long n)                                                                    \
@@ -44,6 +44,15 @@ LOOP(inlined, "sub $128,%%rsp\n", "push %%rax\n add $8,%%rsp\n add $3,%%rax\n", 
 LOOP(branches, "",
      "test $1,%%cl\n jz 2f\n add $3,%%rax\n jmp 3f\n2: add $5,%%rdx\n3: test $2,%%cl\n jz 4f\n add $7,%%rax\n4:\n", "")
 
+// Near each other, in one page and in two; then one at a time in two.
+#define GROUP "mov (%%rsi),%%rax\n add 24(%%rsi),%%rax\n add 40(%%rsi),%%rax\n mov %%rax,16(%%rsi)\n mov %%rax,48(%%rsi)\n"
+LOOP(within, "lea 512(%1),%%rsi\n", GROUP, "")
+LOOP(straddling, "lea 4064(%1),%%rsi\n", GROUP, "")
+LOOP(across_load, "lea 4091(%1),%%rsi\n", "mov (%%rsi),%%rax\n", "")
+LOOP(across_load16, "lea 4091(%1),%%rsi\n", "movups (%%rsi),%%xmm0\n", "")
+LOOP(across_store, "lea 4091(%1),%%rsi\n", "mov %%rax,(%%rsi)\n", "")
+LOOP(across_store16, "lea 4091(%1),%%rsi\n", "movups %%xmm0,(%%rsi)\n", "")
+
 static void run(const char *name, void (*loop)(long))
 {
     double best = 1e9;
@@ -71,6 +80,12 @@ int main(void)
     run("called", called);
     run("inlined", inlined);
     run("branches", branches);
+    run("within", within);
+    run("straddling", straddling);
+    run("across-load", across_load);
+    run("across-load16", across_load16);
+    run("across-store", across_store);
+    run("across-store16", across_store16);
     printf("LOOP end\n");
     return 0;
 }

@@ -5,7 +5,8 @@
 
 `registers-low` works on registers that stay in the host's, `registers-high` on those that translated code keeps in memory, each operation on what
 the one before gave; `wide-low` and `wide-high` likewise with operations that do not depend on each other; `fp-chain` adds to a vector register once a round, `fp-chain-of-4` four times; `called` is a
-call and a return, `inlined` the same without them; `chase` is one load that depends on the one before. So they tell what keeping
+call and a return, `inlined` the same without them; `chase` is one load that depends on the one before; `straddling` are five accesses of which some are
+in one page and some in the next, `within` the same in one; each of `across-` is one access that begins in one page and ends in the next. So they tell what keeping
 registers across blocks, or inlining calls, could save. Natively and in the guest in turn; the best of all rounds counts.
 """
 import os
