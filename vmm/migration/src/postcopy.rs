@@ -334,7 +334,9 @@ impl Arrivals {
         let this = Arc::new(this);
         let server = Arc::clone(&this);
         let body = move || {
-            if let Err(error) = server.serve_faults() {
+            if let Err(error) = server.serve_faults()
+                && !server.over.load(Ordering::Acquire)
+            {
                 tracing::error!(%error, "pages that the guest waits for can no longer be brought in");
             }
         };
@@ -496,7 +498,10 @@ impl Arrivals {
             if let Err(error) = done {
                 tracing::debug!("urgent pages do not come: {}", error.describe());
                 stream = None;
-                self.urgent_broke();
+                // What comes when all pages are there has no place any more. The other connection has to carry the word of that.
+                if !self.over.load(Ordering::Acquire) {
+                    self.urgent_broke();
+                }
             }
         }
         Ok(())
@@ -667,5 +672,51 @@ impl Arrivals {
     /// What ends the arrival when it is dropped.
     pub(crate) fn handle(self: &Arc<Self>) -> Arriving {
         Arriving { over: Arc::clone(self) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use holdfast_threads::PlainSpawner;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::Parameters;
+
+    const BASE: u64 = 0x8000_0000;
+    const LEN: u64 = 1 << 20;
+
+    /// A page that comes over the urgent connection when all are there already, for it was asked for and then came over the other:
+    /// the word that all are there may still be on its way.
+    #[test]
+    fn what_comes_too_late_breaks_no_connection() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(BASE), LEN as usize)]).expect("RAM");
+        let (mut urgent, far) = UnixStream::pair().expect("sockets");
+        let (mut main, mut source) = UnixStream::pair().expect("sockets");
+        let control = Arc::new(Control::new(Parameters::default()));
+        control.watch(main.try_clone().expect("a duplicate").into()).expect("nobody cancelled");
+        let missing = vec![Run { gpa: BASE, len: LEN }];
+        let arrivals = Arrivals::begin(&memory, missing, Stream::Unix(far), &control, [0; 16], &PlainSpawner)
+            .expect("userfaultfd");
+        while arrivals.urgent.lock().next.is_some() {
+            std::thread::yield_now();
+        }
+        arrivals.end();
+        for (start, len) in arrivals.mappings().expect("RAM has an address") {
+            arrivals.uffd.unregister(start, len).expect("it is watched");
+        }
+        frame::write(&mut urgent, Kind::Ram, BASE, &[1; PAGE_SIZE as usize]).expect("somebody reads");
+        // Until the thread has ended.
+        assert_eq!(urgent.read(&mut [0]).expect("its end"), 0);
+        while Arc::strong_count(&arrivals) > 1 {
+            std::thread::yield_now();
+        }
+        main.write_all(b"all there").expect("it is not broken");
+        let mut word = [0; 9];
+        source.read_exact(&mut word).expect("it is not broken");
+        assert_eq!(&word, b"all there");
     }
 }
