@@ -498,9 +498,7 @@ impl TcgVcpu {
     pub fn run(&mut self) -> Result<Stop, RuntimeError> {
         IN_RUN.set(true);
         let (alarms, shared) = (Arc::clone(&self.core.alarms), Arc::clone(&self.core.shared));
-        let keeping = alarms.keep(&*shared);
-        let result = self.run_inner();
-        drop(keeping);
+        let result = alarms.keep_while(&*shared, || self.run_inner());
         IN_RUN.set(false);
         self.core.vm.regions.epochs.leave(self.core.shared.index());
         result

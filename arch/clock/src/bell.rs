@@ -114,8 +114,8 @@ pub(crate) struct Ringing<'a> {
 
 impl<'a> Ringing<'a> {
     pub(crate) fn start(target: &'a dyn Rung) -> Self {
-        // SAFETY: the reference is taken out again before `'a` ends, when this is dropped; a guard that is forgotten would
-        // have to be one of the callers in this crate, which does not.
+        // SAFETY: the reference is taken out again before `'a` ends, when this is dropped. Guards do not leave this crate, which
+        // forgets none.
         let forever = unsafe { std::mem::transmute::<&'a dyn Rung, &'static dyn Rung>(target) };
         TARGET.set(Some(forever));
         Self { _target: target }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use bell::Rung;
-pub use own::{Keeping, OwnAlarms};
+pub use own::OwnAlarms;
 pub use random::{HostRandom, RandomError, RandomSource};
 pub use timers::{Timer, Timers};
 

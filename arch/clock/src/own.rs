@@ -42,15 +42,9 @@ impl fmt::Debug for OwnAlarms {
 
 /// The calling thread keeps its alarms while this lives.
 #[must_use]
-pub struct Keeping<'a> {
+struct Keeping<'a> {
     alarms: &'a OwnAlarms,
     _ringing: Ringing<'a>,
-}
-
-impl fmt::Debug for Keeping<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keeping").field("alarms", &self.alarms).finish()
-    }
 }
 
 impl Drop for Keeping<'_> {
@@ -71,10 +65,14 @@ impl OwnAlarms {
         Arc::new(Self { clock: Arc::clone(clock), own: Mutex::new(own) })
     }
 
-    /// From here on alarms of vCPUs that the calling thread arms are kept here, and `target` is rung when one is due: then
-    /// the thread is to call [`OwnAlarms::fire_due`]. `None` if the host has no timer for it: alarms are fired by the timer
-    /// thread then.
-    pub fn keep<'a>(self: &'a Arc<Self>, target: &'a dyn Rung) -> Option<Keeping<'a>> {
+    /// Does `work`. Alarms of vCPUs that the calling thread arms meanwhile are kept here, and `target` is rung when one is due:
+    /// then the thread is to call [`OwnAlarms::fire_due`]. Where the host has no timer for it alarms are fired by the timer thread.
+    pub fn keep_while<T>(self: &Arc<Self>, target: &dyn Rung, work: impl FnOnce() -> T) -> T {
+        let _keeping = self.keep(target);
+        work()
+    }
+
+    fn keep<'a>(self: &'a Arc<Self>, target: &'a dyn Rung) -> Option<Keeping<'a>> {
         let mut own = self.own.lock();
         if !own.bell.as_ref().is_some_and(Bell::is_mine) {
             own.bell = match Bell::new() {
@@ -201,14 +199,19 @@ mod tests {
         timers.stop();
     }
 
-    #[test]
-    fn nothing_fires_while_the_clock_stands_or_somebody_disarmed_it() {
+    /// An alarm on a clock that stands, and how often it fired.
+    fn rig() -> (Arc<VmClock>, Arc<Timers>, Arc<OwnAlarms>, Arc<Count>, crate::Timer) {
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread");
-        let own = OwnAlarms::new(&clock);
-        let fired = Arc::new(Count::default());
+        let (own, fired) = (OwnAlarms::new(&clock), Arc::new(Count::default()));
         let counter = Arc::clone(&fired);
         let alarm = timers.vcpu_timer(move || counter.ring());
+        (clock, timers, own, fired, alarm)
+    }
+
+    #[test]
+    fn nothing_fires_while_the_clock_stands_or_somebody_disarmed_it() {
+        let (clock, timers, own, fired, alarm) = rig();
         let count = Count::default();
         let keeping = own.keep(&count).expect("a timer");
         alarm.arm(0);
@@ -238,13 +241,8 @@ mod tests {
 
     #[test]
     fn another_thread_gets_a_bell_of_its_own() {
-        let clock = VmClock::stopped_at(0);
+        let (clock, timers, own, fired, alarm) = rig();
         clock.resume();
-        let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("thread");
-        let own = OwnAlarms::new(&clock);
-        let fired = Arc::new(Count::default());
-        let counter = Arc::clone(&fired);
-        let alarm = timers.vcpu_timer(move || counter.ring());
         let count = Count::default();
         let keeping = own.keep(&count).expect("a timer");
         alarm.arm(clock.now() + 30_000_000);
