@@ -45,8 +45,8 @@ fn hex(text: &str) -> u64 {
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let (guest, key): (Box<dyn Guest>, u32) = match args[0].as_str() {
-        "riscv64" => (Box::new(RiscvGuest::new()), 1 << 2),
+    let (guest, key): (&'static dyn Guest, u32) = match args[0].as_str() {
+        "riscv64" => (RiscvGuest::get(), 1 << 2),
         _ => {
             let key = Key::CODE64
                 | Key::PROTECTED
@@ -55,7 +55,7 @@ fn main() {
                 | Key::DATA_FLAT
                 | Key::OSFXSR
                 | Key::AVX;
-            (Box::new(X86Guest::new()), (key.bits() | 3) & !Key::MMU_IDX.bits() | 1 << 18)
+            (X86Guest::get(), (key.bits() | 3) & !Key::MMU_IDX.bits() | 1 << 18)
         }
     };
     let file = std::fs::read(&args[1]).unwrap();

@@ -1,7 +1,5 @@
 //! The translator, as the rest of Holdfast sees it: which guests there are, and the runtime that runs them.
 
-use std::sync::Arc;
-
 use holdfast_arch::Arch;
 
 pub use holdfast_tcg_runtime::{
@@ -23,9 +21,9 @@ pub struct NoGuest(pub Arch);
 ///
 /// # Errors
 /// [`NoGuest`] if it cannot be translated.
-pub fn guest(arch: Arch) -> Result<Arc<dyn Guest>, NoGuest> {
+pub fn guest(arch: Arch) -> Result<&'static dyn Guest, NoGuest> {
     match arch {
-        Arch::Riscv64 => Ok(Arc::new(holdfast_guest_riscv::RiscvGuest::new())),
-        Arch::X86_64 => Ok(Arc::new(holdfast_guest_x86::X86Guest::new())),
+        Arch::Riscv64 => Ok(holdfast_guest_riscv::RiscvGuest::get()),
+        Arch::X86_64 => Ok(holdfast_guest_x86::X86Guest::get()),
     }
 }

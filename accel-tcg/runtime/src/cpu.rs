@@ -62,6 +62,12 @@ impl<'a> Cpu<'a> {
         Arc::clone(&self.core.phys)
     }
 
+    /// [`Cpu::state`] and [`Cpu::phys`] at once.
+    #[inline]
+    pub fn state_and_phys<T: FromBytes + IntoBytes + KnownLayout>(&mut self) -> (&mut T, &PhysMemory) {
+        (self.core.shared.env().state(), &self.core.phys)
+    }
+
     /// The interrupt pins' levels, a bit each.
     #[inline]
     pub fn pins(&self) -> u64 {

@@ -57,16 +57,16 @@ impl EngineKind {
     }
 
     /// A vCPU's part.
-    pub fn vcpu(&self, guest: &Arc<dyn Guest>) -> Result<VcpuEngine, RuntimeError> {
+    pub fn vcpu(&self, guest: &'static dyn Guest) -> Result<VcpuEngine, RuntimeError> {
         let kind = match self {
             Self::Interpreter => {
                 let mut interpreter = Interpreter::new();
                 let native =
                     NativeRunner::new().map_err(|e| RuntimeError::Memory("single instructions", e))?;
                 interpreter.native = Some(Box::new(native));
-                Kind::Interpreter(interpreter, Arc::clone(guest))
+                Kind::Interpreter(interpreter, guest)
             }
-            Self::Host(stubs) => Kind::Host(Box::new((translator(&**guest)?, Stubs::clone(stubs)))),
+            Self::Host(stubs) => Kind::Host(Box::new((translator(guest)?, Stubs::clone(stubs)))),
         };
         Ok(VcpuEngine { builder: None, kind, segment: None, limit: u32::MAX, prepared: 0 })
     }
@@ -82,7 +82,7 @@ const PREPARED: usize = 64 << 10;
 const LARGE_REGION: usize = 4 << 10;
 
 enum Kind {
-    Interpreter(Interpreter, Arc<dyn Guest>),
+    Interpreter(Interpreter, &'static dyn Guest),
     Host(Box<(Translator, Stubs)>),
 }
 

@@ -232,7 +232,7 @@ impl VcpuCore {
             return Ok(self.slow_place(access, va.wrapping_add(entry.addend)));
         }
         count(&counts.fills);
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         let mut t = guest.fill(&mut Cpu::new(self), access)?;
         match self.watched(access) {
             None => {}
@@ -318,7 +318,7 @@ impl VcpuCore {
     }
 
     fn misaligned(&mut self, access: &Access, atomic: bool) -> Fault {
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         guest.misaligned_fault(&mut Cpu::new(self), access, atomic)
     }
 
@@ -397,16 +397,16 @@ impl VcpuCore {
 
     pub(crate) fn port_read(&mut self, port: u16, size: u8) -> u32 {
         count(&self.shared.counts.mmio);
-        let (io, index) = (Arc::clone(&self.io), self.shared.index());
-        let read = with_host_fp(|| io.port_read(index, port, size));
+        let index = self.shared.index();
+        let read = with_host_fp(|| self.io.port_read(index, port, size));
         self.after_bus();
         read.unwrap_or(u32::MAX) & low_mask(u32::from(size)) as u32
     }
 
     pub(crate) fn port_write(&mut self, port: u16, size: u8, value: u32) {
         count(&self.shared.counts.mmio);
-        let (io, index) = (Arc::clone(&self.io), self.shared.index());
-        with_host_fp(|| io.port_write(index, port, size, value & low_mask(u32::from(size)) as u32));
+        let index = self.shared.index();
+        with_host_fp(|| self.io.port_write(index, port, size, value & low_mask(u32::from(size)) as u32));
         self.after_bus();
     }
 
@@ -440,9 +440,9 @@ impl VcpuCore {
 
     fn bus_write(&mut self, access: &Access, gpa: u64, value: u64) -> Result<(), Fault> {
         count(&self.shared.counts.mmio);
-        let (io, index) = (Arc::clone(&self.io), self.shared.index());
+        let index = self.shared.index();
         let value = value & low_mask(u32::from(access.size));
-        let done = with_host_fp(|| io.write(index, gpa, access.size, value));
+        let done = with_host_fp(|| self.io.write(index, gpa, access.size, value));
         self.after_bus();
         if !done && let Some(fault) = self.guest.bus_fault(access, gpa) {
             return Err(fault);

@@ -86,43 +86,52 @@ impl Link {
 }
 
 /// A translated region. Immutable once published, but for what is atomic.
+///
+/// What a lookup reads is in one cache line: where many processes come and go, most regions that are looked up are in no near cache.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub struct Region {
-    /// Number, used by the code's link requests.
-    pub id: u32,
     /// What it is the translation of.
     pub key: Key,
+    next: AtomicPtr<Region>,
     /// The guest-physical page that its last instruction runs into, or [`NO_PAGE`].
     pub second: u64,
+    entry: u64,
+    /// Number, used by the code's link requests.
+    pub id: u32,
+    /// Mapping id of its page for guarded links.
+    pub page_id: u32,
+    /// It was invalidated: do not enter it again.
+    pub dead: AtomicBool,
+    /// False if nothing may jump to it directly.
+    pub chain: bool,
+    /// Its accesses share no probes.
+    pub unshared: bool,
     /// The 64-byte granules of the first and the second page that it was made from, a bit each.
     pub granules: [u64; 2],
     /// How many writes of code there had been when it was begun.
     pub since: u64,
-    /// Mapping id of its page for guarded links.
-    pub page_id: u32,
     /// Guest instructions.
     pub insns: u32,
     /// Basic blocks.
     pub blocks: u32,
     /// Guest bytes.
     pub guest_len: u32,
-    /// False if nothing may jump to it directly.
-    pub chain: bool,
-    /// Its accesses share no probes.
-    pub unshared: bool,
     /// The translation.
     pub body: Body,
-    /// It was invalidated: do not enter it again.
-    pub dead: AtomicBool,
-    next: AtomicPtr<Region>,
 }
 
 impl Region {
     /// A region that is not in any table yet.
     pub fn new(id: u32, key: Key, body: Body) -> Self {
+        let entry = match &body {
+            Body::Host(code) => code.entry,
+            Body::Ir(_) => 0,
+        };
         Self {
             id,
             key,
+            entry,
             second: NO_PAGE,
             granules: [0; 2],
             since: 0,
@@ -140,10 +149,7 @@ impl Region {
 
     /// Address at which its code is entered; 0 for IR.
     pub fn entry(&self) -> u64 {
-        match &self.body {
-            Body::Host(code) => code.entry,
-            Body::Ir(_) => 0,
-        }
+        self.entry
     }
 
     /// Its host code.

@@ -189,7 +189,7 @@ impl VcpuCore {
 
 /// Decodes, builds and compiles; the region is not published yet.
 fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault> {
-    let guest = Arc::clone(&source.core.guest);
+    let guest = source.core.guest;
     let step = key.mode & KEY_STEP != 0;
     let request = TranslateRequest {
         pc: key.pc,
@@ -198,7 +198,7 @@ fn make(source: &mut Source<'_>, key: Key) -> Result<Option<Arc<Region>>, Fault>
         // Loops back to a breakpoint leave the region: the debugger stops there every time round.
         no_chain: step || source.breakpoints.binary_search(&key.pc).is_ok(),
     };
-    let mut builder = source.core.engine.take_builder(&*guest);
+    let mut builder = source.core.engine.take_builder(guest);
     builder.start(key.pc);
     let translated = guest.translate(&request, &mut CodeReader::new(source), &mut builder);
     let result = match translated {
@@ -257,7 +257,7 @@ fn log_region(source: &mut Source<'_>, key: Key, len: u64, made: (&holdfast_tcg_
         // The bytes may have changed since; then the region is dropped, and a later one tells.
         let mut reader = CodeReader::new(source);
         let bytes: Vec<u8> = (0..len).map_while(|n| reader.u8(key.pc.wrapping_add(n)).ok()).collect();
-        guest = disassemble(&*vm.guest, key, &bytes);
+        guest = disassemble(vm.guest, key, &bytes);
     }
     let host = match (made.1, source.core.engine.stubs()) {
         (Body::Host(code), Some(stubs)) => {

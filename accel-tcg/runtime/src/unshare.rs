@@ -6,7 +6,6 @@
 //!
 //! [`EnvHeader::retries`]: holdfast_tcg_ir::env::EnvHeader::retries
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use holdfast_clock::host_monotonic;
@@ -119,7 +118,7 @@ impl VcpuCore {
         }
         // Code that runs on and on by links need not have been fetched lately. If it is mapped elsewhere by now, nothing comes of it.
         let at_hand = self.tlb.code(pc, self.mode.fetch_idx).map(|code| code.gpa | pc & (PAGE_SIZE - 1));
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         let Some(gpa) = at_hand.or_else(|| guest.probe(&mut Cpu::new(self), pc)) else { return };
         if self.vm.unshared.add(gpa) {
             // As if another vCPU had stored there what is there: the code at hand runs on to its next safe point.

@@ -49,7 +49,7 @@ pub enum Stop {
 pub(crate) struct VcpuCore {
     pub shared: Arc<VcpuShared>,
     pub vm: Arc<TcgVm>,
-    pub guest: Arc<dyn Guest>,
+    pub guest: &'static dyn Guest,
     pub io: Arc<dyn Io>,
     pub phys: Arc<PhysMemory>,
     pub clock: Arc<VmClock>,
@@ -153,7 +153,7 @@ impl VcpuCore {
     }
 
     pub fn update_mode(&mut self) {
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         self.mode = guest.mode(&mut Cpu::new(self));
         self.key = self.mode.key | if self.debug.single_step { KEY_STEP } else { 0 };
         self.tlb.set_mode(self.shared.env(), self.mode, self.key, &self.shared.counts.tlb);
@@ -169,7 +169,7 @@ impl VcpuCore {
 
     fn raise(&mut self, fault: &Fault) {
         count(&self.shared.counts.faults);
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         let pc = self.shared.env().pc();
         guest.raise(&mut Cpu::new(self), fault);
         if let Some(log) = self.vm.log.get() {
@@ -188,7 +188,7 @@ impl VcpuCore {
 
     /// As [`VcpuCore::take_interrupt`], for one that ended a wait, whatever the debugger says.
     fn take_any_interrupt(&mut self) {
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         let pc = self.shared.env().pc();
         if guest.take_interrupt(&mut Cpu::new(self)) {
             if let Some(log) = self.vm.log.get() {
@@ -266,7 +266,7 @@ impl VcpuCore {
             if !self.halted {
                 return None;
             }
-            let guest = Arc::clone(&self.guest);
+            let guest = self.guest;
             if guest.wakes(&mut Cpu::new(self)) {
                 self.halted = false;
                 self.take_any_interrupt();
@@ -284,7 +284,7 @@ impl VcpuCore {
         if let Some(entry) = self.tlb.code(pc, idx) {
             return Ok(entry.gpa | pc & (PAGE_SIZE - 1));
         }
-        let guest = Arc::clone(&self.guest);
+        let guest = self.guest;
         let size = guest.spec().insn_align;
         let access = Access { gva: pc, size, kind: AccessKind::Fetch, mmu_idx: idx };
         let t = guest.fill(&mut Cpu::new(self), &access)?;
@@ -443,8 +443,8 @@ impl TcgVcpu {
             }
         });
         let core = Box::new(VcpuCore {
-            engine: vm.engine.vcpu(&vm.guest)?,
-            guest: Arc::clone(&vm.guest),
+            engine: vm.engine.vcpu(vm.guest)?,
+            guest: vm.guest,
             io: Arc::clone(&vm.io),
             phys: vm.phys(),
             clock: Arc::clone(&vm.clock),
@@ -548,7 +548,7 @@ impl TcgVcpu {
         core.stop = None;
         core.from = None;
         core.set_deadline(None);
-        let (guest, model) = (Arc::clone(&core.guest), core.model.clone());
+        let (guest, model) = (core.guest, core.model.clone());
         guest.reset(&mut Cpu::new(core), &model).map_err(RuntimeError::Model)?;
         self.state_changed();
         Ok(())
@@ -562,7 +562,7 @@ impl TcgVcpu {
 
     /// The architectural state.
     pub fn export(&mut self) -> CpuState {
-        let guest = Arc::clone(&self.core.guest);
+        let guest = self.core.guest;
         guest.export(&mut Cpu::new(&mut self.core))
     }
 
@@ -576,7 +576,7 @@ impl TcgVcpu {
         core.from = None;
         // A breakpoint under the new pc counts again.
         core.debug.passed = None;
-        let guest = Arc::clone(&core.guest);
+        let guest = core.guest;
         guest.import(&mut Cpu::new(core), state).map_err(RuntimeError::State)?;
         self.state_changed();
         Ok(())
@@ -584,13 +584,13 @@ impl TcgVcpu {
 
     /// Text of all registers.
     pub fn describe(&mut self) -> String {
-        let guest = Arc::clone(&self.core.guest);
+        let guest = self.core.guest;
         guest.describe(&mut Cpu::new(&mut self.core))
     }
 
     /// Guest-virtual to guest-physical for a debugger.
     pub fn probe(&mut self, gva: u64) -> Option<u64> {
-        let guest = Arc::clone(&self.core.guest);
+        let guest = self.core.guest;
         guest.probe(&mut Cpu::new(&mut self.core), gva)
     }
 

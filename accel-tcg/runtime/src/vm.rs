@@ -75,7 +75,7 @@ pub enum Engine {
 #[derive(Debug)]
 pub struct VmParts {
     /// The architecture.
-    pub guest: Arc<dyn Guest>,
+    pub guest: &'static dyn Guest,
     /// RAM.
     pub memory: GuestMemory,
     /// Everything that is not RAM.
@@ -130,7 +130,7 @@ pub struct VmCounts {
 
 /// A VM as its vCPUs see it.
 pub struct TcgVm {
-    pub(crate) guest: Arc<dyn Guest>,
+    pub(crate) guest: &'static dyn Guest,
     phys: RwLock<Arc<PhysMemory>>,
     pub(crate) io: Arc<dyn Io>,
     pub(crate) clock: Arc<VmClock>,
@@ -181,7 +181,7 @@ impl TcgVm {
     /// [`RuntimeError`] if the host has no memory for code or the back end refuses.
     pub fn new(parts: VmParts) -> Result<Arc<Self>, RuntimeError> {
         let vcpus = parts.vcpus as usize;
-        let (engine, cache) = EngineKind::new(&*parts.guest, parts.engine, parts.code_cache, vcpus)?;
+        let (engine, cache) = EngineKind::new(parts.guest, parts.engine, parts.code_cache, vcpus)?;
         let vm = Arc::new(Self {
             guest: parts.guest,
             phys: RwLock::new(Arc::new(PhysMemory::new(&parts.memory))),

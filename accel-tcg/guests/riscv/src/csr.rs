@@ -97,10 +97,18 @@ bitflags::bitflags! {
     }
 }
 
+/// True if what is read of `csr`, or what a write does to it, is a matter of [`Context::now`].
+pub fn depends_on_time(csr: u32) -> bool {
+    matches!(
+        csr,
+        addr::SIP | addr::MIP | addr::MCYCLE | addr::CYCLE | addr::MINSTRET | addr::INSTRET | addr::TIME
+    )
+}
+
 /// What a CSR access needs beside the hart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Context {
-    /// Guest time in nanoseconds.
+    /// Guest time in nanoseconds, for those CSRs that [`depends_on_time`] names.
     pub now: u64,
     /// Levels of the pins.
     pub pins: u64,

@@ -1,5 +1,7 @@
 //! The guest trait for RISC-V.
 
+use std::sync::LazyLock;
+
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_tcg_ir::{Builder, HelperTable};
 use holdfast_tcg_runtime::{
@@ -22,8 +24,13 @@ pub struct RiscvGuest {
 }
 
 impl RiscvGuest {
-    /// The guest.
-    pub fn new() -> Self {
+    /// The guest: the same for all VMs, for it has no state.
+    pub fn get() -> &'static Self {
+        static GUEST: LazyLock<RiscvGuest> = LazyLock::new(RiscvGuest::new);
+        &GUEST
+    }
+
+    fn new() -> Self {
         let (helpers, ids) = helpers::table();
         let ir =
             holdfast_tcg_ir::GuestSpec { name: "riscv64", pins: translate::PINS, pc_shift: 1, page_bits: 12 };
@@ -39,12 +46,6 @@ impl RiscvGuest {
             precise_code: false,
         };
         Self { spec, helpers, ids }
-    }
-}
-
-impl Default for RiscvGuest {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -86,13 +87,13 @@ impl Guest for RiscvGuest {
     }
 
     fn fill(&self, cpu: &mut Cpu<'_>, access: &Access) -> Result<Translation, Fault> {
-        let phys = cpu.phys();
-        mmu::translate(cpu.state(), &phys, access)
+        let (state, phys) = cpu.state_and_phys();
+        mmu::translate(state, phys, access)
     }
 
     fn probe(&self, cpu: &mut Cpu<'_>, gva: u64) -> Option<u64> {
-        let phys = cpu.phys();
-        mmu::probe(cpu.state(), &phys, gva)
+        let (state, phys) = cpu.state_and_phys();
+        mmu::probe(state, phys, gva)
     }
 
     fn bus_fault(&self, access: &Access, _gpa: u64) -> Option<Fault> {

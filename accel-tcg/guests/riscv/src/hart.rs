@@ -158,6 +158,12 @@ pub struct Hart {
     pub timebase_hz: u64,
     /// 1 if Sstc is there.
     pub sstc: u64,
+    /// 1 if `stimecmp` drives STIP, and had been reached when that was looked at last. While it is 0 an alarm is set for the
+    /// time at which it will be.
+    pub timer_due: u64,
+    /// First byte and last byte of an area that only entries that allow everything match: [`crate::pmp`] computes it. Empty if
+    /// the last byte lies before the first.
+    pub pmp_open: [u64; 2],
     /// `pmpaddr0` to `pmpaddr63`.
     pub pmpaddr: [u64; MAX_PMP],
     /// The configuration byte of each entry.
@@ -167,7 +173,11 @@ pub struct Hart {
 impl Hart {
     /// Nanoseconds of guest time to ticks of `time`.
     pub fn ticks(&self, now: u64) -> u64 {
-        (u128::from(now) * u128::from(self.timebase_hz) / 1_000_000_000) as u64
+        // What is usual: a tick is a whole number of nanoseconds.
+        match 1_000_000_000_u64.checked_div(self.timebase_hz) {
+            Some(tick) if tick.checked_mul(self.timebase_hz) == Some(1_000_000_000) => now / tick,
+            _ => (u128::from(now) * u128::from(self.timebase_hz) / 1_000_000_000) as u64,
+        }
     }
 
     /// The first nanosecond at which `time` is at least `ticks`; `None` if that is never.
@@ -183,10 +193,19 @@ impl Hart {
 
     /// `mip`, given the levels of the pins and the time in ticks.
     pub fn pending(&self, pins: u64, ticks: u64) -> u64 {
+        self.pending_if(pins, ticks >= self.stimecmp)
+    }
+
+    /// `mip`, given the levels of the pins, as of when [`Hart::timer_due`] was set.
+    pub fn pending_lately(&self, pins: u64) -> u64 {
+        self.pending_if(pins, self.timer_due != 0)
+    }
+
+    fn pending_if(&self, pins: u64, due: bool) -> u64 {
         let mut mip = self.mip | pins & irq::PINS;
         if self.stimecmp_on() {
             mip &= !irq::STI;
-            if ticks >= self.stimecmp {
+            if due {
                 mip |= irq::STI;
             }
         }
@@ -225,6 +244,7 @@ pub fn reset_state() -> Box<Hart> {
     hart.timebase_hz = 10_000_000;
     hart.sstc = 1;
     hart.stimecmp = u64::MAX;
+    hart.pmp_open = [1, 0];
     hart
 }
 

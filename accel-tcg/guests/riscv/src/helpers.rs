@@ -80,6 +80,12 @@ pub(crate) fn context(cpu: &mut Cpu<'_>) -> Context {
     Context { now: cpu.now(), pins: cpu.pins(), fflags: fcsr::fflags(cpu.mxcsr()) }
 }
 
+/// The context of an access to one CSR: the clock is read if it depends on it.
+fn context_of(cpu: &mut Cpu<'_>, number: u32) -> Context {
+    let now = if csr::depends_on_time(number) { timer::now(cpu) } else { 0 };
+    Context { now, pins: cpu.pins(), fflags: fcsr::fflags(cpu.mxcsr()) }
+}
+
 /// Does what a CSR write asks of the rest of the vCPU.
 pub(crate) fn apply(cpu: &mut Cpu<'_>, cx: &Context, effect: Effect) {
     if effect.contains(Effect::FP) {
@@ -102,7 +108,7 @@ pub(crate) fn apply(cpu: &mut Cpu<'_>, cx: &Context, effect: Effect) {
 
 /// Leaves translated code soon if there is an interrupt to take now.
 fn look_for_interrupts(cpu: &mut Cpu<'_>) {
-    let pending = timer::pending(cpu);
+    let pending = timer::pending_lately(cpu);
     if trap::next_interrupt(cpu.state(), pending).is_some() {
         cpu.request_exit();
     }
@@ -115,7 +121,7 @@ fn csr_change(cpu: &mut Cpu<'_>, [number, kind, operand, insn, _]: [u64; 5]) -> 
         kind::CLEAR => Change::Clear(operand),
         _ => Change::None,
     };
-    let mut cx = context(cpu);
+    let mut cx = context_of(cpu, number as u32);
     let (old, effect) =
         csr::access(cpu.state(), &mut cx, number as u32, change).map_err(|_| illegal(insn))?;
     apply(cpu, &cx, effect);
@@ -123,7 +129,7 @@ fn csr_change(cpu: &mut Cpu<'_>, [number, kind, operand, insn, _]: [u64; 5]) -> 
 }
 
 fn csr_read(cpu: &mut Cpu<'_>, [number, insn, ..]: [u64; 5]) -> HelperResult {
-    let mut cx = Context { now: cpu.now(), pins: cpu.pins(), fflags: 0 };
+    let mut cx = context_of(cpu, number as u32);
     let read = csr::access(cpu.state(), &mut cx, number as u32, Change::None);
     Ok(read.map_err(|_| illegal(insn))?.0)
 }

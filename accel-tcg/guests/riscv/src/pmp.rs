@@ -81,6 +81,9 @@ pub fn check(hart: &Hart, gpa: u64, size: u64, mode: u64) -> Verdict {
         return Verdict { allowed: RWX, whole_page: true };
     }
     let (page, page_end) = (gpa & !0xfff, gpa | 0xfff);
+    if page >= hart.pmp_open[0] && page_end.max(gpa.saturating_add(size)) <= hart.pmp_open[1] {
+        return Verdict { allowed: RWX, whole_page: true };
+    }
     let last = gpa.saturating_add(size.max(1) - 1);
     let mut whole_page = true;
     for i in 0..(hart.pmp_active as usize).min(MAX_PMP) {
@@ -126,6 +129,35 @@ pub fn write_cfg(hart: &mut Hart, n: usize, value: u64) {
     }
     let active = hart.pmpcfg.iter().rposition(|c| c & cfg::A != 0).map_or(0, |last| last + 1);
     hart.pmp_active = active as u64;
+    hart.pmp_open = open_area(hart);
+}
+
+/// The largest area in which the first entry that matches allows everything. Kernels have their RAM there, and what is in it needs
+/// no search.
+fn open_area(hart: &Hart) -> [u64; 2] {
+    let ranges: Vec<Option<(u64, u64)>> =
+        (0..(hart.pmp_active as usize).min(MAX_PMP)).map(|i| range(hart, i)).collect();
+    let mut largest = [1_u64, 0];
+    for (i, &whole) in ranges.iter().enumerate() {
+        let Some(whole) = whole.filter(|_| config(hart, i) & RWX == RWX) else { continue };
+        let mut parts = vec![whole];
+        for &(from, to) in ranges.iter().take(i).flatten() {
+            parts = parts.into_iter().flat_map(|part| without(part, (from, to))).collect();
+        }
+        for (from, to) in parts {
+            if to - from > largest[1].saturating_sub(largest[0]) {
+                largest = [from, to];
+            }
+        }
+    }
+    largest
+}
+
+/// What is left of `part` without `hole`; both with first and last byte.
+fn without(part: (u64, u64), hole: (u64, u64)) -> impl Iterator<Item = (u64, u64)> {
+    let below = (part.0 < hole.0).then(|| (part.0, part.1.min(hole.0.saturating_sub(1))));
+    let above = (part.1 > hole.1).then(|| (part.0.max(hole.1.saturating_add(1)), part.1));
+    [below, above].into_iter().flatten()
 }
 
 /// Writes `pmpaddrN`. It is locked with its own entry, and with the next one if that is TOR.
@@ -137,6 +169,7 @@ pub fn write_addr(hart: &mut Hart, n: usize, value: u64) {
         && let Some(slot) = hart.pmpaddr.get_mut(n)
     {
         *slot = value & ADDR_MASK;
+        hart.pmp_open = open_area(hart);
     }
 }
 
@@ -201,5 +234,55 @@ mod tests {
         assert_eq!(read_cfg(&hart, 0), u64::from(cfg::L | cfg::TOR | cfg::R) << 8);
         write_cfg(&mut hart, 2, u64::from(cfg::W));
         assert_eq!(read_cfg(&hart, 2), 0, "write without read is reserved");
+    }
+
+    #[test]
+    fn what_lies_in_the_open_area_needs_no_search() {
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = move || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random
+        };
+        let mut open = 0;
+        for _ in 0..2_000 {
+            let mut hart = reset_state();
+            for n in 0..6 {
+                // Some small, some large, most near each other.
+                let ones = (1 << (next() % 40)) - 1;
+                let addr = 0x2000_0000 + next() % 0x4000;
+                write_addr(&mut hart, n, if n == 5 { u64::MAX } else { addr & !ones | ones >> 1 });
+            }
+            let everything = u64::from(cfg::NAPOT | RWX) << 40;
+            write_cfg(&mut hart, 0, next() & 0x001f_1f1f_1f1f_u64 >> 8 | everything * (next() & 1));
+            let mut searched = hart.clone();
+            searched.pmp_open = [1, 0];
+            for _ in 0..50 {
+                let (gpa, size) = ((0x2000_0000 + next() % 0x4400) << 2 | next() & 3, 1 << (next() % 5));
+                for mode in [U, S, M] {
+                    assert_eq!(
+                        check(&hart, gpa, size, mode),
+                        check(&searched, gpa, size, mode),
+                        "{gpa:#x} {hart:x?}"
+                    );
+                }
+                open += usize::from((hart.pmp_open[0]..=hart.pmp_open[1]).contains(&gpa));
+            }
+        }
+        assert!(open > 1_000, "{open} accesses in open areas");
+    }
+
+    #[test]
+    fn firmware_at_the_start_of_ram_leaves_the_rest_open() {
+        let mut hart = reset_state();
+        write_addr(&mut hart, 0, 0x8000_0000 >> 2 | 0x7fff); // 256 KiB
+        write_addr(&mut hart, 1, u64::MAX);
+        write_cfg(&mut hart, 0, u64::from(cfg::NAPOT) | u64::from(cfg::NAPOT | RWX) << 8);
+        assert_eq!(hart.pmp_open, [0x8004_0000, (1 << 56) - 1]);
+        write_addr(&mut hart, 0, 0);
+        assert_eq!(hart.pmp_open, [8, (1 << 56) - 1]);
+        write_cfg(&mut hart, 0, 0);
+        assert_eq!(hart.pmp_open, [1, 0]);
     }
 }

@@ -39,7 +39,7 @@ fn main() {
     let offset = u64::from_str_radix(args.next().unwrap().trim_start_matches("0x"), 16).unwrap();
     let measure = args.next().is_some();
     let base = 0x40_0000;
-    let guest = X86Guest::new();
+    let guest = X86Guest::get();
     let slow = SlowPaths { load, store, rmw: store, cas, lookup };
     let mut t = Translator::new(guest.spec().ir, guest.helpers().clone(), slow).unwrap();
     let mut out = vec![0u8; 1 << 20];

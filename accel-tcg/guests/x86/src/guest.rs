@@ -1,5 +1,7 @@
 //! The guest trait for x86.
 
+use std::sync::LazyLock;
+
 use holdfast_arch::{Arch, CpuModel, CpuState};
 use holdfast_tcg_ir::{Builder, HelperTable};
 use holdfast_tcg_runtime::{
@@ -23,8 +25,13 @@ pub struct X86Guest {
 }
 
 impl X86Guest {
-    /// The guest.
-    pub fn new() -> Self {
+    /// The guest: the same for all VMs, for it has no state.
+    pub fn get() -> &'static Self {
+        static GUEST: LazyLock<X86Guest> = LazyLock::new(X86Guest::new);
+        &GUEST
+    }
+
+    fn new() -> Self {
         let (helpers, ids) = helpers::table();
         let ir =
             holdfast_tcg_ir::GuestSpec { name: "x86_64", pins: translate::PINS, pc_shift: 0, page_bits: 12 };
@@ -40,12 +47,6 @@ impl X86Guest {
             precise_code: true,
         };
         Self { spec, helpers, ids }
-    }
-}
-
-impl Default for X86Guest {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -86,8 +87,8 @@ impl Guest for X86Guest {
     }
 
     fn fill(&self, cpu: &mut Cpu<'_>, access: &Access) -> Result<Translation, Fault> {
-        let phys = cpu.phys();
-        let mut translation = mmu::translate(cpu.state(), &phys, access)?;
+        let (state, phys) = cpu.state_and_phys();
+        let mut translation = mmu::translate(state, phys, access)?;
         if events::watch(cpu.state(), access) {
             translation.cacheable = false;
         }
@@ -95,8 +96,8 @@ impl Guest for X86Guest {
     }
 
     fn probe(&self, cpu: &mut Cpu<'_>, gva: u64) -> Option<u64> {
-        let phys = cpu.phys();
-        mmu::probe(cpu.state(), &phys, gva)
+        let (state, phys) = cpu.state_and_phys();
+        mmu::probe(state, phys, gva)
     }
 
     fn bus_fault(&self, _access: &Access, _gpa: u64) -> Option<Fault> {

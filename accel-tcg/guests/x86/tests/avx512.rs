@@ -6,8 +6,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::campaign::{Limits, Report, run_of};
 use common::case::{
     Case, DATA, DATA_RW, DATA_SIZE, End, OPMASK, Processor, Role, XSAVE_SIZE, ZMM_HIGH, ZMM_UPPER, patterns,
@@ -59,7 +57,7 @@ fn finish(report: &Report) {
 }
 
 fn machine(engine: Engine) -> Machine {
-    Machine::wide(Arc::new(X86Guest::new()), engine)
+    Machine::wide(X86Guest::get(), engine)
 }
 
 #[test]
@@ -240,7 +238,7 @@ fn the_registers_move_along() {
     to.vcpu.import(&state).expect("the same processor");
     let CpuState::X86_64(arrived) = to.vcpu.export() else { panic!("not x86") };
     assert!(arrived.xsave == exported.xsave, "the XSAVE areas differ");
-    let mut without = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let mut without = Machine::new(X86Guest::get(), Engine::Auto);
     let refused = without.vcpu.import(&state).expect_err("it has no such registers");
     assert!(format!("{refused:?}").contains("XCR0 bits 0xe0"), "{refused:?}");
 }
@@ -248,7 +246,7 @@ fn the_registers_move_along() {
 /// A guest that was not offered it gets #UD, whatever the host has.
 #[test]
 fn without_its_state_there_is_none() {
-    let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let mut ours = Machine::new(X86Guest::get(), Engine::Auto);
     let codes: [&[u8]; 4] = [
         &[0x62, 0xf1, 0x7d, 0x48, 0xfe, 0xc1], // vpaddd zmm0, zmm0, zmm1
         &[0x62, 0xf1, 0x7e, 0x08, 0x6f, 0x06], // vmovdqu32 xmm0, [rsi]

@@ -7,7 +7,6 @@
 mod common;
 
 use common::campaign::{Limits, Report, run};
-use std::sync::Arc;
 
 use common::case::{Case, DATA_SIZE, End, Image, Outcome, Processor, patterns};
 use common::compare::compare;
@@ -70,7 +69,7 @@ fn host_agrees_with_itself() {
 }
 
 fn machine(engine: Engine) -> Machine {
-    Machine::new(Arc::new(X86Guest::new()), engine)
+    Machine::new(X86Guest::get(), engine)
 }
 
 /// Translated code does what the host does.

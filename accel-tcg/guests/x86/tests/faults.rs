@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::case::{CODE, Case, DATA, DATA_RW, DATA_SIZE, End, Image, Outcome, Processor, Role};
 use common::guest::Machine;
 use common::host::Host;
@@ -44,7 +42,7 @@ fn each(code: &[u8], set: impl Fn(&mut Image), check: impl Fn(&str, &Outcome, &[
     // No DF, no AC; the state is otherwise any.
     image.rflags = 0x202;
     set(&mut image);
-    let ours = |engine| Machine::new(Arc::new(X86Guest::new()), engine);
+    let ours = |engine| Machine::new(X86Guest::get(), engine);
     let mut host = Host::new();
     let (mut translated, mut interpreted) = (ours(Engine::Auto), ours(Engine::Interpreter));
     let all: [&mut dyn Processor; 3] = [&mut host, &mut translated, &mut interpreted];

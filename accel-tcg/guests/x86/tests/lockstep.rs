@@ -13,7 +13,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 
 use common::campaign::{Limits, run_of};
 use common::case::{CODE, CODE_SIZE, DATA_RW, DATA_SIZE, End, Image, Outcome, Processor, XSAVE_SIZE};
@@ -285,7 +284,7 @@ fn qemu_agrees_with_translated_code() {
         return serve(fd.parse().expect("a descriptor"));
     }
     let (emulated, end_page) = Emulated::new();
-    let ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let ours = Machine::new(X86Guest::get(), Engine::Auto);
     ours.set_end_page(&end_page);
     let (mut ours, mut emulated) = (Common(ours, Vec::new()), Common(emulated, Vec::new()));
     let seed = setting("HOLDFAST_LOCKSTEP_SEED", 4);

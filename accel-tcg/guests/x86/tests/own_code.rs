@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::case::{DATA_SIZE, END, Image, Processor};
 use common::guest::Machine;
 use holdfast_arch::CpuState;
@@ -16,7 +14,7 @@ const SUPERVISOR: u64 = 0xffff_a234_0004_0000;
 
 /// Runs code in ring 0 until its INT3: RAX.
 fn run(engine: Engine, code: &[u8]) -> u64 {
-    let mut machine = Machine::new(Arc::new(X86Guest::new()), engine);
+    let mut machine = Machine::new(X86Guest::get(), engine);
     // Once through the harness, for a state in long mode.
     let mut image = Image::new();
     image.rip = END;

@@ -65,7 +65,7 @@ fn run_one(vcpu: &mut TcgVcpu) -> Result<u64, String> {
 
 /// Runs a program on each of two vCPUs; what they leave in RAX, and the memory.
 fn run(engine: Engine, programs: &[Vec<u8>; 2]) -> ([u64; 2], Machine) {
-    let mut machine = Machine::with_vcpus(Arc::new(X86Guest::new()), engine, 2);
+    let mut machine = Machine::with_vcpus(X86Guest::get(), engine, 2);
     machine.map(PAGES, DATA_AT + 0x1000);
     machine.map(PAGES + 0x1000, DATA_AT);
     for (at, code) in [(CODE[0], &programs[0][..]), (CODE[1], &programs[1]), (VICTIM, &RETURNS)] {

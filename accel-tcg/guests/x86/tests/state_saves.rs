@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::case::{Case, DATA, DATA_SIZE, End, Processor, Role};
 use common::compare::differences;
 use common::guest::Machine;
@@ -43,7 +41,7 @@ const STORES: [Store; 12] = [
 const RUNS: u64 = 60;
 
 fn stores_alike(engine: Engine) {
-    let (mut host, mut ours) = (Host::new(), Machine::new(Arc::new(X86Guest::new()), engine));
+    let (mut host, mut ours) = (Host::new(), Machine::new(X86Guest::get(), engine));
     let mut random = Random::new(0x5a7e);
     for store in &STORES {
         for run in 0..RUNS {

@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::case::{DATA_SIZE, END, Image, Processor};
 use common::guest::{Machine, SYSTEM};
 use holdfast_arch::CpuState;
@@ -37,7 +35,7 @@ const UPDATES: [u8; 56] = [
 
 /// Runs the code on data at an offset from its page's start; gives how many regions were translated without shared probes.
 fn run(engine: Engine, data: u64) -> u64 {
-    let mut machine = Machine::new(Arc::new(X86Guest::new()), engine);
+    let mut machine = Machine::new(X86Guest::get(), engine);
     machine.vm.unshare_within(u64::MAX);
     // Once through the harness, for a state in long mode.
     let mut image = Image::new();

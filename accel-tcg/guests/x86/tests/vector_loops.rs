@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use common::case::{CODE, Case, DATA, DATA_SIZE, END, End, Image, Processor, Role};
@@ -102,8 +101,8 @@ fn run(on: &mut dyn Processor, code: &[u8], repeats: u64) -> (f64, Vec<u8>) {
 #[test]
 fn daxpy() {
     let mut host = Host::new();
-    let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
-    let mut interpreted = Machine::new(Arc::new(X86Guest::new()), Engine::Interpreter);
+    let mut ours = Machine::new(X86Guest::get(), Engine::Auto);
+    let mut interpreted = Machine::new(X86Guest::get(), Engine::Interpreter);
     let fma = is_x86_feature_detected!("fma") && is_x86_feature_detected!("avx2");
     let all = [("scalar", code(1, scalar)), ("SSE2", code(2, sse2)), ("AVX2", code(4, avx2))];
     let repeats = std::env::var("HOLDFAST_LOOP_REPEATS").ok().and_then(|v| v.parse().ok()).unwrap_or(2000);
@@ -213,7 +212,7 @@ fn any_loop(random: &mut Random, wide: bool) -> Vec<u8> {
 fn registers_live_on_from_round_to_round() {
     let wide = has_avx512();
     let ours = |engine| {
-        let guest = Arc::new(X86Guest::new());
+        let guest = X86Guest::get();
         if wide { Machine::wide(guest, engine) } else { Machine::new(guest, engine) }
     };
     let mut host = Host::new();

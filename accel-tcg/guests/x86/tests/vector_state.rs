@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::case::{CODE, Case, DATA, DATA_SIZE, END, End, Processor, Role};
 use common::guest::Machine;
 use common::host::Host;
@@ -51,7 +49,7 @@ fn comparable(data: &[u8]) -> Vec<u8> {
 #[test]
 fn saved_state_is_the_hosts() {
     let mut host = Host::new();
-    let mut ours = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let mut ours = Machine::new(X86Guest::get(), Engine::Auto);
     let mut data = [0u8; DATA_SIZE];
     for seed in 1..200u64 {
         let case = Case { bits: 64, at: 0, code: Vec::new(), roles: [Role::Small; 16], seed, wide: false };
@@ -85,7 +83,7 @@ fn saved_state_is_the_hosts() {
 /// A KVM may hand out components of its host's registers that the guest has no bits for in XCR0.
 #[test]
 fn components_that_the_guest_cannot_have_are_left_out() {
-    let mut machine = Machine::new(Arc::new(X86Guest::new()), Engine::Auto);
+    let mut machine = Machine::new(X86Guest::get(), Engine::Auto);
     let CpuState::X86_64(mut state) = machine.vcpu.export() else { panic!("not x86") };
     let before = state.xsave[512];
     state.xsave[512] |= 0x80;
@@ -106,7 +104,7 @@ fn exceptions_are_unmasked_from_the_next_instruction_on() {
         ("xrstor64", &[0x48, 0x0f, 0xae, 0x2e]),
     ];
     for engine in [Engine::Auto, Engine::Interpreter] {
-        let mut ours = Machine::new(Arc::new(X86Guest::new()), engine);
+        let mut ours = Machine::new(X86Guest::get(), engine);
         for (name, load) in loads {
             let mut code = load.to_vec();
             code.extend([0xf2, 0x0f, 0x5e, 0xc1]); // divsd xmm0, xmm1

@@ -132,9 +132,9 @@ fn what_is_not_memory_or_protected_is_an_access_fault() {
     assert_eq!(m.go(0x20_0000, Write, idx::S), Err(7), "a table outside RAM");
     // The tables become read-only: the accessed bit cannot be set.
     m.pmp(1, pmp::cfg::NAPOT | RWX);
-    m.hart.pmpaddr[1] = u64::MAX >> 10;
+    pmp::write_addr(&mut m.hart, 1, u64::MAX >> 10);
     m.pmp(0, pmp::cfg::NAPOT | pmp::cfg::R);
-    m.hart.pmpaddr[0] = RAM >> 2 | 0xfff; // 32 KiB
+    pmp::write_addr(&mut m.hart, 0, RAM >> 2 | 0xfff); // 32 KiB
     assert_eq!(m.go(0, Read, idx::S), Err(5));
     m.set(TABLES[2], 0x8005_5000 >> 2 | ALL | pte::A);
     assert!(m.go(0, Read, idx::S).is_ok());
@@ -150,9 +150,9 @@ fn protection_finer_than_a_page_is_not_cached() {
     let mut m = Machine::new(0);
     m.hart.satp = 0;
     m.pmp(1, pmp::cfg::NAPOT | RWX);
-    m.hart.pmpaddr[1] = u64::MAX >> 10;
+    pmp::write_addr(&mut m.hart, 1, u64::MAX >> 10);
     m.pmp(0, pmp::cfg::NA4);
-    m.hart.pmpaddr[0] = (RAM + 0x800) >> 2;
+    pmp::write_addr(&mut m.hart, 0, (RAM + 0x800) >> 2);
     let t = m.go(RAM, Write, idx::U).expect("allowed");
     assert!(t.write && !t.cacheable && t.gpa == RAM);
     assert_eq!(m.go(RAM + 0x800, Write, idx::U), Err(7));

@@ -436,6 +436,51 @@ super:  li a4, 0x1000
         csrsi sstatus, MSTATUS_SIE
 1:      j 1b
 2:      CHECK(s6, 0x8000000000000005)
+        TEST(35) # what comes while it is masked comes when it no longer is, and once it is seen not a moment later
+        csrci sstatus, MSTATUS_SIE
+        li a3, 50
+1:      csrr a2, time
+        addi a1, a2, 30
+        csrw stimecmp, a1
+2:      csrr a0, time
+        bltu a0, a1, 2b
+        S_TO(2f)
+        csrsi sstatus, MSTATUS_SIE
+        j ufail
+2:      CHECK(s6, 0x8000000000000005)
+        csrr a2, time
+        addi a1, a2, 30
+        csrw stimecmp, a1
+2:      csrr a0, sip
+        beqz a0, 2b
+        S_TO(2f)
+        csrsi sstatus, MSTATUS_SIE
+        j ufail
+2:      CHECK(s6, 0x8000000000000005)
+        addi a3, a3, -1
+        bnez a3, 1b
+        TEST(36) # a loop that does nothing while it is masked
+        csrr a2, time
+        li a1, 20000
+        add a1, a2, a1
+        csrw stimecmp, a1
+        li a0, 20000000
+1:      addi a0, a0, -1
+        bnez a0, 1b
+        S_TO(2f)
+        csrsi sstatus, MSTATUS_SIE
+1:      j 1b
+2:      CHECK(s6, 0x8000000000000005)
+        TEST(37) # and one that is put off before it comes
+        csrr a2, time
+        addi a1, a2, 1000
+        csrw stimecmp, a1
+        li a0, -1
+        csrw stimecmp, a0
+        csrsi sstatus, MSTATUS_SIE
+        li a0, 2000000
+1:      addi a0, a0, -1
+        bnez a0, 1b
         j pass
 
         .balign 4

@@ -90,7 +90,7 @@ impl Machine {
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("timers");
         let io = Arc::new(TestIo::default());
         let vm = TcgVm::new(VmParts {
-            guest: Arc::new(RiscvGuest::new()),
+            guest: RiscvGuest::get(),
             memory: memory.clone(),
             io: Arc::clone(&io) as Arc<dyn Io>,
             clock: Arc::clone(&clock),

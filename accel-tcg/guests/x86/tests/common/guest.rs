@@ -70,12 +70,12 @@ pub struct Machine {
 
 impl Machine {
     /// A machine that runs by `engine`.
-    pub fn new(guest: Arc<dyn Guest>, engine: Engine) -> Self {
+    pub fn new(guest: &'static dyn Guest, engine: Engine) -> Self {
         Self::with_vcpus(guest, engine, 1)
     }
 
     /// A machine with AVX-512, which the host has to have.
-    pub fn wide(guest: Arc<dyn Guest>, engine: Engine) -> Self {
+    pub fn wide(guest: &'static dyn Guest, engine: Engine) -> Self {
         let mut model = "host".to_owned();
         let names = ["f", "cd", "bw", "dq", "vl", "ifma", "vbmi", "vbmi2", "vnni", "bitalg", "-vpopcntdq"];
         for name in names.iter().take(if super::templates::all_of_avx512() { names.len() } else { 5 }) {
@@ -88,11 +88,11 @@ impl Machine {
     }
 
     /// A machine with several vCPUs, the first of which runs cases.
-    pub fn with_vcpus(guest: Arc<dyn Guest>, engine: Engine, vcpus: u32) -> Self {
+    pub fn with_vcpus(guest: &'static dyn Guest, engine: Engine, vcpus: u32) -> Self {
         Self::of(guest, engine, (vcpus, CpuidModel { name: "host".into(), ..CpuidModel::default() }))
     }
 
-    fn of(guest: Arc<dyn Guest>, engine: Engine, (vcpus, model): (u32, CpuidModel)) -> Self {
+    fn of(guest: &'static dyn Guest, engine: Engine, (vcpus, model): (u32, CpuidModel)) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), RAM_SIZE)]).expect("RAM");
         let clock = VmClock::stopped_at(0);
         let timers = Timers::start(Arc::clone(&clock), &PlainSpawner).expect("timers");
