@@ -107,7 +107,7 @@ impl Timers {
         self.make(Arc::new(callback), None)
     }
 
-    /// The same for a vCPU: if it is armed on a thread that keeps its own alarms ([`OwnAlarms::keep`]), that thread
+    /// The same for a vCPU: if it is armed on a thread that keeps its own alarms ([`OwnAlarms::keep_while`]), that thread
     /// calls `callback`.
     pub fn vcpu_timer(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) -> Timer {
         let callback: Callback = Arc::new(callback);

@@ -255,7 +255,8 @@ mod tests {
                 write_addr(&mut hart, n, if n == 5 { u64::MAX } else { addr & !ones | ones >> 1 });
             }
             let everything = u64::from(cfg::NAPOT | RWX) << 40;
-            write_cfg(&mut hart, 0, next() & 0x001f_1f1f_1f1f_u64 >> 8 | everything * (next() & 1));
+            let others = next() & 0x1f_1f1f_1f1f;
+            write_cfg(&mut hart, 0, others | (everything * (next() & 1)));
             let mut searched = hart.clone();
             searched.pmp_open = [1, 0];
             for _ in 0..50 {
