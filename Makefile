@@ -25,7 +25,7 @@ setup-test:
 
 # Builds, fetches Debian's riscv64 kernel and busybox, and boots them to a shell on this terminal.
 demo: setup-demo build
-	@guest=$$(tests/guests/fetch-riscv64) && exec target/release/holdfast run --arch riscv64 --machine virt \
+	@guest=$$(tests/guests/fetch-riscv64) && exec "$${CARGO_TARGET_DIR:-target}/release/holdfast" run --arch riscv64 --machine virt \
 		--accel tcg --cpus boot=$(DEMO_CPUS) --memory size=$(DEMO_MEMORY) --kernel $$guest/Image \
 		--initramfs $$guest/initramfs.cpio --cmdline "console=ttyS0 quiet" --serial tty --console off
 
