@@ -121,6 +121,8 @@ pub struct Region {
     pub body: Body,
 }
 
+const _: () = assert!(std::mem::offset_of!(Region, granules) <= 64);
+
 impl Region {
     /// A region that is not in any table yet.
     pub fn new(id: u32, key: Key, body: Body) -> Self {

@@ -158,11 +158,11 @@ pub struct Hart {
     pub timebase_hz: u64,
     /// 1 if Sstc is there.
     pub sstc: u64,
-    /// 1 if `stimecmp` drives STIP, and had been reached when that was looked at last. While it is 0 an alarm is set for the
-    /// time at which it will be.
+    /// 1 if `stimecmp` drives STIP, and had been reached when that was looked at last. While it is 0 and `stimecmp` is on, an
+    /// alarm is set for the time at which it will be reached, if ever.
     pub timer_due: u64,
-    /// First byte and last byte of an area that only entries that allow everything match: [`crate::pmp`] computes it. Empty if
-    /// the last byte lies before the first.
+    /// First byte and last byte of an area in which the first PMP entry that matches allows everything: [`crate::pmp`] computes
+    /// it. Empty if the last byte lies before the first.
     pub pmp_open: [u64; 2],
     /// `pmpaddr0` to `pmpaddr63`.
     pub pmpaddr: [u64; MAX_PMP],

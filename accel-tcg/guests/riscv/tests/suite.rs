@@ -2,7 +2,8 @@
 //!
 //! All but those that drive pins (`rv64irq`, `smp`) also end well as `-bios none -kernel` of QEMU 7.2's `virt`, except
 //! where that is wrong: the cause of misaligned AMOs, bit 0 of `mepc`, `ctzw` of a low word of zero, and fetches by S-mode
-//! from a U page that a load with SUM has brought into its TLB.
+//! from a U page that a load with SUM has brought into its TLB; and but for the first half of `rv64si`'s test 35, for its timer
+//! interrupt is there only some time after `time` has been seen to have reached `stimecmp`.
 
 mod common;
 
