@@ -7,7 +7,7 @@ use holdfast_tcg_ir::env::exit;
 use holdfast_tcg_ir::helper::HelperRet;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
-use crate::guest::{Access, AccessKind, Fault, Flush};
+use crate::guest::{Access, AccessKind, Fault, Flush, Mode};
 use crate::phys::PhysMemory;
 use crate::vcpu::VcpuCore;
 use crate::wait::DOZE;
@@ -19,6 +19,7 @@ pub struct Cpu<'a> {
 }
 
 impl<'a> Cpu<'a> {
+    #[inline]
     pub(crate) fn new(core: &'a mut VcpuCore) -> Self {
         Self { core }
     }
@@ -136,6 +137,18 @@ impl<'a> Cpu<'a> {
     /// The region has to end behind the instruction that changed them.
     pub fn mode_changed(&mut self) {
         self.core.update_mode();
+    }
+
+    /// As [`Cpu::mode_changed`], for a guest that knows what [`crate::Guest::mode`] would say.
+    #[inline]
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.core.set_mode(mode);
+    }
+
+    /// The bits of [`Mode::key`] that are set in `changed` are others now, and nothing else of the mode is.
+    #[inline]
+    pub fn change_mode(&mut self, changed: u32) {
+        self.core.change_mode(changed);
     }
 
     /// Forgets TLB entries of this vCPU.

@@ -193,7 +193,8 @@ pub trait Guest: Send + Sync + Debug + 'static {
     /// `atomic`: it is an atomic instruction.
     fn misaligned_fault(&self, cpu: &mut Cpu<'_>, access: &Access, atomic: bool) -> Fault;
 
-    /// Delivers an exception: [`Cpu::pc`] is the faulting instruction's on entry, the handler's on exit.
+    /// Delivers an exception: [`Cpu::pc`] is the faulting instruction's on entry, the handler's on exit. The runtime looks at the
+    /// mode behind it.
     fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault);
 
     /// Looks at the pins and timers and takes the most urgent interrupt that is enabled, if any.

@@ -97,6 +97,8 @@ pub struct Tlb {
     ibtc_epoch: u64,
     /// Mode keys under which code was run that is not mapped alike in all address spaces.
     local_modes: Vec<u32>,
+    /// The bits of all of them, see [`local_bit`].
+    local_filter: u64,
     /// What the current mode's entries of the indirect-branch cache carry.
     ibtc_key: u64,
     /// Pages that entries of the indirect-branch cache lie in, by hash.
@@ -114,6 +116,12 @@ pub struct Tlb {
     pc_shift: u32,
 }
 
+/// The bit of a mode key in the filter of those that are local.
+#[inline]
+fn local_bit(key: u32) -> u64 {
+    1 << (mix(0, u64::from(key)) & 63)
+}
+
 impl Tlb {
     /// An empty TLB.
     pub fn new(pc_shift: u32) -> Self {
@@ -125,6 +133,7 @@ impl Tlb {
             mode_key: 0,
             ibtc_epoch: 1,
             local_modes: Vec::new(),
+            local_filter: 0,
             ibtc_key: 0,
             filter: [0; FILTER],
             crossings: [0; FILTER],
@@ -145,10 +154,25 @@ impl Tlb {
 
     /// Publishes generation and key of the indirect-branch cache. While a mode (a kernel's) runs nothing but
     /// global mappings, its key holds no generation, and its entries outlive changes of the address space.
+    #[inline]
     fn publish(&mut self, env: &EnvBox) {
-        let generation = if self.local_modes.contains(&self.mode_key) { self.generation } else { 0 };
+        let generation = if self.is_local(self.mode_key) { self.generation } else { 0 };
         self.ibtc_key = generation | u64::from(self.mode_key) << 11 | self.ibtc_epoch << 43;
         env.set_keys(self.gen_tag(), self.ibtc_key);
+    }
+
+    /// Code is run under `key` that is not mapped alike in all address spaces.
+    #[inline]
+    fn is_local(&self, key: u32) -> bool {
+        // The kernel's modes, between which is switched most often, mostly are not.
+        self.local_filter & local_bit(key) != 0 && self.local_modes.contains(&key)
+    }
+
+    /// Switches to the mode key `key` of the same address space.
+    #[inline]
+    pub fn set_key(&mut self, env: &EnvBox, key: u32) {
+        self.mode_key = key;
+        self.publish(env);
     }
 
     /// Switches to `mode` with the mode key `key`.
@@ -205,6 +229,7 @@ impl Tlb {
         self.large.clear();
         self.fresh(env, counts);
         self.local_modes.clear();
+        self.local_filter = 0;
         self.forget_branches(env, counts);
     }
 
@@ -317,9 +342,10 @@ impl Tlb {
     /// Enters a region in the indirect-branch cache. `second`: it runs into the next page. `global`: all of it is
     /// mapped alike in every address space.
     pub fn remember_branch(&mut self, env: &EnvBox, pc: u64, code: u64, (second, global): (bool, bool)) {
-        if !global && !self.local_modes.contains(&self.mode_key) {
+        if !global && !self.is_local(self.mode_key) {
             // The entries that the mode has so far match again when everything has been flushed: never.
             self.local_modes.push(self.mode_key);
+            self.local_filter |= local_bit(self.mode_key);
             self.publish(env);
         }
         let index = ibtc_index(pc, self.pc_shift);

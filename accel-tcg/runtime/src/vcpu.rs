@@ -154,9 +154,25 @@ impl VcpuCore {
 
     pub fn update_mode(&mut self) {
         let guest = self.guest;
-        self.mode = guest.mode(&mut Cpu::new(self));
-        self.key = self.mode.key | if self.debug.single_step { KEY_STEP } else { 0 };
-        self.tlb.set_mode(self.shared.env(), self.mode, self.key, &self.shared.counts.tlb);
+        let mode = guest.mode(&mut Cpu::new(self));
+        self.set_mode(mode);
+    }
+
+    #[inline]
+    pub fn set_mode(&mut self, mode: Mode) {
+        // Field by field, as it was written: one load of all of it would wait for the stores.
+        self.mode.key = mode.key;
+        self.mode.fetch_idx = mode.fetch_idx;
+        self.mode.space = mode.space;
+        self.key = mode.key | if self.debug.single_step { KEY_STEP } else { 0 };
+        self.tlb.set_mode(self.shared.env(), mode, self.key, &self.shared.counts.tlb);
+    }
+
+    #[inline]
+    pub fn change_mode(&mut self, changed: u32) {
+        self.mode.key ^= changed;
+        self.key ^= changed;
+        self.tlb.set_key(self.shared.env(), self.key);
     }
 
     pub fn flush(&mut self, what: Flush) {

@@ -334,6 +334,13 @@ fn write_fp(hart: &mut Hart, cx: &mut Context, csr: u32, value: u64) -> Effect {
     Effect::FP | Effect::MODE
 }
 
+/// Clears and sets bits of `sstatus`, those of `set` last.
+#[inline]
+pub fn change_sstatus(hart: &mut Hart, clear: u64, set: u64) -> Effect {
+    write_status(hart, hart.mstatus & !clear | set, SSTATUS_WRITABLE)
+}
+
+#[inline]
 fn write_status(hart: &mut Hart, value: u64, writable: u64) -> Effect {
     let old = hart.mstatus;
     let mut new = old & !writable | value & writable;

@@ -113,7 +113,6 @@ impl Guest for RiscvGuest {
         let pc = cpu.pc();
         let handler = trap::enter(cpu.state(), pc, fault.cause, fault.value);
         cpu.set_pc(handler);
-        cpu.mode_changed();
     }
 
     fn take_interrupt(&self, cpu: &mut Cpu<'_>) -> bool {
@@ -125,7 +124,6 @@ impl Guest for RiscvGuest {
         let handler = trap::enter(cpu.state(), pc, cause, 0);
         cpu.set_pc(handler);
         cpu.set_halted(false);
-        cpu.mode_changed();
         true
     }
 

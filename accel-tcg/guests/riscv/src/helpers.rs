@@ -5,7 +5,7 @@ use holdfast_tcg_runtime::{Cpu, Fault, Flush, HelperResult, faulting_helper, pla
 
 use crate::csr::{self, Change, Context, Effect};
 use crate::hart::{Hart, mstatus, privilege};
-use crate::key::space;
+use crate::key::{self, space};
 use crate::trap::{self, cause};
 use crate::{fcsr, timer};
 
@@ -18,6 +18,8 @@ pub(crate) struct Ids {
     pub csr: HelperId,
     /// The same for `fflags`, `frm`, `fcsr`.
     pub csr_fp: HelperId,
+    /// `sstatus`: (bits to clear, bits to set).
+    pub sstatus: HelperId,
     /// Reads a CSR: (csr, instruction).
     pub csr_read: HelperId,
     /// (instruction): the pc to go on at.
@@ -48,6 +50,7 @@ pub(crate) fn table() -> (HelperTable, Ids) {
         raise: t.faulting("raise", raise_helper, Type::Void, 2, Effects::empty()),
         csr: t.faulting("csr", csr_helper, Type::I64, 4, system),
         csr_fp: t.faulting("csr_fp", csr_fp_helper, Type::I64, 4, system | Effects::USES_FP),
+        sstatus: t.plain("sstatus", sstatus_helper, Type::Void, 2, system),
         csr_read: t.faulting("csr_read", csr_read_helper, Type::I64, 2, Effects::empty()),
         mret: t.faulting("mret", mret_helper, Type::I64, 1, system),
         sret: t.faulting("sret", sret_helper, Type::I64, 1, system),
@@ -61,6 +64,7 @@ pub(crate) fn table() -> (HelperTable, Ids) {
 faulting_helper!(raise_helper, raise);
 faulting_helper!(csr_helper, csr_change);
 faulting_helper!(csr_fp_helper, csr_change);
+plain_helper!(sstatus_helper, sstatus_change);
 faulting_helper!(csr_read_helper, csr_read);
 faulting_helper!(mret_helper, mret);
 faulting_helper!(sret_helper, sret);
@@ -99,11 +103,16 @@ pub(crate) fn apply(cpu: &mut Cpu<'_>, cx: &Context, effect: Effect) {
         cpu.flush(Flush::All);
     }
     if effect.contains(Effect::MODE) {
-        cpu.mode_changed();
+        mode_changed(cpu);
     }
     if effect.contains(Effect::INTERRUPT) {
         look_for_interrupts(cpu);
     }
+}
+
+fn mode_changed(cpu: &mut Cpu<'_>) {
+    let mode = key::mode(cpu.state());
+    cpu.set_mode(mode);
 }
 
 /// Leaves translated code soon if there is an interrupt to take now.
@@ -128,6 +137,31 @@ fn csr_change(cpu: &mut Cpu<'_>, [number, kind, operand, insn, _]: [u64; 5]) -> 
     Ok(old)
 }
 
+/// What kernels do around each access to user memory (SUM) and each lock (SIE).
+fn sstatus_change(cpu: &mut Cpu<'_>, [clear, set, ..]: [u64; 5]) -> u64 {
+    let hart = cpu.state::<Hart>();
+    let old = hart.mstatus;
+    let effect = csr::change_sstatus(hart, clear, set);
+    if old ^ hart.mstatus == mstatus::SUM && hart.privilege == privilege::S {
+        cpu.change_mode(key::SUM);
+    } else if !effect.is_empty() {
+        apply_status(cpu, effect);
+    }
+    0
+}
+
+fn apply_status(cpu: &mut Cpu<'_>, effect: Effect) {
+    if effect.contains(Effect::FLUSH) {
+        cpu.flush(Flush::All);
+    }
+    if effect.contains(Effect::MODE) {
+        mode_changed(cpu);
+    }
+    if effect.contains(Effect::INTERRUPT) {
+        look_for_interrupts(cpu);
+    }
+}
+
 fn csr_read(cpu: &mut Cpu<'_>, [number, insn, ..]: [u64; 5]) -> HelperResult {
     let mut cx = context_of(cpu, number as u32);
     let read = csr::access(cpu.state(), &mut cx, number as u32, Change::None);
@@ -140,7 +174,7 @@ fn mret(cpu: &mut Cpu<'_>, [insn, ..]: [u64; 5]) -> HelperResult {
         return Err(illegal(insn).into());
     }
     let pc = trap::mret(hart);
-    cpu.mode_changed();
+    mode_changed(cpu);
     look_for_interrupts(cpu);
     Ok(pc)
 }
@@ -152,7 +186,7 @@ fn sret(cpu: &mut Cpu<'_>, [insn, ..]: [u64; 5]) -> HelperResult {
         return Err(illegal(insn).into());
     }
     let pc = trap::sret(hart);
-    cpu.mode_changed();
+    mode_changed(cpu);
     look_for_interrupts(cpu);
     Ok(pc)
 }

@@ -12,6 +12,12 @@ use crate::mmu;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key(pub u32);
 
+/// What of the key SUM changes in S-mode.
+pub const SUM: u32 = (mmu::idx::S ^ mmu::idx::S_SUM) as u32 * (1 << DATA);
+
+/// Where the MMU index of loads and stores begins.
+const DATA: u32 = 6;
+
 impl Key {
     /// The key of `hart` now.
     pub fn of(hart: &Hart) -> Self {
@@ -21,7 +27,7 @@ impl Key {
             4 => 1,
             _ => 2,
         };
-        Self(hart.privilege as u32 & 3 | fp << 2 | frm << 4 | u32::from(mmu::data_index(hart)) << 6)
+        Self(hart.privilege as u32 & 3 | fp << 2 | frm << 4 | u32::from(mmu::data_index(hart)) << DATA)
     }
 
     /// Privilege.
@@ -36,7 +42,7 @@ impl Key {
 
     /// MMU index of loads and stores.
     pub fn data_idx(self) -> u8 {
-        (self.0 >> 6 & 7) as u8
+        (self.0 >> DATA & 7) as u8
     }
 
     /// The rounding mode of an instruction with `rm`; `None` if it is illegal (unprivileged

@@ -86,5 +86,14 @@ pub trait LocalApic: Send + Sync + Debug {
 
 /// The vCPU's local APIC, if it has one.
 pub fn of(cpu: &Cpu<'_>) -> Option<Arc<dyn LocalApic>> {
-    Some(Arc::clone(&cpu.controller()?.downcast_ref::<ApicHandle>()?.0))
+    handle(cpu).map(Arc::clone)
+}
+
+/// True if [`LocalApic::has_interrupt`]. Kernels that unmask interrupts ask, all the time.
+pub(crate) fn has_interrupt(cpu: &Cpu<'_>) -> bool {
+    handle(cpu).is_some_and(|apic| apic.has_interrupt())
+}
+
+fn handle<'a>(cpu: &'a Cpu<'_>) -> Option<&'a Arc<dyn LocalApic>> {
+    Some(&cpu.controller()?.downcast_ref::<ApicHandle>()?.0)
 }

@@ -114,7 +114,6 @@ impl Guest for X86Guest {
 
     fn raise(&self, cpu: &mut Cpu<'_>, fault: &Fault) {
         deliver::raise(cpu, fault);
-        cpu.mode_changed();
     }
 
     fn take_interrupt(&self, cpu: &mut Cpu<'_>) -> bool {

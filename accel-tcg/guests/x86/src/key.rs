@@ -120,4 +120,9 @@ impl Key {
     pub fn mmu_idx(self) -> u8 {
         (self.bits() >> 18 & 3) as u8
     }
+
+    /// Nothing but the MMU index of loads and stores.
+    pub fn of_mmu_idx(idx: u8) -> Self {
+        Self::from_bits_truncate(u32::from(idx & 3) << 18)
+    }
 }

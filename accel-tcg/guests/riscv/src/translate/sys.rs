@@ -113,13 +113,12 @@ impl Translator<'_> {
         if masks_interrupts(&a) {
             return self.csr_mask_interrupts(a.csr.rd);
         }
+        if number == addr::SSTATUS {
+            return self.csr_sstatus(a);
+        }
         let fp = matches!(number, addr::FFLAGS..=addr::FCSR);
         let raw = self.b.iconst(i64::from(self.raw));
         let csr = self.b.iconst(i64::from(number));
-        if a.kind == kind::NONE && number == addr::SSTATUS {
-            let v = self.sstatus();
-            return self.set_x(a.csr.rd, v);
-        }
         if a.kind == kind::NONE && !fp {
             let v = self.b.call(self.ids.csr_read, &[csr, raw]);
             return self.set_x(a.csr.rd, v);
@@ -150,6 +149,24 @@ impl Translator<'_> {
         let new = self.b.andi(new, writable as i64);
         self.b.set(slot, new);
         self.set_x(a.csr.rd, old);
+    }
+
+    /// `sstatus`, which is there for S-mode and up whatever the hart's state.
+    fn csr_sstatus(&mut self, a: Access) {
+        let operand = self.csr_operand(a);
+        if a.csr.rd != 0 {
+            let old = self.sstatus();
+            self.set_x(a.csr.rd, old);
+        }
+        let none = self.b.iconst(0);
+        let (clear, set) = match a.kind {
+            kind::SET => (none, operand),
+            kind::CLEAR => (operand, none),
+            kind::WRITE => (self.b.iconst(-1), operand),
+            _ => return,
+        };
+        self.b.call(self.ids.sstatus, &[clear, set]);
+        self.goto_lookup(self.next);
     }
 
     /// `csrrci rd, sstatus, SIE`: how kernels mask interrupts.

@@ -100,7 +100,7 @@ pub(crate) fn write_cr0(cpu: &mut Cpu<'_>, value: u64) -> Result<(), Fault> {
     if (old ^ new) & (cr0::PG | cr0::WP | cr0::PE) != 0 {
         cpu.flush(Flush::All);
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 
@@ -121,7 +121,7 @@ fn write_cr3(cpu: &mut Cpu<'_>, value: u64) -> Result<(), Fault> {
     if !keep {
         cpu.flush(Flush::Space(to));
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 
@@ -146,7 +146,7 @@ fn write_cr4(cpu: &mut Cpu<'_>, value: u64) -> Result<(), Fault> {
     if changed & cr4::PAGING != 0 {
         cpu.flush(Flush::All);
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn lmsw(cpu: &mut Cpu<'_>, value: u64) -> Result<(), Fault> {
 pub(crate) fn clts(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
     privileged(cpu)?;
     cpu.state::<X86>().cr0 &= !cr0::TS;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 
@@ -205,7 +205,7 @@ pub(crate) fn write_dr(cpu: &mut Cpu<'_>, n: u64, value: u64) -> Result<(), Faul
     };
     // Pages with breakpoints are not cached.
     cpu.flush(Flush::All);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 
@@ -256,7 +256,7 @@ pub(crate) fn xsetbv(cpu: &mut Cpu<'_>, register: u64, value: u64) -> Result<(),
         return Err(gp(0));
     }
     s.xcr0 = value;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 

@@ -139,7 +139,7 @@ fn deliver_or_escalate(cpu: &mut Cpu<'_>, first: Event) {
         }
         vector = Some(event.vector);
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
 }
 
 /// Delivers an event.

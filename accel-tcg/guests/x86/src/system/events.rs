@@ -18,7 +18,7 @@ pub(crate) mod mp {
 
 /// True if a maskable interrupt would be taken now.
 pub(crate) fn deliverable(cpu: &mut Cpu<'_>) -> bool {
-    cpu.state::<X86>().flags & rflags::IF != 0 && apic::of(cpu).is_some_and(|a| a.has_interrupt())
+    cpu.state::<X86>().flags & rflags::IF != 0 && apic::has_interrupt(cpu)
 }
 
 /// Takes the most urgent event, if any; true if something was delivered.
@@ -96,7 +96,7 @@ fn signals(cpu: &mut Cpu<'_>, apic: &dyn LocalApic) -> bool {
         wake(cpu);
         done = true;
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     done
 }
 
@@ -134,7 +134,7 @@ pub(crate) fn begin(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
     if s.flags & rflags::RF == 0 && !blocked {
         let hits = hits(s, |n, dr7| dr7 >> (16 + 4 * n) & 3 == 0 && s.dr[n] == pc);
         if hits != 0 {
-            cpu.mode_changed();
+            super::mode::changed(cpu);
             return Err(Fault { cause: u64::from(vector::DB), value: hits, aux: super::fault::RESUME });
         }
     }
@@ -142,7 +142,7 @@ pub(crate) fn begin(cpu: &mut Cpu<'_>) -> Result<(), Fault> {
     if s.flags & rflags::TF != 0 {
         s.debug_pending |= dr::DR6_BS;
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(())
 }
 

@@ -61,7 +61,7 @@ fn real_transfer(cpu: &mut Cpu<'_>, target: Target) -> Result<u64, Fault> {
     }
     s.seg[seg::CS] = real(&s.seg[seg::CS], target.selector, s.vm86());
     let pc = s.pc_of(target.offset);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }
 
@@ -94,7 +94,7 @@ fn enter(cpu: &mut Cpu<'_>, d: &Descriptor, target: Target, level: u64) -> Resul
     }
     enter_code(s, d, target.selector, level);
     let pc = s.pc_of(target.offset);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }
 
@@ -253,6 +253,6 @@ pub(crate) fn ret(cpu: &mut Cpu<'_>, size: u8, extra: u64) -> Result<u64, Fault>
         drop_inner(s);
     }
     let pc = cpu.state::<X86>().pc_of(ip);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }

@@ -12,6 +12,7 @@ use super::mode::step;
 use super::regs::{cr4, dr};
 use super::{control, cpuid, events, hypercall, iret, monitor, mpx, msr, ports, segment, syscall, tsc};
 use crate::flags::{self, rflags};
+use crate::key::Key;
 use crate::state::{X86, seg};
 
 /// Reads and writes registers, faults, flushes, changes modes.
@@ -248,7 +249,7 @@ fn load_seg(cpu: &mut Cpu<'_>, [register, selector, ..]: [u64; 5]) -> HelperResu
     if register == seg::SS {
         state(cpu).shadow = 2;
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(0)
 }
 
@@ -375,7 +376,7 @@ fn interrupt(cpu: &mut Cpu<'_>, [vector, next, kind, ..]: [u64; 5]) -> HelperRes
         _ => Source::Software,
     };
     deliver::software(cpu, vector as u8, next, source)?;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(cpu.pc())
 }
 
@@ -456,7 +457,7 @@ fn sti(cpu: &mut Cpu<'_>, [followed, next, ..]: [u64; 5]) -> HelperResult {
     if !was {
         if followed & 1 == 0 {
             s.shadow = 1;
-            cpu.mode_changed();
+            super::mode::changed(cpu);
         }
         if events::deliverable(cpu) {
             // What waits comes behind the next instruction, whatever that does to IF.
@@ -470,7 +471,7 @@ fn sti(cpu: &mut Cpu<'_>, [followed, next, ..]: [u64; 5]) -> HelperResult {
 /// Goes on at `next` once the events that wait were looked at.
 fn leave(cpu: &mut Cpu<'_>, next: u64) -> HelperResult {
     cpu.set_pc(next);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     cpu.request_exit();
     Err(Leave::Exit(exit::RESUME))
 }
@@ -490,7 +491,7 @@ fn popf(cpu: &mut Cpu<'_>, [value, size, next, ..]: [u64; 5]) -> HelperResult {
     let cleared = if size > 2 { rflags::RF } else { 0 };
     flags::write(s, old & !(mask | cleared) | value & mask);
     if (old ^ flags::read(s)) & !(rflags::STATUS | rflags::IF | rflags::DF) != 0 {
-        cpu.mode_changed();
+        super::mode::changed(cpu);
     }
     if events::deliverable(cpu) {
         return leave(cpu, next);
@@ -686,8 +687,11 @@ fn set_ac(cpu: &mut Cpu<'_>, [on, ..]: [u64; 5]) -> HelperResult {
     if s.cpl != 0 || s.cr4_bits & cr4::SMAP == 0 {
         return Err(ud().into());
     }
+    let before = s.data_idx();
     s.flags = s.flags & !rflags::AC | if on & 1 != 0 { rflags::AC } else { 0 };
-    cpu.mode_changed();
+    // Kernels do this around each access to user memory, and at CPL 0 nothing else of the mode depends on AC.
+    let changed = Key::of_mmu_idx(before ^ s.data_idx());
+    cpu.change_mode(changed.bits());
     Ok(0)
 }
 

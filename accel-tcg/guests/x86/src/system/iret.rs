@@ -36,7 +36,7 @@ pub(crate) fn iret(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
     if result.is_ok() {
         let s = cpu.state::<X86>();
         s.nmi_masked = 0;
-        cpu.mode_changed();
+        super::mode::changed(cpu);
     }
     result
 }

@@ -1,6 +1,6 @@
 //! The modes that translations depend on.
 
-use holdfast_tcg_runtime::Mode;
+use holdfast_tcg_runtime::{Cpu, Mode};
 
 use super::regs::{cr0, cr4, dr, efer};
 use crate::flags::rflags;
@@ -160,7 +160,7 @@ pub(crate) fn key(s: &X86) -> Key {
     key.set(Key::ALIGN, s.cpl == 3 && s.cr0 & cr0::AM != 0 && s.flags & rflags::AC != 0);
     key.set(Key::SIMD_TRAPS, s.mxcsr_unmasked != 0);
     key.set(Key::UMIP, s.cpl > 0 && s.cr4 & cr4::UMIP != 0);
-    key | Key::from_bits_truncate(u32::from(s.data_idx()) << 18)
+    key | Key::of_mmu_idx(s.data_idx())
 }
 
 /// The address space: the PCID, if there are any. Without, writes to CR3 flush what they go to.
@@ -168,7 +168,14 @@ pub(crate) fn space(s: &X86) -> u64 {
     if s.cr4 & cr4::PCIDE != 0 { 1 << 52 | s.cr3 & 0xfff } else { s.cr3 & 0x000f_ffff_ffff_f000 }
 }
 
+/// What modes depend on has changed.
+pub(crate) fn changed(cpu: &mut Cpu<'_>) {
+    let mode = mode(cpu.state());
+    cpu.set_mode(mode);
+}
+
 /// The modes.
+#[inline]
 pub(crate) fn mode(s: &X86) -> Mode {
     let fetch_idx = if s.cpl == 3 { idx::USER } else { idx::KERNEL };
     Mode { key: key(s).bits(), fetch_idx, space: space(s) }

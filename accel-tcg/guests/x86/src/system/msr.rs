@@ -201,7 +201,7 @@ pub(crate) fn set(cpu: &mut Cpu<'_>, number: u32, value: u64) -> Option<()> {
                 return None;
             }
             s.bndcfgs = value;
-            cpu.mode_changed();
+            super::mode::changed(cpu);
             return Some(());
         }
         _ => {}
@@ -251,7 +251,7 @@ fn set_efer(cpu: &mut Cpu<'_>, value: u64) -> Option<()> {
     if changed & efer::NXE != 0 {
         cpu.flush(Flush::All);
     }
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Some(())
 }
 

@@ -119,5 +119,5 @@ pub(crate) fn init(cpu: &mut Cpu<'_>) {
     cpu.set_pc(0xffff_fff0);
     cpu.set_halted(false);
     cpu.flush(Flush::All);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
 }

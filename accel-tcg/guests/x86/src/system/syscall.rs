@@ -58,7 +58,7 @@ pub(crate) fn syscall(cpu: &mut Cpu<'_>, next: u64) -> Result<u64, Fault> {
         set_segments(s, selector, selector + 8, CODE32, 0);
         s.star & 0xffff_ffff
     };
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }
 
@@ -94,7 +94,7 @@ pub(crate) fn sysret(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
         set_segments(s, base | 3, (base + 8) | 3, CODE32, 3);
         rcx & 0xffff_ffff
     };
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn sysenter(cpu: &mut Cpu<'_>) -> Result<u64, Fault> {
     let mask = if long { u64::MAX } else { 0xffff_ffff };
     s.gpr[RSP] = s.sysenter[1] & mask;
     let pc = s.sysenter[2] & mask;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(pc)
 }
 
@@ -139,7 +139,7 @@ pub(crate) fn sysexit(cpu: &mut Cpu<'_>, size: u8) -> Result<u64, Fault> {
         set_segments(s, (base + 16) | 3, (base + 24) | 3, CODE32, 3);
     }
     s.gpr[RSP] = rsp & mask;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     Ok(rip & mask)
 }
 

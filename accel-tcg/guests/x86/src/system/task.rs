@@ -213,9 +213,9 @@ fn switch(cpu: &mut Cpu<'_>, selector: u16, reason: Reason, ip: u64, ext: u32) -
     }
     take_over(s, &new, reason);
     cpu.flush(holdfast_tcg_runtime::Flush::All);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     load_segments(cpu, &new, ext)?;
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     let s = cpu.state::<X86>();
     s.dr[dr::DR7] &= !0x155;
     if new.trap {

@@ -201,7 +201,7 @@ pub(crate) fn import(cpu: &mut Cpu<'_>, state: &State) -> Result<(), String> {
     import_apic(cpu, state, cr8)?;
     resume_delivery(cpu, state);
     cpu.flush(Flush::All);
-    cpu.mode_changed();
+    super::mode::changed(cpu);
     cpu.request_exit();
     Ok(())
 }
