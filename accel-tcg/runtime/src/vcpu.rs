@@ -166,6 +166,7 @@ impl VcpuCore {
         self.mode.space = mode.space;
         self.key = mode.key | if self.debug.single_step { KEY_STEP } else { 0 };
         self.tlb.set_mode(self.shared.env(), mode, self.key, &self.shared.counts.tlb);
+        debug_assert!(self.mode_is_right());
     }
 
     #[inline]
@@ -173,6 +174,13 @@ impl VcpuCore {
         self.mode.key ^= changed;
         self.key ^= changed;
         self.tlb.set_key(self.shared.env(), self.key);
+        debug_assert!(self.mode_is_right());
+    }
+
+    /// The guest would say the same.
+    fn mode_is_right(&mut self) -> bool {
+        let guest = self.guest;
+        guest.mode(&mut Cpu::new(self)) == self.mode
     }
 
     pub fn flush(&mut self, what: Flush) {

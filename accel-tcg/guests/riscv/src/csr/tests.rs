@@ -54,6 +54,50 @@ fn status_fields_take_what_they_can() {
     assert_eq!(get(&mut hart, addr::MSTATUS) & mstatus::MPP, mstatus::MPP);
 }
 
+/// The short way of translated code beside the one that all CSRs go, for all that `sstatus` and its operand may hold, a
+/// pseudo-random choice of it.
+#[test]
+fn the_short_way_to_sstatus_leads_to_the_same_place() {
+    let mut state = 1_u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    };
+    for _ in 0..20_000 {
+        let mut long = reset_state();
+        long.privilege = if random() & 1 == 0 { privilege::S } else { privilege::M };
+        long.mstatus = mstatus::XL;
+        let before = random() & random();
+        write_status(&mut long, before, MSTATUS_WRITABLE);
+        let mut short = reset_state();
+        (short.privilege, short.mstatus) = (long.privilege, long.mstatus);
+        let operand = random() & random();
+        let (change, clear, set) = match random() % 3 {
+            0 => (Change::Set(operand), 0, operand),
+            1 => (Change::Clear(operand), operand, 0),
+            _ => (Change::Write(operand), u64::MAX, operand),
+        };
+        let (_, effect) = go(&mut long, addr::SSTATUS, change).expect("there");
+        assert_eq!(change_sstatus(&mut short, clear, set), effect, "{change:?} of {before:#x}");
+        assert_eq!(short.mstatus, long.mstatus, "{change:?} of {before:#x}");
+    }
+}
+
+#[test]
+fn sum_changes_the_mode_by_what_the_key_says() {
+    let mut hart = reset_state();
+    hart.privilege = privilege::S;
+    for others in [0, mstatus::SIE, mstatus::FS, mstatus::MXR | mstatus::SPP, mstatus::MPRV | mstatus::MPP] {
+        hart.mstatus = others;
+        let off = crate::key::mode(&hart);
+        hart.mstatus |= mstatus::SUM;
+        let on = crate::key::mode(&hart);
+        assert_eq!((on.key ^ off.key, on.fetch_idx, on.space), (crate::key::SUM, off.fetch_idx, off.space));
+    }
+}
+
 #[test]
 fn interrupts_pend_from_pins_software_and_the_comparator() {
     let mut hart = reset_state();

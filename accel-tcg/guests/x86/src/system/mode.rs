@@ -180,3 +180,24 @@ pub(crate) fn mode(s: &X86) -> Mode {
     let fetch_idx = if s.cpl == 3 { idx::USER } else { idx::KERNEL };
     Mode { key: key(s).bits(), fetch_idx, space: space(s) }
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros;
+
+    use super::*;
+
+    /// What STAC and CLAC rely on.
+    #[test]
+    fn at_cpl_0_ac_changes_nothing_of_the_mode_but_the_mmu_index() {
+        for cr0 in [cr0::PE, cr0::PE | cr0::AM] {
+            let mut s = X86::new_zeroed();
+            (s.cr0, s.cr4) = (cr0, cr4::SMAP);
+            let off = mode(&s);
+            s.flags |= rflags::AC;
+            let on = mode(&s);
+            let index = Key::of_mmu_idx(idx::KERNEL ^ idx::KERNEL_AC).bits();
+            assert_eq!((on.key ^ off.key, on.fetch_idx, on.space), (index, off.fetch_idx, off.space));
+        }
+    }
+}
