@@ -3,22 +3,24 @@
 namespaces with a veth between (root is needed; `--loopback` does without), driven by the same QMP commands; prints total time, downtime, bytes
 and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
 
-    tests/bench/migration.py [--large] [--warm] [--loopback] [ROUNDS]
+    tests/bench/migration.py [--large] [--warm] [--loopback] [--only CASE,...] [ROUNDS]
 
 HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed; HOLDFAST_BUILD is another build of ours to run in QEMU's place. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
 writes to 8 MiB and sums them up; dirtier, which writes to 48 MiB as fast as it can, with auto-converge. `idle post` and `busy post` go over by
-post-copy. `--large` adds guests of 2 GiB. `--warm` lets a third process write to as much memory as the guest has and more right before each
+post-copy. `--large` adds guests of 2 GiB, among them one that is idle but full of data, as it is and over a link of 10 Gbit/s (by tbf).
+`--only` takes cases by their names in the table. `--warm` lets a third process write to as much memory as the guest has and more right before each
 migration: a host that is a virtual machine itself may have to ask its own host for memory, which takes longer than the migration. Each side
 runs the guest alone; what matters is their ratio in one run.
 
 `CPU` is both processes' until the source is done, `own CPU` what of it was not their vCPUs': a guest that works gets done more where it stands less.
-`downtime` is what each program says of itself: ours lasts until the destination has said that it runs, QEMU's until the source has sent the last
-byte. `pause seen` is measured from outside, the same way for both: the guest writes a dot to its serial port every few milliseconds, both processes
-have it go to one FIFO, and the longest gap between two dots from the beginning of the migration to a second behind its end counts. It includes
+`total it says` and `downtime it says` are what each program says of itself, and not the same thing: ours last until the destination has said that it runs,
+QEMU's until the source has sent the last byte, and its guest goes on some time behind that. `total` and `pause seen` are measured from outside, the same way for
+both: the guest writes a dot to its serial port every few milliseconds, and both processes have it go to one FIFO. The longest gap between two dots from the beginning of the migration to
+a second behind its end is the pause. The longest gap that begins before the source is done is the one in which the guest changes hands; where it and the source are at an end, the move is. The pause includes
 what host CPUs that are busy with the migration add, and what code that is translated anew does. A guest that writes no dots at the destination has
 not gone on: behind most moves of an idle riscv64 guest by QEMU 7.2 that is so, as if its timers were not started again. Such a move is left
 out, said, and done again. `slowdown` is how many dots the guest wrote in a second before, divided by those in a second from the beginning of the migration
-to its end. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
+to that end, `lost` how much of the second from its beginning on the guest lost, by its dots. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
 than twice the longest before the migration. Behind each post-copy case comes the histogram of how long our faults took, from the fault to its page
 (`postcopy-latency-dist` of QMP's query-migrate, which QEMU has from 10.1 on), and QEMU's `postcopy-blocktime`.
 """
@@ -83,6 +85,14 @@ class Hosts:
 
     def ip(self, *words):
         subprocess.run(["ip", *words], check=True)
+
+    def limit(self, rate):
+        """Has the link carry no more than that from the first to the second; None: as much as it can."""
+        if not self.loopback:
+            link = ["tc", "-n", self.names[0], "qdisc"]
+            subprocess.run([*link, "del", "dev", "veth0", "root"], stderr=subprocess.DEVNULL)
+            if rate:
+                subprocess.run([*link, "add", "dev", "veth0", "root", "tbf", "rate", rate, "burst", "10mb", "latency", "50ms"], check=True)
 
     def on(self, n, command):
         return command if self.loopback else ["ip", "netns", "exec", self.names[n], *command]
@@ -245,9 +255,16 @@ def move(ours, guest, test, mib, postcopy, hosts):
                 STANDS[ours] += 1
                 return None
             seen, resumed = max(gaps)
-            result = {"total ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
+            # When the guest goes on at the destination: behind the longest gap of those that begin before the source is done.
+            there_again = max((gap for gap in gaps if gap[1] - gap[0] <= done), default=(0, done))[1]
+            arrived = max(done, there_again)
+            usual_rate = dots.rate(settled, settled + 2)
+            result = {"total ms": (arrived - began) * 1000, "total it says ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
                       "CPU s": cpu[0], "own CPU s": cpu[1],
-                      "slowdown": dots.rate(settled, settled + 2) / max(dots.rate(began, done), 1)}
+                      "slowdown": usual_rate / max(dots.rate(began, arrived), 1),
+                      "lost ms": (1 - dots.rate(began, began + 1) / usual_rate) * 1000}
+            if test == "full":
+                result["MiB a second"] = info["ram"]["transferred"] / (1 << 20) / (arrived - began)
             if postcopy:
                 slow = [at for gap, at in gaps if at >= resumed and gap > 2 * usual]
                 result["full speed ms"] = (max(slow) - resumed) * 1000 if slow else 0
@@ -258,7 +275,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
                 if ours:
                     LATENCY.update({n: count for n, count in enumerate(waited.get("postcopy-latency-dist", []))})
             else:
-                result["downtime ms"] = info["downtime"]
+                result["downtime it says ms"] = info["downtime"]
             return result
         finally:
             for process in (source, target):
@@ -267,34 +284,51 @@ def move(ours, guest, test, mib, postcopy, hosts):
                     process.wait()
 
 
+def copied():
+    """MiB that one core copies from memory to memory in a second: the best of eight."""
+    source, target = bytearray(os.urandom(1 << 20) * 256), bytearray(256 << 20)
+    best = math.inf
+    for _ in range(8):
+        began = time.monotonic()
+        memoryview(target)[:] = source
+        best = min(best, time.monotonic() - began)
+    return round(256 / best)
+
+
 def main():
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
+    only = sys.argv[sys.argv.index("--only") + 1].split(",") if "--only" in sys.argv else []
+    arguments = [a for a in sys.argv[1:] if a.isdecimal()]
     rounds = int(arguments[0]) if arguments else 3
     guest = subprocess.check_output([os.path.join(ROOT, "tests/guests/fetch-riscv64")], text=True).strip()
-    cases = [(test, 256, False) for test in ("idle", "busy", "dirtier")] + [(test, 256, True) for test in ("idle", "busy")]
+    cases = [(test, 256, False, None) for test in ("idle", "busy", "dirtier")] + [(test, 256, True, None) for test in ("idle", "busy")]
     if "--large" in sys.argv:
-        cases += [(test, 2048, False) for test in ("idle", "busy", "dirtier")]
+        cases += [(test, 2048, False, None) for test in ("idle", "busy", "dirtier", "full")] + [("full", 2048, False, "10gbit")]
     hosts = Hosts()
-    print(f"{'guest':18} {'figure':14} {'Holdfast':>10} {OTHER:>10} {'ratio':>7}   (medians of {rounds})")
-    for test, mib, postcopy in cases:
+    print(f"{'guest':25} {'figure':20} {'Holdfast':>10} {OTHER:>10} {'ratio':>7}   (medians of {rounds})")
+    print(f"one core copies {copied()} MiB a second from memory to memory")
+    for test, mib, postcopy, rate in cases:
+        name = f"{test}{' post' if postcopy else ''} {mib} MiB{' ' + rate if rate else ''}"
+        if only and name not in only:
+            continue
+        hosts.limit(rate)
         results = {True: [], False: []}
         for _ in range(rounds):
             for ours in (True, False):
                 attempts = (move(ours, guest, test, mib, postcopy, hosts) for _ in range(ATTEMPTS))
                 results[ours].extend(itertools.islice(filter(None, attempts), 1))
-        name = f"{test}{' post' if postcopy else ''} {mib} MiB"
         for ours, count in STANDS.items():
-            print(f"{name:18} {count} times the guest did not go on behind a move by {'Holdfast' if ours else OTHER}")
+            print(f"{name:25} {count} times the guest did not go on behind a move by {'Holdfast' if ours else OTHER}")
         STANDS.clear()
         for figure in (results[True] or [{}])[0]:
             ours, theirs = (statistics.median([r[figure] for r in results[who]] or [math.nan]) for who in (True, False))
-            print(f"{name:18} {figure:14} {ours:10.2f} {theirs:10.2f} {theirs / max(ours, 0.01):7.2f}", flush=True)
+            ratio = ours / max(theirs, 0.01) if figure == "MiB a second" else theirs / max(ours, 0.01)
+            print(f"{name:25} {figure:20} {ours:10.2f} {theirs:10.2f} {ratio:7.2f}", flush=True)
         faults = [f"{1 << n}: {LATENCY[n]}" for n in sorted(LATENCY) if LATENCY[n]]
         if faults:
-            print(f"{name:18} Holdfast's faults by how long they took, from so many µs to twice as many: {', '.join(faults)}")
+            print(f"{name:25} Holdfast's faults by how long they took, from so many µs to twice as many: {', '.join(faults)}")
         if BLOCKTIME:
             both = [(round["postcopy-blocktime"], round["postcopy-vcpu-blocktime"]) for round in BLOCKTIME]
-            print(f"{name:18} QEMU's ms in which all vCPUs stood, and each of them: {both}")
+            print(f"{name:25} QEMU's ms in which all vCPUs stood, and each of them: {both}")
         LATENCY.clear()
         BLOCKTIME.clear()
 

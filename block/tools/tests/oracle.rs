@@ -78,6 +78,15 @@ impl Bed {
 
     /// Both tools' JSON answers to the same question are the same.
     fn same_json(&self, args: &[&str]) {
+        // Whether what is preallocated and not written counts as data the file system says by what of it is in the page cache, and
+        // to ask may read ahead.
+        let tries = if args.first() == Some(&"map") { 4 } else { 1 };
+        let answers: Vec<String> = (0..tries).map_while(|_| self.json_differs(args)).collect();
+        assert!(answers.len() < tries, "{}", answers.join("\n"));
+    }
+
+    /// How the tools' JSON answers to the same question differ, if they do.
+    fn json_differs(&self, args: &[&str]) -> Option<String> {
         let (ours, theirs) = (self.ours(args), self.theirs(args));
         assert_eq!(ours.status.code(), theirs.status.code(), "{args:?}: {}", text(&ours.stderr));
         let parse = |out: &Output| -> Value {
@@ -88,7 +97,7 @@ impl Bed {
         // Older versions say less: what one does not know is not compared.
         common(&mut ours, &mut theirs);
         let shown = |v: &Value| v.to_string().chars().take(4000).collect::<String>();
-        assert!(ours == theirs, "{args:?}\nours: {}\ntheirs: {}", shown(&ours), shown(&theirs));
+        (ours != theirs).then(|| format!("{args:?}\nours: {}\ntheirs: {}", shown(&ours), shown(&theirs)))
     }
 }
 

@@ -312,6 +312,22 @@ static uint64_t k_pipe(void) {
     waitpid(p, 0, 0);
     return 20000;
 }
+// A file in memory, written and read a megabyte at a time.
+static uint64_t k_file(void) {
+    enum { PART = 1 << 20, PARTS = 16 };
+    static char part[PART];
+    int file = memfd_create("file", 0);
+    uint64_t sum = 0;
+    memset(part, 1, sizeof part);
+    for (int rep = 0; rep < 6; rep++) {
+        lseek(file, 0, SEEK_SET);
+        for (int i = 0; i < PARTS; i++) sum += write(file, part, PART);
+        lseek(file, 0, SEEK_SET);
+        for (int i = 0; i < PARTS; i++) sum += read(file, part, PART) + part[i];
+    }
+    close(file);
+    return sum;
+}
 
 // -- two vCPUs -------------------------------------------------------------------------------------
 // How much two threads at once get done over what one does, in a time that is the same for every engine: the host's own work comes as
@@ -438,6 +454,7 @@ static const struct { const char *name; uint64_t (*f)(void); } kernels[] = {
     {"sha256", k_sha256}, {"interp", k_interp}, {"recursion", k_recursion}, {"indirect", k_indirect}, {"nbody", k_nbody},
     {"mandelbrot", k_mandelbrot}, {"matmul", k_matmul}, {"float", k_float}, {"memcpy", k_memcpy}, {"strings", k_strings},
     {"syscall", k_syscall}, {"pagefault", k_pagefault}, {"fork", k_fork}, {"exec", k_exec}, {"pipe", k_pipe},
+    {"file", k_file},
     {"daxpy", k_daxpy_base}, {"bytes", k_bytes_base}, {"dot", k_dot_base},
     {"daxpy-avx2", k_daxpy_avx2}, {"bytes-avx2", k_bytes_avx2}, {"dot-avx2", k_dot_avx2},
 };
