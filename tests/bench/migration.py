@@ -20,7 +20,7 @@ a second behind its end is the pause. The longest gap that begins before the sou
 what host CPUs that are busy with the migration add, and what code that is translated anew does. A guest that writes no dots at the destination has
 not gone on: behind most moves of an idle riscv64 guest by QEMU 7.2 that is so, as if its timers were not started again. Such a move is left
 out, said, and done again. `slowdown` is how many dots the guest wrote in a second before, divided by those in a second from the beginning of the migration
-to that end, `lost` how much of the second from its beginning on the guest lost, by its dots. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
+to that end. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
 than twice the longest before the migration. Behind each post-copy case comes the histogram of how long our faults took, from the fault to its page
 (`postcopy-latency-dist` of QMP's query-migrate, which QEMU has from 10.1 on), and QEMU's `postcopy-blocktime`.
 """
@@ -258,11 +258,9 @@ def move(ours, guest, test, mib, postcopy, hosts):
             # When the guest goes on at the destination: behind the longest gap of those that begin before the source is done.
             there_again = max((gap for gap in gaps if gap[1] - gap[0] <= done), default=(0, done))[1]
             arrived = max(done, there_again)
-            usual_rate = dots.rate(settled, settled + 2)
             result = {"total ms": (arrived - began) * 1000, "total it says ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
                       "CPU s": cpu[0], "own CPU s": cpu[1],
-                      "slowdown": usual_rate / max(dots.rate(began, arrived), 1),
-                      "lost ms": (1 - dots.rate(began, began + 1) / usual_rate) * 1000}
+                      "slowdown": dots.rate(settled, settled + 2) / max(dots.rate(began, arrived), 1)}
             if test == "full":
                 result["MiB a second"] = info["ram"]["transferred"] / (1 << 20) / (arrived - began)
             if postcopy:

@@ -37,10 +37,10 @@ fn how(bits: u64) -> How {
 }
 
 impl How {
-    /// The linear address of element `n`. What is off is not checked.
+    /// The linear address of element `n`. What is off is not checked. Addresses of 16 and 32 bits do not wrap within an operand.
     fn at(&self, s: &X86, offset: u64, n: usize, write: bool) -> Result<u64, Fault> {
         let size = u64::from(self.size);
-        let at = offset.wrapping_add(n as u64 * size) & self.offset_mask;
+        let at = (offset & self.offset_mask).wrapping_add(n as u64 * size);
         segment::linear(s, self.segment, at, size, write)
     }
 }
