@@ -99,6 +99,11 @@ pub(crate) fn apply(cpu: &mut Cpu<'_>, cx: &Context, effect: Effect) {
     if effect.contains(Effect::TIMER) {
         timer::arm(cpu);
     }
+    apply_status(cpu, effect);
+}
+
+/// What a write of `sstatus` may ask for.
+fn apply_status(cpu: &mut Cpu<'_>, effect: Effect) {
     if effect.contains(Effect::FLUSH) {
         cpu.flush(Flush::All);
     }
@@ -148,18 +153,6 @@ fn sstatus_change(cpu: &mut Cpu<'_>, [clear, set, ..]: [u64; 5]) -> u64 {
         apply_status(cpu, effect);
     }
     0
-}
-
-fn apply_status(cpu: &mut Cpu<'_>, effect: Effect) {
-    if effect.contains(Effect::FLUSH) {
-        cpu.flush(Flush::All);
-    }
-    if effect.contains(Effect::MODE) {
-        mode_changed(cpu);
-    }
-    if effect.contains(Effect::INTERRUPT) {
-        look_for_interrupts(cpu);
-    }
 }
 
 fn csr_read(cpu: &mut Cpu<'_>, [number, insn, ..]: [u64; 5]) -> HelperResult {
