@@ -8,11 +8,12 @@ and CPU seconds, and QEMU's figures divided by ours (above 1: we are better).
 HOLDFAST_BIN (or a release build) and qemu-system-riscv64 are needed; HOLDFAST_BUILD is another build of ours to run in QEMU's place. Guests (tests/bench/ticker) of 256 MiB and two vCPUs: idle; busy, which
 writes to 8 MiB and sums them up; dirtier, which writes to 48 MiB as fast as it can, with auto-converge. `idle post` and `busy post` go over by
 post-copy. `--large` adds guests of 2 GiB, among them one that is idle but full of data, as it is and over a link of 10 Gbit/s (by tbf).
-`--only` takes cases by their names in the table. `--warm` lets a third process write to as much memory as the guest has and more right before each
+`--only` takes cases by their names in the table; the last is not there with `--loopback`. `--warm` lets a third process write to as much memory as the guest has and more right before each
 migration: a host that is a virtual machine itself may have to ask its own host for memory, which takes longer than the migration. Each side
 runs the guest alone; what matters is their ratio in one run.
 
-`CPU` is both processes' until the source is done, `own CPU` what of it was not their vCPUs': a guest that works gets done more where it stands less.
+`CPU` is both processes' until the source is done, with what the guest did meanwhile: one that works gets done more where it stands less. `own CPU` is what was
+not their vCPUs', until a second behind the end, when both are at rest again.
 `total it says` and `downtime it says` are what each program says of itself, and not the same thing: ours last until the destination has said that it runs,
 QEMU's until the source has sent the last byte, and its guest goes on some time behind that. `total` and `pause seen` are measured from outside, the same way for
 both: the guest writes a dot to its serial port every few milliseconds, and both processes have it go to one FIFO. The longest gap between two dots from the beginning of the migration to
@@ -185,16 +186,17 @@ def command_line(ours, guest, work, name, test, mib):
 
 def cpu_seconds(process):
     """CPU time of a process, and how much of it was not its vCPUs'."""
-    def seconds(path):
-        with open(path) as stat:
-            name, fields = stat.read().split("(", 1)[1].rsplit(")", 1)
-        fields = fields.split()
-        return name, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    everything = seconds(f"/proc/{process.pid}/stat")[1]
-    # Threads of the migration end, vCPUs do not.
-    tasks = [f"/proc/{process.pid}/task/{task}/stat" for task in os.listdir(f"/proc/{process.pid}/task")]
-    guest = sum(spent for name, spent in map(seconds, filter(os.path.exists, tasks)) if name.startswith(("vcpu", "CPU ")))
+    # The clock of another process, as clock_getcpuclockid(3) names it: threads that have ended count too.
+    everything = time.clock_gettime(~process.pid << 3 | 2)
+    guest = 0
+    tasks = f"/proc/{process.pid}/task"
+    for task in os.listdir(tasks):
+        # Threads of the migration end, vCPUs do not.
+        try:
+            with open(f"{tasks}/{task}/comm") as name, open(f"{tasks}/{task}/schedstat") as spent:
+                guest += name.read().startswith(("vcpu", "CPU ")) * int(spent.read().split()[0]) / 1e9
+        except (FileNotFoundError, ProcessLookupError):
+            pass
     return everything, everything - guest
 
 
@@ -249,7 +251,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
             while there.command("query-status")["status"] != "running" and time.monotonic() < end:
                 time.sleep(0.01)
             time.sleep(1)
-            now = time.monotonic()
+            now, own = time.monotonic(), cpu_of((source, target), before)[1]
             gaps = dots.gaps(began, now)
             if not gaps or now - gaps[-1][1] > SILENT:
                 STANDS[ours] += 1
@@ -259,7 +261,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
             there_again = max((gap for gap in gaps if gap[1] - gap[0] <= done), default=(0, done))[1]
             arrived = max(done, there_again)
             result = {"total ms": (arrived - began) * 1000, "total it says ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
-                      "CPU s": cpu[0], "own CPU s": cpu[1],
+                      "CPU ms": cpu[0] * 1000, "own CPU ms": own * 1000,
                       "slowdown": dots.rate(settled, settled + 2) / max(dots.rate(began, arrived), 1)}
             if test == "full":
                 result["MiB a second"] = info["ram"]["transferred"] / (1 << 20) / (arrived - began)
@@ -301,11 +303,15 @@ def main():
     cases = [(test, 256, False, None) for test in ("idle", "busy", "dirtier")] + [(test, 256, True, None) for test in ("idle", "busy")]
     if "--large" in sys.argv:
         cases += [(test, 2048, False, None) for test in ("idle", "busy", "dirtier", "full")] + [("full", 2048, False, "10gbit")]
+    if "--loopback" in sys.argv:
+        cases = [case for case in cases if not case[3]]
+    names = [f"{test}{' post' if postcopy else ''} {mib} MiB{' ' + rate if rate else ''}" for test, mib, postcopy, rate in cases]
+    if unknown := set(only) - set(names):
+        sys.exit(f"no such case: {', '.join(sorted(unknown))} (of {', '.join(names)})")
     hosts = Hosts()
     print(f"{'guest':25} {'figure':20} {'Holdfast':>10} {OTHER:>10} {'ratio':>7}   (medians of {rounds})")
     print(f"one core copies {copied()} MiB a second from memory to memory")
-    for test, mib, postcopy, rate in cases:
-        name = f"{test}{' post' if postcopy else ''} {mib} MiB{' ' + rate if rate else ''}"
+    for name, (test, mib, postcopy, rate) in zip(names, cases):
         if only and name not in only:
             continue
         hosts.limit(rate)
