@@ -1,10 +1,23 @@
 //! Operations that are made of others, and others that are one.
 
 use crate::builder::Builder;
-use crate::op::Op;
+use crate::op::{MemOp, Op};
 use crate::types::Val;
 
 impl Builder {
+    /// Stores the low bytes of `value`'s bits, an `F64` that may hold an `F32` in a box, to `addr + disp`: from where they are, for a
+    /// box is written by its halves, and what reads it whole right behind waits until both are in the cache.
+    pub fn store_float(&mut self, mem: MemOp, addr: Val, disp: i32, value: Val) {
+        let d = *self.region().def(value);
+        let value = match (d.op, mem.bytes()) {
+            (Op::FBox, 4) => Val(d.a),
+            (Op::Const | Op::FMoveFromInt, _) => self.fbits(value),
+            (_, 8) => value,
+            _ => self.fbits(value),
+        };
+        self.store(mem, addr, disp, value);
+    }
+
     /// `a | !b`
     pub fn orn(&mut self, a: Val, b: Val) -> Val {
         let n = self.not(b);

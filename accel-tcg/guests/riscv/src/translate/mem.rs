@@ -87,8 +87,7 @@ impl Translator<'_> {
         }
         let base = self.x(s.rs1);
         let v = self.b.get(f_slot(s.rs2));
-        let bits = self.b.fbits(v);
-        self.b.store(self.here(op), base, s.imm, bits);
+        self.b.store_float(self.here(op), base, s.imm, v);
     }
 
     fn atomic(&mut self, insn: Insn) -> bool {

@@ -46,6 +46,7 @@ struct Buffers {
     lines: Vec<Line>,
     targets: Vec<u64>,
     labels: Vec<Option<Label>>,
+    dirty: Vec<Option<bool>>,
     leaving: Vec<(Label, u64)>,
 }
 
@@ -63,11 +64,13 @@ pub(crate) struct Translator<'a> {
     pc: u64,
     next: u64,
     raw: u32,
-    /// FS is known to be dirty in this extended basic block.
+    /// FS is known to be dirty: whatever way of the region leads here has set it.
     fp_dirty: bool,
     scan: &'a Scan,
     /// Labels of instructions that are jumped to, by index.
     labels: Vec<Option<Label>>,
+    /// Whether FS is known to be dirty at an instruction that is jumped to, by index: by all branches to it so far.
+    dirty: Vec<Option<bool>>,
     /// Branches that leave: label and target.
     leaving: Vec<(Label, u64)>,
 }
@@ -101,11 +104,12 @@ pub(crate) fn region(
         raw: 0,
         fp_dirty: false,
         labels: std::mem::take(&mut buffers.labels),
+        dirty: std::mem::take(&mut buffers.dirty),
         leaving: std::mem::take(&mut buffers.leaving),
         scan: &scan,
     };
     t.run();
-    (buffers.labels, buffers.leaving) = (t.labels, t.leaving);
+    (buffers.labels, buffers.dirty, buffers.leaving) = (t.labels, t.dirty, t.leaving);
     let made = Translated { insns: scan.lines.len() as u32, blocks: scan.blocks(), end: scan.end };
     buffers.lines = scan.lines;
     BUFFERS.set(buffers);
@@ -118,10 +122,12 @@ impl Translator<'_> {
         self.labels.clear();
         let label = |l: &Line| (l.target && !self.no_chain).then(|| self.b.label_at(l.pc));
         self.labels.extend(scan.lines.iter().map(label));
+        self.dirty.clear();
+        self.dirty.resize(scan.lines.len(), None);
         for (i, line) in scan.lines.iter().enumerate() {
             if let Some(label) = self.labels.get(i).copied().flatten() {
+                self.join(i);
                 self.b.bind(label);
-                self.fp_dirty = false;
             } else if i > 0 && self.b.terminated() {
                 continue; // behind an instruction that turned out to be illegal
             }
@@ -137,6 +143,15 @@ impl Translator<'_> {
             self.goto(target);
         }
         self.leaving = leaving;
+    }
+
+    /// Instruction `at` is next, to which branches go. Those that come later in the code bring what is known here, see
+    /// [`Self::label_of`].
+    fn join(&mut self, at: usize) {
+        let through = (at == 0 || !self.b.terminated()).then_some(at != 0 && self.fp_dirty);
+        let Some(dirty) = self.dirty.get_mut(at) else { return };
+        self.fp_dirty = through.into_iter().chain(*dirty).all(|d| d);
+        *dirty = Some(self.fp_dirty);
     }
 
     fn line(&mut self, line: &Line) {
@@ -218,10 +233,18 @@ impl Translator<'_> {
         self.raise(cause::ILLEGAL, u64::from(self.raw));
     }
 
-    /// The label of the instruction at `pc`, if it is one of the region's that may be jumped to.
-    fn label_of(&self, pc: u64) -> Option<Label> {
+    /// The label of the instruction at `pc`, for a jump from here, if it is one of the region's that may be jumped to.
+    fn label_of(&mut self, pc: u64) -> Option<Label> {
         let at = self.scan.index_of(pc)?;
-        self.labels.get(at).copied().flatten()
+        let label = self.labels.get(at).copied().flatten()?;
+        let dirty = self.dirty.get_mut(at)?;
+        if pc > self.pc {
+            *dirty = Some(self.fp_dirty && dirty.unwrap_or(true));
+        } else if *dirty == Some(true) && !self.fp_dirty {
+            // A way round the loop's head: what is translated there relies on FS.
+            return None;
+        }
+        Some(label)
     }
 
     /// Goes on at `target` if `a cc b`.

@@ -198,7 +198,38 @@ user:
         fmv.d.x fa1, a1
         fclass.d a4, fa1
         CHECK(a4, 4)
+        TEST(102) # FS gets dirty whichever way an instruction in a loop is reached, and only then
+        TO_M(fs)
+fs:
+        li a2, 2
+        la a1, start
+        jal ra, loop
+        CHECK_BITS(a4, MSTATUS_FS, MSTATUS_FS)
+        li a2, 2
+        la a1, around
+        jal ra, loop
+        CHECK_BITS(a4, MSTATUS_FS, MSTATUS_FS)
+        li a2, 1
+        la a1, around
+        jal ra, loop
+        CHECK_BITS(a4, MSTATUS_FS, 0x2000)
         j pass
+
+loop:   li t1, MSTATUS_FS
+        csrc mstatus, t1
+        li t1, 0x2000 # initial
+        csrs mstatus, t1
+        la t1, start
+        j start
+start:  bne a1, t1, middle
+        fadd.d fa3, fa1, fa2
+head:   fadd.d fa3, fa1, fa2
+        addi a2, a2, -1
+middle: addi a2, a2, -1
+        bgtz a2, head
+        csrr a4, mstatus
+        ret
+around:
 
         .data
         .balign 8
