@@ -16,14 +16,8 @@ pub(crate) const MASK: usize = 8;
 /// Which lines of `page` are not all zeroes; bit 0 is the first.
 pub(crate) fn mask(page: &[u8; PAGE]) -> u64 {
     let (lines, _) = page.as_chunks::<LINE>();
-    // The first word of most lines says it.
-    let begins = |line: &[u8; LINE]| line.first_chunk::<8>().is_some_and(|word| *word != [0; 8]);
-    let known = lines.iter().enumerate().fold(0, |mask, (n, line)| mask | u64::from(begins(line)) << n);
-    if known == u64::MAX {
-        return known;
-    }
-    let others = lines.iter().enumerate().filter(|(n, _)| known >> n & 1 == 0);
-    others.fold(known, |mask, (n, line)| mask | u64::from(!is_empty(line)) << n)
+    // From the last one on, so that each takes but one shift by one.
+    lines.iter().rev().fold(0, |mask, line| mask << 1 | u64::from(!is_empty(line)))
 }
 
 fn is_empty(line: &[u8; LINE]) -> bool {
