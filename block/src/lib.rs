@@ -7,6 +7,7 @@
 #[cfg(test)]
 mod at_once;
 mod buffer;
+pub mod copy;
 pub mod crypto;
 mod detect;
 pub mod facts;
@@ -147,6 +148,14 @@ pub trait BlockBackend: Send + Sync + Debug {
     /// # Errors
     /// [`BlockError::Host`].
     fn refresh(&self) -> Result<bool, BlockError>;
+
+    /// Lets nobody else write what it shows, from now on.
+    ///
+    /// # Errors
+    /// [`BlockError::Option`] that says who does; then nothing has changed.
+    fn claim(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
 
     /// How requests are carried out, for logs: `io_uring` or `threads`.
     fn engine(&self) -> &'static str;

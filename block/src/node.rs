@@ -211,6 +211,11 @@ pub trait BlockNode: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Gives requests up that wait for a server, which fail then. Later ones are tried as ever.
+    fn cancel_in_flight(&self) {
+        self.file().iter().for_each(|f| f.cancel_in_flight());
+    }
+
     /// Stores a unit of [`BlockNode::compressed_unit`] bytes (the disk's last one may be shorter) compressed, where there is nothing yet.
     ///
     /// # Errors

@@ -87,6 +87,24 @@ impl Hold {
     pub fn node(&self) -> &Arc<NamedNode> {
         &self.node
     }
+
+    /// Who it is.
+    pub fn user(&self) -> User {
+        let gone = || User { who: String::new(), role: "root", writes: false, shares_write: true };
+        self.node.users.lock().get(&self.id).cloned().unwrap_or_else(gone)
+    }
+
+    /// Goes on as another user, without a moment in which nobody uses the node.
+    ///
+    /// # Errors
+    /// As [`NamedNode::hold`]; then it stays what it is.
+    pub fn hand_over(&self, user: User) -> Result<(), BlockError> {
+        let mut users = self.node.users.lock();
+        let others = users.iter().filter(|(id, _)| **id != self.id).map(|(_, other)| other);
+        self.node.check_users(others, &user)?;
+        users.insert(self.id, user);
+        Ok(())
+    }
 }
 
 impl Drop for Hold {
@@ -146,19 +164,27 @@ impl NamedNode {
     /// [`BlockError::Option`] that names who stands against it.
     pub fn hold(self: &Arc<Self>, user: User) -> Result<Hold, BlockError> {
         let mut users = self.users.lock();
-        let against = |a: &User, b: &User| a.writes && !b.shares_write;
-        if let Some(other) = users.values().find(|u| against(&user, u) || against(u, &user)) {
-            let (writer, owner) = if against(&user, other) { (&user, other) } else { (other, &user) };
-            let name = self.name();
-            return Err(BlockError::Option(format!(
-                "Permission conflict on node '{name}': permissions 'write' are both required by {} (uses node '{name}' as \
-                 '{}' child) and unshared by {} (uses node '{name}' as '{}' child).",
-                writer.who, writer.role, owner.who, owner.role
-            )));
-        }
+        self.check_users(users.values(), &user)?;
         let id = self.next_user.fetch_add(1, Ordering::Relaxed);
         users.insert(id, user);
         Ok(Hold { node: Arc::clone(self), id })
+    }
+
+    /// Whether `user` may be one beside `others`.
+    fn check_users<'a>(
+        &self,
+        mut others: impl Iterator<Item = &'a User>,
+        user: &User,
+    ) -> Result<(), BlockError> {
+        let against = |a: &User, b: &User| a.writes && !b.shares_write;
+        let Some(other) = others.find(|u| against(user, u) || against(u, user)) else { return Ok(()) };
+        let (writer, owner) = if against(user, other) { (user, other) } else { (other, user) };
+        let name = self.name();
+        Err(BlockError::Option(format!(
+            "Permission conflict on node '{name}': permissions 'write' are both required by {} (uses node '{name}' as \
+             '{}' child) and unshared by {} (uses node '{name}' as '{}' child).",
+            writer.who, writer.role, owner.who, owner.role
+        )))
     }
 
     /// Tells once when a write goes past `offset`; 0: not any more.
@@ -177,6 +203,16 @@ impl NamedNode {
     /// The end of the write that came furthest since it was named.
     pub fn highest_write(&self) -> u64 {
         self.watch.highest.load(Ordering::Relaxed)
+    }
+
+    /// Takes it and the nodes below, if they are given up or were opened so.
+    ///
+    /// # Errors
+    /// As [`BlockNode::activate`].
+    pub fn take(&self) -> Result<(), BlockError> {
+        let below: Vec<_> = self.holds.lock().iter().map(|h| Arc::clone(h.node())).collect();
+        below.iter().try_for_each(|node| node.take())?;
+        self.activate()
     }
 
     /// The node that it uses as `role`: `file`, `backing`, `data-file`.
@@ -311,6 +347,10 @@ impl BlockNode for NamedNode {
         self.ask(|n| n.activate()).unwrap_or(Ok(()))
     }
 
+    fn cancel_in_flight(&self) {
+        self.ask(|n| n.cancel_in_flight());
+    }
+
     fn as_file(self: Arc<Self>) -> Option<Arc<RawImage>> {
         self.inner().ok()?.as_file()
     }
@@ -373,7 +413,8 @@ impl Nodes {
         self.incoming.store(yes, Ordering::Release);
     }
 
-    pub(crate) fn opens_inactive(&self) -> bool {
+    /// As [`Nodes::open_inactive`] has said.
+    pub fn opens_inactive(&self) -> bool {
         self.incoming.load(Ordering::Acquire)
     }
 
@@ -419,11 +460,18 @@ impl Nodes {
         all.reverse();
         let take = |node: &Arc<NamedNode>| {
             node.activate()?;
-            node.refresh_size().map_err(|source| BlockError::Host {
-                path: node.path().unwrap_or_else(|| node.name().into()),
-                what: "cannot get its size",
-                source,
-            })
+            match node.refresh_size() {
+                // A server that is gone keeps nobody from anything.
+                Err(error) if node.users().is_empty() => {
+                    tracing::warn!(node = node.name(), %error, "the size of an unused node is not known");
+                    Ok(())
+                }
+                other => other.map_err(|source| BlockError::Host {
+                    path: node.path().unwrap_or_else(|| node.name().into()),
+                    what: "cannot get its size",
+                    source,
+                }),
+            }
         };
         if let Err(error) = all.iter().try_for_each(take) {
             if let Err(second) = self.inactivate() {
@@ -656,125 +704,4 @@ fn check_name(name: &str) -> Result<&str, BlockError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use holdfast_threads::PlainSpawner;
-
-    use super::*;
-
-    #[derive(Debug, Default)]
-    struct Heard(Mutex<Vec<(String, u64, u64)>>);
-
-    impl NodeEvents for Heard {
-        fn write_threshold(&self, node: &str, exceeded: u64, threshold: u64) {
-            self.0.lock().push((node.to_owned(), exceeded, threshold));
-        }
-        fn image_corrupted(&self, node: &str, message: &str) {
-            self.0.lock().push((format!("{node}: {message}"), 0, 0));
-        }
-    }
-
-    struct Rig {
-        nodes: Arc<Nodes>,
-        heard: Arc<Heard>,
-        dir: tempfile::TempDir,
-    }
-
-    impl Rig {
-        fn new() -> Self {
-            let heard = Arc::new(Heard::default());
-            let dir = tempfile::tempdir().expect("directory");
-            std::fs::write(dir.path().join("a"), vec![7; 1 << 20]).expect("file");
-            Self { nodes: Nodes::new(Arc::clone(&heard) as Arc<dyn NodeEvents>), heard, dir }
-        }
-
-        fn options(&self, text: &str) -> (BlockdevOptions, Opener) {
-            let text = text.replace("DIR", &self.dir.path().display().to_string());
-            let options = BlockdevOptions::from_pairs(&text).expect("options");
-            let opener = Opener {
-                writable: options.read_only != Some(true),
-                nodes: Some(Arc::clone(&self.nodes)),
-                name: "test".to_owned(),
-                ..Opener::reading(PlainSpawner::shared())
-            };
-            (options, opener)
-        }
-
-        fn add(&self, text: &str) -> Result<(), String> {
-            let (options, opener) = self.options(text);
-            self.nodes.add(&options, &opener).map_err(|e| e.to_string())
-        }
-    }
-
-    const RAW: &str = "driver=raw,node-name=fmt,file.driver=file,file.node-name=f0,file.filename=DIR/a";
-
-    #[test]
-    fn names_are_given_once_and_nodes_go_when_nobody_uses_them() {
-        let rig = Rig::new();
-        rig.add(RAW).expect("added");
-        let names: Vec<_> = rig.nodes.list().iter().map(|n| n.name().to_owned()).collect();
-        assert_eq!(names, ["f0", "fmt"]);
-        let fmt = rig.nodes.find("fmt").expect("there");
-        assert_eq!(fmt.children(), [("file", "f0".to_owned())]);
-        assert!(
-            rig.add("driver=file,node-name=fmt,filename=DIR/a,read-only=on,locking=off")
-                .is_err_and(|e| e == "Duplicate nodes with node-name='fmt'")
-        );
-        let error = rig.add("driver=raw,node-name=other,file=f0").expect_err("in use");
-        assert!(error.starts_with("Permission conflict on node 'f0': permissions 'write'"), "{error}");
-        assert!(rig.add("driver=raw,node-name=other,file=nope").expect_err("none").contains("nope"));
-        assert!(rig.add("driver=raw,file=f0").expect_err("no name").contains("'node-name'"));
-        for name in ["1a", "a b", "", "a234567890123456789012345678901234567890"] {
-            assert!(rig.add(&format!("driver=file,filename=DIR/a,node-name={name}")).is_err(), "{name}");
-        }
-        let user = User { who: "you".to_owned(), role: "root", writes: true, shares_write: false };
-        let hold = fmt.hold(user.clone()).expect("free");
-        assert!(fmt.hold(user.clone()).is_err());
-        let reader = User { writes: false, shares_write: true, ..user };
-        assert!(fmt.hold(reader).is_ok(), "who only reads and bears others");
-        assert_eq!(rig.nodes.remove("fmt").expect_err("used").to_string(), "Node fmt is in use");
-        assert_eq!(
-            rig.nodes.remove("f0").expect_err("a child").to_string(),
-            "Node f0 is not owned by the monitor"
-        );
-        drop((hold, fmt));
-        rig.nodes.remove("fmt").expect("gone");
-        assert!(rig.nodes.find("f0").is_err(), "it had no other user");
-        rig.add(RAW).expect("its locks are gone");
-    }
-
-    #[test]
-    fn a_node_is_opened_anew_under_its_user() {
-        let rig = Rig::new();
-        rig.add(RAW).expect("added");
-        let fmt = rig.nodes.find("fmt").expect("there");
-        assert_eq!(fmt.size(), 1 << 20);
-        let (options, opener) = rig.options("driver=raw,node-name=fmt,offset=4096,file=f0");
-        rig.nodes.reopen(&options, &opener).expect("reopened");
-        assert_eq!(fmt.size(), (1 << 20) - 4096);
-        fmt.write_at(0, &[9; 512]).expect("written");
-        assert_eq!(std::fs::read(rig.dir.path().join("a")).expect("file")[4096..4608], [9; 512]);
-        // What cannot be leaves it as it was.
-        let (options, opener) = rig.options("driver=raw,node-name=fmt,offset=2097152,file=f0");
-        assert!(rig.nodes.reopen(&options, &opener).is_err());
-        assert_eq!(fmt.size(), (1 << 20) - 4096);
-        let (options, opener) = rig.options("driver=qcow2,node-name=fmt,file=f0");
-        assert_eq!(
-            rig.nodes.reopen(&options, &opener).expect_err("no").to_string(),
-            "Cannot change the option 'driver'"
-        );
-    }
-
-    #[test]
-    fn a_write_past_the_threshold_is_told_once() {
-        let rig = Rig::new();
-        rig.add(RAW).expect("added");
-        let fmt = rig.nodes.find("fmt").expect("there");
-        fmt.set_write_threshold(8192);
-        fmt.write_at(4096, &[1; 4096]).expect("written");
-        assert!(rig.heard.0.lock().is_empty());
-        fmt.write_at(8192, &[1; 512]).expect("written");
-        fmt.write_at(8192, &[1; 512]).expect("written");
-        assert_eq!(*rig.heard.0.lock(), [("fmt".to_owned(), 512, 8192)]);
-        assert_eq!(fmt.write_threshold(), 0);
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::buffer::AlignedBuffer;
 use crate::node::{Plan, os_error};
-use crate::nodes::{Hold, NamedNode};
+use crate::nodes::{Hold, NamedNode, User};
 use crate::ranges::RangeGuard;
 use crate::raw::RawImage;
 use crate::{BlockBackend, BlockError, BlockNode, BlockQueue, Completion, Geometry, IoVec, Op, Request};
@@ -304,6 +304,10 @@ impl BlockBackend for NodeBackend {
             source,
         })?;
         Ok(self.look())
+    }
+
+    fn claim(&self) -> Result<(), BlockError> {
+        self.hold.as_ref().map_or(Ok(()), |hold| hold.hand_over(User { shares_write: false, ..hold.user() }))
     }
 
     fn engine(&self) -> &'static str {

@@ -74,6 +74,8 @@ struct Connection {
     /// Number of the metadata context.
     context: Option<u32>,
     cookie: u64,
+    /// To end it while somebody waits for an answer.
+    handle: Arc<Socket>,
 }
 
 /// A talk with a server before an export is chosen.
@@ -88,7 +90,7 @@ fn string(text: &str) -> Vec<u8> {
 }
 
 impl Talk {
-    fn start(options: &ClientOptions) -> io::Result<Self> {
+    pub(super) fn start(options: &ClientOptions) -> io::Result<Self> {
         let socket = Socket::connect(&options.address)?;
         // A server that says nothing is none.
         socket.set_timeout(Some(Duration::from_secs(30)))?;
@@ -129,7 +131,7 @@ impl Talk {
         Ok(())
     }
 
-    fn ask(&mut self, kind: u32, data: &[u8]) -> io::Result<()> {
+    pub(super) fn ask(&mut self, kind: u32, data: &[u8]) -> io::Result<()> {
         let mut out = OPTION_MAGIC.to_be_bytes().to_vec();
         out.extend_from_slice(&kind.to_be_bytes());
         out.extend_from_slice(&(data.len() as u32).to_be_bytes());
@@ -151,7 +153,7 @@ impl Talk {
     }
 
     /// All replies up to the one that ends them: true if that is not an error.
-    fn replies(&mut self, kind: u32, data: &[u8]) -> io::Result<(bool, Vec<OptionReply>)> {
+    pub(super) fn replies(&mut self, kind: u32, data: &[u8]) -> io::Result<(bool, Vec<OptionReply>)> {
         self.ask(kind, data)?;
         let mut all = Vec::new();
         loop {
@@ -208,7 +210,12 @@ impl Talk {
         Ok(Ok(out))
     }
 
-    fn contexts(&mut self, kind: u32, export: &str, queries: &[&str]) -> io::Result<Vec<(u32, String)>> {
+    pub(super) fn contexts(
+        &mut self,
+        kind: u32,
+        export: &str,
+        queries: &[&str],
+    ) -> io::Result<Vec<(u32, String)>> {
         let mut data = string(export);
         data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
         queries.iter().for_each(|q| data.extend(string(q)));
@@ -223,7 +230,7 @@ impl Talk {
         Ok(out)
     }
 
-    fn structured(&mut self) -> io::Result<bool> {
+    pub(super) fn structured(&mut self) -> io::Result<bool> {
         self.replies(option::STRUCTURED_REPLY, &[]).map(|(good, _)| good)
     }
 
@@ -286,8 +293,9 @@ impl Connection {
             return Err(garbage("an export that is too large"));
         }
         talk.stream.socket().set_timeout(None)?;
+        let handle = Arc::new(talk.stream.socket().try_clone()?);
         let stream = BufReader::with_capacity(AHEAD, talk.stream);
-        Ok((Self { stream, structured, context, cookie: 0 }, found))
+        Ok((Self { stream, structured, context, cookie: 0, handle }, found))
     }
 
     fn send(&mut self, request: &Request, payload: &[u8]) -> io::Result<()> {
@@ -405,6 +413,16 @@ enum Answer<'a> {
 struct Pool {
     idle: Vec<Connection>,
     open: usize,
+    /// Those with a request under way.
+    busy: Vec<Arc<Socket>>,
+    /// How often requests under way were given up.
+    given_up: u64,
+}
+
+impl Pool {
+    fn is_done(&mut self, handle: &Arc<Socket>) {
+        self.busy.retain(|other| !Arc::ptr_eq(other, handle));
+    }
 }
 
 /// An export of a server.
@@ -451,7 +469,7 @@ impl Nbd {
         Ok(Arc::new(Self {
             status: connection.context.is_some(),
             size: AtomicU64::new(info.size),
-            pool: Mutex::new(Pool { idle: vec![connection], open: 1 }),
+            pool: Mutex::new(Pool { idle: vec![connection], open: 1, ..Pool::default() }),
             returned: Condvar::new(),
             ranges: Arc::default(),
             options,
@@ -468,11 +486,16 @@ impl Nbd {
         self.info.flags & flag != 0
     }
 
-    fn take(&self) -> io::Result<Connection> {
+    /// A connection for a request that began when requests had been given up `given_up` times.
+    fn take(&self, given_up: u64) -> io::Result<Connection> {
         let most = if self.offers(transmission::MULTI_CONN) { CONNECTIONS } else { 1 };
         let mut pool = self.pool.lock();
         loop {
+            if pool.given_up != given_up {
+                return Err(os_error(libc::ECANCELED));
+            }
             if let Some(connection) = pool.idle.pop() {
+                pool.busy.push(Arc::clone(&connection.handle));
                 return Ok(connection);
             }
             if pool.open < most {
@@ -482,24 +505,38 @@ impl Nbd {
             self.returned.wait(&mut pool);
         }
         drop(pool);
-        match Connection::open(&self.options) {
-            Ok((connection, info)) => {
-                if info.flags != self.info.flags || info.block != self.info.block {
-                    self.gone();
-                    return Err(garbage("the export is not what it was"));
-                }
-                self.size.store(info.size, Ordering::Release);
+        let opened = Connection::open(&self.options).and_then(|(connection, info)| {
+            if info.flags != self.info.flags || info.block != self.info.block {
+                return Err(garbage("the export is not what it was"));
+            }
+            self.size.store(info.size, Ordering::Release);
+            Ok(connection)
+        });
+        let mut pool = self.pool.lock();
+        match opened {
+            Ok(connection) if pool.given_up == given_up => {
+                pool.busy.push(Arc::clone(&connection.handle));
                 Ok(connection)
             }
-            Err(error) => {
-                self.gone();
-                Err(error)
+            other => {
+                pool.open -= 1;
+                drop(pool);
+                self.returned.notify_one();
+                other.and_then(|_| Err(os_error(libc::ECANCELED)))
             }
         }
     }
 
-    fn gone(&self) {
-        self.pool.lock().open -= 1;
+    /// Gives a connection back whose request is done, or lets it go if it is of no use any more.
+    fn put_back(&self, connection: Connection, answered: bool, given_up: u64) {
+        let mut pool = self.pool.lock();
+        pool.is_done(&connection.handle);
+        if answered && pool.given_up == given_up {
+            pool.idle.push(connection);
+        } else {
+            pool.open -= 1;
+        }
+        drop(pool);
         self.returned.notify_one();
     }
 
@@ -514,22 +551,23 @@ impl Nbd {
     ) -> io::Result<()> {
         let len = u32::try_from(len).map_err(|_| os_error(libc::EINVAL))?;
         let request = Request { flags, command, cookie: 0, offset, len };
+        let given_up = self.pool.lock().given_up;
         let mut deadline = None;
         loop {
-            let lost = match self.take() {
-                Ok(mut connection) => match connection.call(request, payload, into) {
-                    Ok(answer) => {
-                        self.pool.lock().idle.push(connection);
-                        self.returned.notify_one();
-                        return answer;
+            let lost = match self.take(given_up) {
+                Ok(mut connection) => {
+                    let answer = connection.call(request, payload, into);
+                    self.put_back(connection, answer.is_ok(), given_up);
+                    match answer {
+                        Ok(answer) => return answer,
+                        Err(error) => error,
                     }
-                    Err(error) => {
-                        self.gone();
-                        error
-                    }
-                },
+                }
                 Err(error) => error,
             };
+            if self.pool.lock().given_up != given_up {
+                return Err(os_error(libc::ECANCELED));
+            }
             let now = holdfast_clock::host_monotonic();
             let until = *deadline.get_or_insert(now.saturating_add(seconds(self.options.reconnect_delay)));
             if now >= until {
@@ -657,6 +695,14 @@ impl BlockNode for Nbd {
         self.request((command::FLUSH, 0), 0, 0, &[], &mut Answer::Nothing)
     }
 
+    fn cancel_in_flight(&self) {
+        let mut pool = self.pool.lock();
+        pool.given_up += 1;
+        pool.busy.iter().for_each(|socket| socket.shut_down());
+        drop(pool);
+        self.returned.notify_all();
+    }
+
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.writable(offset, len)?;
         let (min, _) = self.limits();
@@ -730,44 +776,4 @@ impl Drop for Nbd {
             let _ = connection.send(&bye, &[]);
         }
     }
-}
-
-/// The exports of a server.
-///
-/// # Errors
-/// The connection's, TLS's, or the server's refusal.
-pub fn list(address: &Address, tls: Option<TlsClient>) -> io::Result<Vec<ExportInfo>> {
-    let options = ClientOptions {
-        address: address.clone(),
-        export: String::new(),
-        tls,
-        context: None,
-        reconnect_delay: 0,
-        open_timeout: 0,
-        readonly: true,
-    };
-    let mut talk = Talk::start(&options)?;
-    let structured = talk.structured()?;
-    let (good, replies) = talk.replies(option::LIST, &[])?;
-    if let (false, Some((kind, data))) = (good, replies.last()) {
-        return Err(refusal((*kind, String::from_utf8_lossy(data).into_owned()), ""));
-    }
-    let mut out = Vec::new();
-    for (_, data) in replies {
-        let mut b = data.as_slice();
-        let name = super::proto::string_from(&mut b)?;
-        let description = Some(String::from_utf8_lossy(b).into_owned()).filter(|d| !d.is_empty());
-        let mut export = match talk.info(option::INFO, &name)? {
-            Ok(found) => found,
-            Err(_) => ExportInfo { name: name.clone(), ..ExportInfo::default() },
-        };
-        export.description = export.description.or(description);
-        if structured {
-            let contexts = talk.contexts(option::LIST_META_CONTEXT, &name, &[])?;
-            export.contexts = contexts.into_iter().map(|(_, c)| c).collect();
-        }
-        out.push(export);
-    }
-    talk.ask(option::ABORT, &[])?;
-    Ok(out)
 }

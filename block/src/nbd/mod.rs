@@ -2,6 +2,7 @@
 
 mod client;
 mod handshake;
+mod list;
 pub mod proto;
 mod server;
 mod stream;
@@ -11,7 +12,8 @@ mod transmission;
 mod uri;
 mod writer;
 
-pub use client::{ClientOptions, ExportInfo, Nbd, list};
+pub use client::{ClientOptions, ExportInfo, Nbd};
+pub use list::list;
 pub use server::{BitmapContext, Export, Guard, HANDSHAKE, Server};
 pub use stream::{Address, Listener, Socket, Stream, TlsClient};
 pub use uri::parse as parse_uri;

@@ -356,3 +356,56 @@ fn servers_that_talk_nonsense_are_left() {
         std::fs::remove_file(&path).expect("removed");
     }
 }
+
+#[test]
+fn requests_to_a_silent_server_are_given_up() {
+    let dir = tempfile::tempdir().expect("directory");
+    let path = dir.path().join("nbd");
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("listening");
+    // It lets two clients in and answers no request of theirs.
+    let server = std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        for _ in 0..2 {
+            let (mut socket, _) = listener.accept().expect("a client");
+            socket
+                .write_all(&[SERVER_MAGIC.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat())
+                .expect("sent");
+            socket.write_all(&[0, 0]).expect("sent");
+            let mut asked = [0; 20];
+            socket.read_exact(&mut asked).expect("flags and an option");
+            let export = [(1u64 << 20).to_be_bytes().as_slice(), &1u16.to_be_bytes(), &[0; 124]].concat();
+            socket.write_all(&export).expect("sent");
+            kept.push(socket);
+        }
+        let mut rest = Vec::new();
+        kept.iter_mut()
+            .map(|socket| socket.read_to_end(&mut rest).expect("all that comes"))
+            .collect::<Vec<_>>()
+    });
+    let options = ClientOptions {
+        address: Address::Unix(path),
+        export: String::new(),
+        tls: None,
+        context: None,
+        reconnect_delay: 3600,
+        open_timeout: 0,
+        readonly: false,
+    };
+    let client = Nbd::open(options).expect("client");
+    for _ in 0..2 {
+        let writer = Arc::clone(&client);
+        let write = std::thread::spawn(move || writer.write_at(0, &[1; 512]));
+        let other = Arc::clone(&client);
+        let waits = std::thread::spawn(move || other.write_at(512, &[1; 512]));
+        // One has the only connection, the other waits for it.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(!write.is_finished() && !waits.is_finished());
+        client.cancel_in_flight();
+        for thread in [write, waits] {
+            let error = thread.join().expect("no panic").expect_err("nobody has answered");
+            assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
+        }
+    }
+    drop(client);
+    assert_eq!(server.join().expect("no panic"), [28 + 512; 2]);
+}

@@ -8,22 +8,16 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use holdfast_block::copy::{CHUNK, Ends, copy};
 use holdfast_block::nbd::{Writer, WriterError};
 
 use crate::control::{Control, TimeoutStrategy};
 use crate::frame::{self, Kind};
 use crate::images::tally;
 use crate::lanes::Limiter;
-use crate::pages::is_zero;
 use crate::source::Source;
 use crate::{MigrationError, MirroredDisk, Stream};
 
-/// Most bytes that are read and sent at once.
-const CHUNK: u64 = 1 << 20;
-/// Zeroes are looked for in pieces of this size, in bytes.
-const PIECE: usize = 64 << 10;
-/// Most zeroes that are asked for at once, in bytes: a host may have to write them.
-const MAX_ZEROES: u64 = 1 << 30;
 /// What may be written without having to be durable, in bytes: making it so is not to take longer than a peer may be silent.
 const LOOSE: u64 = 1 << 30;
 /// What may be left, in bytes, when RAM begins.
@@ -164,44 +158,8 @@ impl DiskSender<'_> {
         }
     }
 
-    fn send(
-        &mut self,
-        disk: usize,
-        (start, len): (u64, u64),
-        main: &mut Stream,
-    ) -> Result<(), MigrationError> {
-        let mut buffer = vec![0; CHUNK as usize];
-        let end = start + len;
-        let (mut at, mut zeroes) = (start, 0);
-        while at < end {
-            self.control.check()?;
-            let parameters = self.control.parameters();
-            let late = parameters.timeout.is_some_and(|limit| self.control.elapsed() >= limit);
-            if late && parameters.strategy == TimeoutStrategy::Cancel {
-                return Err(MigrationError::Timeout(parameters.timeout.unwrap_or_default().as_secs()));
-            }
-            let (chunk, _) = buffer.split_at_mut(CHUNK.min(end - at) as usize);
-            self.source.read_disk(disk, at, chunk).map_err(unreadable)?;
-            let pieces: Vec<bool> = chunk.chunks(PIECE).map(is_zero).collect();
-            let mut rest = &*chunk;
-            for alike in pieces.chunk_by(PartialEq::eq) {
-                let (data, behind) = rest.split_at(rest.len().min(alike.len() * PIECE));
-                if alike.first() == Some(&true) {
-                    zeroes += data.len() as u64;
-                } else {
-                    self.zero(disk, at - zeroes, zeroes, main)?;
-                    zeroes = 0;
-                    self.write(disk, at, data, main)?;
-                }
-                at += data.len() as u64;
-                rest = behind;
-            }
-            if zeroes >= MAX_ZEROES - CHUNK {
-                self.zero(disk, at - zeroes, zeroes, main)?;
-                zeroes = 0;
-            }
-        }
-        self.zero(disk, at - zeroes, zeroes, main)
+    fn send(&mut self, disk: usize, run: (u64, u64), main: &mut Stream) -> Result<(), MigrationError> {
+        copy(&mut OneDisk { sender: self, disk, main }, run, &mut vec![0; CHUNK])
     }
 
     /// Waits until `bytes` and a header may be sent, and counts them.
@@ -213,9 +171,6 @@ impl DiskSender<'_> {
     }
 
     fn zero(&mut self, disk: usize, at: u64, len: u64, main: &mut Stream) -> Result<(), MigrationError> {
-        if len == 0 {
-            return Ok(());
-        }
         self.admit(12)?;
         match &mut self.way {
             Way::Sections => {
@@ -237,5 +192,35 @@ impl DiskSender<'_> {
             }
             Way::Nbd(remotes) => remotes.get_mut(disk).ok_or_else(missing)?.write(at, data),
         }
+    }
+}
+
+/// One of the disks, on its way.
+struct OneDisk<'a, 'b> {
+    sender: &'a mut DiskSender<'b>,
+    disk: usize,
+    main: &'a mut Stream,
+}
+
+impl Ends for OneDisk<'_, '_> {
+    type Error = MigrationError;
+
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), MigrationError> {
+        let control = self.sender.control;
+        control.check()?;
+        let parameters = control.parameters();
+        let late = parameters.timeout.is_some_and(|limit| control.elapsed() >= limit);
+        if late && parameters.strategy == TimeoutStrategy::Cancel {
+            return Err(MigrationError::Timeout(parameters.timeout.unwrap_or_default().as_secs()));
+        }
+        self.sender.source.read_disk(self.disk, offset, buf).map_err(unreadable)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MigrationError> {
+        self.sender.write(self.disk, offset, data, self.main)
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) -> Result<(), MigrationError> {
+        self.sender.zero(self.disk, offset, len, self.main)
     }
 }
