@@ -55,7 +55,7 @@ impl<T: JsonSchema> JsonSchema for Shown<T> {
     }
 }
 
-async fn show<T>(handle: &ControlHandle, request: StorageRequest) -> Reply<Shown<T>> {
+pub(super) async fn show<T>(handle: &ControlHandle, request: StorageRequest) -> Reply<Shown<T>> {
     ask(handle, request).await.map(|json| Shown { json, of: PhantomData })
 }
 

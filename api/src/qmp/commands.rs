@@ -6,6 +6,8 @@ use holdfast_vmm::control::{
     self as ops, AnnounceParameters, ChardevInfo, ControlHandle, CpuInfoFast, ErrorKind, KvmInfo,
     MachineInfo, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, Origin, PciInfo, RunState,
 };
+use holdfast_vmm::storage::jobs::mirror::MirrorOptions;
+use holdfast_vmm::storage::jobs::{BlockJobInfo, JobInfo};
 use holdfast_vmm::storage::shown::{BlockDeviceInfo, BlockExportInfo, BlockInfo, BlockStats};
 use holdfast_vmm::storage::{BlockIoThrottle, ExportOptions, HistogramSet, ServerOptions};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -14,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::request::QmpError;
-use super::{block, devices, hmp, migration, schema};
+use super::{block, devices, hmp, jobs, migration, schema};
 use crate::call;
 
 /// No arguments, or nothing to return.
@@ -149,6 +151,22 @@ commands! {
     "block-export-add" => block::export_add: ExportOptions => Empty;
     "block-export-del" => block::export_del: block::ExportDel => Empty;
     "query-block-exports" => block::query_exports: Empty => block::Shown<Vec<BlockExportInfo>>;
+    "blockdev-mirror" => jobs::mirror: MirrorOptions => Empty;
+    "query-jobs" => jobs::query: Empty => block::Shown<Vec<JobInfo>>;
+    "query-block-jobs" => jobs::query_block: Empty => block::Shown<Vec<BlockJobInfo>>;
+    "job-cancel" => jobs::cancel: block::Id => Empty;
+    "job-pause" => jobs::pause: block::Id => Empty;
+    "job-resume" => jobs::resume: block::Id => Empty;
+    "job-complete" => jobs::complete: block::Id => Empty;
+    "job-finalize" => jobs::finalize: block::Id => Empty;
+    "job-dismiss" => jobs::dismiss: block::Id => Empty;
+    "block-job-cancel" => jobs::block_cancel: jobs::Cancel => Empty;
+    "block-job-pause" => jobs::block_pause: jobs::Device => Empty;
+    "block-job-resume" => jobs::block_resume: jobs::Device => Empty;
+    "block-job-set-speed" => jobs::block_set_speed: jobs::SetSpeed => Empty;
+    "block-job-complete" => jobs::block_complete: jobs::Device => Empty;
+    "block-job-finalize" => jobs::block_finalize: block::Id => Empty;
+    "block-job-dismiss" => jobs::block_dismiss: block::Id => Empty;
     "device_add" => devices::add: devices::DeviceAdd => Empty;
     "device_del" => devices::del: block::Id => Empty;
     "chardev-add" => devices::chardev_add: devices::ChardevAdd => devices::ChardevReturn;

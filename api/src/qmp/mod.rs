@@ -7,6 +7,7 @@ mod commands;
 mod devices;
 mod framing;
 mod hmp;
+mod jobs;
 mod migration;
 mod request;
 mod schema;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use holdfast_block::{BlockQueue, Completion, Op, Request};
+use holdfast_block::{BlockBackend, BlockQueue, Completion, Op, Request};
 use holdfast_clock::host_monotonic;
 use vm_memory::Bytes;
 use vmm_sys_util::timerfd::TimerFd;
@@ -41,12 +41,15 @@ struct Pending {
     failed: Option<io::Error>,
     /// To be made durable before it completes.
     sync: bool,
+    /// What it changes, if somebody wants to know.
+    noted: Vec<Range>,
 }
 
 /// Serves one queue.
 pub(super) struct BlkHandler {
     // Dropped first: it waits for requests that use the guest's RAM.
     requests: Box<dyn BlockQueue>,
+    backend: Arc<dyn BlockBackend>,
     shared: Arc<Shared>,
     live: Option<Live>,
     pending: Vec<Option<Pending>>,
@@ -63,14 +66,21 @@ struct Live {
 }
 
 impl BlkHandler {
-    pub(super) fn new(shared: Arc<Shared>, requests: Box<dyn BlockQueue>) -> io::Result<Self> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        backend: Arc<dyn BlockBackend>,
+        requests: Box<dyn BlockQueue>,
+    ) -> io::Result<Self> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
         let (pending, free, done) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { requests, shared, live: None, pending, free, done, timer })
+        Ok(Self { requests, backend, shared, live: None, pending, free, done, timer })
     }
 
     /// Takes all chains that wait.
     fn serve(&mut self) -> Result<(), HandlerError> {
+        if self.shared.held.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let Some(mut live) = self.live.take() else { return Ok(()) };
         let result = self.serve_queue(&mut live);
         self.live = Some(live);
@@ -98,6 +108,9 @@ impl BlkHandler {
 
     /// Requests that failed and are tried again, now that the VM goes on.
     fn retry(&mut self) -> Result<(), HandlerError> {
+        if self.shared.held.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let Some(mut live) = self.live.take() else { return Ok(()) };
         let mut result = Ok(());
         for head in self.shared.take_stalled(live.queue.index()) {
@@ -129,8 +142,8 @@ impl BlkHandler {
 
     /// Starts a request. False: it has to wait for its turn, and nothing was done.
     fn start(&mut self, live: &mut Live, chain: &Chain, throttled: bool) -> Result<bool, QueueError> {
-        let parsed = parse(&live.queue, chain, self.shared.backend.geometry().sectors())?;
-        let readonly = self.shared.backend.is_readonly();
+        let parsed = parse(&live.queue, chain, self.backend.geometry().sectors())?;
+        let readonly = self.backend.is_readonly();
         let refused = |status| (Err(status), Vec::new());
         let (work, data) = match parsed.action {
             Action::Refuse(status) => refused(status),
@@ -172,6 +185,10 @@ impl BlkHandler {
         let buffers = unsafe { dma::iovecs(live.queue.memory(), &data) };
         let mut buffers = buffers.ok_or(QueueError::Short { queue: live.queue.index() })?;
         let writes = matches!(op, Op::Write | Op::WriteZeroes { .. });
+        let changes = matches!(op, Op::Write | Op::WriteZeroes { .. } | Op::Discard);
+        let logged = changes && !self.shared.logs.read().is_empty();
+        let noted = if logged { ranges.clone() } else { Vec::new() };
+        self.note(&noted);
         let pending = Pending {
             head,
             op,
@@ -183,12 +200,8 @@ impl BlkHandler {
             parts: ranges.len() as u32,
             failed: None,
             sync: writes && !(live.flush && self.shared.writeback.load(Ordering::Relaxed)),
+            noted,
         };
-        if matches!(op, Op::Write | Op::WriteZeroes { .. } | Op::Discard)
-            && let Some(log) = self.shared.log.read().as_ref()
-        {
-            ranges.iter().for_each(|r| log.mark(r.offset, r.len));
-        }
         let id = self.keep(pending);
         for Range { offset, len, unmap } in ranges {
             let op = if let Op::WriteZeroes { .. } = op { Op::WriteZeroes { unmap } } else { op };
@@ -197,6 +210,16 @@ impl BlkHandler {
             self.requests.submit(Request { id, op, offset, len, buffers });
         }
         Ok(())
+    }
+
+    /// Tells who copies the disk what a request changes, or has changed.
+    fn note(&self, ranges: &[Range]) {
+        if ranges.is_empty() {
+            return;
+        }
+        for log in self.shared.logs.read().iter() {
+            ranges.iter().for_each(|r| log.mark(r.offset, r.len));
+        }
     }
 
     fn get_id(&self, live: &Live, data: &[Segment]) -> Result<u32, QueueError> {
@@ -270,6 +293,7 @@ impl BlkHandler {
         }
         let Some(pending) = self.pending.get_mut(at).and_then(Option::take) else { return Ok(()) };
         self.free.push(at);
+        self.note(&pending.noted);
         // Part of a failed read may have arrived.
         dma::mark_written(live.queue.memory(), &pending.fills);
         let (status, filled) = match &pending.failed {
@@ -300,7 +324,7 @@ impl BlkHandler {
         if let Some(events) = &shared.events {
             events.io_error(IoFailure {
                 id: shared.id.clone(),
-                node: shared.node.clone(),
+                node: shared.medium.read().node.clone(),
                 write,
                 action,
                 nospace: policy::no_space(error),

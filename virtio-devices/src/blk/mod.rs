@@ -56,13 +56,19 @@ pub(crate) const MAX_RANGES: u32 = 32;
 const CONFIG_LEN: usize = 60;
 const WRITEBACK_OFFSET: u64 = 32;
 
+/// What a disk shows at the moment.
+#[derive(Debug)]
+pub(crate) struct Medium {
+    pub(crate) backend: Arc<dyn BlockBackend>,
+    /// Name of the node.
+    pub(crate) node: String,
+}
+
 /// What the workers of all queues share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) id: String,
-    /// Name of the node.
-    pub(crate) node: String,
-    pub(crate) backend: Arc<dyn BlockBackend>,
+    pub(crate) medium: RwLock<Medium>,
     pub(crate) serial: [u8; SERIAL_LEN],
     /// False: every write is made durable before it completes.
     pub(crate) writeback: AtomicBool,
@@ -74,12 +80,18 @@ pub(crate) struct Shared {
     /// Queue and head of requests that failed and wait for the VM to go on.
     pub(crate) stalled: Mutex<Vec<(u16, u16)>>,
     /// Where writes are noted, while somebody copies the disk.
-    pub(crate) log: RwLock<Option<Arc<log::WriteLog>>>,
+    pub(crate) logs: RwLock<Vec<Arc<log::WriteLog>>>,
+    /// New requests wait.
+    pub(crate) held: AtomicBool,
     /// The last of them failed because the host had no room.
     pub(crate) nospace: AtomicBool,
 }
 
 impl Shared {
+    pub(crate) fn backend(&self) -> Arc<dyn BlockBackend> {
+        Arc::clone(&self.medium.read().backend)
+    }
+
     /// The heads of the requests of `queue` that wait, in their order.
     pub(crate) fn take_stalled(&self, queue: u16) -> Vec<u16> {
         let mut stalled = self.stalled.lock();
@@ -156,7 +168,8 @@ pub fn open(
         who: format!("block device '{id}'"),
         role: "root",
         writes: !config.readonly && !node.is_readonly(),
-        shares_write: false,
+        // Until the VM is here, its disks are written by whoever brings them.
+        shares_write: nodes.opens_inactive(),
     })?;
     Ok(NodeBackend::of(hold, id, spawner, discard))
 }
@@ -233,8 +246,7 @@ impl Blk {
         };
         let shared = Arc::new(Shared {
             id: id.to_owned(),
-            node: parts.node,
-            backend: parts.backend,
+            medium: RwLock::new(Medium { backend: parts.backend, node: parts.node }),
             serial,
             writeback: AtomicBool::new(true),
             stats: Stats::default(),
@@ -242,7 +254,8 @@ impl Blk {
             events: parts.events,
             throttle: RwLock::default(),
             stalled: Mutex::default(),
-            log: RwLock::default(),
+            logs: RwLock::default(),
+            held: AtomicBool::new(false),
             nospace: AtomicBool::new(false),
         });
         let mut workers = Vec::new();
@@ -268,8 +281,8 @@ impl Blk {
     }
 
     /// Name of its node.
-    pub fn node(&self) -> &str {
-        &self.shared.node
+    pub fn node(&self) -> String {
+        self.shared.medium.read().node.clone()
     }
 
     /// `ok`, or `nospace` or `failed` while requests wait for the VM to go on.
@@ -284,8 +297,8 @@ impl Blk {
     }
 
     /// What it shows.
-    pub fn backend(&self) -> &Arc<dyn BlockBackend> {
-        &self.shared.backend
+    pub fn backend(&self) -> Arc<dyn BlockBackend> {
+        self.shared.backend()
     }
 
     /// What was counted of one kind of requests.
@@ -308,14 +321,46 @@ impl Blk {
         *self.shared.throttle.write() = group;
     }
 
-    /// Notes all that is written from now on, or no more.
-    pub fn log_writes(&self, log: Option<Arc<log::WriteLog>>) {
-        *self.shared.log.write() = log;
+    /// Notes all that is written from now on in `log` too, or no more. Requests under way are not noted.
+    pub fn log_writes(&self, log: &Arc<log::WriteLog>, on: bool) {
+        let mut logs = self.shared.logs.write();
+        logs.retain(|other| !Arc::ptr_eq(other, log));
+        if on {
+            logs.push(Arc::clone(log));
+        }
+    }
+
+    /// Lets new requests wait, or no more, from the next time that the device is resumed.
+    pub fn hold_back(&self, yes: bool) {
+        self.shared.held.store(yes, Ordering::Release);
+    }
+
+    /// Shows what another back end has, which is the node `node`, while the device is paused.
+    ///
+    /// # Errors
+    /// The host's if that has no queues to be had: then it shows what it has shown before.
+    pub fn change_medium(&self, backend: Arc<dyn BlockBackend>, node: String) -> std::io::Result<()> {
+        self.let_go();
+        let old = std::mem::replace(&mut *self.shared.medium.write(), Medium { backend, node });
+        let taken = self.take_up();
+        if taken.is_err() {
+            *self.shared.medium.write() = old;
+            self.take_up()?;
+        }
+        taken
     }
 
     /// The group whose rates requests keep to.
     pub fn throttle(&self) -> Option<Arc<ThrottleGroup>> {
         self.shared.throttle.read().clone()
+    }
+
+    /// Nobody else may write what it shows from now on.
+    ///
+    /// # Errors
+    /// [`BlockError`] that says who does; then others still may.
+    pub fn claim(&self) -> Result<(), BlockError> {
+        self.backend().claim()
     }
 
     /// Lets go of the back end's queues, while the device is paused: until [`Blk::take_up`] nothing uses it.
@@ -341,7 +386,7 @@ impl Blk {
     /// # Errors
     /// [`holdfast_block::BlockError`] if the image cannot be asked.
     pub fn refresh_size(&self) -> Result<bool, holdfast_block::BlockError> {
-        let changed = self.shared.backend.refresh()?;
+        let changed = self.shared.backend().refresh()?;
         let interrupt = self.interrupt.lock().clone();
         if let (true, Some(interrupt)) = (changed, interrupt) {
             interrupt.config_changed();
@@ -350,7 +395,7 @@ impl Blk {
     }
 
     fn config_space(&self) -> [u8; CONFIG_LEN] {
-        let g = self.shared.backend.geometry();
+        let g = self.shared.backend().geometry();
         let mut c = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| {
             for (to, from) in c.iter_mut().skip(at).zip(bytes) {
@@ -391,12 +436,13 @@ impl VirtioDevice for Blk {
         if self.workers.len() > 1 {
             f |= bit::MQ;
         }
-        if self.shared.backend.is_readonly() {
+        let backend = self.shared.backend();
+        if backend.is_readonly() {
             f |= bit::RO;
         } else {
             f |= bit::WRITE_ZEROES;
         }
-        if self.shared.backend.geometry().can_discard {
+        if backend.geometry().can_discard {
             f |= bit::DISCARD;
         }
         f
@@ -475,6 +521,7 @@ impl Handler for NoHandler {
 }
 
 fn new_handler(shared: &Arc<Shared>, size: u16) -> std::io::Result<BlkHandler> {
-    let queue = Arc::clone(&shared.backend).queue(size).map_err(std::io::Error::other)?;
-    BlkHandler::new(Arc::clone(shared), queue)
+    let backend = shared.backend();
+    let queue = Arc::clone(&backend).queue(size).map_err(std::io::Error::other)?;
+    BlkHandler::new(Arc::clone(shared), backend, queue)
 }

@@ -10,6 +10,8 @@ pub enum ErrorKind {
     NotCreated,
     /// There is a VM, but no such device in it. HTTP 404, QMP `DeviceNotFound`.
     DeviceNotFound,
+    /// There is no such block job. HTTP 404, QMP `DeviceNotActive`.
+    NotActive,
     /// The identifier or path is in use. HTTP 409.
     Conflict,
     /// An earlier request of this kind is still under way. HTTP 429.
@@ -26,7 +28,7 @@ impl ErrorKind {
     /// The HTTP status that says it.
     pub fn http_status(self) -> u16 {
         match self {
-            Self::NotCreated | Self::DeviceNotFound => 404,
+            Self::NotCreated | Self::DeviceNotFound | Self::NotActive => 404,
             Self::Conflict => 409,
             Self::Busy => 429,
             Self::Invalid => 400,
@@ -38,6 +40,7 @@ impl ErrorKind {
     pub fn qmp_class(self) -> &'static str {
         match self {
             Self::DeviceNotFound => "DeviceNotFound",
+            Self::NotActive => "DeviceNotActive",
             _ => "GenericError",
         }
     }

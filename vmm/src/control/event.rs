@@ -51,6 +51,19 @@ impl Origin {
     }
 }
 
+/// How far a block job is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockJobFacts {
+    /// Its id.
+    pub device: String,
+    /// Bytes in all, as far as is known.
+    pub len: u64,
+    /// Bytes of them that are done.
+    pub offset: u64,
+    /// Most bytes a second; 0 for no limit.
+    pub speed: u64,
+}
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -153,6 +166,31 @@ pub enum Event {
         /// Its identifier.
         id: String,
     },
+    /// A job is at something else now. QMP `JOB_STATUS_CHANGE`.
+    JobStatusChange {
+        /// Its id.
+        id: String,
+        /// QEMU's word for what it is at.
+        status: &'static str,
+    },
+    /// A mirror's target is like its source. QMP `BLOCK_JOB_READY`.
+    BlockJobReady(BlockJobFacts),
+    /// A block job has ended, with an error if there is one. QMP `BLOCK_JOB_COMPLETED`.
+    BlockJobCompleted(BlockJobFacts, Option<String>),
+    /// A block job was ended. QMP `BLOCK_JOB_CANCELLED`.
+    BlockJobCancelled(BlockJobFacts),
+    /// A block job cannot read, or if `write` cannot write, and ends. QMP `BLOCK_JOB_ERROR`.
+    BlockJobError {
+        /// Its id.
+        device: String,
+        /// It could not write.
+        write: bool,
+    },
+    /// A block job waits to be finalized. QMP `BLOCK_JOB_PENDING`.
+    BlockJobPending {
+        /// Its id.
+        id: String,
+    },
 }
 
 impl Event {
@@ -191,7 +229,13 @@ impl Event {
             Self::BlockIoError(_)
             | Self::BlockImageCorrupted { .. }
             | Self::BlockWriteThreshold { .. }
-            | Self::BlockExportDeleted { .. } => self.qmp().map(|(name, data)| ("block", name, data)),
+            | Self::BlockExportDeleted { .. }
+            | Self::JobStatusChange { .. }
+            | Self::BlockJobReady(_)
+            | Self::BlockJobCompleted(..)
+            | Self::BlockJobCancelled(_)
+            | Self::BlockJobError { .. }
+            | Self::BlockJobPending { .. } => self.qmp().map(|(name, data)| ("block", name, data)),
             Self::GuestPanic => Some(("guest", "panic", None)),
             Self::CreateVcpu { id } => {
                 Some(("cpu_manager", "create_vcpu", Some(json!({ "id": id.to_string() }))))
@@ -227,6 +271,22 @@ impl Event {
                 Some(("BLOCK_WRITE_THRESHOLD", Some(data)))
             }
             Self::BlockExportDeleted { id } => Some(("BLOCK_EXPORT_DELETED", Some(json!({ "id": id })))),
+            Self::JobStatusChange { id, status } => {
+                Some(("JOB_STATUS_CHANGE", Some(json!({ "id": id, "status": status }))))
+            }
+            Self::BlockJobReady(facts) => Some(("BLOCK_JOB_READY", Some(job_facts(facts, None)))),
+            Self::BlockJobCompleted(facts, error) => {
+                Some(("BLOCK_JOB_COMPLETED", Some(job_facts(facts, error.as_deref()))))
+            }
+            Self::BlockJobCancelled(facts) => Some(("BLOCK_JOB_CANCELLED", Some(job_facts(facts, None)))),
+            Self::BlockJobError { device, write } => {
+                let operation = if *write { "write" } else { "read" };
+                let data = json!({ "device": device, "operation": operation, "action": "report" });
+                Some(("BLOCK_JOB_ERROR", Some(data)))
+            }
+            Self::BlockJobPending { id } => {
+                Some(("BLOCK_JOB_PENDING", Some(json!({ "type": "mirror", "id": id }))))
+            }
             _ => None,
         }
     }
@@ -243,6 +303,17 @@ fn io_error(failure: &IoFailure) -> Value {
         "nospace": failure.nospace,
         "reason": failure.reason,
     })
+}
+
+/// The data of events of block jobs.
+fn job_facts(facts: &BlockJobFacts, error: Option<&str>) -> Value {
+    let BlockJobFacts { device, len, offset, speed } = facts;
+    let mut data =
+        json!({ "type": "mirror", "device": device, "len": len, "offset": offset, "speed": speed });
+    if let (Some(object), Some(error)) = (data.as_object_mut(), error) {
+        object.insert("error".to_owned(), error.into());
+    }
+    data
 }
 
 /// An event and when it happened.

@@ -24,7 +24,7 @@ mod tests;
 
 pub use debug::{DebugEvent, DebugListener, DebugTarget, DebugWhy, MemoryWrite};
 pub use error::{ControlError, ErrorKind};
-pub use event::{Event, EventBus, Origin, TimedEvent};
+pub use event::{BlockJobFacts, Event, EventBus, Origin, TimedEvent};
 pub use handle::{ControlHandle, ControlInbox, Request, Responder, control};
 pub use manager::VmManager;
 pub use migration::*;

@@ -132,6 +132,7 @@ impl Manager {
         self.idle()?;
         self.built()?;
         self.end_debugging(0);
+        self.end_jobs(None);
         self.stage = Stage::Created;
         self.events.publish(Event::Shutdown(origin));
         Ok(())

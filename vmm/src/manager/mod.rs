@@ -6,6 +6,7 @@
 
 mod chardev;
 mod debug;
+mod jobs;
 mod lifecycle;
 mod migrate;
 mod netdev;
@@ -17,7 +18,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use holdfast_accel::AccelError;
 use holdfast_config::{IdAllocator, VmConfig};
@@ -100,6 +101,14 @@ impl Wire {
         // Without a manager nobody is left to be told.
         let _ = self.messages.send(message);
         let _ = self.wake.write(1);
+    }
+
+    /// Runs `what` on the manager's thread and waits for it; `None` if the manager has ended.
+    fn ask<T: Send + 'static>(&self, what: impl FnOnce(&mut Manager) -> T + Send + 'static) -> Option<T> {
+        let (answer, answered) = sync_channel(1);
+        // Who asks waits.
+        self.send(Message::Ask(Box::new(move |manager| drop(answer.send(what(manager))))));
+        answered.recv().ok()
     }
 }
 
@@ -186,6 +195,7 @@ pub struct Manager {
     job: Option<&'static str>,
     debugger: Option<debug::Debugger>,
     migration: migrate::Migration,
+    jobs: jobs::Jobs,
     exit: Option<u8>,
 }
 
@@ -222,6 +232,7 @@ impl Manager {
             job: None,
             debugger: None,
             migration: migrate::Migration::default(),
+            jobs: jobs::Jobs::default(),
             exit: None,
         })
     }
@@ -247,6 +258,7 @@ impl Manager {
             }
         };
         self.end_debugging(status);
+        self.end_jobs(None);
         // The guest stops, and the terminal is as it was, before anyone hears of the end.
         self.stage = Stage::Nothing;
         self.events.publish(Event::VmmShutdown);
@@ -318,8 +330,9 @@ impl Manager {
         }
     }
 
-    fn runs(&self) -> bool {
-        matches!(self.stage, Stage::Built { run: Run::Running, .. })
+    /// Whether devices do what the guest asks for.
+    fn devices_work(&self) -> bool {
+        matches!(self.stage, Stage::Built { run: Run::Running | Run::Debug, .. })
     }
 
     fn set_run(&mut self, to: Run) {

@@ -12,6 +12,7 @@ use holdfast_config::{
 };
 use holdfast_devices::pci::Removal;
 
+use super::jobs::Jobs;
 use super::{Manager, Run, Stage, migrate, query};
 use crate::confine;
 use crate::control::{
@@ -55,6 +56,7 @@ impl Manager {
             return Err(ControlError::new(ErrorKind::DeviceNotFound, format!("Device '{id}' not found")));
         }
         let wrong = |e| ControlError::failed(format!("Device '{id}' cannot be removed"), e);
+        self.check_no_job_of(id)?;
         match vm.ask_for(id).map_err(wrong)? {
             Removal::Asked => {}
             Removal::Now => self.take_out(id),
@@ -68,6 +70,7 @@ impl Manager {
 
     /// Takes a device out that the guest has let go of.
     pub(super) fn take_out(&mut self, id: &str) {
+        self.end_jobs(Some(id));
         if self.built().is_ok_and(|vm| vm.take_out(id)) {
             self.config.remove_device(id);
             self.events.publish(Event::DeviceDeleted { id: id.to_owned() });
@@ -120,6 +123,8 @@ impl VmManager for Manager {
                 self.events.publish(Event::Shutdown(Origin::Host));
             }
             self.end_debugging(0);
+            self.end_jobs(None);
+            self.jobs = Jobs::default();
             self.stage = Stage::Nothing;
             self.config = VmConfig::default();
             self.forget_storage();

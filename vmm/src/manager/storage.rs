@@ -68,7 +68,7 @@ impl Manager {
         self.storage = Storage::new(objects, Arc::clone(&self.spawner), Arc::new(self.wire.clone()));
     }
 
-    fn disks(&self) -> Vec<Arc<Blk>> {
+    pub(super) fn disks(&self) -> Vec<Arc<Blk>> {
         self.built().map(|vm| vm.disks()).unwrap_or_default()
     }
 
@@ -80,6 +80,13 @@ impl Manager {
         }
         let reached = match &request {
             StorageRequest::Add(options) => self.reach_node(options),
+            StorageRequest::Reopen(all) => all
+                .iter()
+                .try_for_each(|o| self.check_no_job_above(o.node_name.as_deref().unwrap_or_default())),
+            StorageRequest::Resize(which, _) => self
+                .storage
+                .node_of(which, &self.disks())
+                .and_then(|node| self.check_no_job_above(node.name())),
             _ => Ok(()),
         };
         if let Err(error) = reached.and_then(|()| self.idle()) {
@@ -138,6 +145,15 @@ impl Manager {
         }
     }
 
+    fn delete_node(&mut self, name: &str) -> Result<(), ControlError> {
+        self.check_no_job_on(name)?;
+        self.storage.nodes().remove(name).map_err(refused)?;
+        if let Some(all) = &mut self.config.blockdevs {
+            all.retain(|o| o.node_name.as_deref() != Some(name));
+        }
+        Ok(())
+    }
+
     fn change_storage(&mut self, request: StorageRequest) -> Result<Value, ControlError> {
         let disks = self.disks();
         let failed = |e: holdfast_objects::ObjectError| ControlError::new(ErrorKind::Failed, e.to_string());
@@ -148,11 +164,11 @@ impl Manager {
             StorageRequest::Stats(nodes) => return shown(&storage::block_stats(&storage, &disks, nodes)),
             StorageRequest::Exports => return shown(&storage.exports()),
             StorageRequest::GetLimits(id) => return storage.limits(&id),
-            StorageRequest::Delete(name) => storage.nodes().remove(&name).map_err(refused).map(|()| {
-                if let Some(all) = &mut self.config.blockdevs {
-                    all.retain(|o| o.node_name.as_deref() != Some(&name));
-                }
-            }),
+            StorageRequest::Jobs => return self.show_jobs(false),
+            StorageRequest::BlockJobs => return self.show_jobs(true),
+            StorageRequest::Mirror(options) => self.start_mirror(&options),
+            StorageRequest::Job(id, verb, block) => self.ask_job(&id, verb, block),
+            StorageRequest::Delete(name) => self.delete_node(&name),
             StorageRequest::Throttle(asked) => storage.set_throttle(&asked, &disks),
             StorageRequest::Histogram(set) => set_histogram(&set, &disks),
             StorageRequest::Threshold(name, offset) => {
@@ -174,7 +190,7 @@ impl Manager {
 }
 
 /// What is shown, as JSON.
-fn shown<T: serde::Serialize>(what: &T) -> Result<Value, ControlError> {
+pub(super) fn shown<T: serde::Serialize>(what: &T) -> Result<Value, ControlError> {
     serde_json::to_value(what).map_err(|e| ControlError::failed("What was found cannot be shown", e))
 }
 

@@ -143,7 +143,7 @@ fn device_path(disk: &Blk) -> String {
 /// `query-block`.
 pub fn block_info(storage: &Storage, disks: &[Arc<Blk>]) -> Vec<BlockInfo> {
     let disk = |disk: &Arc<Blk>| {
-        let node = storage.nodes().find(disk.node()).ok();
+        let node = storage.nodes().find(&disk.node()).ok();
         BlockInfo {
             device: disk.id().to_owned(),
             qdev: Some(device_path(disk)),
@@ -216,12 +216,12 @@ pub fn block_stats(storage: &Storage, disks: &[Arc<Blk>], nodes: bool) -> Vec<Bl
         return storage.nodes().list().iter().map(|node| node_stats(node, false)).collect();
     }
     let disk = |disk: &Arc<Blk>| {
-        let below = storage.nodes().find(disk.node()).ok().map(|node| node_stats(&node, true));
+        let below = storage.nodes().find(&disk.node()).ok().map(|node| node_stats(&node, true));
         let (parent, backing) = below.map_or((None, None), |b| (b.parent, b.backing));
         BlockStats {
             device: Some(disk.id().to_owned()),
             qdev: Some(device_path(disk)),
-            node_name: Some(disk.node().to_owned()),
+            node_name: Some(disk.node()),
             stats: device_stats(disk),
             parent,
             backing,

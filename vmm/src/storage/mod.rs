@@ -1,6 +1,8 @@
 //! The storage graph of the process: nodes, objects that they name, throttled disks and exports.
 
 mod info;
+pub mod jobs;
+mod logged;
 mod nbd;
 mod request;
 pub mod shown;
@@ -24,6 +26,7 @@ use parking_lot::Mutex;
 use crate::control::{ControlError, ErrorKind};
 
 pub use info::{block_info, block_stats, named_nodes};
+pub(crate) use logged::LoggedDisk;
 pub use nbd::{ExportOptions, NbdAddress, ServerOptions};
 pub use request::{BlockIoThrottle, HistogramSet, NodeOrDevice, StorageRequest};
 
@@ -172,7 +175,7 @@ impl Storage {
         match (which.device.as_deref().filter(|d| !d.is_empty()), &which.node_name) {
             (Some(id), None) => {
                 let disk = find_disk(disks, id)?;
-                self.nodes.find(disk.node()).map_err(refused)
+                self.nodes.find(&disk.node()).map_err(refused)
             }
             (None, Some(name)) => self.nodes.find(name).map_err(refused),
             _ => Err(failed("Need exactly one of 'device' and 'node-name'")),
@@ -194,7 +197,7 @@ impl Storage {
         node.truncate(size, Preallocation::Off)
             .map_err(|e| failed(format!("Failed to resize '{}': {e}", node.name())))?;
         for disk in disks {
-            if self.nodes.find(disk.node()).is_ok_and(|top| top.rests_on(node.name())) {
+            if self.nodes.find(&disk.node()).is_ok_and(|top| top.rests_on(node.name())) {
                 disk.refresh_size().map_err(refused)?;
             }
         }

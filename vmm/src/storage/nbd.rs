@@ -271,6 +271,10 @@ impl Storage {
         if writable && node.is_readonly() {
             return Err(failed("Cannot export read-only node as writable"));
         }
+        if writable {
+            // What is to come from elsewhere comes through this export, before the VM does.
+            node.take().map_err(refused)?;
+        }
         let names = options.bitmaps.iter().flatten();
         let bitmaps = names.map(|name| bitmap(&node, name, writable)).collect::<Result<Vec<_>, _>>()?;
         let user = User {

@@ -6,6 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::jobs::JobVerb;
+use super::jobs::mirror::MirrorOptions;
 use super::nbd::{ExportOptions, ServerOptions};
 
 /// A disk, or a node by its name.
@@ -159,4 +161,12 @@ pub enum StorageRequest {
     ExportDelete(String, bool),
     /// `query-block-exports`.
     Exports,
+    /// `blockdev-mirror`.
+    Mirror(Box<MirrorOptions>),
+    /// `query-jobs`.
+    Jobs,
+    /// `query-block-jobs`.
+    BlockJobs,
+    /// What is asked of the job of this id; the flag says that it is asked as of a block job.
+    Job(String, JobVerb, bool),
 }

@@ -230,7 +230,7 @@ impl Vm {
         for options in all {
             let name = options.node_name.as_deref().unwrap_or_default();
             let rests =
-                |disk: &Blk| self.storage.nodes().find(disk.node()).is_ok_and(|top| top.rests_on(name));
+                |disk: &Blk| self.storage.nodes().find(&disk.node()).is_ok_and(|top| top.rests_on(name));
             let disks: Vec<_> = self.disks().into_iter().filter(|d| rests(d)).collect();
             let devices: Vec<_> =
                 self.plugged().into_iter().filter(|p| disks.iter().any(|d| d.id() == p.id)).collect();
@@ -332,6 +332,12 @@ impl Vm {
     /// [`VmError`] if a vCPU does not run.
     pub fn resume(&self) -> Result<(), VmError> {
         let mut marks = Marks::start("going on");
+        for disk in self.disks.read().iter() {
+            // As QEMU, which lets the guest run too: an export that has brought the disk may still be there.
+            if let Err(error) = disk.claim() {
+                tracing::warn!(disk = disk.id(), %error, "the disk may be written by others");
+            }
+        }
         self.clock.resume();
         self.timers.clock_changed();
         marks.mark("clock");

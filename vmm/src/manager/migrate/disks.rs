@@ -8,64 +8,28 @@ use holdfast_block::nodes::NamedNode;
 use holdfast_block::raw::{RawImage, RawOptions};
 use holdfast_block::{BlockNode, qcow2};
 use holdfast_config::VmConfig;
-use holdfast_device::Device;
 use holdfast_migration::MirroredDisk;
 use holdfast_threads::Spawner;
-use holdfast_virtio::blk::Blk;
 use holdfast_virtio::blk::log::WriteLog;
 
+use crate::storage::LoggedDisk;
 use crate::vm::Vm;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// A disk at the source.
-#[derive(Debug)]
-pub(super) struct Leaving {
-    blk: Arc<Blk>,
-    device: Arc<dyn Device>,
-    node: Arc<NamedNode>,
-    log: Arc<WriteLog>,
-}
-
 /// The writable disks of `vm`.
-pub(super) fn leaving(vm: &Vm) -> Result<Vec<Arc<Leaving>>, Failure> {
-    let plugged = vm.plugged();
+pub(super) fn leaving(vm: &Vm) -> Result<Vec<Arc<LoggedDisk>>, Failure> {
     let mut all = Vec::new();
     for blk in vm.disks().into_iter().filter(|d| !d.backend().is_readonly()) {
-        let node = vm.storage().nodes().find(blk.node())?;
-        let device = plugged.iter().find(|p| p.id == blk.id());
-        let device = Arc::clone(&device.ok_or("a disk is not plugged in")?.device);
-        let log = Arc::new(WriteLog::new(blk.backend().geometry().size));
-        all.push(Arc::new(Leaving { blk, device, node, log }));
+        let log = WriteLog::new(blk.backend().geometry().size);
+        all.push(Arc::new(LoggedDisk::new(vm, blk, log)?));
     }
     Ok(all)
 }
 
-impl Leaving {
-    pub(super) fn describe(&self) -> MirroredDisk {
-        let (id, size) = (self.blk.id().to_owned(), self.blk.backend().geometry().size);
-        MirroredDisk { id, size, format: self.node.driver().to_owned() }
-    }
-
-    pub(super) fn log(&self, on: bool) {
-        self.blk.log_writes(on.then(|| Arc::clone(&self.log)));
-    }
-
-    /// What was written. Requests under way end first, so that what is told of is on the disk.
-    pub(super) fn take_written(&self, running: bool) -> Vec<(u64, u64)> {
-        if running {
-            self.device.pause();
-        }
-        let runs = self.log.take();
-        if running {
-            self.device.resume();
-        }
-        runs
-    }
-
-    pub(super) fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), Failure> {
-        Ok(self.node.read_at(offset, to)?)
-    }
+pub(super) fn describe(disk: &LoggedDisk) -> MirroredDisk {
+    let (id, size) = (disk.blk.id().to_owned(), disk.blk.backend().geometry().size);
+    MirroredDisk { id, size, format: disk.node.driver().to_owned() }
 }
 
 /// Makes the images that `config` names and that are not there, for disks that come along.
@@ -114,7 +78,7 @@ pub(super) fn arriving(vm: &Vm, disks: &[MirroredDisk]) -> Result<Vec<Arc<NamedN
         if here != *size {
             return Err(format!("disk `{id}` has {size} bytes at the source, {here} here").into());
         }
-        nodes.push(vm.storage().nodes().find(disk.node())?);
+        nodes.push(vm.storage().nodes().find(&disk.node())?);
     }
     Ok(nodes)
 }

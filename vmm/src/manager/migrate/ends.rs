@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,13 +17,14 @@ use holdfast_migration::{Control, MigrationError, MirroredDisk, Phase, Plan, Run
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 
-use super::super::{Manager, Message, Run, Wire};
-use super::disks::{self, Leaving};
+use super::super::{Manager, Run, Wire};
+use super::disks;
 use super::settings::status;
 use crate::confine;
 use crate::control::{Event, EventBus};
 use crate::snapshot::SavedVm;
 use crate::snapshot::ram::{self, DemandPager};
+use crate::storage::LoggedDisk;
 use crate::vm::{Host, Vm, ahead};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -46,7 +46,7 @@ pub(super) struct Link {
     throttle: Arc<AtomicU8>,
     throttling: AtomicBool,
     /// Disks that go along.
-    disks: OnceLock<Vec<Arc<Leaving>>>,
+    disks: OnceLock<Vec<Arc<LoggedDisk>>>,
 }
 
 impl Link {
@@ -69,10 +69,7 @@ impl Link {
         &self,
         what: impl FnOnce(&mut Manager) -> T + Send + 'static,
     ) -> Result<T, Failure> {
-        let (answer, answered) = sync_channel(1);
-        // Who asks waits.
-        self.wire.send(Message::Ask(Box::new(move |manager| drop(answer.send(what(manager))))));
-        answered.recv().map_err(|_| "the VM manager has ended".into())
+        self.wire.ask(what).ok_or_else(|| "the VM manager has ended".into())
     }
 }
 
@@ -140,23 +137,23 @@ impl Source for Link {
 
     fn mirror(&self) -> Result<Vec<MirroredDisk>, Failure> {
         let disks = disks::leaving(&self.vm)?;
-        Ok(self.disks.get_or_init(|| disks).iter().map(|disk| disk.describe()).collect())
+        Ok(self.disks.get_or_init(|| disks).iter().map(|disk| disks::describe(disk)).collect())
     }
 
     fn log_disks(&self, on: bool) -> Result<(), Failure> {
-        self.disks.get().into_iter().flatten().for_each(|disk| disk.log(on));
-        Ok(())
+        let disks = self.disks.get().cloned().unwrap_or_default();
+        // There nobody stops or resets the guest meanwhile.
+        self.ask(move |manager| disks.iter().for_each(|disk| disk.note(on, manager.devices_work())))
     }
 
     fn take_written(&self, disk: usize) -> Result<Vec<(u64, u64)>, Failure> {
         let disk = self.disks.get().and_then(|all| all.get(disk)).ok_or("there is no such disk")?;
-        let disk = Arc::clone(disk);
-        // There nobody stops or resets the guest meanwhile.
-        self.ask(move |manager| disk.take_written(manager.runs()))
+        Ok(disk.log.take())
     }
 
     fn read_disk(&self, disk: usize, offset: u64, to: &mut [u8]) -> Result<(), Failure> {
-        self.disks.get().and_then(|all| all.get(disk)).ok_or("there is no such disk")?.read(offset, to)
+        let disk = self.disks.get().and_then(|all| all.get(disk)).ok_or("there is no such disk")?;
+        Ok(disk.node.read_at(offset, to)?)
     }
 
     fn stop(&self) -> Result<(), Failure> {
@@ -171,6 +168,7 @@ impl Source for Link {
     }
 
     fn give_up(&self) -> Result<(), Failure> {
+        self.ask(|manager| manager.no_active_jobs())??;
         Ok(self.vm.storage().nodes().inactivate()?)
     }
 

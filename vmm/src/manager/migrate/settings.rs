@@ -347,6 +347,15 @@ impl Manager {
             self.migration.expected = true;
             // What is added meanwhile belongs to the VM that is to come.
             self.storage.nodes().open_inactive(true);
+            // Those of its config may be exported before it comes. What cannot be opened yet is told of then.
+            for options in self.config.blockdevs.iter().flatten() {
+                if let Err(error) = self.storage.ensure(options) {
+                    tracing::info!(
+                        error = error.describe(),
+                        "a node of the VM that is to come is not opened yet"
+                    );
+                }
+            }
             return Ok(());
         };
         if !self.migration.expected && matches!(self.stage, Stage::Created) {
