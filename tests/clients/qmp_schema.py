@@ -23,6 +23,7 @@ NEWER = {
     ("query-migrate", "postcopy-latency"),
     ("query-migrate", "postcopy-latency-dist"),
     ("query-block", "active"),
+    ("query-block-jobs", "actively-synced"),
     ("query-block", "detached-header"),
     ("query-named-block-nodes", "active"),
     ("query-named-block-nodes", "detached-header"),

@@ -97,6 +97,22 @@ impl Qmp {
         }
     }
 
+    /// As [`Qmp::until`], of the first of several.
+    ///
+    /// # Panics
+    /// If it has not within four minutes.
+    pub fn until_first(&mut self, query: &str, key: &str, value: &str) -> Value {
+        let deadline = Instant::now() + crate::migration::LIMIT;
+        loop {
+            let answer = self.ok(query, json!({}))[0].clone();
+            if answer[key] == value {
+                return answer;
+            }
+            assert!(Instant::now() < deadline, "{query}: {key} does not become {value}: {answer}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The values of `key` in the data of events called `name`.
     pub fn heard(&self, name: &str, key: &str) -> Vec<Value> {
         self.events.iter().filter(|e| e["event"] == name).map(|e| e["data"][key].clone()).collect()
