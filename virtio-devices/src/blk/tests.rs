@@ -644,3 +644,48 @@ fn queues_are_worked_on_where_they_are_told() {
     drop(disk);
     super::build("pinned", &with(vec![on(0, 1 << 20)]), &context()).expect_err("no host has that many CPUs");
 }
+
+#[test]
+fn writes_are_noted_twice_and_wait_while_the_medium_is_changed() {
+    let context = context();
+    let (first, second) = (Arc::new(Slow::default()), Arc::new(Slow::default()));
+    let backend = Arc::clone(&first) as Arc<dyn BlockBackend>;
+    let disk = super::Blk::new("_disk0", &DiskConfig::default(), backend, &context).expect("builds");
+    let mut rig = Rig::new(context, disk.clone());
+    rig.start(bit::FLUSH);
+    let write = |rig: &mut Rig| {
+        let header = [OUT.to_le_bytes().to_vec(), vec![0; 12]].concat();
+        rig.poke(HEADER, &header);
+        rig.poke(STATUS, &[0xee]);
+        let head = rig.rings[0].chain(&[(HEADER, 16, 0), (BUF, 512, 0), (STATUS, 1, WRITE)]);
+        rig.rings[0].publish(head);
+        rig.kick(0);
+    };
+    let log = Arc::new(super::log::WriteLog::new(1 << 20));
+    disk.log_writes(&log, true);
+    write(&mut rig);
+    eventually("submitted", || first.waiting.lock().len() == 1);
+    let noted = [(0, super::log::UNIT)];
+    assert_eq!(log.take(), noted, "it has begun");
+    assert!(log.take().is_empty());
+    first.release();
+    eventually("done", || rig.rings[0].used_index() == 1);
+    assert_eq!(log.take(), noted, "it is done");
+    disk.log_writes(&log, false);
+    // What comes now waits in the ring.
+    disk.hold_back(true);
+    rig.device.pause();
+    rig.device.resume();
+    write(&mut rig);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(first.waiting.lock().is_empty(), "it is held back");
+    rig.device.pause();
+    disk.change_medium(Arc::clone(&second) as Arc<dyn BlockBackend>, "n1".to_owned()).expect("changed");
+    disk.hold_back(false);
+    rig.device.resume();
+    eventually("submitted elsewhere", || second.waiting.lock().len() == 1);
+    second.release();
+    eventually("done there", || rig.rings[0].used_index() == 2);
+    assert_eq!((rig.peek(STATUS, 1)[0], disk.node().as_str()), (0, "n1"));
+    assert!(log.take().is_empty(), "nobody wants to know");
+}
