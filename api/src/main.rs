@@ -90,7 +90,7 @@ fn run(options: RunOptions) -> ExitCode {
         Err(error) => return fail(&describe(&error), 1),
     };
     // Before the sandbox closes: secrets and certificates may be in files.
-    let objects = Arc::new(Objects::default());
+    let objects = Arc::new(Objects::for_vm());
     for text in &options.objects.0 {
         if let Err(error) = objects.add_text(text) {
             return fail(&format!("--object: {error}"), 1);

@@ -114,7 +114,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         "object",
         Shape::Several("TYPE,id=ID,..."),
         DEVICES,
-        "Object that other options name: secret, tls-creds-x509 or throttle-group",
+        "Object that other options name (secret, tls-creds-x509, throttle-group, authz-*), or dbus-vmstate",
     ),
     opt("net", Shape::Many(holdfast_keyval::keys::<config::NetConfig>), DEVICES, "Network device"),
     opt(

@@ -1,4 +1,5 @@
-//! Objects that other options name: secrets, TLS credentials, lists of who may connect, and throttle groups, as `--object secret,id=…` and `object-add` make them.
+//! Objects that other options name: secrets, TLS credentials, lists of who may connect, and throttle groups, as `--object secret,id=…` and
+//! `object-add` make them; and which helpers' state moves with the VM.
 //!
 //! What is secret is overwritten when it is let go, and no `Debug`, error or log shows it.
 
@@ -8,6 +9,7 @@ pub mod pairs;
 mod secret;
 pub mod throttle;
 pub mod tls;
+pub mod vmstate;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ pub use authz::Authz;
 pub use secret::Secret;
 pub use throttle::ThrottleGroup;
 pub use tls::TlsCreds;
+pub use vmstate::DbusVmState;
 
 /// An object that cannot be made, or is not there.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +51,10 @@ pub struct Objects {
     tls: RwLock<BTreeMap<String, TlsCreds>>,
     throttles: RwLock<BTreeMap<String, Arc<ThrottleGroup>>>,
     authz: RwLock<BTreeMap<String, Arc<Authz>>>,
+    /// There is one at most.
+    vmstate: RwLock<Option<Arc<DbusVmState>>>,
+    /// They are a VM's.
+    of_vm: bool,
 }
 
 /// An object's options, each taken once; what is left over is refused.
@@ -114,6 +121,11 @@ impl Fields {
 }
 
 impl Objects {
+    /// The objects of a program that runs a VM.
+    pub fn for_vm() -> Self {
+        Self { of_vm: true, ..Self::default() }
+    }
+
     /// Makes an object of `TYPE,id=ID,key=value,…` or a JSON object with `qom-type` and `id`.
     ///
     /// # Errors
@@ -189,14 +201,33 @@ impl Objects {
                 self.authz.write().insert(id, Arc::new(authz));
                 Ok(())
             }
+            "dbus-vmstate" => {
+                let vmstate = DbusVmState::from_fields(&id, &mut fields)?;
+                fields.finish(&kind)?;
+                self.set_vmstate(vmstate)
+            }
             "tls-creds-psk" | "tls-creds-anon" => Err(bad(format!(
                 "objects of the type '{kind}' are not supported: rustls has TLS with certificates only; use tls-creds-x509"
             ))),
             "authz-pam" => Err(bad("objects of the type 'authz-pam' are not supported: use authz-list-file")),
             _ => Err(bad(format!(
-                "Invalid parameter '{kind}': objects are of the types 'secret', 'tls-creds-x509', 'throttle-group', 'authz-simple', 'authz-list' and 'authz-list-file'"
+                "Invalid parameter '{kind}': objects are of the types 'secret', 'tls-creds-x509', 'throttle-group', 'authz-simple', 'authz-list', 'authz-list-file' and 'dbus-vmstate'"
             ))),
         }
+    }
+
+    fn set_vmstate(&self, vmstate: DbusVmState) -> Result<(), ObjectError> {
+        if !self.of_vm {
+            return Err(bad(
+                "an object of the type 'dbus-vmstate' is for a VM that moves, and there is no VM here",
+            ));
+        }
+        let mut place = self.vmstate.write();
+        if place.is_some() {
+            return Err(bad("There is already an instance of dbus-vmstate"));
+        }
+        *place = Some(Arc::new(vmstate));
+        Ok(())
     }
 
     fn contains(&self, id: &str) -> bool {
@@ -204,6 +235,7 @@ impl Objects {
             || self.tls.read().contains_key(id)
             || self.throttles.read().contains_key(id)
             || self.authz.read().contains_key(id)
+            || self.vmstate.read().as_ref().is_some_and(|vmstate| vmstate.id == id)
     }
 
     /// Lets an object go. Who uses it already keeps it.
@@ -215,6 +247,7 @@ impl Objects {
         let gone = secret.or_else(|| self.tls.write().remove(id).map(drop));
         let gone = gone.or_else(|| self.throttles.write().remove(id).map(drop));
         let gone = gone.or_else(|| self.authz.write().remove(id).map(drop));
+        let gone = gone.or_else(|| self.vmstate.write().take_if(|vmstate| vmstate.id == id).map(drop));
         gone.ok_or_else(|| bad(format!("object '{id}' not found")))
     }
 
@@ -224,6 +257,7 @@ impl Objects {
         all.extend(self.tls.read().keys().map(|id| (id.clone(), "tls-creds-x509")));
         all.extend(self.throttles.read().keys().map(|id| (id.clone(), "throttle-group")));
         all.extend(self.authz.read().iter().map(|(id, authz)| (id.clone(), authz.kind())));
+        all.extend(self.vmstate.read().iter().map(|vmstate| (vmstate.id.clone(), "dbus-vmstate")));
         all
     }
 
@@ -234,6 +268,11 @@ impl Objects {
     pub fn throttle(&self, id: &str) -> Result<Arc<ThrottleGroup>, ObjectError> {
         let found = self.throttles.read().get(id).cloned();
         found.ok_or_else(|| bad(format!("Throttle group '{id}' does not exist")))
+    }
+
+    /// Which helpers' state moves with the VM, if any does.
+    pub fn dbus_vmstate(&self) -> Option<Arc<DbusVmState>> {
+        self.vmstate.read().clone()
     }
 
     /// Who may connect, by that id.
