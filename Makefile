@@ -10,7 +10,7 @@ DEMO_PACKAGES := gcc libc6-dev cpio kmod xz-utils zstd ca-certificates debian-ar
 TEST_PACKAGES := $(DEMO_PACKAGES) qemu-user qemu-utils cryptsetup-bin nbdkit libnbd-bin python3-libnbd gnutls-bin binutils openssl qemu-system-misc gcc-riscv64-linux-gnu \
 	libc6-dev-riscv64-cross device-tree-compiler acpica-tools seabios grub-pc-bin grub-common mtools \
 	stress-ng gdb-multiarch busybox-static dosfstools e2fsprogs fdisk dnsmasq-base mmdebstrap iproute2 \
-	iputils-ping socat tmux lz4 python3 python3-venv curl
+	iputils-ping socat tmux lz4 python3 python3-venv curl dbus-daemon python3-dbus python3-gi
 
 BENCH_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 

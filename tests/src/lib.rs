@@ -2,6 +2,7 @@
 
 pub mod back_ends;
 pub mod counter;
+pub mod dbus;
 pub mod devices;
 pub mod http;
 pub mod lab;

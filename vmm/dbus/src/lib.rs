@@ -7,7 +7,7 @@
 mod bus;
 mod message;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::time::Duration;
 
@@ -127,6 +127,15 @@ pub enum HelperError {
         /// The object's id.
         object: String,
     },
+    /// State has come for which nothing here is meant.
+    #[error("the state of helpers comes along ({ids}), and there is no dbus-vmstate object here")]
+    NoObject {
+        /// Their Ids.
+        ids: String,
+    },
+    /// State has come that is nobody's.
+    #[error("the state of helpers comes along under {0}")]
+    Section(&'static str),
     /// A helper does not give its state.
     #[error("the helper `{id}` cannot save its state")]
     Save {
@@ -201,7 +210,35 @@ impl Helpers {
             }
         }
         let found = Self { bus, addr: addr(), owners };
-        found.need(object.ids.iter().flatten())?;
+        found.need(object.ids.iter().flatten().map(String::as_str))?;
+        Ok(found)
+    }
+
+    /// Looks for the helpers whose state comes under `ids`.
+    ///
+    /// # Errors
+    /// As [`Helpers::find`], and if there is no object, its list leaves one of them out, one is not there, or they are no Ids.
+    pub fn find_all<'a>(
+        object: Option<&DbusVmState>,
+        ids: impl Iterator<Item = &'a str>,
+    ) -> Result<Self, HelperError> {
+        let mut wanted = BTreeSet::new();
+        for id in ids {
+            if !is_id(id) {
+                return Err(HelperError::Section("an Id that is not of 1 to 255 bytes without NUL"));
+            }
+            if !wanted.insert(id) {
+                return Err(HelperError::Section("one Id twice"));
+            }
+        }
+        let Some(object) = object else { return Err(HelperError::NoObject { ids: quoted(wanted) }) };
+        if let Some(list) = &object.ids
+            && let Some(id) = wanted.iter().find(|id| !list.contains(**id))
+        {
+            return Err(HelperError::Unlisted { id: (*id).to_owned(), object: object.id.clone() });
+        }
+        let found = Self::find(object)?;
+        found.need(wanted)?;
         Ok(found)
     }
 
@@ -210,17 +247,13 @@ impl Helpers {
         self.owners.keys()
     }
 
-    /// Checks that all of `ids` are there.
-    ///
-    /// # Errors
-    /// [`HelperError::Missing`] naming those that are not.
-    pub fn need<'a>(&self, ids: impl IntoIterator<Item = &'a String>) -> Result<(), HelperError> {
-        let missing = ids.into_iter().filter(|id| !self.owners.contains_key(*id));
-        let missing: Vec<String> = missing.map(|id| format!("`{id}`")).collect();
+    /// Fails unless all of `ids` are there.
+    fn need<'a>(&self, ids: impl IntoIterator<Item = &'a str>) -> Result<(), HelperError> {
+        let missing: Vec<&str> = ids.into_iter().filter(|id| !self.owners.contains_key(*id)).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        Err(HelperError::Missing { ids: missing.join(", "), addr: self.addr.clone() })
+        Err(HelperError::Missing { ids: quoted(missing), addr: self.addr.clone() })
     }
 
     /// Asks each for its state: Ids and what they gave, at most [`MAX_STATE`] bytes each. They go on as they are.
@@ -250,11 +283,17 @@ impl Helpers {
             return Err(HelperError::Large { id: id.to_owned() });
         }
         let Some(owner) = self.owners.get(id) else {
-            return Err(HelperError::Missing { ids: format!("`{id}`"), addr: self.addr.clone() });
+            return Err(HelperError::Missing { ids: quoted([id]), addr: self.addr.clone() });
         };
         let loaded = self.bus.call(&method(owner, "Load"), &state, bus::MAX_ANSWER);
         loaded.map_err(|source| HelperError::Load { id: id.to_owned(), source })
     }
+}
+
+/// Ids for people.
+fn quoted<'a>(ids: impl IntoIterator<Item = &'a str>) -> String {
+    let ids: Vec<String> = ids.into_iter().map(|id| format!("`{id}`")).collect();
+    ids.join(", ")
 }
 
 fn method<'a>(destination: &'a str, member: &'a str) -> Method<'a> {

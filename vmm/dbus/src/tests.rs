@@ -159,8 +159,8 @@ fn states_go_there_and_back() {
         ));
         let mut helpers = fake.find().expect("they are there");
         assert_eq!(helpers.ids().collect::<Vec<_>>(), ["one", "two"]);
-        helpers.need(&["two".to_owned()]).expect("there");
-        let missing = helpers.need(&["two".to_owned(), "six".to_owned(), "ten".to_owned()]);
+        helpers.need(["two"]).expect("there");
+        let missing = helpers.need(["two", "six", "ten"]);
         let missing = missing.expect_err("two are not there").to_string();
         assert!(
             missing.starts_with("helpers are missing on the bus `unix:path=")
@@ -204,6 +204,30 @@ fn only_those_that_are_listed_move_and_all_of_them_are_needed() {
     let mut fake = nobody();
     fake.object.ids = Some(["one".to_owned()].into());
     assert!(fake.fails().ends_with("`one`"));
+}
+
+#[test]
+fn state_that_comes_has_to_be_somebodys() {
+    let object = |ids: Option<&[&str]>| DbusVmState {
+        ids: ids.map(|ids| ids.iter().map(|id| (*id).to_owned()).collect()),
+        ..Fake::new(Script::with(&[(A, "one")], Vec::new())).object
+    };
+    let fails = |object: Option<&DbusVmState>, ids: &[&str]| {
+        describe(&Helpers::find_all(object, ids.iter().copied()).expect_err("it makes no sense"))
+    };
+    let none = fails(None, &["two", "one"]);
+    assert_eq!(
+        none,
+        "the state of helpers comes along (`one`, `two`), and there is no dbus-vmstate object here"
+    );
+    assert!(fails(None, &["one", "one"]).ends_with("one Id twice"));
+    assert!(fails(None, &[""]).ends_with("1 to 255 bytes without NUL"));
+    let unlisted = fails(Some(&object(Some(&["one"]))), &["one", "two"]);
+    assert_eq!(unlisted, "the helper `two` is not in the id-list of the dbus-vmstate object `v`");
+    let fake = Fake::new(Script::with(&[(A, "one")], Vec::new()));
+    assert!(fails(Some(&fake.object), &["one", "two"]).ends_with(": `two`"));
+    let fake = Fake::new(Script::with(&[(A, "one"), (B, "more")], Vec::new()));
+    Helpers::find_all(Some(&fake.object), ["one"].into_iter()).expect("it is there");
 }
 
 #[test]

@@ -53,6 +53,9 @@ pub struct Plan {
     /// The source writes them over NBD if the target serves it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nbd: bool,
+    /// Ids of the helpers on a D-Bus bus whose state goes along, as it is now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub helpers: Vec<String>,
     /// Connections that carry RAM, the first one included.
     pub connections: u32,
 }

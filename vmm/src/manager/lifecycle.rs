@@ -12,7 +12,7 @@ use super::{Manager, Run, Stage, TapFds, migrate};
 use crate::confine;
 use crate::control::{ControlError, ErrorKind, Event, Origin, Responder};
 use crate::snapshot::ram::{self, DemandPager};
-use crate::snapshot::{SavedVm, SnapshotDir};
+use crate::snapshot::{SavedVm, SnapshotDir, helpers};
 use crate::vm::{Host, Vm};
 
 /// Shorthand: the operation failed for this reason.
@@ -157,8 +157,10 @@ impl Manager {
         };
         self.events.publish(Event::Snapshotting);
         let config = self.config.clone();
+        let object = self.storage.objects().dbus_vmstate();
         let work = move || -> Result<(), ControlError> {
-            let saved = vm.save().map_err(failed("The VM could not be saved"))?;
+            let mut saved = vm.save().map_err(failed("The VM could not be saved"))?;
+            helpers::save(object.as_deref(), &mut saved).map_err(failed("The VM could not be saved"))?;
             let write = |file: &std::fs::File| ram::save(vm.memory(), file);
             dir.write(&config, &saved, write).map_err(failed("The VM could not be saved"))
         };
@@ -273,6 +275,7 @@ fn restore(config: &RestoreConfig, host: Host, sandbox: &Arc<Sandbox>) -> Result
     vm_config.validate_for_boot().map_err(failed(MESSAGE))?;
     confine::check(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
     confine::limit_paths(sandbox, &vm_config, Some(&path)).map_err(failed(MESSAGE))?;
+    helpers::check(host.storage.objects(), saved.helpers.iter().map(|h| &h.id)).map_err(failed(MESSAGE))?;
     let file = dir.ram().map_err(failed(MESSAGE))?;
     let spawner = Arc::clone(&host.spawner);
     let mut vm = Vm::build(vm_config, host).map_err(failed(MESSAGE))?;
@@ -285,5 +288,6 @@ fn restore(config: &RestoreConfig, host: Host, sandbox: &Arc<Sandbox>) -> Result
         }
     }
     vm.restore(&saved).map_err(failed(MESSAGE))?;
+    helpers::load(vm.storage().objects(), &saved).map_err(failed(MESSAGE))?;
     Ok(vm)
 }

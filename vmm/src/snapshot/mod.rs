@@ -5,6 +5,7 @@
 //! of them names an accelerator. A snapshot is written to temporary names and renamed when it is
 //! complete, `state.json` last: a directory without it is no snapshot.
 
+pub mod helpers;
 pub mod ram;
 
 use std::fs::{self, File};
@@ -16,8 +17,12 @@ use holdfast_config::VmConfig;
 use holdfast_device::DeviceState;
 use serde::{Deserialize, Serialize};
 
-/// Version of the layout of [`SavedVm`] itself; devices have their own.
-const VERSION: u32 = 1;
+pub use helpers::HelperState;
+
+/// The newest version of the layout of [`SavedVm`] itself; devices have their own.
+const VERSION: u32 = 2;
+/// The version of what has no helpers.
+const PLAIN: u32 = 1;
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
@@ -26,7 +31,7 @@ const RAM: &str = "memory-ranges";
 /// Everything of a paused VM but its RAM and config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SavedVm {
-    /// Layout version, from 1.
+    /// Layout version: 1, or 2 with helpers, so that nobody loads it who does not know of them.
     pub version: u32,
     /// Guest architecture.
     pub arch: Arch,
@@ -43,6 +48,9 @@ pub struct SavedVm {
     /// What the accelerator keeps for the whole VM, under names of architectural things.
     #[serde(default)]
     pub platform: serde_json::Value,
+    /// Helpers on a D-Bus bus (`dbus-vmstate`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub helpers: Vec<HelperState>,
 }
 
 /// A snapshot that cannot be written or read.
@@ -78,7 +86,7 @@ impl SavedVm {
     /// A saved VM in the current layout.
     pub fn new(arch: Arch, machine: &str, clock: u64) -> Self {
         Self {
-            version: VERSION,
+            version: PLAIN,
             arch,
             machine: machine.to_owned(),
             clock,
@@ -86,6 +94,7 @@ impl SavedVm {
             vcpus: Vec::new(),
             devices: Vec::new(),
             platform: serde_json::Value::Null,
+            helpers: Vec::new(),
         }
     }
 
@@ -235,7 +244,7 @@ mod tests {
         let dir = SnapshotDir::open(temp.path()).expect("directory");
         let state = SavedVm { version: VERSION + 1, ..SavedVm::new(Arch::Riscv64, "virt", 7) };
         dir.write(&VmConfig::default(), &state, |_| Ok(0)).expect("written");
-        assert!(matches!(dir.state(), Err(SnapshotError::Version(2))));
+        assert!(matches!(dir.state(), Err(SnapshotError::Version(3))));
         assert!(SnapshotDir::open(&temp.path().join("absent")).is_err());
     }
 }

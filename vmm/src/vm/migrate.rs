@@ -39,6 +39,7 @@ impl Vm {
             postcopy: false,
             mirror: Vec::new(),
             nbd: false,
+            helpers: Vec::new(),
             connections: 1,
         })
     }

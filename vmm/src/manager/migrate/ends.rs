@@ -14,6 +14,7 @@ use holdfast_config::VmConfig;
 use holdfast_memory::{GuestMemory, PAGE_SIZE};
 use holdfast_migration::mapped::Mapped;
 use holdfast_migration::{Control, MigrationError, MirroredDisk, Phase, Plan, RunningCode, Source, Target};
+use holdfast_objects::DbusVmState;
 use holdfast_sandbox::Sandbox;
 use holdfast_threads::{Role, Spawner};
 
@@ -22,8 +23,8 @@ use super::disks;
 use super::settings::status;
 use crate::confine;
 use crate::control::{Event, EventBus};
-use crate::snapshot::SavedVm;
 use crate::snapshot::ram::{self, DemandPager};
+use crate::snapshot::{SavedVm, helpers};
 use crate::storage::LoggedDisk;
 use crate::vm::{Host, Vm, ahead};
 
@@ -47,10 +48,13 @@ pub(super) struct Link {
     throttling: AtomicBool,
     /// Disks that go along.
     disks: OnceLock<Vec<Arc<LoggedDisk>>>,
+    /// Helpers whose state goes along: those of the object that was there when the migration began.
+    helpers: Option<Arc<DbusVmState>>,
 }
 
 impl Link {
     pub(super) fn new(vm: Arc<Vm>, running: bool, wire: Wire, spawner: Arc<dyn Spawner>) -> Self {
+        let helpers = vm.storage().objects().dbus_vmstate();
         Self {
             vm,
             running,
@@ -61,6 +65,7 @@ impl Link {
             throttle: Arc::default(),
             throttling: AtomicBool::new(false),
             disks: OnceLock::new(),
+            helpers,
         }
     }
 
@@ -81,7 +86,9 @@ impl Source for Link {
     fn plan(&self) -> Result<Plan, Failure> {
         // Devices may have been added since the VM was built.
         let config = self.ask(|manager| manager.config.clone())?;
-        Ok(self.vm.plan(&config, self.running)?)
+        let mut plan = self.vm.plan(&config, self.running)?;
+        plan.helpers = helpers::ids(self.helpers.as_deref())?;
+        Ok(plan)
     }
 
     fn ram_files(&self) -> Result<Vec<RawFd>, Failure> {
@@ -164,7 +171,9 @@ impl Source for Link {
     }
 
     fn save(&self) -> Result<Vec<u8>, Failure> {
-        Ok(serde_json::to_vec(&self.vm.save()?)?)
+        let mut saved = self.vm.save()?;
+        helpers::save(self.helpers.as_deref(), &mut saved)?;
+        Ok(serde_json::to_vec(&saved)?)
     }
 
     fn give_up(&self) -> Result<(), Failure> {
@@ -288,6 +297,7 @@ impl Target for Newcomer {
         }
         config.validate_for_boot()?;
         confine::check(&self.sandbox, &config, None)?;
+        helpers::check(host.storage.objects(), &plan.helpers)?;
         if !plan.mirror.is_empty() {
             // These images are nobody else's.
             disks::make_images(&config, &plan.mirror, &host.spawner)?;
@@ -330,7 +340,9 @@ impl Target for Newcomer {
     fn restore(&mut self, state: &[u8]) -> Result<(), Failure> {
         let saved: SavedVm = serde_json::from_slice(state)?;
         saved.check_version()?;
-        Ok(self.vm()?.restore(&saved)?)
+        let vm = self.vm()?;
+        vm.restore(&saved)?;
+        Ok(helpers::load(vm.storage().objects(), &saved)?)
     }
 
     fn take_over(&mut self) -> Result<(), Failure> {
