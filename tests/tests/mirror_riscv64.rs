@@ -473,8 +473,11 @@ fn conversation() -> Vec<(&'static str, Value, &'static str)> {
     ]
 }
 
+/// What is said with the command it answers, and an event's name with its data.
+type Said<T> = Vec<(T, Value)>;
+
 /// Answers and, for themselves, events.
-fn talk(qmp: &mut Qmp, dir: &Path) -> (Vec<(String, Value)>, Vec<(Value, Value)>) {
+fn talk(qmp: &mut Qmp, dir: &Path) -> (Said<String>, Said<Value>) {
     for name in ["A", "B"] {
         let image = dir.join(name);
         std::fs::write(&image, vec![name.as_bytes()[0]; 1 << 20]).expect("a file");
