@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::counter::Count;
 use crate::http::{Api, Response};
+use crate::qmp::Qmp;
 use crate::{Program, riscv64_guest, x86_64_guest};
 
 /// How long a guest may take for anything.
@@ -92,6 +93,40 @@ pub fn listening(socket: &Path) {
     while !std::fs::read_to_string("/proc/net/unix").expect("readable").lines().any(there) {
         assert!(Instant::now() < deadline, "nobody listens at {}", socket.display());
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a command that is refused until the last migration has been cleared away.
+///
+/// # Panics
+/// If it is refused for ever.
+pub fn soon(qmp: &mut Qmp, command: &str, arguments: &Value) {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let answer = qmp.command(command, arguments);
+        if answer.get("return").is_some() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{command}: {answer}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Migrates by QMP; returns the status at the end, and why it failed.
+///
+/// # Panics
+/// If it does not end.
+pub fn migrate(qmp: &mut Qmp, uri: &str) -> (String, String) {
+    let deadline = Instant::now() + LIMIT;
+    soon(qmp, "migrate", &json!({ "uri": uri }));
+    loop {
+        let info = qmp.ok("query-migrate", json!({}));
+        let text = |key: &str| info[key].as_str().unwrap_or_default().to_owned();
+        if matches!(text("status").as_str(), "completed" | "failed") {
+            return (text("status"), text("error-desc"));
+        }
+        assert!(Instant::now() < deadline, "{info}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -1,12 +1,11 @@
 //! Helpers on a D-Bus bus, by `dbus-daemon` and libdbus, whose state moves along with a VM (`dbus-vmstate`).
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use holdfast_tests::Program;
 use holdfast_tests::dbus::Bus;
 use holdfast_tests::http::Api;
-use holdfast_tests::migration::{LIMIT, listening};
+use holdfast_tests::migration::{LIMIT, listening, migrate};
 use holdfast_tests::qmp::Qmp;
 use holdfast_tests::small::{Counter, options};
 use serde_json::{Value, json};
@@ -52,34 +51,6 @@ fn object(qmp: &mut Qmp, addr: &str, ids: Option<&str>) {
         options["id-list"] = ids.into();
     }
     qmp.ok("object-add", options);
-}
-
-/// Runs a command that is refused until the last migration has been cleared away.
-fn soon(qmp: &mut Qmp, command: &str, arguments: &Value) {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let answer = qmp.command(command, arguments);
-        if answer.get("return").is_some() {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{command}: {answer}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Migrates; returns the status at the end, and why it failed.
-fn migrate(qmp: &mut Qmp, uri: &str) -> (String, String) {
-    let deadline = Instant::now() + LIMIT;
-    soon(qmp, "migrate", &json!({ "uri": uri }));
-    loop {
-        let info = qmp.ok("query-migrate", json!({}));
-        let text = |key: &str| info[key].as_str().unwrap_or_default().to_owned();
-        if matches!(text("status").as_str(), "completed" | "failed") {
-            return (text("status"), text("error-desc"));
-        }
-        assert!(Instant::now() < deadline, "{info}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 /// `len` bytes of which no part is like another.

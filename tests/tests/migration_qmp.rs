@@ -6,7 +6,7 @@ use std::process::Command;
 use holdfast_tests::Program;
 use holdfast_tests::devices::run;
 use holdfast_tests::http::Api;
-use holdfast_tests::migration::{Console, LIMIT, config, listening};
+use holdfast_tests::migration::{Console, LIMIT, config, listening, soon};
 use holdfast_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
@@ -39,19 +39,6 @@ fn source(dir: &Path, test: &str) -> (Vmm, Console) {
     api.put("vm.boot", &Value::Null);
     console.goes_on(1);
     (first, console)
-}
-
-/// Runs a command that is refused until what was before has been cleared away.
-fn soon(qmp: &mut Qmp, command: &str, arguments: &Value) {
-    let deadline = std::time::Instant::now() + LIMIT;
-    loop {
-        let answer = qmp.command(command, arguments);
-        if answer.get("return").is_some() {
-            return;
-        }
-        assert!(std::time::Instant::now() < deadline, "{command}: {answer}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }
 
 fn on(capabilities: &[&str]) -> Value {

@@ -1,10 +1,9 @@
 //! The ways that a running VM can go: TLS by QMP's objects, a file by QMP, within Landlock's limits, post-copy into huge pages.
 
 use std::path::Path;
-use std::time::Instant;
 
 use holdfast_tests::Program;
-use holdfast_tests::migration::{LIMIT, Vmm};
+use holdfast_tests::migration::{Vmm, migrate, soon};
 use holdfast_tests::qmp::Qmp;
 use holdfast_tests::small::{Counter, config, options};
 use holdfast_tests::tls::certificates;
@@ -22,34 +21,6 @@ fn process(dir: &Path, name: &str, more: &[&str]) -> (Program, Qmp) {
 
 fn on(capability: &str) -> Value {
     json!({ "capabilities": [{ "capability": capability, "state": true }] })
-}
-
-/// Runs a command that is refused until the last migration has been cleared away.
-fn soon(qmp: &mut Qmp, command: &str, arguments: &Value) {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let answer = qmp.command(command, arguments);
-        if answer.get("return").is_some() {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{command}: {answer}");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-}
-
-/// Migrates; returns the status at the end, and why it failed.
-fn migrate(qmp: &mut Qmp, uri: &str) -> (String, String) {
-    let deadline = Instant::now() + LIMIT;
-    soon(qmp, "migrate", &json!({ "uri": uri }));
-    loop {
-        let info = qmp.ok("query-migrate", json!({}));
-        let text = |key: &str| info[key].as_str().unwrap_or_default().to_owned();
-        if matches!(text("status").as_str(), "completed" | "failed") {
-            return (text("status"), text("error-desc"));
-        }
-        assert!(Instant::now() < deadline, "{info}");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
 }
 
 #[test]
