@@ -125,6 +125,8 @@ pub(crate) struct Ids {
     pub simd_begin: HelperId,
     /// After it: raises those found before the operation. The instruction then runs once more.
     pub simd_again: HelperId,
+    /// (place, lanes): after that, of a conversion to half precision.
+    pub simd_halves: HelperId,
     /// After that: raises the others.
     pub simd_check: HelperId,
     /// (value): loads MXCSR.
@@ -164,6 +166,7 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
     Ids {
         simd_begin: t.plain("simd_begin", simd_begin, Type::Void, 0, fp),
         simd_again: t.faulting("simd_again", simd_again, Type::Void, 0, fp),
+        simd_halves: t.plain("simd_halves", simd_halves, Type::Void, 2, fp | Effects::READS_SLOTS),
         simd_check: t.faulting("simd_check", simd_check, Type::Void, 0, fp),
         ldmxcsr: t.faulting("ldmxcsr", ldmxcsr, Type::Void, 1, fp | writes),
         stmxcsr: t.plain("stmxcsr", stmxcsr, Type::I64, 0, fp),
@@ -184,6 +187,7 @@ pub(crate) fn register(t: &mut HelperTable) -> Ids {
 
 plain_helper!(simd_begin, simd::begin);
 faulting_helper!(simd_again, simd::again);
+plain_helper!(simd_halves, simd::halves);
 faulting_helper!(simd_check, simd::check);
 faulting_helper!(ldmxcsr, simd::ldmxcsr);
 plain_helper!(stmxcsr, simd::stmxcsr);

@@ -66,7 +66,7 @@ pub(super) fn stmxcsr(cpu: &mut Cpu<'_>, _: [u64; 5]) -> u64 {
 
 // An instruction whose exceptions may be unmasked runs twice, with results set only after both. The first run tells all
 // flags but one: masked underflow is noted for tiny results that are inexact, the unmasked one for all that are tiny. So the
-// second run has FZ set, which notes it for all.
+// second run has FZ set, which notes it for all. Conversions to half precision do not look at FZ; their results tell.
 
 /// Where the flags before the instruction are, and those of its first run above them.
 fn aside(s: &mut X86) -> &mut u64 {
@@ -100,6 +100,25 @@ pub(super) fn again(cpu: &mut Cpu<'_>, _: [u64; 5]) -> HelperResult {
     let flush = if unmasked & UNDERFLOW != 0 { FZ } else { 0 };
     cpu.set_mxcsr(now & !FLAGS | flush);
     Ok(0)
+}
+
+/// (place, lanes): notes underflow if one of these lanes of a conversion to half precision is tiny. No number that is becomes a normal
+/// one, so those are the denormal ones, and zeroes that are inexact, which the first run has told. The result is in
+/// [`X86::vec_scratch`] (place 0), [`X86::evex_result`] (1), [`X86::evex_memory`] (2) or [`X86::evex_small`] (3).
+pub(super) fn halves(cpu: &mut Cpu<'_>, [place, lanes, ..]: [u64; 5]) -> u64 {
+    let s = cpu.state::<X86>();
+    let words: &[u64] = match place {
+        0 => &s.vec_scratch[2],
+        1 => &s.evex_result,
+        2 => &s.evex_memory,
+        _ => &s.evex_small[1..],
+    };
+    let halves = words.iter().flat_map(|word| (0..64).step_by(16).map(move |at| (word >> at) as u16));
+    let tiny = |half: u16| half & 0x7c00 == 0 && half & 0x3ff != 0;
+    if halves.take(16).enumerate().any(|(n, half)| lanes >> n & 1 != 0 && tiny(half)) {
+        cpu.set_mxcsr(cpu.mxcsr() | UNDERFLOW);
+    }
+    0
 }
 
 /// After the second run: raises what the operation raised and the guest has unmasked.

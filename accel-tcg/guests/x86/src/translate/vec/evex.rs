@@ -150,11 +150,34 @@ impl Translator<'_> {
         if self.key.contains(Key::SIMD_TRAPS) && !suppresses(insn) {
             // Only to raise what it raises: its result is put aside.
             let Some(HostRun { code, writes }) = HostRun::new(insn, true) else { return false };
-            self.trapping(true, |t| t.b.host(&code, &writes));
+            let run = |t: &mut Self| t.b.host(&code, &writes);
+            self.trapping_twice(true, run, |t, ()| {
+                if insn.mnemonic() == Mnemonic::Vcvtps2ph {
+                    t.evex_tiny_halves(insn);
+                }
+            });
         }
         self.b.host(&code, &writes);
         self.evex_finish(insn);
         true
+    }
+
+    /// What [`Self::tiny_halves`] needs to know of a conversion whose result was put aside.
+    fn evex_tiny_halves(&mut self, insn: &Instruction) {
+        let lanes = (1 << (insn.op1_register().size() / 4)) - 1;
+        let lanes = match insn.op_mask() {
+            Register::None => self.b.iconst(lanes),
+            k => {
+                let mask = self.b.get(slot::opmask(k.number()));
+                self.b.andi(mask, lanes)
+            }
+        };
+        let place = match (insn.op0_kind(), insn.memory_size().size()) {
+            (OpKind::Memory, 16..) => 2,
+            (OpKind::Memory, _) => 3,
+            _ => 1,
+        };
+        self.tiny_halves(place, lanes);
     }
 
     /// Puts what the instruction reads, but vector and opmask registers, to where the host's instruction has it.

@@ -273,7 +273,17 @@ impl Translator<'_> {
     // ---- floating-point exceptions ----
 
     /// Runs `f`, which computes what may raise SIMD exceptions and sets nothing but scratch slots.
-    pub(super) fn trapping<R>(&mut self, fp: bool, mut f: impl FnMut(&mut Self) -> R) -> R {
+    pub(super) fn trapping<R>(&mut self, fp: bool, f: impl FnMut(&mut Self) -> R) -> R {
+        self.trapping_twice(fp, f, |_, _| {})
+    }
+
+    /// The same; `second` is told what the second run has given.
+    pub(super) fn trapping_twice<R>(
+        &mut self,
+        fp: bool,
+        mut f: impl FnMut(&mut Self) -> R,
+        second: impl FnOnce(&mut Self, R),
+    ) -> R {
         if !fp || !self.key.contains(Key::SIMD_TRAPS) {
             return f(self);
         }
@@ -282,9 +292,16 @@ impl Translator<'_> {
         let r = f(self);
         // Once more, for underflow: see `fpu::simd`.
         self.b.call(self.ids.fpu.simd_again, &[]);
-        f(self);
+        let again = f(self);
+        second(self, again);
         self.b.call(self.ids.fpu.simd_check, &[]);
         r
+    }
+
+    /// Looks at `lanes` of what the second run of a conversion to half precision has left in `place`, see `fpu::simd`.
+    pub(super) fn tiny_halves(&mut self, place: i64, lanes: Val) {
+        let place = self.b.iconst(place);
+        self.b.call(self.ids.fpu.simd_halves, &[place, lanes]);
     }
 
     // ---- instructions as they are ----

@@ -5,6 +5,7 @@ use iced_x86::{Mnemonic, OpKind, Register};
 
 use super::{Vector, op, template};
 use crate::key::CodeSize;
+use crate::state::slot;
 use crate::translate::{Addr, Size, Translator};
 
 pub(super) const NAMES: &[&str] = &[
@@ -148,13 +149,18 @@ impl Translator<'_> {
                 self.load_for_update(Size::B8, Addr { disp: at.disp + 8, ..at });
             }
         }
-        let r = self.trapping(true, |s| {
+        let convert = |s: &mut Self| {
             let low = s.b.vec(t, true, Type::V128, &[a[0]]);
             if !wide {
                 return low;
             }
             let high = s.b.vec(t, true, Type::V128, &[a[1]]);
             s.v2(op::LOW_LOW, low, high)
+        };
+        let r = self.trapping_twice(true, convert, |s, again| {
+            s.b.set(slot::scratch(4), again);
+            let lanes = s.b.iconst(if wide { 0xff } else { 0xf });
+            s.tiny_halves(0, lanes);
         });
         if v.insn.op0_kind() == OpKind::Memory {
             let (bytes, log2) = if wide { (16, 4) } else { (8, 3) };
