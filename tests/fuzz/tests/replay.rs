@@ -123,6 +123,7 @@ macro_rules! replay {
 
 replay! {
     acpi_tables: 200,
+    dbus_bus: 300,
     device_state: 300,
     disk_image: 400,
     fdt_tree: 500,

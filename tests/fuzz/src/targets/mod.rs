@@ -11,6 +11,7 @@ macro_rules! targets {
 
 targets![
     acpi_tables,
+    dbus_bus,
     device_state,
     disk_image,
     fdt_tree,
