@@ -20,8 +20,9 @@ both: the guest writes a dot to its serial port every few milliseconds, and both
 a second behind its end is the pause. The longest gap that begins before the source is done is the one in which the guest changes hands; where it and the source are at an end, the move is. The pause includes
 what host CPUs that are busy with the migration add, and what code that is translated anew does. A guest that writes no dots at the destination has
 not gone on: behind most moves of an idle riscv64 guest by QEMU 7.2 that is so, as if its timers were not started again. Such a move is left
-out, said, and done again. `slowdown` is how many dots the guest wrote in a second before, divided by those in a second from the beginning of the migration
-to that end. `full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
+out, said, and done again. `guest loses` is the guest's slowdown as time: how long it would have taken, at the rate of the two seconds before, for the dots that are missing
+from the beginning of the migration to a quarter of a second behind that end. (What it does slowly at the destination counts, and taking little for long is no better than taking more for a shorter time.)
+`full speed` (post-copy) is the time from the first dot at the destination to the end of the last gap that is longer
 than twice the longest before the migration. Behind each post-copy case comes the histogram of how long our faults took, from the fault to its page
 (`postcopy-latency-dist` of QMP's query-migrate, which QEMU has from 10.1 on), and QEMU's `postcopy-blocktime`.
 """
@@ -53,6 +54,8 @@ LATENCY = collections.Counter()
 STANDS = collections.Counter()
 # How long the guest may write nothing at the end, in seconds.
 SILENT = 0.5
+# How long behind its end a move may still cost the guest something, in seconds.
+BEHIND = 0.25
 # How often a move is tried.
 ATTEMPTS = 8
 # Figures that are not the same thing on both sides, or of the guest's work.
@@ -161,8 +164,15 @@ class Dots:
         times = [t for t, _ in list(self.times) if start <= t <= end]
         return [(later - earlier, later) for earlier, later in zip(times, times[1:])]
 
+    def count(self, start, end):
+        return sum(count for t, count in list(self.times) if start <= t <= end)
+
     def rate(self, start, end):
-        return sum(count for t, count in list(self.times) if start <= t <= end) / (end - start)
+        return self.count(start, end) / (end - start)
+
+    def lost(self, start, end, rate):
+        """How many seconds of work at `rate` are missing."""
+        return end - start - self.count(start, end) / rate
 
 
 def pack(guest, work):
@@ -264,7 +274,7 @@ def move(ours, guest, test, mib, postcopy, hosts):
             arrived = max(done, there_again)
             result = {"total ms": (arrived - began) * 1000, "total it says ms": info["total-time"], "pause seen ms": seen * 1000, "MiB": info["ram"]["transferred"] / (1 << 20),
                       "CPU ms": own * 1000, "with vCPUs ms": cpu[0] * 1000,
-                      "slowdown": dots.rate(settled, settled + 2) / max(dots.rate(began, arrived), 1)}
+                      "guest loses ms": dots.lost(began, arrived + BEHIND, dots.rate(settled, settled + 2)) * 1000}
             if test == "full":
                 result["MiB a second"] = info["ram"]["transferred"] / (1 << 20) / (arrived - began)
             if postcopy:
