@@ -203,6 +203,29 @@ impl Rig {
         self.qmp.ok("netdev_del", json!({ "id": "t" }));
     }
 
+    /// The kernel's vhost, as far as a kernel without it can tell.
+    fn kernels_over_qmp(&mut self) {
+        let fd = json!({ "type": "tap", "id": "t", "vhost": true, "vhostfd": "3" });
+        assert!(self.qmp.fails("netdev_add", fd).contains("`vhostfd` is not supported"));
+        let vdpa = self.qmp.fails("netdev_add", json!({ "type": "vhost-vdpa", "id": "t" }));
+        assert!(vdpa.contains("vhost-vdpa"), "{vdpa}");
+        let scsi = self.qmp.fails("device_add", json!({ "driver": "vhost-scsi-pci" }));
+        assert!(scsi.contains("'vhost-scsi-pci' is not a valid device model name"), "{scsi}");
+        let cid = json!({ "driver": "vhost-vsock-pci", "guest-cid": 2 });
+        assert!(self.qmp.fails("device_add", cid).contains("guest-cid property must be greater than 2"));
+        if !Path::new("/dev/vhost-net").exists() {
+            self.qmp.ok("netdev_add", json!({ "type": "tap", "id": "t", "vhost": true }));
+            let card = self.qmp.fails("device_add", json!({ "driver": "virtio-net-pci", "netdev": "t" }));
+            assert!(card.contains("/dev/vhost-net"), "{card}");
+            self.qmp.ok("netdev_del", json!({ "id": "t" }));
+        }
+        if !Path::new("/dev/vhost-vsock").exists() {
+            let sockets = json!({ "driver": "vhost-vsock-pci", "guest-cid": 3, "id": "v" });
+            let refused = self.qmp.fails("device_add", sockets);
+            assert!(refused.contains("/dev/vhost-vsock"), "{refused}");
+        }
+    }
+
     fn any_type_over_rest(&mut self) {
         let (image, socket) = (self.image(), self.path("any"));
         run(Command::new("dd")
@@ -234,6 +257,7 @@ fn devices_of_back_ends_come_and_go() {
     rig.cards_over_rest();
     rig.cards_over_qmp();
     rig.taps_over_qmp();
+    rig.kernels_over_qmp();
     rig.any_type_over_rest();
     rig.guest.power_off();
 }

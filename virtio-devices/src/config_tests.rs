@@ -7,6 +7,7 @@ use crate::blk::config::{DiskConfig, ImageType};
 use crate::console::config::{ConsoleConfig, ConsoleMode};
 use crate::net::config::NetConfig;
 use crate::rng::config::RngConfig;
+use crate::vsock::config::VsockConfig;
 
 #[test]
 fn defaults_are_those_of_an_empty_object() {
@@ -60,4 +61,33 @@ fn every_wrong_field_is_named_at_once() {
     assert_eq!(balloon.validate()[0].field, "size");
     let rng = RngConfig { src: "".into(), ..RngConfig::default() };
     assert_eq!(rng.validate()[0].field, "src");
+}
+
+#[test]
+fn the_kernels_vhost_is_asked_for_in_words_that_fit_together() {
+    let net = |text: serde_json::Value| {
+        let net: NetConfig = serde_json::from_value(text).expect("parses");
+        net.validate().into_iter().map(|e| e.field).collect::<Vec<_>>()
+    };
+    assert!(net(json!({"vhost": true, "vhostfd": [7]})).is_empty());
+    assert_eq!(net(json!({"vhost": true, "vhostfds": [7], "num_queues": 4})), ["vhostfds"]);
+    assert_eq!(net(json!({"vhostfds": [7]})), ["vhostfds"]);
+    assert_eq!(net(json!({"vhost": true, "vhost_user": true, "vhost_socket": "/s"})), ["vhost"]);
+    let vsock = |text: serde_json::Value| {
+        let vsock: VsockConfig = serde_json::from_value(text).expect("parses");
+        vsock.validate().into_iter().map(|e| e.field).collect::<Vec<_>>()
+    };
+    assert!(vsock(json!({"cid": 3, "vhost": true, "vhostfd": 7})).is_empty());
+    assert_eq!(vsock(json!({"cid": 3, "vhost": true, "socket": "/s"})), ["socket"]);
+    assert_eq!(vsock(json!({"cid": 3})), ["socket"]);
+    assert_eq!(vsock(json!({"cid": 0, "vhost": true})), ["cid"]);
+    assert_eq!(vsock(json!({"cid": 3, "socket": "/s", "vhostfd": 7})), ["vhostfd"]);
+    assert_eq!(
+        vsock(json!({"cid": 3, "socket": "/s", "vhost_user": true, "vhost": true})),
+        ["socket", "vhost"]
+    );
+    // Clients that know nothing of it see nothing of it.
+    let out =
+        serde_json::to_string(&(NetConfig::default(), VsockConfig::new(3, "/s".into()))).expect("serialises");
+    assert!(!out.contains("\"vhost\"") && !out.contains("vhostfd"), "{out}");
 }

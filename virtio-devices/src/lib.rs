@@ -19,6 +19,7 @@ pub mod registry;
 pub mod rng;
 pub mod shared_memory;
 pub mod transport;
+pub mod vhost_kernel;
 pub mod vhost_user;
 pub mod vsock;
 pub mod worker;

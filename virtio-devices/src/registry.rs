@@ -122,6 +122,22 @@ const ALL: &[VirtioDeviceModule] = &[
         },
     },
     VirtioDeviceModule {
+        name: "vhost-net",
+        aliases: &[],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_kernel::net::build(&args.id, &config, args.fds, context)
+        },
+    },
+    VirtioDeviceModule {
+        name: "vhost-vsock",
+        aliases: &["vhost-vsock-pci"],
+        build: |args, context| {
+            let config = parse(&args)?;
+            crate::vhost_kernel::vsock::build(&args.id, &config, context)
+        },
+    },
+    VirtioDeviceModule {
         name: "vhost-user-generic",
         aliases: &["vhost-user-device-pci", "vhost-user-device"],
         build: |args, context| {

@@ -148,8 +148,15 @@ fn named(config: &VmConfig, restore_from: Option<&Path>) -> Rules {
     for net in config.net().iter().filter(|net| net.vhost_user && net.vhost_mode == VhostMode::Server) {
         rules.made(Path::new(net.vhost_socket.as_deref().unwrap_or_default()));
     }
-    if let Some(vsock) = config.vsock.as_ref().filter(|vsock| !vsock.vhost_user) {
-        rules.made(&vsock.socket);
+    if config.net().iter().any(|net| net.vhost && net.vhostfds.is_none()) {
+        rules.existing(Path::new("/dev/vhost-net"), true);
+    }
+    match &config.vsock {
+        Some(vsock) if vsock.vhost && vsock.vhostfd.is_none() => {
+            rules.existing(Path::new("/dev/vhost-vsock"), true);
+        }
+        Some(vsock) if !vsock.vhost && !vsock.vhost_user => rules.made(&vsock.socket),
+        _ => {}
     }
     for options in config.blockdevs() {
         for (path, write) in files_of(options) {

@@ -49,7 +49,7 @@ fn every_option() {
                        --platform uuid=6ba7b810-9dad-11d1-80b4-00c04fd430c8 \
                        --disk path=/a,readonly=on,serial=s1 path=/b,direct=on,image_type=raw --disk path=/c \
                        --net tap=tap0,mac=02:00:00:00:00:01,ip=10.0.0.1,mask=255.255.255.0,mtu=1500,id=n \
-                       --net fd=[3,4],num_queues=4 --rng src=/dev/random --balloon size=1M,deflate_on_oom=on \
+                       --net fd=[3,4],num_queues=4 --net tap=t,vhost=on,vhostfd=7 --vsock cid=3,vhost=on,vhostfd=8 --rng src=/dev/random --balloon size=1M,deflate_on_oom=on \
                        --serial file=/s --console pty --debug-console file=/d,iobase=0x402 \
                        --api-socket path=/api --event-monitor fd=9 --qmp unix:/q --gdb tcp:[::1]:1234 --gdb-wait --log-file /l -vv \
                        --seccomp log --landlock --landlock-rules path=/x,access=rw --no-shutdown",
@@ -65,6 +65,8 @@ fn every_option() {
     assert_eq!(config.disks().len(), 3);
     assert!(config.disks()[0].readonly && config.disks()[1].direct);
     assert_eq!(config.net()[1].fds, Some(vec![3, 4]));
+    assert_eq!((config.net()[2].vhost, &config.net()[2].vhostfds), (true, &Some(vec![7])));
+    assert_eq!(config.vsock.as_ref().map(|vsock| (vsock.vhost, vsock.vhostfd)), Some((true, Some(8))));
     assert_eq!(config.serial.file, Some("/s".into()));
     assert_eq!(config.debug_console.iobase, Some(0x402));
     assert!(config.landlock_enable && options.no_shutdown);
@@ -112,6 +114,8 @@ fn what_is_not_there_is_refused_by_name() {
         says("--device path=/x"),
         "--device: key `path` is a Cloud Hypervisor key that is not supported by this version of Holdfast"
     );
+    assert!(says("--vdpa path=/dev/vhost-vdpa-0").starts_with("--vdpa is a Cloud Hypervisor option"));
+    assert!(says("--device vhost-scsi-pci,wwpn=x").contains("no device `vhost-scsi-pci`"));
     let unknown = says("--device rtl8139,mac=x");
     assert!(unknown.contains("no device `rtl8139`") && unknown.contains("pci-testdev"), "{unknown}");
     assert!(says("--device pc-testdev,iobase=1").contains("`iobase`"));

@@ -66,6 +66,9 @@ pub(super) struct DeviceAdd {
     /// Their size.
     #[serde(default, rename = "vq_size", skip_serializing_if = "Option::is_none")]
     vq_size: Option<u16>,
+    /// The guest's address, for sockets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    guest_cid: Option<u64>,
     /// Name of a card's back end (`netdev_add`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     netdev: Option<String>,
@@ -104,6 +107,7 @@ fn properties(driver: &str) -> Option<&'static [&'static str]> {
         "vhost-user-blk-pci" | "vhost-user-blk" => &["chardev", "num-queues", "queue-size"],
         "vhost-user-fs-pci" | "vhost-user-fs" => &["chardev", "tag", "num-request-queues", "queue-size"],
         "vhost-user-vsock-pci" | "vhost-user-vsock" => &["chardev"],
+        "vhost-vsock-pci" | "vhost-vsock-pci-non-transitional" => &["guest-cid"],
         "vhost-user-device-pci" | "vhost-user-device" => &["chardev", "virtio-id", "num_vqs", "vq_size"],
         _ => return None,
     })
@@ -191,6 +195,12 @@ pub(super) async fn add(handle: ControlHandle, arguments: DeviceAdd) -> Reply<Em
             let socket = arguments.socket(&handle).await?;
             // The address is the back end's.
             let vsock = VsockConfig { id, bus, vhost_user: true, ..VsockConfig::new(0, socket) };
+            call(&handle, ops::AddVsock(vsock)).await?;
+        }
+        "vhost-vsock" | "vhost-vsock-pci-non-transitional" => {
+            let cid = arguments.guest_cid.filter(|cid| *cid > 2);
+            let cid = cid.ok_or_else(|| QmpError::generic("guest-cid property must be greater than 2"))?;
+            let vsock = VsockConfig { id, bus, vhost: true, ..VsockConfig::new(cid, PathBuf::new()) };
             call(&handle, ops::AddVsock(vsock)).await?;
         }
         "vhost-user-device" => {

@@ -32,6 +32,8 @@ pub enum Role {
     Device,
     /// Speaks vhost-user: passes requests on to a back end, or has a front end.
     BackEnd,
+    /// Passes requests on to the kernel's vhost.
+    Vhost,
     /// Serves REST, QMP or the event monitor.
     Api,
     /// Talks to a debugger.

@@ -1,8 +1,9 @@
 //! Telling the network where the guest is: by frames of our own, and by asking its driver (section 5.1.6.5.4).
 
+use std::io;
 use std::sync::Arc;
 
-use holdfast_net::{HEADER_LEN, MacAddr};
+use holdfast_net::{HEADER_LEN, MacAddr, PacketQueue};
 
 use super::{Net, bit};
 use crate::device::Interrupt;
@@ -38,14 +39,19 @@ fn rarp(mac: MacAddr) -> [u8; HEADER_LEN + FRAME] {
     frame
 }
 
+/// Sends a frame that says that `mac` is behind `queue`.
+pub(crate) fn send(queue: &dyn PacketQueue, mac: [u8; 6]) -> io::Result<()> {
+    let frame = rarp(MacAddr(mac));
+    let part = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
+    // SAFETY: the part is `frame`, which outlives the call and is only read.
+    unsafe { queue.send(&[part]) }.map(drop)
+}
+
 impl Net {
     /// Announces the device once.
     pub(super) fn announce_now(&self) {
         let Some(queue) = self.shared.backend.queues().into_iter().next() else { return };
-        let frame = rarp(self.mac());
-        let part = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
-        // SAFETY: the part is `frame`, which outlives the call and is only read.
-        if let Err(error) = unsafe { queue.send(&[part]) } {
+        if let Err(error) = send(&*queue, self.mac().0) {
             tracing::warn!(interface = self.interface(), %error, "the device cannot be announced");
         }
         let driver = self.driver.lock();

@@ -60,6 +60,13 @@ pub struct NetConfig {
     /// Who listens on the vhost-user socket.
     #[serde(default)]
     pub vhost_mode: VhostMode,
+    /// Packets are moved by the host's kernel (vhost-net).
+    #[serde(default, skip_serializing_if = "crate::config::is_false")]
+    pub vhost: bool,
+    /// Open file descriptors of `/dev/vhost-net`, one for each queue pair; opened if absent.
+    #[serde(default, alias = "vhostfd", skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-cli" = "vhostfd"))]
+    pub vhostfds: Option<Vec<i32>>,
     /// Name of the device, unique in the VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -116,6 +123,8 @@ impl Default for NetConfig {
             vhost_user: false,
             vhost_socket: None,
             vhost_mode: VhostMode::default(),
+            vhost: false,
+            vhostfds: None,
             id: None,
             fds: None,
             rate_limiter_config: None,
@@ -158,10 +167,26 @@ impl NetConfig {
         }
     }
 
+    /// What the host's kernel needs.
+    fn check_vhost(&self, check: &mut Checker) {
+        let both = self.vhost && self.vhost_user;
+        check.refuse(
+            both,
+            "vhost",
+            "does not go with `vhost_user`: packets are moved by the kernel or by a process",
+        );
+        let Some(fds) = &self.vhostfds else { return };
+        check.refuse(!self.vhost, "vhostfds", "is of no use without `vhost`");
+        let want = usize::from(self.queue_pairs());
+        let reason = format!("{} file descriptors for {want} queue pairs", fds.len());
+        check.refuse(fds.len() != want, "vhostfds", reason);
+    }
+
     /// All fields that cannot be used.
     pub fn validate(&self) -> Vec<FieldError> {
         let mut check = Checker::default();
         self.check_vhost_user(&mut check);
+        self.check_vhost(&mut check);
         check.unsupported(self.rate_limiter_config.is_some(), "rate_limiter_config");
         check.pci(self.iommu, self.pci_segment, self.pci_device_id);
         check.port(self.bus.as_ref(), self.pci_device_id);

@@ -42,22 +42,37 @@ impl PacketBackend for Elsewhere {
 /// The config space and the control queue.
 #[derive(Debug)]
 pub(crate) struct NetControl {
+    /// The device's kind in saved states.
+    kind: &'static str,
     shared: Shared,
     mac: holdfast_net::MacAddr,
     mtu: Option<u16>,
 }
 
 impl NetControl {
+    /// Of a card whose interface the other process has.
     pub(crate) fn new(id: &str, config: &NetConfig, context: &BuildContext) -> Result<Self, BuildError> {
+        let backend = Arc::new(Elsewhere(id.to_owned()));
+        Self::of("vhost-user-net", id, config, (backend, config.mtu), context)
+    }
+
+    /// Of a card of this kind, with its interface and the MTU that the guest is told.
+    pub(crate) fn of(
+        kind: &'static str,
+        id: &str,
+        config: &NetConfig,
+        (backend, mtu): (Arc<dyn PacketBackend>, Option<u16>),
+        context: &BuildContext,
+    ) -> Result<Self, BuildError> {
         let mac = super::mac(id, config, context)?;
         let shared = Shared {
-            backend: Arc::new(Elsewhere(id.to_owned())),
+            backend,
             state: parking_lot::Mutex::new(NetState::fresh(mac)),
             max_pairs: config.queue_pairs(),
             counters: Counters::default(),
             switched: Vec::new(),
         };
-        Ok(Self { shared, mac, mtu: config.mtu })
+        Ok(Self { kind, shared, mac, mtu })
     }
 }
 
@@ -65,6 +80,15 @@ impl LocalQueue for NetControl {
     fn number(&self, features: u64) -> u16 {
         // Without multi-queue the control queue is number 2 (section 5.1.2).
         2 * if features & bit::MQ != 0 { self.shared.max_pairs } else { 1 }
+    }
+
+    fn begin(&self, features: u64) -> io::Result<()> {
+        let (pairs, on) = {
+            let mut state = self.shared.state.lock();
+            (state.pairs, *state.offloads.get_or_insert(features & bit::GUEST_OFFLOADS))
+        };
+        self.shared.backend.set_offloads(super::offloads(on))?;
+        self.shared.enable_queues(pairs)
     }
 
     fn serve(&self, queue: &mut VirtQueue, features: u64) -> Result<(), HandlerError> {
@@ -80,11 +104,11 @@ impl LocalQueue for NetControl {
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        self.shared.save("vhost-user-net")
+        self.shared.save(self.kind)
     }
 
     fn restore(&self, state: &serde_json::Value) -> Result<(), StateError> {
-        self.shared.restore("vhost-user-net", state)
+        self.shared.restore(self.kind, state)
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

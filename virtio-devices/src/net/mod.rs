@@ -1,6 +1,6 @@
 //! The virtio network device (virtio 1.2 section 5.1).
 
-mod announce;
+pub(crate) mod announce;
 pub mod back_end;
 pub mod config;
 mod control;
@@ -190,6 +190,11 @@ pub fn build(
     fds: Vec<OwnedFd>,
     context: &BuildContext,
 ) -> Result<Arc<Net>, BuildError> {
+    Net::new(id, config, open_tap(id, config, fds)?, context)
+}
+
+/// The tap of a checked config.
+pub(crate) fn open_tap(id: &str, config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, BuildError> {
     let sent = !fds.is_empty();
     let mut checked = config.clone();
     if sent {
@@ -215,7 +220,12 @@ pub fn build(
             mtu: config.mtu,
         }),
     };
-    Net::new(id, config, tap.map_err(failed)?, context)
+    tap.map_err(failed)
+}
+
+/// The MTU that the guest is told, if any.
+pub(crate) fn shown_mtu(config: &NetConfig, backend: &dyn PacketBackend) -> Option<u16> {
+    config.mtu.or_else(|| backend.mtu().filter(|mtu| *mtu != 1500 && *mtu >= 1280))
 }
 
 impl Net {
@@ -237,7 +247,7 @@ impl Net {
         }
         let host = |what: &str, source| BuildError::Host { id: id.to_owned(), what: what.to_owned(), source };
         let mac = mac(id, config, context)?;
-        let mtu = config.mtu.or_else(|| backend.mtu().filter(|mtu| *mtu != 1500 && *mtu >= 1280));
+        let mtu = shown_mtu(config, &*backend);
         let features = Self::offered(config, mtu, &*backend);
         let state = Mutex::new(NetState::fresh(mac));
         let mut switched = Vec::new();
@@ -261,7 +271,7 @@ impl Net {
     }
 
     /// The features for a config, as far as the interface has them.
-    fn offered(config: &NetConfig, mtu: Option<u16>, backend: &dyn PacketBackend) -> u64 {
+    pub(crate) fn offered(config: &NetConfig, mtu: Option<u16>, backend: &dyn PacketBackend) -> u64 {
         let mut f = feature::QUEUES | bit::MAC | bit::MRG_RXBUF | bit::STATUS;
         f |= bit::CTRL_VQ | bit::CTRL_RX | bit::CTRL_MAC_ADDR | bit::GUEST_ANNOUNCE;
         let mut guest = 0;

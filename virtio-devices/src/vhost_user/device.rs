@@ -44,6 +44,15 @@ pub(crate) trait LocalQueue: Send + Sync + std::fmt::Debug {
     /// Its number with these features.
     fn number(&self, features: u64) -> u16;
 
+    /// The driver with these features is there, and what it has set counts.
+    ///
+    /// # Errors
+    /// The host's.
+    fn begin(&self, features: u64) -> io::Result<()> {
+        let _ = features;
+        Ok(())
+    }
+
     /// Serves the chains that wait.
     ///
     /// # Errors

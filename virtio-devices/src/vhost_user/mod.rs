@@ -12,10 +12,11 @@ mod door;
 mod fuse;
 #[cfg(test)]
 mod hostile_tests;
+pub(crate) mod lane;
 mod link;
 mod news;
 mod relay;
-mod ring;
+pub(crate) mod ring;
 #[cfg(test)]
 mod tests;
 

@@ -8,17 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use holdfast_clock::{Timer, host_monotonic};
-use holdfast_memory::{GuestMemory, tracker_at};
-use vm_memory::bitmap::Bitmap;
+use holdfast_memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Shared, Spec};
 use super::fuse::{self, Answer};
+use super::lane::Lane;
 use super::link::{Guard, Link, LinkError};
-use super::ring::{RelayRing, RingError, SharedRings};
+use super::ring::{RelayRing, SharedRings};
 use crate::device::{Interrupt, kind};
-use crate::queue::{Chain, HandlerError, VirtQueue};
+use crate::queue::{HandlerError, VirtQueue};
 use crate::worker::{Activation, Handler, Watch};
 
 const KICK: u64 = 0;
@@ -59,11 +59,6 @@ pub(super) struct Parts {
     pub(super) socket: UnixStream,
 }
 
-struct Lane {
-    queue: VirtQueue,
-    ring: RelayRing,
-}
-
 struct Live {
     lanes: Vec<Lane>,
     /// The queue that the back end does not see.
@@ -81,65 +76,7 @@ pub(super) struct Relay {
     live: Option<Live>,
 }
 
-fn host(what: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> HandlerError {
-    HandlerError::Host { what, source: io::Error::other(error) }
-}
-
-impl From<RingError> for HandlerError {
-    fn from(error: RingError) -> Self {
-        host("the vhost-user back end breaks the rules", error)
-    }
-}
-
-/// Marks what the back end may have written.
-fn mark(memory: &GuestMemory, chain: &Chain) {
-    for segment in &chain.writable {
-        let (mut at, mut left) = (segment.addr.0, u64::from(segment.len));
-        while left != 0 {
-            // The chain was checked to lie in RAM; it may go on in the next region.
-            let Some((tracker, offset)) = tracker_at(memory, at) else { return };
-            let room = (tracker.pages() * holdfast_memory::PAGE_SIZE).saturating_sub(offset).max(1);
-            let n = left.min(room);
-            tracker.mark_dirty(offset as usize, n as usize);
-            (at, left) = (at.wrapping_add(n), left - n);
-        }
-    }
-}
-
 impl Lane {
-    /// Gives waiting chains to the back end. Without a session they stay: whoever begins one (`without_session`)
-    /// has to have seen the request that does so first.
-    fn forward(&mut self, bells: &Bells, shared: &Shared) -> Result<(), HandlerError> {
-        if !shared.session.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        let mut submitted = false;
-        'full: loop {
-            while let Some(chain) = self.queue.pop()? {
-                if !self.ring.fits(&chain) {
-                    // Goes on when the back end has given something back.
-                    self.queue.undo_pop();
-                    if self.ring.is_idle() {
-                        let error = io::Error::other("a chain has more descriptors than the back end's ring");
-                        return Err(HandlerError::Host { what: "cannot pass a request on", source: error });
-                    }
-                    break 'full;
-                }
-                self.ring.submit(chain)?;
-                shared.requests.fetch_add(1, Ordering::Relaxed);
-                submitted = true;
-            }
-            if !self.queue.enable_kicks()? {
-                break;
-            }
-        }
-        if submitted && self.ring.wants_kick()? {
-            // A full counter rings as well.
-            let _ = bells.kick.write(1);
-        }
-        Ok(())
-    }
-
     /// Answers the requests that a daemon held when it died. Those that begin a session are left, for its successor.
     fn answer_held(&mut self, held: &mut BTreeMap<u16, Vec<u16>>) -> Result<(), HandlerError> {
         let mut kept = Vec::new();
@@ -203,19 +140,15 @@ impl Lane {
         }
         Ok(())
     }
+}
 
-    /// Gives finished chains back to the guest.
-    fn complete(&mut self, memory: &GuestMemory, interrupt: &dyn Interrupt) -> Result<(), HandlerError> {
-        while let Some((chain, len)) = self.ring.collect()? {
-            mark(memory, &chain);
-            let room = crate::queue::total_len(&chain.writable);
-            self.queue.push(chain.head, u32::try_from(room).map_or(len, |room| len.min(room)))?;
-        }
-        if self.queue.wants_interrupt()? {
-            interrupt.queue(self.queue.index());
-        }
-        Ok(())
+/// Gives waiting chains to the back end. Without a session they stay: whoever begins one (`without_session`)
+/// has to have seen the request that does so first.
+fn forward(lane: &mut Lane, bells: &Bells, shared: &Shared) -> Result<(), HandlerError> {
+    if !shared.session.load(Ordering::SeqCst) {
+        return Ok(());
     }
+    lane.forward(&bells.kick, &shared.requests)
 }
 
 impl Relay {
@@ -274,7 +207,7 @@ impl Relay {
         let Some(live) = &mut self.live else { return Ok(()) };
         for lane in &mut live.lanes {
             if let Some(bells) = self.parts.bells.get(usize::from(lane.queue.index())) {
-                lane.forward(bells, &self.parts.shared)?;
+                forward(lane, bells, &self.parts.shared)?;
             }
         }
         Ok(())
@@ -303,7 +236,7 @@ impl Relay {
         session.store(true, Ordering::SeqCst);
         for lane in &mut live.lanes {
             if let Some(bells) = self.parts.bells.get(usize::from(lane.queue.index())) {
-                lane.forward(bells, &self.parts.shared)?;
+                forward(lane, bells, &self.parts.shared)?;
             }
         }
         Ok(false)
@@ -571,11 +504,11 @@ impl Handler for Relay {
         let number = token & 0xffff_ffff;
         let result = match token & !0xffff_ffff {
             KICK if self.without_session()? => Ok(()),
-            KICK => self.with_lane(number, |lane, bells, shared, _| lane.forward(bells, shared)),
+            KICK => self.with_lane(number, |lane, bells, shared, _| forward(lane, bells, shared)),
             CALL => self.with_lane(number, |lane, bells, shared, (memory, interrupt)| {
                 let _ = bells.call.read();
                 lane.complete(memory, interrupt)?;
-                lane.forward(bells, shared)
+                forward(lane, bells, shared)
             }),
             SOCKET => {
                 self.socket_event(watch);

@@ -5,14 +5,15 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
 
-use vhost::VhostUserMemoryRegionInfo;
+use vhost::{VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap,
 };
 
 use crate::queue::Chain;
 
-type RingMemory = GuestMemoryMmap<()>;
+/// Memory that holds rings.
+pub(crate) type RingMemory = GuestMemoryMmap<()>;
 
 /// Where the back end finds the rings among the guest's addresses: above all RAM.
 const BASE: u64 = 1 << 46;
@@ -28,7 +29,7 @@ const USED_F_NO_NOTIFY: u16 = 1;
 
 /// What a back end did wrong, or the host.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RingError {
+pub(crate) enum RingError {
     #[error("the ring's memory")]
     Memory(#[from] GuestMemoryError),
     #[error("the back end gives back {used} chains of ring {queue} and holds {held}")]
@@ -39,12 +40,12 @@ pub(super) enum RingError {
 
 /// The memory of all rings of a device.
 #[derive(Debug, Clone)]
-pub(super) struct SharedRings {
+pub(crate) struct SharedRings {
     memory: RingMemory,
 }
 
 impl SharedRings {
-    pub(super) fn new(queues: usize) -> io::Result<Self> {
+    pub(crate) fn new(queues: usize) -> io::Result<Self> {
         let len = queues.max(1) * STRIDE as usize;
         let fd = rustix::fs::memfd_create("vhost-user-rings", rustix::fs::MemfdFlags::CLOEXEC)?;
         let file = File::from(fd);
@@ -59,12 +60,31 @@ impl SharedRings {
     }
 
     /// How the back end maps them.
-    pub(super) fn info(&self) -> Option<VhostUserMemoryRegionInfo> {
+    pub(crate) fn info(&self) -> Option<VhostUserMemoryRegionInfo> {
         VhostUserMemoryRegionInfo::from_guest_region(self.region()?).ok()
     }
 
+    /// The memory itself.
+    pub(crate) fn memory(&self) -> &RingMemory {
+        &self.memory
+    }
+
+    /// Where the ring of `queue` with `size` descriptors lies among the guest's addresses.
+    pub(crate) fn place(&self, queue: u16, size: u16) -> VringConfigData {
+        let at = BASE + STRIDE * u64::from(queue);
+        VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: at,
+            used_ring_addr: at + USED,
+            avail_ring_addr: at + AVAIL,
+            log_addr: None,
+        }
+    }
+
     /// The addresses of the descriptors, the available and the used ring of `queue` in this process.
-    pub(super) fn addresses(&self, queue: u16) -> Option<(u64, u64, u64)> {
+    pub(crate) fn addresses(&self, queue: u16) -> Option<(u64, u64, u64)> {
         let at = self.region()?.as_ptr() as u64 + STRIDE * u64::from(queue);
         Some((at, at + AVAIL, at + USED))
     }
@@ -74,31 +94,34 @@ impl SharedRings {
 struct Held {
     chain: Chain,
     descriptors: Vec<u16>,
+    /// How many were submitted before it.
+    order: u64,
 }
 
 /// One ring.
 #[derive(Debug)]
-pub(super) struct RelayRing {
+pub(crate) struct RelayRing {
     memory: RingMemory,
     queue: u16,
     size: u16,
     free: Vec<u16>,
     /// What the back end has, by the number of the first descriptor.
     held: BTreeMap<u16, Held>,
+    submitted: u64,
     available: u16,
     used: u16,
 }
 
 impl RelayRing {
     /// An empty ring of `size` descriptors.
-    pub(super) fn new(shared: &SharedRings, queue: u16, size: u16) -> Result<Self, RingError> {
+    pub(crate) fn new(shared: &SharedRings, queue: u16, size: u16) -> Result<Self, RingError> {
         let memory = shared.memory.clone();
         memory.write_slice(&vec![0; STRIDE as usize], GuestAddress(BASE + STRIDE * u64::from(queue)))?;
         let free = (0..size).rev().collect();
-        Ok(Self { memory, queue, size, free, held: BTreeMap::new(), available: 0, used: 0 })
+        Ok(Self { memory, queue, size, free, held: BTreeMap::new(), submitted: 0, available: 0, used: 0 })
     }
 
-    pub(super) fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
 
@@ -107,22 +130,24 @@ impl RelayRing {
     }
 
     /// Whether there are descriptors for `chain`.
-    pub(super) fn fits(&self, chain: &Chain) -> bool {
+    pub(crate) fn fits(&self, chain: &Chain) -> bool {
         chain.readable.len() + chain.writable.len() <= self.free.len()
     }
 
     /// Takes the chains away from a back end that does not look at the ring any more: their heads in the guest's
-    /// ring. The ring is of no further use.
-    pub(super) fn take_back(&mut self) -> Vec<u16> {
-        std::mem::take(&mut self.held).into_values().map(|held| held.chain.head).collect()
+    /// ring, in the order in which they were submitted. The ring is of no further use.
+    pub(crate) fn take_back(&mut self) -> Vec<u16> {
+        let mut held: Vec<Held> = std::mem::take(&mut self.held).into_values().collect();
+        held.sort_unstable_by_key(|held| held.order);
+        held.into_iter().map(|held| held.chain.head).collect()
     }
 
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.held.is_empty()
     }
 
     /// Gives `chain`, which [fits](Self::fits), to the back end.
-    pub(super) fn submit(&mut self, chain: Chain) -> Result<(), RingError> {
+    pub(crate) fn submit(&mut self, chain: Chain) -> Result<(), RingError> {
         let segments: Vec<_> = chain
             .readable
             .iter()
@@ -148,19 +173,20 @@ impl RelayRing {
         self.memory.store(head.to_le(), self.at(slot), Ordering::Relaxed)?;
         self.available = self.available.wrapping_add(1);
         self.memory.store(self.available.to_le(), self.at(AVAIL + 2), Ordering::Release)?;
-        self.held.insert(head, Held { chain, descriptors });
+        self.held.insert(head, Held { chain, descriptors, order: self.submitted });
+        self.submitted += 1;
         Ok(())
     }
 
     /// Whether the back end wants to hear of what was submitted.
-    pub(super) fn wants_kick(&self) -> Result<bool, RingError> {
+    pub(crate) fn wants_kick(&self) -> Result<bool, RingError> {
         std::sync::atomic::fence(Ordering::SeqCst);
         let flags: u16 = self.memory.load(self.at(USED), Ordering::Relaxed)?;
         Ok(u16::from_le(flags) & USED_F_NO_NOTIFY == 0)
     }
 
     /// The next chain that the back end has finished, and how many bytes it says it wrote.
-    pub(super) fn collect(&mut self) -> Result<Option<(Chain, u32)>, RingError> {
+    pub(crate) fn collect(&mut self) -> Result<Option<(Chain, u32)>, RingError> {
         let index: u16 = self.memory.load(self.at(USED + 2), Ordering::Acquire)?;
         let waiting = u16::from_le(index).wrapping_sub(self.used);
         if waiting == 0 {

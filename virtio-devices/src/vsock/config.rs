@@ -1,11 +1,15 @@
 //! `--vsock` and `VsockConfig`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Checker, FieldError};
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
 
 /// Sockets between the guest and processes of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -14,11 +18,18 @@ pub struct VsockConfig {
     pub cid: u64,
     /// The UNIX socket on which processes of the host connect to the guest: `CONNECT PORT` and a newline, answered by
     /// `OK PORT`. What the guest connects to is this path, an underscore and the port. With `vhost_user` the socket on
-    /// which the vhost-user back end listens.
+    /// which the vhost-user back end listens. With `vhost` there is none.
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub socket: PathBuf,
     /// Served by a vhost-user back end, such as vhost-device-vsock.
     #[serde(default, skip_serializing_if = "crate::config::is_false")]
     pub vhost_user: bool,
+    /// Served by the host's kernel (vhost-vsock): processes of the host use sockets of the family `AF_VSOCK`.
+    #[serde(default, skip_serializing_if = "crate::config::is_false")]
+    pub vhost: bool,
+    /// An open file descriptor of `/dev/vhost-vsock`; opened if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhostfd: Option<i32>,
     /// Behind the virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
@@ -43,6 +54,8 @@ impl VsockConfig {
             cid,
             socket,
             vhost_user: false,
+            vhost: false,
+            vhostfd: None,
             iommu: false,
             pci_segment: 0,
             bus: None,
@@ -60,7 +73,11 @@ impl VsockConfig {
         let theirs = self.vhost_user && self.cid == 0;
         let good = theirs || (3..u64::from(u32::MAX)).contains(&self.cid);
         check.refuse(!good, "cid", format!("is {}; it takes 3 to {}", self.cid, u32::MAX - 1));
-        check.refuse(self.socket.as_os_str().is_empty(), "socket", "is empty: name a UNIX socket");
+        let none = is_empty(&self.socket);
+        check.refuse(none && !self.vhost, "socket", "is empty: name a UNIX socket");
+        check.refuse(!none && self.vhost, "socket", "does not go with `vhost`: the host's end is AF_VSOCK");
+        check.refuse(self.vhost && self.vhost_user, "vhost", "does not go with `vhost_user`");
+        check.refuse(self.vhostfd.is_some() && !self.vhost, "vhostfd", "is of no use without `vhost`");
         check.0
     }
 }

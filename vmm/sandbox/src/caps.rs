@@ -32,6 +32,7 @@ pub fn needed_by(role: Role) -> u64 {
         | Role::Net
         | Role::Device
         | Role::BackEnd
+        | Role::Vhost
         | Role::Gdb
         | Role::Signal => 0,
     }

@@ -152,6 +152,19 @@ const TAP: &[Permit] = &[
     ioctl(0x4004_54dc), // TUNSETVNETLE
 ];
 
+/// Devices of the kernel's vhost, once they are this process's.
+const VHOST: &[Permit] = &[
+    ioctl(0x4008_af00), // VHOST_SET_FEATURES
+    ioctl(0x4008_af03), // VHOST_SET_MEM_TABLE
+    ioctl(0x4008_af10), // VHOST_SET_VRING_NUM
+    ioctl(0x4028_af11), // VHOST_SET_VRING_ADDR
+    ioctl(0x4008_af12), // VHOST_SET_VRING_BASE
+    ioctl(0x4008_af20), // VHOST_SET_VRING_KICK
+    ioctl(0x4008_af21), // VHOST_SET_VRING_CALL
+    ioctl(0x4008_af30), // VHOST_NET_SET_BACKEND
+    ioctl(0x4004_af61), // VHOST_VSOCK_SET_RUNNING
+];
+
 /// Terminals: modes and size. Not TIOCSTI, which types for the user.
 const TERMINALS: &[Permit] = &[
     ioctl(0x5401),      // TCGETS
@@ -280,6 +293,9 @@ const BUILD: &[Permit] = &[
     Any(libc::SYS_kcmp),
     Any(libc::SYS_signalfd4),
     OwnProcess(libc::SYS_kill),
+    ioctl(0x0000_af01), // VHOST_SET_OWNER
+    ioctl(0x8008_af00), // VHOST_GET_FEATURES
+    ioctl(0x4008_af60), // VHOST_VSOCK_SET_GUEST_CID
     ioctl(0x4004_54ca), // TUNSETIFF
     ioctl(0x8004_54d2), // TUNGETIFF
     ioctl(0x8004_54cf), // TUNGETFEATURES
@@ -315,6 +331,7 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
         Role::Device => vec![LIFE, INTERRUPTS, FILE_IO, SOCKET_IO, TERMINALS],
         // A back end that is gone is looked for again.
         Role::BackEnd => vec![LIFE, INTERRUPTS, SOCKET_IO, CONNECT, SHARED_MEMORY, WINDOWS],
+        Role::Vhost => vec![LIFE, INTERRUPTS, TAP, VHOST],
         // Requests bring descriptors and name files; each connection has its thread.
         Role::Api => vec![LIFE, FILE_IO, SOCKET_IO, SOCKETS, PLUMBING, FILES, THREADS, IDENTITY],
         // The VM is reached through its manager.
@@ -328,6 +345,7 @@ fn permits(role: Role) -> Vec<&'static [Permit]> {
             RING,
             BLOCK_DEVICES,
             TAP,
+            VHOST,
             TERMINALS,
             VCPU,
             PLUMBING,

@@ -105,7 +105,7 @@ pub enum SandboxError {
 }
 
 /// All roles.
-pub const ROLES: [Role; 12] = [
+pub const ROLES: [Role; 13] = [
     Role::Vcpu,
     Role::Vmm,
     Role::Timer,
@@ -114,6 +114,7 @@ pub const ROLES: [Role; 12] = [
     Role::Net,
     Role::Device,
     Role::BackEnd,
+    Role::Vhost,
     Role::Api,
     Role::Gdb,
     Role::Signal,

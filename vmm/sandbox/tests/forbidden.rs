@@ -177,8 +177,17 @@ fn every_kind_of_thread_dies_of_a_forbidden_system_call() {
 }
 
 /// Those that start no threads and open no files.
-const CONFINED: [Role; 8] =
-    [Role::Vcpu, Role::Timer, Role::Block, Role::Net, Role::Device, Role::BackEnd, Role::Gdb, Role::Signal];
+const CONFINED: [Role; 9] = [
+    Role::Vcpu,
+    Role::Timer,
+    Role::Block,
+    Role::Net,
+    Role::Device,
+    Role::BackEnd,
+    Role::Vhost,
+    Role::Gdb,
+    Role::Signal,
+];
 
 #[test]
 fn threads_that_work_on_what_they_are_given_open_nothing() {

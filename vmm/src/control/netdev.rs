@@ -43,6 +43,25 @@ pub struct TapNetdev {
     /// A program that takes it down: only `no`.
     #[serde(default)]
     pub downscript: Option<String>,
+    /// Packets are moved by the host's kernel (vhost-net).
+    #[serde(default)]
+    pub vhost: Option<bool>,
+    /// The same.
+    #[serde(default)]
+    pub vhostforce: Option<bool>,
+    /// An open file descriptor of `/dev/vhost-net`: not taken, it is opened by its name.
+    #[serde(default)]
+    pub vhostfd: Option<String>,
+    /// Several of them, in the same way.
+    #[serde(default)]
+    pub vhostfds: Option<String>,
+}
+
+impl TapNetdev {
+    /// Whether the kernel is to move packets. As with QEMU, `vhostforce` alone asks for it.
+    pub fn is_vhost(&self) -> bool {
+        self.vhost.unwrap_or(self.vhostforce == Some(true))
+    }
 }
 
 /// A vhost-user process.

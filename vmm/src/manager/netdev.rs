@@ -29,11 +29,18 @@ fn id(netdev: &Netdev) -> &String {
     }
 }
 
-/// Refuses programs that are to set a tap up.
+/// Refuses programs that are to set a tap up, and descriptors that nobody has sent.
 fn check_tap(tap: &TapNetdev) -> Result<(), ControlError> {
     for (name, script) in [("script", &tap.script), ("downscript", &tap.downscript)] {
         if script.as_deref().is_some_and(|script| !matches!(script, "no" | "")) {
             return Err(invalid(format!("`{name}` is not supported: no programs are run; say `{name}=no`")));
+        }
+    }
+    for (name, given) in [("vhostfd", tap.vhostfd.is_some()), ("vhostfds", tap.vhostfds.is_some())] {
+        if given {
+            return Err(invalid(format!(
+                "`{name}` is not supported: with vhost=on /dev/vhost-net is opened"
+            )));
         }
     }
     Ok(())
@@ -107,6 +114,7 @@ impl Netdevs {
         let queues = match &entry.netdev {
             Netdev::Tap(tap) => {
                 card.tap.clone_from(&tap.ifname);
+                card.vhost = tap.is_vhost();
                 tap.queues
             }
             Netdev::VhostUser(process) => {
@@ -132,6 +140,35 @@ impl Netdevs {
     pub(super) fn made(&mut self, name: &str, card: Option<String>) {
         if let Some(entry) = self.0.get_mut(name) {
             entry.card = card;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(tap: &serde_json::Value) -> Result<NetConfig, ControlError> {
+        let (mut netdevs, sockets) = (Netdevs::default(), Sockets::default());
+        netdevs.add(serde_json::from_value(tap.clone()).expect("a netdev"), &sockets)?;
+        let wanted = NetdevCard { netdev: "n".to_owned(), ..NetdevCard::default() };
+        netdevs.card(&wanted, &sockets, &VmConfig::default())
+    }
+
+    #[test]
+    fn a_tap_may_ask_for_the_kernels_vhost() {
+        let tap = |more: serde_json::Value| {
+            let mut tap = serde_json::json!({ "type": "tap", "id": "n" });
+            tap.as_object_mut().expect("an object").extend(more.as_object().cloned().expect("an object"));
+            card(&tap)
+        };
+        assert!(!tap(serde_json::json!({})).expect("a card").vhost);
+        assert!(tap(serde_json::json!({ "vhost": true })).expect("a card").vhost);
+        assert!(tap(serde_json::json!({ "vhostforce": true })).expect("a card").vhost);
+        assert!(!tap(serde_json::json!({ "vhost": false, "vhostforce": true })).expect("a card").vhost);
+        for name in ["vhostfd", "vhostfds"] {
+            let error = tap(serde_json::json!({ "vhost": true, name: "3" })).expect_err("refused");
+            assert!(error.to_string().contains(&format!("`{name}` is not supported")), "{error}");
         }
     }
 }

@@ -71,7 +71,11 @@ impl<'a> Plugs<'a> {
         slot: VirtioSlot,
     ) -> Result<(), VmError> {
         let args = BuildArgs { fds, ..arguments(config.id.as_ref(), config)? };
-        let kind = if config.vhost_user { "vhost-user-net" } else { "virtio-net" };
+        let kind = match (config.vhost_user, config.vhost) {
+            (true, _) => "vhost-user-net",
+            (false, true) => "vhost-net",
+            (false, false) => "virtio-net",
+        };
         self.named(kind, args, slot, config.pci_device_id)
     }
 
@@ -106,7 +110,11 @@ impl<'a> Plugs<'a> {
 
     pub(super) fn vsock(&mut self, config: &VsockConfig, slot: VirtioSlot) -> Result<(), VmError> {
         let args = arguments(config.id.as_ref(), config)?;
-        let kind = if config.vhost_user { "vhost-user-vsock" } else { "virtio-vsock" };
+        let kind = match (config.vhost_user, config.vhost) {
+            (true, _) => "vhost-user-vsock",
+            (false, true) => "vhost-vsock",
+            (false, false) => "virtio-vsock",
+        };
         self.named(kind, args, slot, config.pci_device_id)
     }
 
