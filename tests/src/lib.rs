@@ -115,6 +115,15 @@ pub fn cryptsetup_archive() -> PathBuf {
     fetched("HOLDFAST_CRYPTSETUP_GUEST", "fetch-programs", &["cryptsetup"]).join("cryptsetup.cpio")
 }
 
+/// As [`fio_archive`] for the x86_64 guest: the modules of taps, vhost-net and vhost-vsock in /lib/modules/vhost, whose `order` says
+/// in which order they are loaded.
+///
+/// # Panics
+/// If it cannot be fetched.
+pub fn vhost_archive() -> PathBuf {
+    fetched("HOLDFAST_VHOST_GUEST", "fetch-vhost", &[]).join("vhost.cpio")
+}
+
 /// Puts an archive behind the initramfs that `args` boot; both together go to a file in `dir`.
 ///
 /// # Panics
